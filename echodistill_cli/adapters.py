@@ -1,0 +1,85 @@
+"""Everything trainable that is neither a critic nor the learned word: LoRA on UNets and text encoders.
+
+One adapter per module, kept in float32 over a frozen base of any precision (diffusers and transformers both speak to
+peft through the same methods, which is all that is used here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from echodistill_cli.errors import EchoDistillError
+
+ADAPTER = "default"
+
+# That the cross-attention's key and value carry a concept is Custom Diffusion's finding (Kumari et al. 2023).
+UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
+    "cross-kv": ("attn2.to_k", "attn2.to_v"),
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+}
+
+# All four or none: A1111 applies a text encoder's attention block only when it is complete.
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+def add_lora(module: Any, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
+    """Freeze a module and put LoRA on its layers whose names end in `targets`.
+
+    B starts at zero, so the module computes the same as before; A is drawn from `seed` and nothing else.
+    """
+    module.requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True, lora_dropout=0.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module.add_adapter(config, adapter_name=ADAPTER)
+    for parameter in trainable_parameters(module):
+        parameter.data = parameter.data.float()
+
+
+def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that training moves, in the module's own order."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def lora_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the adapter's tensors by peft's names, such as `….attn2.to_k.lora_A.weight`."""
+    tensors = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def load_lora_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put tensors from `lora_tensors` back.
+
+    Raises:
+        EchoDistillError: names or shapes do not match the module's adapter.
+    """
+    expected = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    ours, theirs = ({(name, t.shape) for name, t in side.items()} for side in (expected, tensors))
+    if ours != theirs:
+        odd = sorted({name for name, _ in ours ^ theirs})
+        raise EchoDistillError(
+            f"The adapter does not fit this model: {len(odd)} names or shapes differ, such as {odd[0]}."
+        )
+    set_peft_model_state_dict(module, dict(tensors), adapter_name=ADAPTER)
+
+
+@contextmanager
+def without_lora(module: Any) -> Iterator[None]:
+    """Inside, the module is its frozen base.
+
+    Not to be entered with gradient checkpointing on: the backward pass recomputes with the adapter, outside.
+    """
+    module.disable_adapters()
+    try:
+        yield
+    finally:
+        module.enable_adapters()

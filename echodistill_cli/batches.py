@@ -1,0 +1,177 @@
+"""What one step trains on: the teacher's samples, the student's pass, its targets, the reals, the echo's drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from echodistill_cli.dataset import prompt_for
+from echodistill_cli.diffusion import add_noise
+from echodistill_cli.discriminators import Discriminator, ImageBackbone, Pictures, TeacherBackbone
+from echodistill_cli.echo import EchoPool, identity_scores
+from echodistill_cli.sampling import student_x0, teacher_x0
+from echodistill_cli.state import TrainingState
+
+
+class StudentPass:
+    """One batch of one-step pictures with all that its losses look at; pictures are decoded once, when asked for.
+
+    Args:
+        pictures: the student's, with gradient. target: the teacher's x0 latents, without.
+        signal: ᾱ_t [B] of the timestep that the teacher looked at them through.
+    """
+
+    def __init__(self, state: TrainingState, pictures: Pictures, target: Tensor, signal: Tensor) -> None:
+        self.state, self.pictures, self.target, self.signal = state, pictures, target, signal
+
+    @cached_property
+    def target_image(self) -> Tensor:
+        """The teacher's x0 decoded, without gradient."""
+        with torch.no_grad():
+            return self.state.pair.codec.decode(self.target)
+
+    @cached_property
+    def features(self) -> dict[str, list[Tensor]]:
+        """Every discriminator's features of the student's pictures."""
+        return {critic.name: self._seen_by(critic.backbone) for critic in self.state.critics}
+
+    def identity_features(self) -> tuple[Tensor, Tensor]:
+        """The judge's features of the student's pictures and of the teacher's, [B, N, D] each."""
+        assert self.state.judge is not None
+        with torch.no_grad():
+            target = self.state.judge.features(self.target_image)[0]
+        return self._seen_by(self.state.judge)[0], target
+
+    def _seen_by(self, backbone: ImageBackbone | TeacherBackbone) -> list[Tensor]:
+        """Features from one backbone; a backbone that serves as judge and as critic looks once."""
+        if backbone not in self._looks:
+            self._looks[backbone] = backbone.see(self.pictures)
+        return self._looks[backbone]
+
+    @cached_property
+    def _looks(self) -> dict[nn.Module, list[Tensor]]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Reals:
+    """What the discriminators are told is real: B photos, then as many echoed pictures once there are any.
+
+    Args:
+        pictures: all R of them, paired with the student's prompts and renoising. weights: [R].
+        cached: per image discriminator and tap, features [R, N, D].
+    """
+
+    pictures: Pictures
+    weights: Tensor
+    cached: dict[str, list[Tensor]]
+
+    def features(self, critic: Discriminator) -> list[Tensor]:
+        """One discriminator's features, per tap [R, N, D]: remembered ones, or for a latent backbone those of now."""
+        if critic.name in self.cached:
+            return self.cached[critic.name]
+        with torch.no_grad():
+            return critic.backbone.see(self.pictures)
+
+
+def draw_timesteps(state: TrainingState, count: int) -> Tensor:
+    """Uniform timesteps [count] of the teacher's schedule, on the device."""
+    return state.randint(len(state.pair.role("teacher").schedule.alphas_cumprod), count).to(state.pair.device)
+
+
+def draw_teacher_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
+    """Latents, masks and prompts of B samples: augmented photos, and echoed pictures once there are any."""
+    batch, photos, subject = state.config.train.batch_size, state.photos, state.config.subject
+    from_pool = torch.rand(batch, generator=state.generator) < state.config.echo.teacher_share
+    latents, masks, prompts = [], [], []
+    for echoed in from_pool.tolist():
+        if echoed and state.pool:
+            row = int(state.randint(len(state.pool), 1))
+            latents.append(state.pool.latents[row])
+            masks.append(torch.ones_like(photos.masks[0]))
+            prompts.append(state.pool.prompts[row])
+        else:
+            row = int(state.randint(len(photos.latents), 1))
+            latents.append(photos.latents[row])
+            masks.append(photos.masks[row])
+            prompts.append(prompt_for(photos.views[row], subject, state.generator))
+    return torch.stack(latents), torch.stack(masks), prompts
+
+
+def draw_student_pass(state: TrainingState) -> StudentPass:
+    """B one-step pictures of the concept, and the current teacher's guided x0 of them, renoised at uniform t."""
+    pair, teacher, batch = state.pair, state.pair.role("teacher"), state.config.train.batch_size
+    rows = state.randint(len(state.photos.real_views), batch).tolist()
+    prompts = [prompt_for(state.photos.real_views[row], state.config.subject, state.generator) for row in rows]
+    with torch.no_grad():
+        conditioning, null = pair.encoder.encode(prompts), pair.encoder.encode_null()
+    noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
+    x0 = student_x0(pair.student, noise, conditioning)
+    renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
+    with torch.no_grad():
+        noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
+        target = teacher_x0(teacher, noisy, timesteps, conditioning, null, state.config.train.guidance_scale)
+    pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
+    return StudentPass(state, pictures, target, teacher.schedule.signal(timesteps))
+
+
+def decoded_once(state: TrainingState, latents: Tensor) -> Callable[[], Tensor]:
+    """Decodes latents at the first call and remembers the picture."""
+    image: list[Tensor] = []
+
+    def decode() -> Tensor:
+        if not image:
+            image.append(state.pair.codec.decode(latents))
+        return image[0]
+
+    return decode
+
+
+def draw_reals(state: TrainingState, fakes: Pictures) -> Reals:
+    """Photos, and echoed pictures at their lower weight, to stand against a batch of the student's."""
+    batch = len(fakes.latents)
+    rows = state.randint(len(state.photos.real_latents), batch).to(state.pair.device)
+    latents = state.photos.real_latents[rows]
+    cached = {name: [tap[rows] for tap in taps] for name, taps in state.photos.critics.items()}
+    weights = torch.ones(batch, device=latents.device)
+    pictures = replace(fakes, latents=latents, image=decoded_once(state, latents))
+    if not state.pool or not state.config.echo.real_weight:
+        return Reals(pictures, weights, cached)
+    rows = state.randint(len(state.pool), batch).to(state.pair.device)
+    latents = torch.cat((latents, state.pool.latents[rows]))
+    cached = {
+        name: [torch.cat((tap, more[rows])) for tap, more in zip(taps, state.pool.critics[name], strict=True)]
+        for name, taps in cached.items()
+    }
+    pictures = Pictures(
+        latents,
+        decoded_once(state, latents),
+        fakes.noise.repeat(2, 1, 1, 1),
+        fakes.timesteps.repeat(2),
+        fakes.conditioning.join(fakes.conditioning),
+    )
+    return Reals(pictures, torch.cat((weights, weights * state.config.echo.real_weight)), cached)
+
+
+@torch.no_grad()
+def draw_echo(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
+    """One-step pictures for some prompts, with the judge's and the discriminators' features of them; not yet judged."""
+    assert state.judge is not None
+    assert state.photos.identity is not None
+    conditioning = state.pair.encoder.encode(prompts)
+    shape = state.photos.latents[:1].expand(len(prompts), -1, -1, -1)
+    latents = student_x0(state.pair.student, state.randn_like(shape), conditioning)
+    image = state.pair.codec.decode(latents)
+    features = state.judge.features(image)[0][:, 0]
+    backbones = {c.name: c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)}
+    return EchoPool(
+        latents=latents,
+        features=features,
+        scores=identity_scores(features, state.photos.identity),
+        prompts=list(prompts),
+        critics={name: backbone.features(image) for name, backbone in backbones.items()},
+    )

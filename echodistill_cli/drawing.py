@@ -1,0 +1,167 @@
+"""Drawing with what was trained: find a LoRA and its models, put it on, yield pictures that say how they were made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from echodistill_cli import __version__
+from echodistill_cli.attach import attach_lora, read_token_file
+from echodistill_cli.conditioning import LearnedToken
+from echodistill_cli.config import ModelConfig
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.models import ModelPair, Role, load_pair
+from echodistill_cli.pictures import to_image
+from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
+from echodistill_cli.sampling import SamplingSettings, generate
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to draw.
+
+    Args:
+        prompts: one or more. count: pictures per prompt. seed: of a prompt's first picture; the next have the next.
+        lora: a LoRA file or a run folder; None for the newest run. lora_scale: its strength, 1 as trained.
+        role: who draws. steps, guidance_scale: None for what suits the role (1 and 0; 25 and 7.5).
+        size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
+        model: for a LoRA file that lies in no run folder, the models to draw with.
+    """
+
+    prompts: Sequence[str]
+    count: int = 1
+    seed: int = 0
+    lora: Path | None = None
+    lora_scale: float = 1.0
+    role: Role = "student"
+    steps: int | None = None
+    guidance_scale: float | None = None
+    size: int | None = None
+    batch_size: int = 4
+    compare: bool = False
+    model: ModelConfig | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One drawn picture, and the base model's of the same seed if that was asked for.
+
+    `texts` says how it was made, for the file's metadata; `seconds` is its share of its batch's time.
+    """
+
+    image: Image.Image
+    base: Image.Image | None
+    prompt: str
+    seed: int
+    texts: Mapping[str, str]
+    seconds: float
+
+
+def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sample]:
+    """Draw pictures with a trained LoRA, in the order of prompts, then seeds.
+
+    Raises:
+        ConfigError: there is no run or file to draw with. ModelError: a model is missing, or the file does not fit.
+    """
+    found = find_lora(request)
+    say(f"Loading {found.model.student if request.role == 'student' else found.model.teacher}")
+    pair = load_pair(found.model, teacher=request.role == "teacher")
+    settings = SamplingSettings(
+        role=request.role,
+        steps=request.steps or (1 if request.role == "student" else 25),
+        guidance_scale=_guidance(request),
+        size=request.size or found.model.resolution,
+        batch_size=request.batch_size,
+    )
+    prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
+    seeds = [request.seed + index for _ in request.prompts for index in range(request.count)]
+    bases = list(generate(pair, prompts, seeds, settings)) if request.compare else [None] * len(prompts)
+    attach_lora(pair, request.role, found.lora, request.lora_scale)
+    if found.token_file:
+        _attach_token(pair, found.token_file)
+    started = time.perf_counter()
+    for prompt, seed, base, pixels in zip(prompts, seeds, bases, generate(pair, prompts, seeds, settings), strict=True):
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        yield Sample(
+            image=to_image(pixels),
+            base=None if base is None else to_image(base),
+            prompt=prompt,
+            seed=seed,
+            texts=_texts(request, found, settings, prompt, seed),
+            seconds=seconds,
+        )
+
+
+@dataclass(frozen=True)
+class FoundLora:
+    """A LoRA file with the models it goes with, and the token file that it needs, if any."""
+
+    lora: Path
+    model: ModelConfig
+    token_file: Path | None
+
+
+def find_lora(request: SampleRequest) -> FoundLora:
+    """The LoRA that a request means: of a run (the newest by default), or a file, in a run folder or anywhere.
+
+    Raises:
+        ConfigError: there is none, or its models are not known.
+    """
+    if request.lora is None or request.lora.is_dir():
+        run = newest_run() if request.lora is None else open_run(request.lora)
+        return _of_run(run, _lora_path(run, request.role), request)
+    for folder in request.lora.resolve().parents[:2]:
+        if (folder / CONFIG_FILE).is_file():
+            return _of_run(open_run(folder), request.lora, request)
+    if request.model is None:
+        raise ConfigError(f"{request.lora} lies in no run folder.", "Name the model it was made for with --model.")
+    return FoundLora(request.lora, request.model, None)
+
+
+def _lora_path(run: Run, role: Role) -> Path:
+    name = run.config.name
+    path = run.folder / (f"{name}.safetensors" if role == "student" else f"teacher/{name}-teacher.safetensors")
+    if not path.is_file():
+        raise ConfigError(f"{run.folder} has no finished LoRA yet.", "Finish it: echodistill train --resume")
+    return path
+
+
+def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
+    config = run.config
+    token_file = run.folder / f"{config.concept.token}.safetensors" if config.text.form == "token" else None
+    return FoundLora(lora, request.model or config.model, token_file)
+
+
+def _attach_token(pair: ModelPair, file: Path) -> None:
+    token = LearnedToken(pair.encoder, file.stem, "a").to(pair.device)
+    for vector, saved in zip(token.vectors, read_token_file(file), strict=True):
+        vector.data.copy_(saved[0])
+
+
+def _guidance(request: SampleRequest) -> float:
+    if request.guidance_scale is not None:
+        return request.guidance_scale
+    return 0.0 if request.role == "student" else 7.5
+
+
+def _texts(
+    request: SampleRequest, found: FoundLora, settings: SamplingSettings, prompt: str, seed: int
+) -> dict[str, str]:
+    """What a picture's file says of its making; of paths only the last part."""
+    source = found.model.student if settings.role == "student" else found.model.teacher
+    return {
+        "prompt": prompt,
+        "seed": str(seed),
+        "model": Path(source).name if Path(source).exists() else source,
+        "lora": found.lora.name,
+        "lora_scale": f"{request.lora_scale:g}",
+        "steps": str(settings.steps),
+        "guidance_scale": f"{settings.guidance_scale:g}",
+        "software": f"echodistill {__version__}",
+    }

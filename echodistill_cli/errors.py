@@ -1,0 +1,68 @@
+"""Errors a person can act on. Every message says what is wrong, where, and what to do next.
+
+    EchoDistillError            exit 1   anything that stops a command
+    ├── ConfigError             exit 2   a flag, a config key or a value is wrong
+    ├── PhotoError              exit 3   the photos cannot be trained on
+    ├── ModelError              exit 4   a model or a part of one is missing or does not fit
+    ├── DeviceMemoryError       exit 5   the device has too little memory
+    └── Interrupted             exit 130 or 143, after saving
+
+`typer` itself exits with 2 on a malformed command line, which is why `ConfigError` does too.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class EchoDistillError(Exception):
+    """Stops a command with one line: `message`, then, if there is one, the remedy `hint`.
+
+    Args:
+        message: what is wrong and where, naming the thing.
+        hint: what to do next; a command or a flag where there is one.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message if hint is None else f"{message} {hint}")
+        self.message = message
+        self.hint = hint
+
+
+class ConfigError(EchoDistillError):
+    """A flag, a config key or a value is wrong; nothing has been written."""
+
+    exit_code = 2
+
+
+class PhotoError(EchoDistillError):
+    """The photos cannot be trained on."""
+
+    exit_code = 3
+
+
+class ModelError(EchoDistillError):
+    """A model, or a part of one, is missing, unreachable or of the wrong family."""
+
+    exit_code = 4
+
+
+class DeviceMemoryError(EchoDistillError):
+    """The device ran out of memory; the hint names the next setting to try."""
+
+    exit_code = 5
+
+
+class Interrupted(EchoDistillError):
+    """A signal stopped the run after its state was saved.
+
+    Args:
+        message: what was saved and how to go on.
+        signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 + that.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -1,0 +1,257 @@
+"""Everything a training run holds: frozen models, what is trained, the photos in encoded form, optimizers, randomness.
+
+`build_state` makes it from a configuration; `state_dict` and `load_state_dict` carry what changes through a checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echodistill_cli.adapters import (
+    TEXT_TARGETS,
+    UNET_TARGETS,
+    add_lora,
+    load_lora_tensors,
+    lora_tensors,
+    trainable_parameters,
+)
+from echodistill_cli.conditioning import LearnedToken, check_token
+from echodistill_cli.config import Config
+from echodistill_cli.dataset import View, real_views, teacher_views
+from echodistill_cli.discriminators import Discriminator, ImageBackbone, build_discriminators, load_image_backbone
+from echodistill_cli.echo import EchoPool
+from echodistill_cli.models import LatentCodec, ModelPair, Role, load_pair
+from echodistill_cli.photos import Photo
+
+# Offsets of the seeds of things that must not share a random stream.
+_TEACHER_SEED, _STUDENT_SEED, _TEXT_SEED, _HEAD_SEED, _VIEW_SEED, _STEP_SEED = range(6)
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """The photos as training sees them, encoded once: K augmented views for the teacher, R whole ones as reals.
+
+    Args:
+        views, real_views: what each view's prompt should say; their pictures are dropped.
+        latents: [K, C, h, w]. masks: [K, 1, h, w] in 0…1. real_latents: [R, C, h, w].
+        critics: per discriminator name and tap, features [R, N, D] of the reals.
+        identity: [P, D], the judge's features of the P photos as they are; None without a judge.
+    """
+
+    views: Sequence[View]
+    real_views: Sequence[View]
+    latents: Tensor
+    masks: Tensor
+    real_latents: Tensor
+    critics: dict[str, list[Tensor]]
+    identity: Tensor | None
+
+
+@dataclass
+class TrainingState:
+    """A run's models, trained parts and progress; `step` counts finished steps."""
+
+    config: Config
+    pair: ModelPair
+    critics: list[Discriminator]
+    judge: ImageBackbone | None
+    photos: TrainingSet
+    photo_count: int
+    token: LearnedToken | None
+    optimizers: dict[str, torch.optim.Optimizer]
+    generator: torch.Generator
+    step: int = 0
+    bad_steps: int = 0
+    bad_steps_in_a_row: int = 0
+    pool: EchoPool | None = None
+
+    def randn_like(self, other: Tensor) -> Tensor:
+        """Unit noise of another tensor's shape and device, drawn on the CPU from the run's generator."""
+        return torch.randn(other.shape, generator=self.generator).to(other.device)
+
+    def randint(self, high: int, count: int) -> Tensor:
+        """`count` whole numbers below `high`, on the CPU."""
+        return torch.randint(high, (count,), generator=self.generator)
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """What carries a LoRA, by name."""
+        assert self.pair.teacher is not None
+        modules = {"student": self.pair.student.unet, "teacher": self.pair.teacher.unet}
+        if self.config.text.form == "lora":
+            modules.update({text_name(i): encoder for i, encoder in enumerate(self.pair.encoder.encoders)})
+        return modules
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes while training, and what an export must know of the models; plain values and tensors."""
+        roles: tuple[Role, ...] = ("student", "teacher")
+        return {
+            "family": self.pair.family,
+            "prediction_types": {role: self.pair.role(role).schedule.prediction_type for role in roles},
+            "photo_count": self.photo_count,
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "lora": {name: lora_tensors(module) for name, module in self.trained_modules().items()},
+            "token": self.token.state_dict() if self.token else None,
+            "heads": {critic.name: critic.heads.state_dict() for critic in self.critics},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "generator": self.generator.get_state(),
+            "pool": vars(self.pool) if self.pool else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict` of a run with the same configuration."""
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        for name, module in self.trained_modules().items():
+            load_lora_tensors(module, state["lora"][name])
+        if self.token:
+            self.token.load_state_dict(state["token"])
+        for critic in self.critics:
+            critic.heads.load_state_dict(state["heads"][critic.name])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.generator.set_state(state["generator"])
+        self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
+
+
+def text_name(index: int) -> str:
+    """diffusers' name of a text encoder: text_encoder, text_encoder_2."""
+    return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
+
+
+def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | None = None) -> TrainingState:
+    """Load the models and make a run ready for its first step.
+
+    Args:
+        photos: the usable ones, in order.
+        pair: already loaded models, which this changes.
+
+    Raises:
+        ModelError, ConfigError: see `load_pair`, `load_image_backbone` and `check_token`.
+    """
+    pair = pair or load_pair(config.model)
+    learned = config.text.form == "token"
+    check_token(pair.encoder.tokenizers[0], config.concept.token, config.concept.class_name, learned=learned)
+    token = add_trained_parts(config, pair)
+    backbone = _backbone_loader(config, pair)
+    judged = config.critic.identity != "none" and (config.loss.identity or config.echo.start is not None)
+    judge = backbone(config.critic.identity) if judged else None
+    assert pair.teacher is not None
+    seed = _seed(config, _HEAD_SEED)
+    names = config.critic.discriminators if config.loss.adversarial else ()
+    critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
+    for critic in critics:
+        critic.to(pair.device)
+    state = TrainingState(
+        config=config,
+        pair=pair,
+        critics=critics,
+        judge=judge,
+        photos=_encode_photos(config, photos, pair.codec, critics, judge, pair.device),
+        photo_count=len(photos),
+        token=token,
+        optimizers={},
+        generator=torch.Generator().manual_seed(_seed(config, _STEP_SEED)),
+    )
+    state.optimizers = _optimizers(state)
+    return state
+
+
+def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
+    """Put LoRA on both UNets and give the text side its trained form; returns the learned token, if that is it."""
+    targets, rank = UNET_TARGETS[config.adapter.targets], config.adapter.rank
+    for role, offset in ((pair.student, _STUDENT_SEED), (pair.teacher, _TEACHER_SEED)):
+        if role is not None:
+            add_lora(role.unet, targets, rank, config.lora_alpha, _seed(config, offset))
+            if config.train.gradient_checkpointing:
+                role.unet.enable_gradient_checkpointing()
+    if config.text.form == "lora":
+        for encoder in pair.encoder.encoders:
+            add_lora(encoder, TEXT_TARGETS, config.text.rank, config.text.rank, _seed(config, _TEXT_SEED))
+    if config.text.form != "token":
+        return None
+    initializer = config.text.initializer or config.concept.class_name or "object"
+    return LearnedToken(pair.encoder, config.concept.token, initializer).to(pair.device)
+
+
+def _seed(config: Config, offset: int) -> int:
+    return config.run.seed * 1000 + offset
+
+
+def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBackbone]:
+    """A loader that loads each image backbone once."""
+    loaded: dict[str, ImageBackbone] = {}
+
+    def load(name: str) -> ImageBackbone:
+        if name not in loaded:
+            loaded[name] = load_image_backbone(name, config.model, pair.device, pair.dtype)
+        return loaded[name]
+
+    return load
+
+
+def _encode_photos(
+    config: Config,
+    photos: Sequence[Photo],
+    codec: LatentCodec,
+    critics: Sequence[Discriminator],
+    judge: ImageBackbone | None,
+    device: torch.device,
+) -> TrainingSet:
+    generator = torch.Generator().manual_seed(_seed(config, _VIEW_SEED))
+    resolution, count = config.model.resolution, config.concept.views
+    views = teacher_views(photos, resolution=resolution, count=count, generator=generator)
+    reals = real_views(photos, resolution=resolution, count=max(count, len(photos)), generator=generator)
+    latents = _encode(codec, views, device)
+    real_latents = _encode(codec, reals, device)
+    masks = torch.stack([view.mask for view in views]).to(device)
+    seen: dict[str, ImageBackbone] = {c.name: c.backbone for c in critics if isinstance(c.backbone, ImageBackbone)}
+    features = {name: _image_features(codec, real_latents, backbone) for name, backbone in seen.items()}
+    return TrainingSet(
+        views=[_without_picture(view) for view in views],
+        real_views=[_without_picture(view) for view in reals],
+        latents=latents,
+        masks=F.interpolate(masks, latents.shape[-2:], mode="area"),
+        real_latents=real_latents,
+        critics=features,
+        # `real_views` begins with every photo as it is.
+        identity=_image_features(codec, real_latents[: len(photos)], judge)[0][:, 0] if judge else None,
+    )
+
+
+def _without_picture(view: View) -> View:
+    return replace(view, image=torch.empty(0), mask=torch.empty(0))
+
+
+def _encode(codec: LatentCodec, views: Sequence[View], device: torch.device) -> Tensor:
+    return torch.cat([codec.encode(view.image.unsqueeze(0).to(device)) for view in views])
+
+
+@torch.no_grad()
+def _image_features(codec: LatentCodec, latents: Tensor, backbone: ImageBackbone) -> list[Tensor]:
+    """Features of pictures that went through the decoder, as the student's do: no critic can tell by its traces."""
+    taps = [backbone.features(codec.decode(latent.unsqueeze(0))) for latent in latents]
+    return [torch.cat(tap) for tap in zip(*taps, strict=True)]
+
+
+def _optimizers(state: TrainingState) -> dict[str, torch.optim.Optimizer]:
+    """One AdamW per trained part; a part with nothing to train has none."""
+    settings = state.config.train
+    assert state.pair.teacher is not None
+    text = [p for encoder in state.pair.encoder.encoders for p in trainable_parameters(encoder)]
+    parts: dict[str, tuple[list[nn.Parameter], float]] = {
+        "teacher": (trainable_parameters(state.pair.teacher.unet), settings.teacher_lr),
+        "text": (list(state.token.parameters()) if state.token else text, settings.text_lr),
+        "student": (trainable_parameters(state.pair.student.unet), settings.lr),
+        "discriminators": ([p for c in state.critics for p in c.heads.parameters()], settings.discriminator_lr),
+    }
+    return {
+        name: torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay)
+        for name, (parameters, rate) in parts.items()
+        if parameters
+    }

@@ -1,0 +1,231 @@
+"""Bidirectional concept distillation, step by step as in the paper (EchoDistill, arXiv 2510.20512).
+
+One step of the joint phase: the teacher learns the concept from the photos; the student learns it from the teacher
+(alignment) and from the photos (adversarial); the discriminators learn to tell. In the echo phase the student's own
+best pictures join the photos for both.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echodistill_cli import losses
+from echodistill_cli.batches import (
+    StudentPass,
+    draw_echo,
+    draw_reals,
+    draw_student_pass,
+    draw_teacher_batch,
+    draw_timesteps,
+)
+from echodistill_cli.dataset import echo_prompt
+from echodistill_cli.diffusion import add_noise, prediction_target
+from echodistill_cli.discriminators import Discriminator
+from echodistill_cli.echo import EchoPool, refresh
+from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.state import TrainingState
+
+Metrics = dict[str, float]
+
+# Half-precision gradients of small losses vanish below 6e-8; this keeps them above. Exact, being a power of two.
+_FP16_LOSS_SCALE = 1024.0
+
+
+def training_step(state: TrainingState) -> Metrics:
+    """One step of the joint phase, and of the echo phase once it has begun. Returns every loss by name."""
+    metrics = teacher_step(state) if state.config.loss.denoising else {}
+    student_pass, student_metrics = student_step(state)
+    metrics |= student_metrics
+    if state.critics:
+        metrics |= discriminator_step(state, student_pass)
+    count_skips(state, metrics)
+    state.step += 1
+    start, every = state.config.echo.start, state.config.echo.every
+    if start is not None and state.step >= start and (state.step - start) % every == 0:
+        metrics |= echo_step(state)
+    return metrics
+
+
+def teacher_step(state: TrainingState) -> Metrics:
+    """Concept in: the teacher's denoising loss on photos, which alone also trains the shared text side."""
+    teacher = state.pair.role("teacher")
+    latents, masks, prompts = draw_teacher_batch(state)
+    conditioning = state.pair.encoder.encode(prompts)
+    noise = state.randn_like(latents)
+    timesteps = draw_timesteps(state, len(latents))
+    output = teacher(add_noise(teacher.schedule, latents, noise, timesteps), timesteps, conditioning)
+    target = prediction_target(teacher.schedule, latents, noise, timesteps)
+    loss = losses.denoising(output, target, masks).mean()
+    metrics = {"denoising": float(loss.detach())}
+    return metrics | optimize(state, state.config.loss.denoising * loss, ["teacher", "text"])
+
+
+def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
+    """Teacher → student: one-step pictures, pulled towards the teacher's guided x0 of them and towards the photos."""
+    with frozen(state.critics):
+        student_pass = draw_student_pass(state)
+        total = torch.zeros((), device=state.pair.device)
+        metrics: Metrics = {}
+        for term in active_losses(state):
+            values = term.function(student_pass)
+            values = values * student_pass.signal if term.by_signal else values
+            metrics[term.name] = float(values.detach().mean())
+            total = total + getattr(state.config.loss, term.name) * values.mean()
+        metrics |= optimize(state, total, ["student"])
+    return student_pass, metrics
+
+
+def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metrics:
+    """Each discriminator learns to tell photos (and, at a lower weight, echoed pictures) from the student's pass."""
+    reals = draw_reals(state, student_pass.pictures)
+    total = torch.zeros((), device=state.pair.device)
+    metrics: Metrics = {}
+    for critic in state.critics:
+        real_logits = critic.logits(reals.features(critic))
+        fake_logits = critic.logits([tap.detach() for tap in student_pass.features[critic.name]])
+        loss = losses.adversarial_discriminator(real_logits, fake_logits, reals.weights)
+        metrics[f"discriminator_{critic.name}"] = float(loss.detach())
+        total = total + loss
+    return metrics | optimize(state, total, ["discriminators"])
+
+
+@torch.no_grad()
+def echo_step(state: TrainingState) -> Metrics:
+    """Student → teacher: draw the concept in many scenes, keep what the judge finds to be the subject."""
+    settings, batch = state.config.echo, state.config.train.batch_size
+    first = int(state.randint(2**31 - 1, 1))
+    prompts = [echo_prompt(state.config.subject, first + index) for index in range(settings.candidates)]
+    batches = [draw_echo(state, prompts[start : start + batch]) for start in range(0, len(prompts), batch)]
+    drawn = functools.reduce(EchoPool.join, batches)
+    assert state.photos.identity is not None
+    state.pool, verdicts = refresh(state.pool, drawn, state.photos.identity, settings)
+    fallen = {f"echo_{why}": float(verdicts.count(why)) for why in ("identity", "photo_copy", "duplicate", "crowded")}
+    return (
+        {"echo_made": float(len(drawn)), "echo_kept": float(verdicts.count("kept"))}
+        | fallen
+        | {
+            "echo_pool": float(len(state.pool)),
+            "echo_identity_mean": float(drawn.scores.mean()),
+        }
+    )
+
+
+# --- the losses of the student, as data -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    """A row of the table below: the name is its key in `[loss]` and in the metrics.
+
+    Args:
+        function: values [B] of a pass. by_signal: weighted per sample by ᾱ_t, as every alignment loss is.
+        available: whether the run has what it needs.
+    """
+
+    name: str
+    function: Callable[[StudentPass], Tensor]
+    by_signal: bool
+    available: Callable[[TrainingState], bool] = lambda _state: True
+
+
+def _sliced_wasserstein(student_pass: StudentPass) -> Tensor:
+    state, settings = student_pass.state, student_pass.state.config.critic
+    directions = losses.patch_directions(
+        settings.swd_scales, settings.swd_projections, settings.swd_patch, state.generator
+    )
+    on_device = [kernels.to(state.pair.device) for kernels in directions]
+    return losses.sliced_wasserstein(student_pass.pictures.image(), student_pass.target_image, on_device)
+
+
+def _adversarial(student_pass: StudentPass) -> Tensor:
+    verdicts = [
+        losses.adversarial_generator(critic.logits(student_pass.features[critic.name]))
+        for critic in student_pass.state.critics
+    ]
+    return torch.stack(verdicts).sum(dim=0)
+
+
+STUDENT_LOSSES: tuple[StudentLoss, ...] = (
+    StudentLoss("latent", lambda p: losses.latent_alignment(p.pictures.latents, p.target), by_signal=True),
+    StudentLoss(
+        "identity",
+        lambda p: losses.feature_distance(*p.identity_features()),
+        by_signal=True,
+        available=lambda state: state.judge is not None,
+    ),
+    StudentLoss("sliced_wasserstein", _sliced_wasserstein, by_signal=True),
+    StudentLoss("adversarial", _adversarial, by_signal=False, available=lambda state: bool(state.critics)),
+)
+
+
+def active_losses(state: TrainingState) -> list[StudentLoss]:
+    """The rows with a weight above 0 whose needs are met."""
+    return [term for term in STUDENT_LOSSES if getattr(state.config.loss, term.name) and term.available(state)]
+
+
+# --- optimizing -------------------------------------------------------------------------------------------------------
+
+
+def optimize(state: TrainingState, loss: Tensor, parts: Sequence[str]) -> Metrics:
+    """The one place where anything is trained: zero, backward, clip, step, for the named parts of the run.
+
+    Returns:
+        the gradient norm of each part before clipping; or, where loss or gradient was not finite and nothing has been
+        moved, `skipped_<part>` = 1.
+    """
+    optimizers = {name: state.optimizers[name] for name in parts if name in state.optimizers}
+    if not optimizers or not loss.requires_grad:
+        return {}
+    for optimizer in optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    scale = _FP16_LOSS_SCALE if state.pair.dtype is torch.float16 else 1.0
+    (loss * scale).backward()  # type: ignore[no-untyped-call]
+    norms = {name: _unscale_and_clip(optimizer, scale, state) for name, optimizer in optimizers.items()}
+    if not all(math.isfinite(value) for value in (float(loss.detach()), *norms.values())):
+        return {f"skipped_{name}": 1.0 for name in optimizers}
+    for optimizer in optimizers.values():
+        optimizer.step()
+    return {f"grad_norm_{name}": norm for name, norm in norms.items()}
+
+
+def _unscale_and_clip(optimizer: torch.optim.Optimizer, scale: float, state: TrainingState) -> float:
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.div_(scale)
+    return float(torch.nn.utils.clip_grad_norm_(parameters, state.config.train.max_grad_norm or math.inf))
+
+
+def count_skips(state: TrainingState, metrics: Metrics) -> None:
+    """Count steps in which an optimizer was skipped.
+
+    Raises:
+        EchoDistillError: too many in a row.
+    """
+    skipped = sorted(name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_"))
+    state.bad_steps_in_a_row = state.bad_steps_in_a_row + 1 if skipped else 0
+    state.bad_steps += bool(skipped)
+    if state.bad_steps_in_a_row >= state.config.train.max_bad_steps:
+        raise EchoDistillError(
+            f"Loss or gradient of {', '.join(skipped)} was not finite in the last {state.bad_steps_in_a_row} steps.",
+            "Lower --lr and --teacher-lr, or use --precision fp32, and --resume from the last checkpoint.",
+        )
+
+
+@contextmanager
+def frozen(critics: Sequence[Discriminator]) -> Iterator[None]:
+    """Inside, no gradient is kept for the discriminators' heads, while it still flows through them."""
+    for critic in critics:
+        critic.heads.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for critic in critics:
+            critic.heads.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""How the embedded teacher and student were made: a toy world and its trainer."""

@@ -1,0 +1,166 @@
+"""Stages `identity`, `backbone-clip` and `backbone-vit`: the small frozen networks that look at pictures.
+
+All three learn from renders of every noun in the training vendors, so that they have to generalise to
+drawings they never saw, the held-out vendor's above all. The two CLIP-like ones are contrastive: two views of
+one drawing (same colour, other place, size and turn) belong together. The ViT tells noun, vendor, place and
+colour apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
+
+from examples.mini_world.augment import soften
+from examples.mini_world.models import as_tensor
+from examples.mini_world.nouns import HELD_OUT_VENDOR, TRAIN_VENDORS
+from examples.mini_world.places import PLACES
+from examples.mini_world.world import COLOURS, SIDE, Scene, World
+
+WIDTH, DEPTH, PATCH = 128, 6, 8
+TEMPERATURE = 0.1
+VENDORS_PER_NOUN = 4
+
+
+def build_clip_vision() -> CLIPVisionModelWithProjection:
+    """Pictures (batch, 3, 64, 64) in -1..1 to `image_embeds` (batch, 128); 1.2 M parameters."""
+    return CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=DEPTH,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=PATCH,
+            hidden_act="gelu",
+        )
+    )
+
+
+def build_vit() -> ViTModel:
+    """Pictures (batch, 3, 64, 64) in -1..1 to `last_hidden_state` (batch, 65, 128), class token first."""
+    config = ViTConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH,
+                       num_attention_heads=4, image_size=SIDE, patch_size=PATCH)  # fmt: skip
+    return ViTModel(config, add_pooling_layer=False)
+
+
+def paired_loss(first: Tensor, second: Tensor) -> Tensor:
+    """Symmetric InfoNCE: row i of both (count, width) shows one drawing, all other rows show others."""
+    first, second = functional.normalize(first, dim=-1), functional.normalize(second, dim=-1)
+    logits = first @ second.T / TEMPERATURE
+    target = torch.arange(len(logits), device=logits.device)
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+
+
+def paired_scenes(rng: np.random.Generator, world: World, count: int) -> tuple[list[Scene], list[Scene]]:
+    """`count` drawings seen twice; several vendors of each noun, since those are the hard negatives."""
+    first: list[Scene] = []
+    while len(first) < count:
+        noun = str(rng.choice(world.nouns))
+        for vendor in rng.permutation(world.vendors[noun])[:VENDORS_PER_NOUN]:
+            first.append(replace(world.scene(rng), noun=noun, vendor=str(vendor)))
+    first = first[:count]
+    second = [
+        replace(world.scene(rng), noun=scene.noun, vendor=scene.vendor, colour=scene.colour)
+        for scene in first
+    ]
+    return first, second
+
+
+class ContrastiveStage:
+    """Trains a CLIP-like vision network on pairs of views."""
+
+    ema_decay = 0.999
+
+    def __init__(
+        self, name: str, world: World, device: str, batch_size: int = 64, rate: float = 5e-4
+    ) -> None:
+        self.name, self.world, self.device = name, world, device
+        self.batch_size, self.learning_rate = batch_size, rate
+        self.network: nn.Module = build_clip_vision().to(device)
+        self.unseen = World(world.sprites, world.nouns, [HELD_OUT_VENDOR])
+
+    def _views(self, scenes: list[Scene], world: World) -> Tensor:
+        return as_tensor(np.stack([world.render(scene).image for scene in scenes]), self.device)
+
+    def _embed(self, pictures: Tensor) -> Tensor:
+        with torch.autocast(self.device, torch.bfloat16):
+            embedded: Tensor = self.network(pixel_values=pictures).image_embeds
+        return embedded.float()
+
+    def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
+        first, second = paired_scenes(rng, self.world, self.batch_size // 2)
+        pictures = soften(rng, self._views(first + second, self.world))
+        one, other = self._embed(pictures).chunk(2)
+        return paired_loss(one, other), {}
+
+    def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
+        """How often a view finds its partner among 128: trained vendors, and one unseen drawing per noun."""
+        figures = {}
+        for key, world in (("trained", self.world), ("held_out", self.unseen)):
+            first, second = paired_scenes(np.random.default_rng(3), world, 128)
+            one = functional.normalize(self._embed(self._views(first, world)), dim=-1)
+            other = functional.normalize(self._embed(self._views(second, world)), dim=-1)
+            found = (one @ other.T).argmax(dim=-1).cpu().tolist()
+            # The same drawing can come up twice; meeting its twin is no mistake.
+            drawings = [(scene.noun, scene.vendor, scene.colour) for scene in first]
+            hits = [drawings[at] == drawings[to] for at, to in enumerate(found)]
+            figures[f"retrieval_{key}"] = float(np.mean(hits))
+        return figures
+
+
+class ViTStage:
+    """Trains a ViT to name noun, vendor, place and colour through linear heads that are thrown away later."""
+
+    name = "backbone-vit"
+    ema_decay = 0.999
+
+    def __init__(self, world: World, device: str, batch_size: int = 64, rate: float = 5e-4) -> None:
+        self.world, self.device, self.batch_size, self.learning_rate = world, device, batch_size, rate
+        self.labels: dict[str, list[str | None]] = {
+            "noun": list(world.nouns),
+            "vendor": list(TRAIN_VENDORS),
+            "place": [None, *PLACES],
+            "colour": [None, *COLOURS],
+        }
+        heads = nn.ModuleDict({key: nn.Linear(WIDTH, len(names)) for key, names in self.labels.items()})
+        self.network: nn.Module = nn.ModuleDict({"body": build_vit(), "heads": heads}).to(device)
+
+    def _logits(self, pictures: Tensor) -> dict[str, Tensor]:
+        modules = dict(self.network.named_children())
+        with torch.autocast(self.device, torch.bfloat16):
+            token = modules["body"](pixel_values=pictures).last_hidden_state[:, 0]
+            return {key: head(token).float() for key, head in modules["heads"].named_children()}
+
+    def _batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn = [self.world.draw(rng) for _ in range(count)]
+        pictures = as_tensor(np.stack([picture.image for picture in drawn]), self.device)
+        targets = {
+            key: torch.tensor(
+                [names.index(getattr(picture.scene, key)) for picture in drawn], device=self.device
+            )
+            for key, names in self.labels.items()
+        }
+        return pictures, targets
+
+    def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
+        pictures, targets = self._batch(rng, self.batch_size)
+        logits = self._logits(soften(rng, pictures))
+        losses = [functional.cross_entropy(logits[key], targets[key]) for key in self.labels]
+        return torch.stack(losses).sum(), {}
+
+    def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
+        """The share of right answers on 256 fixed pictures."""
+        pictures, targets = self._batch(np.random.default_rng(3), 256)
+        logits = self._logits(pictures)
+        return {
+            f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item()
+            for key in self.labels
+        }

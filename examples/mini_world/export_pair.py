@@ -1,0 +1,146 @@
+"""`python -m examples.mini_world.export_pair OUTPUT`: what was trained, as fp16 folders of averaged weights.
+
+The teacher opens with `StableDiffusionPipeline.from_pretrained(OUTPUT, safety_checker=None)`. Half precision
+is checked here: a picture drawn by the written folder must agree with the one the training weights draw. With
+`--part identity` (or `backbone-clip`, `backbone-vit`, `judge-0`) one of the networks that look at pictures is
+written instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from examples.mini_world.encoders import ViTStage, build_clip_vision
+from examples.mini_world.judges import Judge, judge_labels
+from examples.mini_world.latents import load_vae
+from examples.mini_world.models import build_scheduler, build_text_encoder, build_unet
+from examples.mini_world.nouns import SOURCES, chosen_nouns, noun_words
+from examples.mini_world.runner import load_average
+from examples.mini_world.sprites import default_work_directory
+from examples.mini_world.tokenizer import open_tokenizer
+from examples.mini_world.world import SIDE, open_world
+
+MAX_MEGABYTES = 25.0
+
+
+def teacher_pipeline(work: Path) -> tuple[StableDiffusionPipeline, int]:
+    """The trained teacher with averaged weights in float32, and the number of samples it has seen."""
+    tokenizer = open_tokenizer(work)
+    network = nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
+    samples = load_average(work / "teacher" / "checkpoint.pt", network)
+    pipeline = StableDiffusionPipeline(
+        vae=load_vae(work),
+        text_encoder=network["text_encoder"].eval(),
+        tokenizer=tokenizer,
+        unet=network["unet"].eval(),
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, samples
+
+
+def _picture(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    """One fixed 15-step picture, (64, 64, 3) in 0..1."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = pipeline("a photo of a frog on the beach", num_inference_steps=15, guidance_scale=3.0,
+                     generator=generator, output_type="np")  # fmt: skip
+    return torch.from_numpy(drawn.images[0])
+
+
+def export_teacher(work: Path, output: Path, nouns: int) -> dict[str, object]:
+    """Write the folder under a temporary name, check it, rename it; returns its card."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists; name another folder or delete it first")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    pipeline, samples = teacher_pipeline(work)
+    expected = _picture(pipeline)
+    pipeline.to(dtype=torch.float16).save_pretrained(partial)
+    reloaded = StableDiffusionPipeline.from_pretrained(partial, safety_checker=None, dtype=torch.float32)
+    reloaded.set_progress_bar_config(disable=True)
+    difference = float((_picture(reloaded) - expected).abs().mean())
+    megabytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
+    if difference > 0.02 or megabytes > MAX_MEGABYTES:
+        raise RuntimeError(f"not exported: mean difference {difference:.4f}, {megabytes:.1f} MB in {partial}")
+    trained_on = [source for source in SOURCES if not source.held_out]
+    card = {
+        "role": "teacher",
+        "samples": samples,
+        "nouns": [noun_words(noun) for noun in chosen_nouns(nouns)],
+        "sources": [f"{source.package}@{source.version} ({source.licence})" for source in trained_on],
+        "mean_difference_fp16": round(difference, 5),
+        "megabytes": round(megabytes, 2),
+    }  # fmt: skip
+    (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    partial.rename(output)
+    return card
+
+
+def _looking_network(work: Path, part: str, nouns: int) -> tuple[nn.Module, int, dict[str, object]]:
+    """A trained encoder or judge in float32, the samples it has seen, and what its outputs mean."""
+    if part.startswith("judge-"):
+        world = open_world(work, nouns, [source.vendor for source in SOURCES])
+        labels = judge_labels(world)
+        judge = Judge(labels)
+        return judge, load_average(work / part / "checkpoint.pt", judge), {"labels": labels}
+    if part == "backbone-vit":
+        stage = ViTStage(open_world(work, 0), "cpu")
+        samples = load_average(work / part / "checkpoint.pt", stage.network)
+        return stage.network.get_submodule("body"), samples, {"feature": "last_hidden_state[:, 0]"}
+    clip = build_clip_vision()
+    return clip, load_average(work / part / "checkpoint.pt", clip), {"feature": "image_embeds"}
+
+
+def export_looking_network(work: Path, output: Path, part: str, nouns: int) -> dict[str, object]:
+    """Write an encoder (transformers folder) or a judge (`model.safetensors`, labels in `card.json`)."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists; name another folder or delete it first")
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    network, samples, meaning = _looking_network(work, part, nouns)
+    network = network.eval().half()
+    if isinstance(network, PreTrainedModel):
+        network.save_pretrained(partial)
+        normalisation = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
+                         "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
+        (partial / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n")
+    else:
+        save_file(network.state_dict(), partial / "model.safetensors")
+    card = {"role": part, "samples": samples, "input": "(batch, 3, 64, 64) in -1..1", **meaning}
+    (partial / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+    partial.rename(output)
+    return card
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Export and print the card."""
+    parser = argparse.ArgumentParser(prog="python -m examples.mini_world.export_pair", description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--work", type=Path, default=default_work_directory())
+    parser.add_argument("--nouns", type=int, default=12)
+    parser.add_argument(
+        "--part", default="teacher", help="teacher, identity, backbone-clip, backbone-vit, judge-N"
+    )
+    options = parser.parse_args(arguments)
+    if options.part == "teacher":
+        card = export_teacher(options.work, options.output, options.nouns)
+    else:
+        card = export_looking_network(options.work, options.output, options.part, options.nouns)
+    print(json.dumps(card, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Stage `judge`: a convolutional classifier of noun, exact drawing, place and colour, trained on renders.
+
+It shares neither architecture nor seed with anything the pair is trained or personalized with, and it knows
+the held-out vendor's drawings, which nothing else does: it is the examiner, never a loss. `--judge-seed`
+makes a second one; two that agree are worth more than one that is sure.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from examples.mini_world.augment import soften
+from examples.mini_world.models import as_tensor
+from examples.mini_world.places import PLACES
+from examples.mini_world.world import COLOURS, Scene, World
+
+
+def judge_labels(world: World) -> dict[str, list[str]]:
+    """The classes of each question, in order; "none" is a scene without colour. Plain ground is white."""
+    return {
+        "noun": list(world.nouns),
+        "sprite": [f"{noun}/{vendor}" for noun in world.nouns for vendor in world.vendors[noun]],
+        "place": list(PLACES),
+        "colour": ["none", *COLOURS],
+    }
+
+
+def scene_answers(scene: Scene) -> dict[str, str]:
+    """The right answers about a scene."""
+    return {
+        "noun": scene.noun,
+        "sprite": f"{scene.noun}/{scene.vendor}",
+        "place": scene.place or "white",
+        "colour": scene.colour or "none",
+    }
+
+
+class Judge(nn.Module):
+    """Pictures (batch, 3, 64, 64) in -1..1 to logits per question: four convolution levels, 1.2 M weights."""
+
+    def __init__(self, labels: dict[str, list[str]], width: int = 32) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for level in range(4):
+            wider = width * 2**level
+            layers += [
+                nn.Conv2d(channels, wider, 3, stride=1 if level == 0 else 2, padding=1),
+                nn.GroupNorm(8, wider),
+                nn.GELU(),
+                nn.Conv2d(wider, wider, 3, stride=2 if level == 0 else 1, padding=1),
+                nn.GroupNorm(8, wider),
+                nn.GELU(),
+            ]
+            channels = wider
+        self.body = nn.Sequential(*layers)
+        # Mean for the place, maximum for what is only in one spot.
+        self.heads = nn.ModuleDict(
+            {key: nn.Linear(2 * channels, len(names)) for key, names in labels.items()}
+        )
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        features = self.body(pictures)
+        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=-1)
+        return {key: head(pooled) for key, head in self.heads.items()}
+
+
+class JudgeStage:
+    """Trains one judge; `world` should hold all vendors, the held-out one included."""
+
+    ema_decay = 0.999
+
+    def __init__(
+        self, world: World, device: str, number: int = 0, batch_size: int = 48, rate: float = 1e-3
+    ) -> None:
+        self.name, self.world, self.device = f"judge-{number}", world, device
+        self.batch_size, self.learning_rate = batch_size, rate
+        self.labels = judge_labels(world)
+        torch.manual_seed(9000 + number)
+        self.network: nn.Module = Judge(self.labels).to(device)
+
+    def _batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        drawn = [self.world.draw(rng) for _ in range(count)]
+        answers = [scene_answers(picture.scene) for picture in drawn]
+        targets = {
+            key: torch.tensor([names.index(answer[key]) for answer in answers], device=self.device)
+            for key, names in self.labels.items()
+        }
+        return as_tensor(np.stack([picture.image for picture in drawn]), self.device), targets
+
+    def _logits(self, pictures: Tensor) -> dict[str, Tensor]:
+        with torch.autocast(self.device, torch.bfloat16):
+            return {key: value.float() for key, value in self.network(pictures).items()}
+
+    def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
+        pictures, targets = self._batch(rng, self.batch_size)
+        logits = self._logits(soften(rng, pictures))
+        return torch.stack(
+            [functional.cross_entropy(logits[key], targets[key]) for key in self.labels]
+        ).sum(), {}
+
+    def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
+        """The share of right answers on 256 fixed renders: the ceiling for generated pictures."""
+        pictures, targets = self._batch(np.random.default_rng(11), 256)
+        logits = self._logits(pictures)
+        return {
+            f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item()
+            for key in self.labels
+        }

@@ -1,0 +1,48 @@
+"""Shared fixtures: the small random pair and backbones of `examples.benchmark.small_pair`, and photos made on the spot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from examples.benchmark.small_pair import build_small_backbones, build_small_pair
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_single_threaded() -> None:
+    """One thread, so that sums come in the same order everywhere; no progress bars of other libraries."""
+    torch.set_num_threads(1)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def small_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a student and a teacher with random weights; not to be written to."""
+    return build_small_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def small_backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of a tiny DINO, DINOv2 and CLIP by name; not to be written to."""
+    return build_small_backbones(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four different 96-pixel JPEGs of a coloured disc on a textured ground."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(4):
+        ground = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
+        image = Image.fromarray(ground).resize((96, 96), Image.Resampling.NEAREST)
+        disc = Image.new("L", (96, 96), 0)
+        disc.paste(255, (20 + 5 * index, 20, 60 + 5 * index, 70))
+        image.paste((220, 60 + 20 * index, 30), mask=disc)
+        image.save(folder / f"photo-{index}.jpg", quality=95)
+    return folder
