@@ -290,8 +290,6 @@ def _check_together(config: Config) -> None:
             "text.initializer is set, but text.form = 'frozen' learns no token.",
             "Use --text token, or drop it.",
         )
-    if len(set(config.critic.discriminators)) < len(config.critic.discriminators):
-        raise ConfigError("critic.discriminators names one of them twice.")
     if config.train.lr == 0 and config.train.teacher_lr == 0:
         raise ConfigError("train.lr and train.teacher_lr are both 0: nothing would be trained.")
     names = [Path(name).name for name in config.critic.discriminators]

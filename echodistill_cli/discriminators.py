@@ -234,4 +234,4 @@ def build_discriminators(
     backbones = [TeacherBackbone(teacher) if name == "teacher" else image_backbone(name) for name in names]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [Discriminator(name, seen, head_width) for name, seen in zip(names, backbones, strict=True)]
+        return [Discriminator(Path(name).name, seen, head_width) for name, seen in zip(names, backbones, strict=True)]

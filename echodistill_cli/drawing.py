@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -14,8 +16,10 @@ from echodistill_cli.attach import attach_lora, read_token_file
 from echodistill_cli.conditioning import LearnedToken
 from echodistill_cli.config import ModelConfig
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import make_folder
 from echodistill_cli.models import ModelPair, Role, load_pair
-from echodistill_cli.pictures import to_image
+from echodistill_cli.pictures import grid, save_png, to_image
+from echodistill_cli.presets import build_config
 from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
 from echodistill_cli.sampling import SamplingSettings, generate
 
@@ -31,7 +35,8 @@ class SampleRequest:
         lora: a LoRA file or a run folder; None for the newest run. lora_scale: its strength, 1 as trained.
         role: who draws. steps, guidance_scale: None for what suits the role (1 and 0; 25 and 7.5).
         size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
-        model: for a LoRA file that lies in no run folder, the models to draw with.
+        model: a preset, hub id, folder or file to draw with instead of the run's own student; a LoRA file that lies in
+            no run folder needs it. model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
     """
 
     prompts: Sequence[str]
@@ -45,7 +50,8 @@ class SampleRequest:
     size: int | None = None
     batch_size: int = 4
     compare: bool = False
-    model: ModelConfig | None = None
+    model: str | None = None
+    model_overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,54 @@ def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sa
 
 
 @dataclass(frozen=True)
+class WrittenSamples:
+    """The files of one `sample` call; the grid is None for a single picture."""
+
+    files: tuple[Path, ...]
+    grid: Path | None
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "files": [str(file) for file in self.files],
+            "grid": str(self.grid) if self.grid else None,
+            "images_per_second": round(self.images_per_second, 3),
+        }
+
+
+def sample_to_folder(request: SampleRequest, folder: Path, say: Say = lambda _line: None) -> WrittenSamples:
+    """Draw, and write one PNG per picture (with its making in its metadata) and a grid of all; nothing is overwritten.
+
+    Raises:
+        as `sample`; EchoDistillError: a file cannot be written.
+    """
+    drawn = list(sample(request, say))
+    make_folder(folder)
+    first = _next_number(folder)
+    files, shown = [], []
+    for index, one in enumerate(drawn):
+        path = folder / f"{first + index:04d}_s{one.seed}.png"
+        picture = one.image if one.base is None else grid([one.base, one.image], columns=2)
+        save_png(path, picture, one.texts)
+        files.append(path)
+        shown.append(picture)
+    sheet = None
+    if len(shown) > 1:
+        sheet = folder / f"{first:04d}-{first + len(shown) - 1:04d}_grid.png"
+        save_png(sheet, grid(shown, columns=request.count if request.count > 1 else None))
+    rate = len(drawn) / max(sum(one.seconds for one in drawn), 1e-9)
+    say(f"{len(drawn)} pictures, {rate:.2f} images/s")
+    return WrittenSamples(tuple(files), sheet, rate)
+
+
+def _next_number(folder: Path) -> int:
+    """One above the highest number that a picture in the folder begins with."""
+    numbers = [int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]_*.png")]
+    return max(numbers, default=-1) + 1
+
+
+@dataclass(frozen=True)
 class FoundLora:
     """A LoRA file with the models it goes with, and the token file that it needs, if any."""
 
@@ -119,9 +173,18 @@ def find_lora(request: SampleRequest) -> FoundLora:
     for folder in request.lora.resolve().parents[:2]:
         if (folder / CONFIG_FILE).is_file():
             return _of_run(open_run(folder), request.lora, request)
+    if not request.lora.is_file():
+        raise ConfigError(f"{request.lora}: no such LoRA file or run folder.")
     if request.model is None:
         raise ConfigError(f"{request.lora} lies in no run folder.", "Name the model it was made for with --model.")
-    return FoundLora(request.lora, request.model, None)
+    return FoundLora(request.lora, _models(request, ModelConfig()), None)
+
+
+def _models(request: SampleRequest, model: ModelConfig) -> ModelConfig:
+    """The models of a run, or those asked for, with what the request changes of them."""
+    if request.model is not None:
+        model = build_config(request.model).model
+    return dataclasses.replace(model, **request.model_overrides)
 
 
 def _lora_path(run: Run, role: Role) -> Path:
@@ -135,7 +198,7 @@ def _lora_path(run: Run, role: Role) -> Path:
 def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
     config = run.config
     token_file = run.folder / f"{config.concept.token}.safetensors" if config.text.form == "token" else None
-    return FoundLora(lora, request.model or config.model, token_file)
+    return FoundLora(lora, _models(request, config.model), token_file)
 
 
 def _attach_token(pair: ModelPair, file: Path) -> None:

@@ -14,6 +14,7 @@ from echodistill_cli.runs import Run
 from echodistill_cli.sampling import SamplingSettings, generate
 from echodistill_cli.signals import StopRequest
 from echodistill_cli.state import TrainingState
+from echodistill_cli.trackers import tracking
 from echodistill_cli.training import training_step
 
 Observer = Callable[[Mapping[str, float]], None]
@@ -34,10 +35,11 @@ def train_to_end(state: TrainingState, run: Run, observe: Observer) -> None:
     last = state.config.train.steps
     if state.step == 0:
         preview(state, run)
-    with StopRequest() as stop:
+    with StopRequest() as stop, tracking(state.config, run.folder) as track:
         while state.step < last:
             metrics = timed_step(state)
             run.log(metrics)
+            track(metrics)
             observe(metrics)
             done = state.step == last
             if state.step % every.sample_every == 0 or done:

@@ -18,6 +18,7 @@ from echodistill_cli.conditioning import Conditioning, PromptEncoder
 from echodistill_cli.config import ModelConfig
 from echodistill_cli.diffusion import NoiseSchedule, pure_noise
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.single_file import configuration_folder, load_part
 from echodistill_cli.sources import resolve, weight_variant
 
 Family = Literal["sd", "sdxl"]
@@ -181,18 +182,18 @@ class _Loader:
         path = self.folder(source, revision, "unet", "scheduler")
         unet = self.load(UNet2DConditionModel, path, "unet")
         unet.conv_out.float().register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
-        return Denoiser(unet, load_schedule(self.settings(path) / "scheduler"))
+        return Denoiser(unet, load_schedule(self.settings(path, "scheduler") / "scheduler"))
 
     def prompt_encoder(self, family: Family) -> PromptEncoder:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         second = ("tokenizer_2", "text_encoder_2") if family == "sdxl" else ()
         path = self.folder(self.config.student, self.config.student_revision, "tokenizer", "text_encoder", *second)
-        tokenizers = [CLIPTokenizer.from_pretrained(self.settings(path) / "tokenizer")]
+        tokenizers = [CLIPTokenizer.from_pretrained(self.settings(path, "tokenizer") / "tokenizer")]
         encoders = [self.load(CLIPTextModel, path, "text_encoder")]
         if family == "sd":
             return PromptEncoder(tokenizers, encoders)
-        tokenizers.append(CLIPTokenizer.from_pretrained(self.settings(path) / "tokenizer_2"))
+        tokenizers.append(CLIPTokenizer.from_pretrained(self.settings(path, "tokenizer_2") / "tokenizer_2"))
         encoders.append(self.load(CLIPTextModelWithProjection, path, "text_encoder_2"))
         side = self.config.resolution
         return PromptEncoder(tokenizers, encoders, zero_null=True, time_ids=(side, side, 0, 0, side, side))
@@ -202,17 +203,19 @@ class _Loader:
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
         path = self.folder(self.config.student, self.config.student_revision, "vae")
-        name = json.loads((self.settings(path) / "vae" / "config.json").read_text())["_class_name"]
+        name = json.loads((self.settings(path, "vae") / "vae" / "config.json").read_text())["_class_name"]
         vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, path, "vae")
         if self.dtype is torch.float16 and vae.config.get("force_upcast"):
             vae.float()  # these VAEs overflow in half precision and give black pictures
         if self.config.decoder == "full" or name == "AutoencoderTiny":
             return LatentCodec(vae, vae)
         tiny = self.folder(self.config.tiny_decoder, None, "")
+        if tiny.is_file():
+            raise ModelError(f"{tiny.name}: an AutoencoderTiny is not read from a single file.", "Name a folder.")
         return LatentCodec(vae, self.load(AutoencoderTiny, tiny, ""))
 
-    def settings(self, path: Path) -> Path:
-        """The folder with the JSON files of a model that may itself be a single file."""
+    def settings(self, path: Path, *parts: str) -> Path:
+        """The folder with the JSON files of some parts of a model that may itself be a single file."""
         if path.is_dir():
             return path
         if self.config.single_file_config is None:
@@ -220,29 +223,17 @@ class _Loader:
                 f"{path.name}: a single file does not say how its model is built.",
                 "Name the folder or hub id with its configuration: --single-file-config stabilityai/sd-turbo",
             )
-        return resolve(self.config.single_file_config, (), offline=self.config.offline)
+        return configuration_folder(self.config.single_file_config, parts, offline=self.config.offline)
 
     def load(self, kind: Any, path: Path, part: str) -> Any:
         if path.is_file():
-            module = self.load_from_file(kind, path, part)
+            module = load_part(kind, path, part, self.settings(path, part), self.dtype)
         else:
             folder = path / part
             module = kind.from_pretrained(
                 folder, dtype=self.dtype, variant=weight_variant(folder, self.config.variant), use_safetensors=True
             )
         return module.to(self.device).eval().requires_grad_(False)
-
-    def load_from_file(self, kind: Any, path: Path, part: str) -> Any:
-        """A part of a single file in the original layout."""
-        from diffusers import StableDiffusionPipeline
-
-        settings = self.settings(path)
-        if hasattr(kind, "from_single_file"):
-            return kind.from_single_file(str(path), config=str(settings), subfolder=part, dtype=self.dtype)
-        pipeline = StableDiffusionPipeline.from_single_file(
-            str(path), config=str(settings), dtype=self.dtype, safety_checker=None, unet=None, vae=None
-        )
-        return getattr(pipeline, part)
 
 
 def load_schedule(folder: Path) -> NoiseSchedule:

@@ -7,23 +7,18 @@ subjects: none of those is warned about, while blurred versions and re-encoded c
 
 from __future__ import annotations
 
-import io
 import re
-import struct
-import warnings
-import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from echodistill_cli.errors import PhotoError
+from echodistill_cli.images import Notes, UnusableError, read_picture
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-GREY = (128, 128, 128)  # 0 in [-1, 1]: the empty canvas of the augmentation, and no bright or dark fringe
 MIN_SIDE = 16  # pixels; smaller pictures are icons
 SHARPNESS = 250.0  # the real photos reach 1100 or more; blurred with sigma 3 at 768 px, 92 at most
 COPY_CORRELATION = 0.95  # different photos of one subject reach 0.73; a strongly re-encoded copy has 0.99
@@ -31,11 +26,7 @@ MIN_CONTRAST = 4.0  # standard deviation of the grey values, of 255
 PANORAMA = 2.2  # aspect ratio
 MAX_CUT = 0.4  # share of the picture outside its square crop: 16:9 is told, 3:2 is not
 MAX_MASK_CUT = 0.1  # share of the subject outside the square crop
-MIN_TRANSPARENT = 0.01  # share of transparent pixels below which alpha is a frame (rounded corners), not a mask
 _IGNORED = {".txt", ".json", ".md"}
-_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-# What Pillow's decoders were seen to raise on damaged files of the formats above.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,18 +74,6 @@ class PhotoReport:
         return {"usable": len(self.photos), "warnings": list(self.warnings), "files": files}
 
 
-class _UnusableError(Exception):
-    """A file cannot be used; the message is its reason."""
-
-
-@dataclass
-class _Notes:
-    """What is said about one file: remarks inform, warnings change the verdict."""
-
-    remarks: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
 def load_photos(folder: Path, *, min_photos: int, resolution: int, masks: str, captions: bool) -> PhotoReport:
     """`check_photos`, insisting on `min_photos` usable ones.
 
@@ -102,9 +81,19 @@ def load_photos(folder: Path, *, min_photos: int, resolution: int, masks: str, c
         PhotoError: the folder is missing, unreadable or not a folder, or holds fewer than `min_photos` usable photos.
     """
     report = check_photos(folder, resolution=resolution, masks=masks, captions=captions)
+    require_enough(report, folder, min_photos)
+    return report
+
+
+def require_enough(report: PhotoReport, folder: Path, min_photos: int) -> None:
+    """Insist on `min_photos` usable ones.
+
+    Raises:
+        PhotoError: there are fewer; it names the first skipped files with their reasons.
+    """
     usable, total = len(report.photos), len(report.files)
     if usable >= min_photos:
-        return report
+        return
     expected = f"{folder}: expected at least {min_photos} usable photo{'s' * (min_photos != 1)} of the subject, found"
     if not report.files:
         nested = [entry for entry in _entries(folder, folders=True) if entry.name != "masks"]
@@ -137,12 +126,12 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
     photos: list[Photo] = []
     thumbnails: dict[str, NDArray[np.float64]] = {}
     for path in paths:
-        notes = _Notes()
+        notes = Notes()
         try:
-            image, alpha, kind = _read(path, notes)
+            image, alpha, kind = read_picture(path, notes)
             mask = _subject_mask(mask_files.get(path.stem), image.size, alpha, notes) if masks == "auto" else None
             photo = _photo(path, image, mask, resolution, _caption(path, notes) if captions else None)
-        except _UnusableError as error:
+        except UnusableError as error:
             files.append(FileReport(path.name, "skipped", (str(error),)))
             continue
         notes.warnings += _quality_warnings(photo, image.size, resolution) + _copy_warnings(photo, thumbnails)
@@ -196,7 +185,7 @@ def _padded(name: str) -> str:
 
 def _photo(path: Path, image: Image.Image, mask: Image.Image | None, resolution: int, caption: str | None) -> Photo:
     if min(image.size) < MIN_SIDE:
-        raise _UnusableError(f"has only {image.width} x {image.height} pixels")
+        raise UnusableError(f"has only {image.width} x {image.height} pixels")
     scale = 2 * resolution / min(image.size)
     if scale < 1:
         smaller = (round(image.width * scale), round(image.height * scale))
@@ -205,135 +194,15 @@ def _photo(path: Path, image: Image.Image, mask: Image.Image | None, resolution:
     return Photo(path, image, mask, caption, square_crop(image, mask))
 
 
-def _formats() -> list[str]:
-    """The formats that can be decoded here; HEIC only where pillow-heif is installed."""
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN and name != "HEIF"]
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        return known
-    register_heif_opener()
-    return [*known, "HEIF"]
-
-
-def _read(path: Path, notes: _Notes) -> tuple[Image.Image, Image.Image | None, str]:
-    """A file's first frame: upright sRGB picture, its alpha if it has a real one, its format."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image, alpha, kind = _decode(path, notes)
-    # Pillow tells of damaged metadata this way; other categories (deprecations, say) are not about the file.
-    told = dict.fromkeys(str(warning.message).strip() for warning in caught if warning.category is UserWarning)
-    notes.warnings += [f"Pillow says: {text}" for text in told]
-    return *_flatten(image, alpha, notes), kind
-
-
-def _decode(path: Path, notes: _Notes) -> tuple[Image.Image, Image.Image | None, str]:
-    """As `_read`, the transparency still in the alpha channel."""
-    header = b""
-    try:
-        if not path.is_file():  # a broken link; or a pipe, which would block
-            raise _UnusableError("cannot be read: not a regular file")
-        with path.open("rb") as file:
-            header = file.read(12)
-            image = Image.open(file, formats=_formats())
-            frames = getattr(image, "n_frames", 1)
-            image.seek(0)
-            image.load()
-            kind = str(image.format)
-            rgb, alpha = _to_srgb(_upright(image, notes), notes)
-    except UnidentifiedImageError as error:
-        reason = f"is not an image of a known kind ({', '.join(_formats())})" if header else "is empty (0 bytes)"
-        if header[4:8] == b"ftyp" and header[8:] in _HEIC_BRANDS:
-            reason = "is HEIC, which needs pillow-heif: pip install echodistill[heic]"
-        raise _UnusableError(reason) from error
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise _UnusableError(f"has too many pixels to be safe: {error}") from error
-    except _DECODE_ERRORS as error:
-        raise _UnusableError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if kind == "MPO":  # a phone's JPEG with a second view behind the photo, which is no animation
-        return rgb, alpha, "JPEG"
-    if frames > 1:
-        notes.remarks.append(f"has {frames} frames; only the first is used")
-    return rgb, alpha, kind
-
-
-def _upright(image: Image.Image, notes: _Notes) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, struct.error) as error:
-        notes.warnings.append(f"has unreadable EXIF data, so its orientation is a guess: {error}")
-        return image
-
-
-def _to_srgb(image: Image.Image, notes: _Notes) -> tuple[Image.Image, Image.Image | None]:
-    """The picture in sRGB, and its alpha channel."""
-    profile, alpha = image.info.get("icc_profile"), None
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bit(image, notes)
-    elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image, alpha = rgba.convert("L" if image.mode == "LA" else "RGB"), rgba.getchannel("A")
-    elif image.mode not in ("L", "CMYK"):
-        image = image.convert("RGB")
-    if profile:
-        return _apply_profile(image, profile, notes), alpha
-    if image.mode == "CMYK":
-        notes.remarks.append("is CMYK without a colour profile; its colours are approximate")
-    return image.convert("RGB"), alpha
-
-
-def _eight_bit(image: Image.Image, notes: _Notes) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64))
-    low, high = 0.0, 65535.0
-    if not image.mode.startswith("I;16"):
-        low, high = float(values.min()), float(values.max())
-        notes.remarks.append(f"has {image.mode} values, stretched from {low:g}...{high:g} to 0...255")
-    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-8))).astype(np.uint8))
-
-
-def _apply_profile(image: Image.Image, profile: bytes, notes: _Notes) -> Image.Image:
-    """Through the embedded ICC profile to sRGB; a profile that does not fit is told and left out."""
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        name = ImageCms.getProfileDescription(source).strip()
-        space = {"GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip(), "RGB")
-        fitting = image.convert("RGB") if space == "RGB" and image.mode == "L" else image
-        if "srgb" in name.lower() and fitting.mode == "RGB":
-            return fitting
-        srgb = ImageCms.createProfile("sRGB")
-        transform = ImageCms.buildTransform(source, srgb, fitting.mode, "RGB")
-        converted = ImageCms.applyTransform(fitting, transform) or fitting
-    except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        notes.warnings.append(f"has a colour profile that does not fit, so its colours are taken as sRGB: {error}")
-        return image.convert("RGB")
-    notes.remarks.append(f"converted from {name} to sRGB")
-    return converted
-
-
-def _flatten(rgb: Image.Image, alpha: Image.Image | None, notes: _Notes) -> tuple[Image.Image, Image.Image | None]:
-    """The picture on mid-grey, because `convert("RGB")` would reveal whatever colours hide behind the transparency."""
-    if alpha is None or alpha.getextrema()[0] == 255:
-        return rgb, None
-    if alpha.getextrema()[1] == 0:
-        raise _UnusableError("is entirely transparent")
-    canvas = Image.new("RGB", rgb.size, GREY)
-    canvas.paste(rgb, mask=alpha)
-    notes.remarks.append("its transparency is filled with mid-grey, the colour of the empty training canvas")
-    transparent = float((np.asarray(alpha) < 128).mean())
-    return canvas, alpha if transparent >= MIN_TRANSPARENT else None
-
-
 def _subject_mask(
-    path: Path | None, size: tuple[int, int], alpha: Image.Image | None, notes: _Notes
+    path: Path | None, size: tuple[int, int], alpha: Image.Image | None, notes: Notes
 ) -> Image.Image | None:
     """The mask file if there is a good one, else the photo's own alpha."""
     if path is not None:
         name, aspect = f"masks/{path.name}", size[0] / size[1]
         try:
-            picture, cutout, _ = _read(path, _Notes())
-        except _UnusableError as error:
+            picture, cutout, _ = read_picture(path, Notes())
+        except UnusableError as error:
             notes.warnings.append(f"{name} is ignored: it {error}")
             return alpha
         mask = cutout or picture.convert("L")
@@ -349,7 +218,7 @@ def _subject_mask(
     return alpha
 
 
-def _caption(path: Path, notes: _Notes) -> str | None:
+def _caption(path: Path, notes: Notes) -> str | None:
     file = path.with_suffix(".txt")
     if not file.exists():
         return None

@@ -10,13 +10,16 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from echodistill_cli.attach import check_same_pictures
 from echodistill_cli.card import model_card
 from echodistill_cli.config import Config
-from echodistill_cli.drawing import Sample, SampleRequest, Say, sample
+from echodistill_cli.discriminators import IMAGE_BACKBONES
+from echodistill_cli.drawing import Sample, SampleRequest, Say, WrittenSamples, sample, sample_to_folder
+from echodistill_cli.errors import ConfigError
 from echodistill_cli.export import ExportSettings, export_lora, export_token
 from echodistill_cli.files import write_text
 from echodistill_cli.inspection import Inspection, inspect_file
@@ -24,11 +27,25 @@ from echodistill_cli.loop import Observer, train_to_end
 from echodistill_cli.models import Role
 from echodistill_cli.photos import PhotoReport, check_photos, load_photos
 from echodistill_cli.pictures import png_bytes
-from echodistill_cli.runs import Run, create_run, newest_run, open_run, resume_run
+from echodistill_cli.presets import config_to_dict
+from echodistill_cli.runs import Run, check_output, create_run, newest_run, open_run, resume_run
 from echodistill_cli.sampling import SamplingSettings
+from echodistill_cli.sources import where
 from echodistill_cli.state import TrainingState, build_state
 
-__all__ = ["Sample", "SampleRequest", "TrainResult", "check", "export", "inspect", "sample", "train"]
+__all__ = [
+    "Sample",
+    "SampleRequest",
+    "TrainResult",
+    "WrittenSamples",
+    "check",
+    "export",
+    "inspect",
+    "plan",
+    "sample",
+    "sample_to_folder",
+    "train",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +58,10 @@ class TrainResult:
     token: Path | None
     steps: int
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
 
 def train(
@@ -62,15 +83,11 @@ def train(
         EchoDistillError: any of its children; see there.
     """
     started = time.time()
-    report = load_photos(
-        Path(config.concept.photos),
-        min_photos=config.concept.min_photos,
-        resolution=config.model.resolution,
-        masks=config.concept.masks,
-        captions=config.concept.captions,
-    )
+    report = _load_photos(config)
     for warning in _warnings(report):
         say(warning)
+    if not resume:
+        check_output(config, overwrite=overwrite)
     run = resume_run(config) if resume else None
     saved = run.load_checkpoint(from_step) if run else None
     say(f"Loading {config.model.student} and {config.model.teacher}")
@@ -82,6 +99,38 @@ def train(
         say(f"Resuming at step {state.step}")
     train_to_end(state, run, observe)
     return _write_results(state, run, started, say)
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """What `train` would do with a configuration: photos, models and where they are, steps; writes nothing.
+
+    Raises:
+        PhotoError: the photos will not do. ConfigError: the output is taken.
+    """
+    report = _load_photos(config)
+    critics = (*config.critic.discriminators, config.critic.identity)
+    images = [IMAGE_BACKBONES.get(name, name) for name in critics if name not in ("teacher", "none")]
+    sources = dict.fromkeys([config.model.student, config.model.teacher, *images])
+    return {
+        "photos": len(report.photos),
+        "warnings": list(_warnings(report)),
+        "models": {source: where(source) for source in sources},
+        "steps": config.train.steps,
+        "echo_from_step": config.echo.start,
+        "output": str(config.output),
+        "output_exists": config.output.exists(),
+        "config": config_to_dict(config),
+    }
+
+
+def _load_photos(config: Config) -> PhotoReport:
+    return load_photos(
+        Path(config.concept.photos),
+        min_photos=config.concept.min_photos,
+        resolution=config.model.resolution,
+        masks=config.concept.masks,
+        captions=config.concept.captions,
+    )
 
 
 def _write_results(state: TrainingState, run: Run, started: float, say: Say) -> TrainResult:
@@ -124,6 +173,7 @@ def export(
     layouts: Sequence[str] = ("kohya",),
     output: Path | None = None,
     step: int | None = None,
+    overwrite: bool = False,
     settings: ExportSettings | None = None,
 ) -> list[Path]:
     """Write LoRA files from a run's checkpoint, and the learned token's if there is one.
@@ -131,10 +181,13 @@ def export(
     Args:
         run_folder: None for the newest run. roles, layouts: a file is written for each pair.
         output: folder; None for `export/` in the run. step: of the checkpoint; None for the newest.
-        settings: dtype and metadata of the files; their layout is replaced by each of `layouts`.
+        overwrite: replace files that are there. settings: dtype and metadata; their layout is that of `layouts`.
 
     Returns:
         the files written.
+
+    Raises:
+        ConfigError: there is no such run or checkpoint, or a file is there already.
     """
     run = newest_run() if run_folder is None else open_run(run_folder)
     state = run.load_checkpoint(step)
@@ -145,6 +198,8 @@ def export(
         for layout in layouts:
             suffix = ("" if role == "student" else "-teacher") + ("" if layout == "kohya" else "-diffusers")
             path = folder / f"{run.config.name}{suffix}.safetensors"
+            if path.exists() and not overwrite:
+                raise ConfigError(f"{path} exists already.", "Replace it with --overwrite, or name another --output.")
             files.append(export_lora(run.config, state, role, path, dataclasses.replace(settings, layout=layout)))
     token = export_token(run.config, state, folder)
     return [*files, token] if token else files

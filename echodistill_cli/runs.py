@@ -103,22 +103,33 @@ class Run:
         return dict(state)
 
 
-def create_run(config: Config, *, overwrite: bool) -> Run:
-    """Make a new run folder with its configuration.
+def check_output(config: Config, *, overwrite: bool) -> None:
+    """See that a new run may be made where the configuration says; nothing is touched.
 
     Raises:
         ConfigError: something is there already and `overwrite` is off, or it is no run folder.
     """
     folder = config.output
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise ConfigError(
-                f"{folder} exists already.",
-                "Go on with --resume, replace it with --overwrite, or name another --output.",
-            )
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(f"{folder} is not a run folder, so it is not overwritten.", "Name another --output.")
-        with explained(folder):
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise ConfigError(
+            f"{folder} exists already.", "Go on with --resume, replace it with --overwrite, or name another --output."
+        )
+    if not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(f"{folder} is not a run folder, so it is not overwritten.", "Name another --output.")
+
+
+def create_run(config: Config, *, overwrite: bool) -> Run:
+    """Make a new run folder with its configuration; an old run that is in the way is removed.
+
+    Raises:
+        ConfigError: see `check_output`. EchoDistillError: the folder cannot be written.
+    """
+    check_output(config, overwrite=overwrite)
+    folder = config.output
+    with explained(folder):
+        if folder.exists():
             shutil.rmtree(folder)
     run = Run(make_folder(folder), config)
     make_folder(run.samples)

@@ -48,6 +48,20 @@ def resolve(
     return folder
 
 
+def is_cached(source: str) -> bool:
+    """Whether a hub model's files are in the cache, in any revision, whole or in part."""
+    from huggingface_hub import constants
+
+    return (Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots").is_dir()
+
+
+def where(source: str) -> str:
+    """Where a source's files are: "on this disk", "in the cache" or "to be downloaded"."""
+    if Path(source).expanduser().exists():
+        return "on this disk"
+    return "in the cache" if is_cached(source) else "to be downloaded"
+
+
 def weight_variant(folder: Path, variant: str | None) -> str | None:
     """`variant` if this part's folder has weights of that variant, else None for its plain files."""
     names = [path.name for path in folder.glob("*.safetensors") if path.name.startswith(WEIGHT_NAMES)]

@@ -1,4 +1,4 @@
-"""Shared fixtures: the small random pair and backbones of `examples.benchmark.small_pair`, and photos made on the spot."""
+"""Shared fixtures: the small random pair and backbones of `examples.benchmark.small_pair`, and photos made here."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, help="samples of one update")
     parser.add_argument("--rate", type=float, help="peak learning rate")
     parser.add_argument("--compile", action="store_true", help="vae, teacher: torch.compile the step")
-    parser.add_argument("--shards", type=int, default=5, help="latents: shards of 8192 pictures to add")
+    parser.add_argument("--shards", type=int, default=12, help="latents: shards of 8192 pictures to add")
     parser.add_argument("--centred", action="store_true", help="latents: large centred subjects (curriculum)")
     parser.add_argument("--judge-seed", type=int, default=0, help="judge: which judge, 0, 1, ...")
     parser.add_argument("--seed", type=int, default=0)

@@ -14,8 +14,8 @@ if [ ! -e "$work/vae/finished" ]; then
     touch "$work/vae/finished" # from here on the VAE is never trained again: the latents belong to it
 fi
 if [ ! -e "$work/latents-$nouns/finished" ]; then
-    stage latents --shards "${CENTRED_SHARDS:-1}" --centred
-    stage latents --shards "${SCENE_SHARDS:-5}"
+    stage latents --shards "${CENTRED_SHARDS:-2}" --centred
+    stage latents --shards "${SCENE_SHARDS:-12}"
     touch "$work/latents-$nouns/finished"
 fi
 stage teacher --minutes "$minutes"

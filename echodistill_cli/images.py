@@ -1,0 +1,155 @@
+"""One file → one upright sRGB picture with its mask, and what had to be done to it.
+
+Pictures come out upright, 8-bit, in sRGB, without transparency; an alpha channel that cuts something out is kept aside.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
+GREY = (128, 128, 128)  # 0 in [-1, 1]: the empty canvas of the augmentation, and no bright or dark fringe
+MIN_TRANSPARENT = 0.01  # share of transparent pixels below which alpha is a frame (rounded corners), not a mask
+_HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
+# What Pillow's decoders were seen to raise on damaged files of the formats above.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error)
+
+
+class UnusableError(Exception):
+    """A file cannot be used; the message is its reason."""
+
+
+@dataclass
+class Notes:
+    """What is said about one file: remarks inform, warnings change the verdict."""
+
+    remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_picture(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, str]:
+    """A file's first frame: upright sRGB picture, its alpha if it has a real one, its format."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image, alpha, kind = _decode(path, notes)
+    # Pillow tells of damaged metadata this way; other categories (deprecations, say) are not about the file.
+    told = dict.fromkeys(str(warning.message).strip() for warning in caught if warning.category is UserWarning)
+    notes.warnings += [f"Pillow says: {text}" for text in told]
+    return *_flatten(image, alpha, notes), kind
+
+
+def _decode(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, str]:
+    """As `read_picture`, the transparency still in the alpha channel."""
+    header = b""
+    try:
+        if not path.is_file():  # a broken link; or a pipe, which would block
+            raise UnusableError("cannot be read: not a regular file")
+        with path.open("rb") as file:
+            header = file.read(12)
+            image = Image.open(file, formats=_formats())
+            frames = getattr(image, "n_frames", 1)
+            image.seek(0)
+            image.load()
+            kind = str(image.format)
+            rgb, alpha = _to_srgb(_upright(image, notes), notes)
+    except UnidentifiedImageError as error:
+        reason = f"is not an image of a known kind ({', '.join(_formats())})" if header else "is empty (0 bytes)"
+        if header[4:8] == b"ftyp" and header[8:] in _HEIC_BRANDS:
+            reason = "is HEIC, which needs pillow-heif: pip install echodistill[heic]"
+        raise UnusableError(reason) from error
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise UnusableError(f"has too many pixels to be safe: {error}") from error
+    except _DECODE_ERRORS as error:
+        raise UnusableError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    if kind == "MPO":  # a phone's JPEG with a second view behind the photo, which is no animation
+        return rgb, alpha, "JPEG"
+    if frames > 1:
+        notes.remarks.append(f"has {frames} frames; only the first is used")
+    return rgb, alpha, kind
+
+
+def _formats() -> list[str]:
+    """The formats that can be decoded here; HEIC only where pillow-heif is installed."""
+    Image.init()
+    known = [name for name in FORMATS if name in Image.OPEN and name != "HEIF"]
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return known
+    register_heif_opener()
+    return [*known, "HEIF"]
+
+
+def _upright(image: Image.Image, notes: Notes) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, struct.error) as error:
+        notes.warnings.append(f"has unreadable EXIF data, so its orientation is a guess: {error}")
+        return image
+
+
+def _to_srgb(image: Image.Image, notes: Notes) -> tuple[Image.Image, Image.Image | None]:
+    """The picture in sRGB, and its alpha channel."""
+    profile, alpha = image.info.get("icc_profile"), None
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bit(image, notes)
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image, alpha = rgba.convert("L" if image.mode == "LA" else "RGB"), rgba.getchannel("A")
+    elif image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        return _apply_profile(image, profile, notes), alpha
+    if image.mode == "CMYK":
+        notes.remarks.append("is CMYK without a colour profile; its colours are approximate")
+    return image.convert("RGB"), alpha
+
+
+def _eight_bit(image: Image.Image, notes: Notes) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image).astype(np.float64))
+    low, high = 0.0, 65535.0
+    if not image.mode.startswith("I;16"):
+        low, high = float(values.min()), float(values.max())
+        notes.remarks.append(f"has {image.mode} values, stretched from {low:g}...{high:g} to 0...255")
+    return Image.fromarray(np.rint((values - low) * (255 / max(high - low, 1e-8))).astype(np.uint8))
+
+
+def _apply_profile(image: Image.Image, profile: bytes, notes: Notes) -> Image.Image:
+    """Through the embedded ICC profile to sRGB; a profile that does not fit is told and left out."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        name = ImageCms.getProfileDescription(source).strip()
+        space = {"GRAY": "L", "CMYK": "CMYK"}.get(source.profile.xcolor_space.strip(), "RGB")
+        fitting = image.convert("RGB") if space == "RGB" and image.mode == "L" else image
+        if "srgb" in name.lower() and fitting.mode == "RGB":
+            return fitting
+        srgb = ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, srgb, fitting.mode, "RGB")
+        converted = ImageCms.applyTransform(fitting, transform) or fitting
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        notes.warnings.append(f"has a colour profile that does not fit, so its colours are taken as sRGB: {error}")
+        return image.convert("RGB")
+    notes.remarks.append(f"converted from {name} to sRGB")
+    return converted
+
+
+def _flatten(rgb: Image.Image, alpha: Image.Image | None, notes: Notes) -> tuple[Image.Image, Image.Image | None]:
+    """The picture on mid-grey, because `convert("RGB")` would reveal whatever colours hide behind the transparency."""
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return rgb, None
+    if alpha.getextrema()[1] == 0:
+        raise UnusableError("is entirely transparent")
+    canvas = Image.new("RGB", rgb.size, GREY)
+    canvas.paste(rgb, mask=alpha)
+    notes.remarks.append("its transparency is filled with mid-grey, the colour of the empty training canvas")
+    transparent = float((np.asarray(alpha) < 128).mean())
+    return canvas, alpha if transparent >= MIN_TRANSPARENT else None

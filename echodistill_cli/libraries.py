@@ -1,0 +1,20 @@
+"""The manners of the libraries underneath: set before they are imported, by the command line only."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def prepare_libraries(*, offline: bool, quiet: bool) -> None:
+    """Set the other libraries' environment before they are imported: no telemetry, no chatter, no socket if offline."""
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if quiet or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -1,0 +1,57 @@
+"""A run over the small pair, as the tests of training, states and loops need it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from echodistill_cli.config import Config
+from echodistill_cli.photos import Photo
+from echodistill_cli.presets import config_from_dict
+
+
+def small_tables(pair: tuple[Path, Path], backbones: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """Settings under which every part of the method runs, in a tenth of a second per step."""
+    student, teacher = map(str, pair)
+    return {
+        "concept": {"token": "sks", "class_name": "dog", "views": 8},
+        "model": {"student": student, "teacher": teacher, "resolution": 64, "device": "cpu", "offline": True},
+        "adapter": {"rank": 2},
+        "text": {"rank": 2},
+        "train": {"lr": 1e-3, "teacher_lr": 1e-3, "text_lr": 1e-3, "discriminator_lr": 1e-3},
+        "critic": {
+            "discriminators": (str(backbones["dino"]), "teacher"),
+            "identity": str(backbones["clip"]),
+            "head_width": 16,
+            "swd_scales": 2,
+            "swd_projections": 8,
+            "swd_patch": 5,
+        },
+        "echo": {"start": "off", "every": 2, "candidates": 4, "min_identity": 0.0, "max_similarity": 1.0},
+    }
+
+
+def small_config(pair: tuple[Path, Path], backbones: dict[str, Path], **changes: Any) -> Config:
+    """`small_tables` with changes by key, such as text__form="token"."""
+    tables = small_tables(pair, backbones)
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tables.setdefault(section, {})[name] = value
+    return config_from_dict(tables)
+
+
+def small_photos(count: int = 4) -> list[Photo]:
+    """64-pixel pictures of coarse coloured noise; the second has a caption, the third a mask of its left half."""
+    photos = []
+    for index in range(count):
+        noise = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((64, 64), Image.Resampling.NEAREST)
+        mask = Image.new("L", (64, 64)) if index == 2 else None
+        if mask:
+            mask.paste(255, (0, 0, 32, 64))
+        caption = "a sks dog on the beach" if index == 1 else None
+        photos.append(Photo(Path(f"{index}.png"), image, mask, caption, (0, 0, 64, 64)))
+    return photos
