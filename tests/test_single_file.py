@@ -80,9 +80,13 @@ def test_student_and_teacher_from_single_files_are_those_of_the_folders(
     folders: tuple[Path, Path], settings: Path, pair: ModelPair, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     student, teacher = (write(tmp_path / f"{folder.name}.safetensors", sd2_state(folder)) for folder in folders)
-    found = load_pair(config(student, teacher, settings))
+    teacher_settings = str(without_weights(folders[1], tmp_path / "teacher-settings"))
+    found = load_pair(config(student, teacher, settings, teacher_single_file_config=teacher_settings))
     assert not caplog.messages
     assert_equal(weights(found), weights(pair))
+    assert found.teacher is not None
+    assert found.student.schedule.prediction_type == "epsilon"
+    assert found.teacher.schedule.prediction_type == "v_prediction"
     prompts = ["a photo of sks dog", ""]
     assert torch.equal(found.encoder.encode(prompts).hidden, pair.encoder.encode(prompts).hidden)
     modules = (found.student.unet, found.codec.encoder, *found.encoder.encoders)
