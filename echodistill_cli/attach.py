@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echodistill_cli.adapters import ADAPTER
+from echodistill_cli.adapters import ADAPTER, trainable_parameters
 from echodistill_cli.errors import EchoDistillError, ModelError
 from echodistill_cli.lora_files import read_lora
 from echodistill_cli.models import ModelPair, Role
@@ -113,11 +113,17 @@ def check_same_pictures(
 ) -> None:
     """Take the trained adapters off, read `file` back in their place, and compare pictures; the file's stay on.
 
+    The trained adapters are first rounded as a half-precision file and a reader of the base's precision round them, so
+    that what remains to be seen is a module that was lost or scaled wrongly.
+
     Raises:
         EchoDistillError: the pictures differ by more than rounding.
         ModelError: diffusers does not take the file whole.
     """
     seeds = list(range(len(prompts)))
+    for module in (pair.role(role).unet, *pair.encoder.encoders):
+        for parameter in trainable_parameters(module):
+            parameter.data = parameter.data.half().to(pair.dtype).float()
     before = list(generate(pair, prompts, seeds, settings))
     detach_lora(pair, role)
     attach_lora(pair, role, file)
