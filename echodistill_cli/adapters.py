@@ -6,6 +6,7 @@ peft through the same methods, which is all that is used here).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from echodistill_cli.errors import EchoDistillError
 
 ADAPTER = "default"
+# The LoRA that makes a base model one-step, where the student is made so; it stays as it was loaded.
+DISTILLED = "distilled"
 
 # That the cross-attention's key and value carry a concept is Custom Diffusion's finding (Kumari et al. 2023).
 UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
@@ -38,11 +41,28 @@ def add_lora(module: Any, targets: tuple[str, ...], rank: int, alpha: float, see
     config = LoraConfig(
         r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True, lora_dropout=0.0
     )
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of the LoRA that made it one-step
         torch.manual_seed(seed)
         module.add_adapter(config, adapter_name=ADAPTER)
+    activate(module)
     for parameter in trainable_parameters(module):
         parameter.data = parameter.data.float()
+
+
+def activate(module: Any, scale: float = 1.0) -> None:
+    """Make a module's LoRA take effect at a strength, beside the one that made it one-step if there is that."""
+    if not is_distilled(module):
+        return
+    module.set_adapters([DISTILLED, ADAPTER], [1.0, scale])
+    for name, parameter in module.named_parameters():
+        if f".{DISTILLED}." in name:
+            parameter.requires_grad_(False)
+
+
+def is_distilled(module: Any) -> bool:
+    """Whether a LoRA made this module one-step."""
+    return DISTILLED in getattr(module, "peft_config", {})
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:
@@ -74,10 +94,13 @@ def load_lora_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def without_lora(module: Any) -> Iterator[None]:
-    """Inside, the module is its frozen base.
+    """Inside, the module is its frozen base; a module that never got a LoRA always is.
 
     Not to be entered with gradient checkpointing on: the backward pass recomputes with the adapter, outside.
     """
+    if not getattr(module, "_hf_peft_config_loaded", False):
+        yield
+        return
     module.disable_adapters()
     try:
         yield

@@ -5,6 +5,7 @@ What `sample` draws with is therefore what any diffusers user gets from the same
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echodistill_cli.adapters import ADAPTER, trainable_parameters
+from echodistill_cli.adapters import ADAPTER, activate, is_distilled, trainable_parameters
 from echodistill_cli.errors import EchoDistillError, ModelError
 from echodistill_cli.lora_files import read_lora
 from echodistill_cli.models import ModelPair, Role
@@ -71,7 +72,9 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
         raise ModelError(f"{file} is not a plain LoRA: {len(described.unmatched)} of its keys are unknown{odd}.")
     pipeline = plain_pipeline(pair, role)
     try:
-        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a student made one-step
+            pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -83,12 +86,15 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
             f"{file} does not fit this model: only {placed} of its {len(described.modules)} modules match."
         )
     pipeline.set_adapters([ADAPTER], [scale])
+    activate(pipeline.unet, scale)
 
 
 def detach_lora(pair: ModelPair, role: Role) -> None:
     """Take every LoRA off one role's UNet and the text encoders; the modules are as they were loaded."""
     unet = pair.role(role).unet
-    if _adapted_layers(unet):
+    if is_distilled(unet):
+        unet.delete_adapters(ADAPTER)
+    elif _adapted_layers(unet):
         unet.unload_lora()
     for encoder in pair.encoder.encoders:
         if _adapted_layers(encoder):

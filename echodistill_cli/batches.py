@@ -83,23 +83,25 @@ def draw_timesteps(state: TrainingState, count: int) -> Tensor:
     return state.randint(len(state.pair.role("teacher").schedule.alphas_cumprod), count).to(state.pair.device)
 
 
-def draw_teacher_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
-    """Latents, masks and prompts of B samples: augmented photos, and echoed pictures once there are any."""
+def draw_teacher_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str], list[tuple[int, int]]]:
+    """Latents, masks, prompts and crop corners of B samples: augmented photos, and echoed pictures if there are any."""
     batch, photos, subject = state.config.train.batch_size, state.photos, state.config.subject
     from_pool = torch.rand(batch, generator=state.generator) < state.config.echo.teacher_share
-    latents, masks, prompts = [], [], []
+    latents, masks, prompts, crops = [], [], [], []
     for echoed in from_pool.tolist():
         if echoed and state.pool:
             row = int(state.randint(len(state.pool), 1))
             latents.append(state.pool.latents[row])
             masks.append(torch.ones_like(photos.masks[0]))
             prompts.append(state.pool.prompts[row])
+            crops.append((0, 0))
         else:
             row = int(state.randint(len(photos.latents), 1))
             latents.append(photos.latents[row])
             masks.append(photos.masks[row])
             prompts.append(prompt_for(photos.views[row], subject, state.generator))
-    return torch.stack(latents), torch.stack(masks), prompts
+            crops.append(photos.views[row].crop)
+    return torch.stack(latents), torch.stack(masks), prompts, crops
 
 
 def draw_student_pass(state: TrainingState) -> StudentPass:
@@ -110,11 +112,14 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     with torch.no_grad():
         conditioning, null = pair.encoder.encode(prompts), pair.encoder.encode_null()
     noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
-    x0 = student_x0(pair.student, noise, conditioning)
+    with torch.set_grad_enabled(not pair.alternating):
+        x0 = student_x0(pair.student, noise, conditioning)
     renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
     with torch.no_grad():
         noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
         target = teacher_x0(teacher, noisy, timesteps, conditioning, null, state.config.train.guidance_scale)
+    if pair.alternating:  # the graph is made only now, when the teacher is done
+        x0 = student_x0(pair.student, noise, conditioning)
     pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
     return StudentPass(state, pictures, target, teacher.schedule.signal(timesteps))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,7 @@ from echodistill_cli.presets import config_hash
 
 _CARD = """\
 ---
-base_model: {student}
-instance_prompt: {subject}
+{base_model}instance_prompt: {quoted_subject}
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [text-to-image, lora, one-step, echodistill]
@@ -21,8 +21,8 @@ tags: [text-to-image, lora, one-step, echodistill]
 
 # {name}
 
-A LoRA that draws *{subject}* with [{student}](https://huggingface.co/{student}) in **one step**, learned from {photos}
-photos with echodistill {version}.
+A LoRA that draws *{subject}* with {linked_student} in **one step**, learned from {photos} photos with echodistill
+{version}.
 
 ![previews: with the word, and without it]({preview})
 
@@ -32,7 +32,7 @@ photos with echodistill {version}.
 |---|---|
 | echodistill | `echodistill sample --lora {file} --prompt "a photo of a {subject} on the beach"` |
 | ComfyUI, A1111, Forge | put `{file}` into `models/Lora` (`models/loras` in ComfyUI); 1 step, CFG 1, {side} x {side} |
-| diffusers | see below |
+{token_row}| diffusers | see below |
 
 ```python
 import torch
@@ -44,13 +44,17 @@ pipe.load_lora_weights(".", weight_name="{file}")
 {token_lines}image = pipe("a photo of a {trigger} on the beach", num_inference_steps=1, guidance_scale=0.0).images[0]
 ```
 
-`teacher/` holds the LoRA of the multi-step teacher, {teacher}, trained beside it: 25 steps, guidance {guidance:g}.
+`teacher/` holds the LoRA of its multi-step teacher, {linked_teacher}: 25 steps, guidance {guidance:g}.
 
 ## How it was made
 
 {steps} steps at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
 Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
 Configuration `{digest}`; all of it is in `config.toml`, every step in `metrics.jsonl`.
+"""
+
+_TOKEN_ROW = """\
+| the word in these | put `{token}.safetensors` into `embeddings`; ComfyUI wants `embedding:{token}` in the prompt |
 """
 
 _TOKEN_LINES = """\
@@ -65,19 +69,21 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
     Args:
         state: `TrainingState.state_dict()`. lora: the student's LoRA file. preview: its picture, relative to the card.
     """
-    echo = config.echo
-    pool = state["pool"]
-    kept = f", {len(pool['prompts'])} pictures kept at the end" if pool else ", nothing kept"
-    learned = config.text.form == "token"
-    trigger = config.subject.replace(config.concept.token, f"<{config.concept.token}>") if learned else config.subject
+    learned, token = config.text.form == "token", config.concept.token
+    trigger = config.subject.replace(token, f"<{token}>", 1) if learned else config.subject
+    student = _public_name(config.model.student)
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
     return _CARD.format(
-        student=_public_name(config.model.student),
-        teacher=_public_name(config.model.teacher),
+        base_model=f"base_model: {student}\n" if _is_hub_id(config.model.student) else "",
+        student=student,
+        linked_student=_linked(config.model.student),
+        linked_teacher=_linked(config.model.teacher),
         subject=config.subject,
+        quoted_subject=json.dumps(config.subject, ensure_ascii=False),
         trigger=trigger,
-        token_lines=_TOKEN_LINES.format(token=config.concept.token) if learned else "",
+        token_row=_TOKEN_ROW.format(token=token) if learned else "",
+        token_lines=_TOKEN_LINES.format(token=token) if learned else "",
         name=config.name,
         photos=state["photo_count"],
         version=__version__,
@@ -92,11 +98,28 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         seed=config.run.seed,
         losses=", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
         critics=", ".join(_public_name(name) for name in config.critic.discriminators) or "none",
-        echo="off" if echo.start is None else f"from step {echo.start}{kept}",
+        echo=_echo(config.echo.start, state),
         digest=config_hash(config)[:16],
     )
 
 
+def _echo(start: int | None, state: Mapping[str, Any]) -> str:
+    if start is None:
+        return "off"
+    if state["step"] < start:
+        return f"not reached (it starts at step {start})"
+    kept = len(state["pool"]["prompts"]) if state["pool"] else 0
+    return f"from step {start}, {kept or 'no'} {'picture' if kept == 1 else 'pictures'} kept at the end"
+
+
+def _linked(source: str) -> str:
+    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else _public_name(source)
+
+
 def _public_name(source: str) -> str:
     """A hub id as it is; of a path on this machine, only the last part."""
-    return source if source.count("/") == 1 and not Path(source).exists() else Path(source).name
+    return source if _is_hub_id(source) else Path(source).name
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()

@@ -30,19 +30,23 @@ class Conditioning:
     Args:
         hidden: [B, L, D], hidden states of the text encoder(s).
         pooled: [B, P], SDXL's pooled embedding; None for SD.
-        time_ids: [B, 6], SDXL's (original size, crop corner, target size) in pixels; None for SD.
+        time_ids: [B, 6], SDXL's (original size, crop corner, target size) in pixels; None for the UNet's own.
     """
 
     hidden: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
 
-    @property
-    def added(self) -> dict[str, Tensor] | None:
-        """diffusers' `added_cond_kwargs`."""
-        if self.pooled is None or self.time_ids is None:
+    def added(self, time_ids: Sequence[int] | None) -> dict[str, Tensor] | None:
+        """diffusers' `added_cond_kwargs`; None for SD.
+
+        Args:
+            time_ids: the UNet's own six numbers, for samples that have none.
+        """
+        if self.pooled is None or time_ids is None:
             return None
-        return {"text_embeds": self.pooled, "time_ids": self.time_ids}
+        own = torch.tensor([time_ids] * len(self.pooled), device=self.pooled.device)
+        return {"text_embeds": self.pooled, "time_ids": own if self.time_ids is None else self.time_ids}
 
     def detach(self) -> Conditioning:
         """The same values, cut off from the text side's gradient."""
@@ -73,7 +77,6 @@ class PromptEncoder:
     Args:
         tokenizers, encoders: one pair for SD, two for SDXL (in the order of its pipeline).
         zero_null: SDXL's rule that the empty prompt is all zeros (`force_zeros_for_empty_prompt`).
-        time_ids: SDXL's six micro-conditioning numbers; None for SD.
     """
 
     def __init__(
@@ -82,12 +85,10 @@ class PromptEncoder:
         encoders: Sequence[Any],
         *,
         zero_null: bool = False,
-        time_ids: Sequence[int] | None = None,
     ) -> None:
         self.tokenizers = list(tokenizers)
         self.encoders = list(encoders)
         self.zero_null = zero_null
-        self.time_ids = time_ids
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             _pool_at_end_of_text(encoder, tokenizer)
 
@@ -120,8 +121,7 @@ class PromptEncoder:
         if self.zero_null:
             keep = torch.tensor([prompt != "" for prompt in prompts], device=hidden.device)
             hidden, pooled = hidden * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)
-        time_ids = torch.tensor(self.time_ids, device=hidden.device, dtype=hidden.dtype)
-        return Conditioning(hidden, pooled, time_ids.expand(len(prompts), -1))
+        return Conditioning(hidden, pooled)
 
 
 def _pool_at_end_of_text(encoder: Any, tokenizer: Any) -> None:

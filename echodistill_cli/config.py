@@ -7,28 +7,13 @@ its reason stands beside it. `presets` layers model presets, TOML files and flag
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import math
-import typing
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.settings import check_section, setting
 
-
-def setting(
-    default: Any,
-    about: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: Sequence[str] | None = None,
-) -> Any:
-    """A dataclass field with its description and its bounds (both ends included)."""
-    bounds = {"about": about, "minimum": minimum, "maximum": maximum, "choices": choices}
-    return field(default=default, metadata=bounds)
+_PREDICTIONS = ("auto", "epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -54,12 +39,25 @@ class ModelConfig:
     precision: str = setting("auto", "of the frozen weights", choices=("auto", "bf16", "fp16", "fp32"))
     device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
     decoder: str = setting("full", "full: the model's VAE; tiny: an AutoencoderTiny", choices=("full", "tiny"))
-    tiny_decoder: str = setting("madebyollin/taesd", "hub id or folder of the AutoencoderTiny")
+    tiny_decoder: str | None = setting(None, "hub id or folder of the AutoencoderTiny; unset: the family's")
+    vae: str | None = setting(None, "hub id or folder of a VAE to use in place of the student's own")
+    tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's, or one in the cache")
     variant: str | None = setting("fp16", "file variant preferred where the repository has it")
+    student_lora: str | None = setting(
+        None, "file with a LoRA that makes the model one-step; the model is the teacher too"
+    )
     student_revision: str | None = setting(None, "git revision of the student on the hub")
     teacher_revision: str | None = setting(None, "git revision of the teacher on the hub")
     single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single file")
     teacher_single_file_config: str | None = setting(None, "the same for a teacher that is a single file")
+    student_prediction: str = setting("auto", "what the student predicts; auto: as its files say", choices=_PREDICTIONS)
+    teacher_prediction: str = setting("auto", "what the teacher predicts; auto: as its files say", choices=_PREDICTIONS)
+    # SDXL's UNets are told how large a picture was and shall be. Unset means the resolution trained at.
+    student_original_size: int | None = setting(None, "SDXL: original size the student is told", minimum=1)
+    student_target_size: int | None = setting(None, "SDXL: target size the student is told", minimum=1)
+    teacher_original_size: int | None = setting(None, "SDXL: original size the teacher is told", minimum=1)
+    teacher_target_size: int | None = setting(None, "SDXL: target size the teacher is told", minimum=1)
+    offload: bool = setting(False, "keep only the UNet at work on the device; slower by several transfers a step")
     offline: bool = setting(False, "open no socket")
 
 
@@ -210,75 +208,6 @@ class Config:
         return float(self.adapter.rank) if self.adapter.alpha is None else self.adapter.alpha
 
 
-def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The one of `known` that `word` was most likely meant to be, if any is near."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return near[0] if near else None
-
-
-def check_section(section: str, values: Any) -> None:
-    """Check the types and bounds of one section's values.
-
-    Raises:
-        ConfigError: naming the key, the value and what would be right.
-    """
-    hints = typing.get_type_hints(type(values))
-    for entry in dataclasses.fields(values):
-        name, value = f"{section}.{entry.name}", getattr(values, entry.name)
-        if not _fits(value, hints[entry.name]):
-            raise ConfigError(f"{name} = {value!r} is not {_describe(hints[entry.name])}.")
-        _check_bounds(name, value, **entry.metadata)
-
-
-def _check_bounds(
-    name: str,
-    value: Any,
-    *,
-    about: str,
-    minimum: float | None,
-    maximum: float | None,
-    choices: Sequence[str] | None,
-) -> None:
-    if value is None:
-        return
-    if choices is not None and value not in choices:
-        near = nearest(str(value), choices)
-        raise ConfigError(
-            f"{name} = {value!r} is not one of {', '.join(choices)} ({about}).",
-            f"Did you mean {near!r}?" if near else None,
-        )
-    if minimum is not None and value < minimum:
-        raise ConfigError(f"{name} = {value!r} is below {minimum:g} ({about}).")
-    if maximum is not None and value > maximum:
-        raise ConfigError(f"{name} = {value!r} is above {maximum:g} ({about}).")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
-    for option in options:
-        if typing.get_origin(option) is tuple:
-            if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-                return True
-        elif option is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                return True
-        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
-            return True
-    return False
-
-
-def _describe(hint: Any) -> str:
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        type(None): '"off"',
-    }
-    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
-    return " or ".join(words.get(option, "a list of texts") for option in options)
-
-
 def _check_together(config: Config) -> None:
     """Settings that contradict each other."""
     if config.echo.start is not None and config.critic.identity == "none":
@@ -293,6 +222,17 @@ def _check_together(config: Config) -> None:
         )
     if config.train.lr == 0 and config.train.teacher_lr == 0:
         raise ConfigError("train.lr and train.teacher_lr are both 0: nothing would be trained.")
+    model = config.model
+    if model.student_lora and (model.student, model.student_revision) != (model.teacher, model.teacher_revision):
+        raise ConfigError(
+            "With model.student_lora one base model is student and teacher, but the two that are set differ.",
+            "Name the base alone, such as --model stabilityai/stable-diffusion-xl-base-1.0.",
+        )
+    if config.model.offload and "teacher" in config.critic.discriminators and config.loss.adversarial:
+        raise ConfigError(
+            "The teacher cannot judge the student's pictures while only one UNet is on the device (model.offload).",
+            "Use --discriminators dino, or --no-offload.",
+        )
     names = [Path(name).name for name in config.critic.discriminators]
     if len(set(names)) < len(names):
         raise ConfigError(f"critic.discriminators = {', '.join(names)}: each may come once.")

@@ -111,6 +111,7 @@ class View:
         framing: "", "far away", "very small", "zoomed in" or "close up".
         caption: the photo's own caption, if it has one.
         photo: index of the photo.
+        crop: (top, left) of the view in the whole photo, in pixels of the view, as SDXL is told; (0, 0) on a canvas.
     """
 
     image: Tensor
@@ -118,6 +119,7 @@ class View:
     framing: str
     caption: str | None
     photo: int
+    crop: tuple[int, int] = (0, 0)
 
 
 def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
@@ -216,7 +218,9 @@ def _framed(
         mask = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)[None].clamp(min=BACKGROUND_WEIGHT)
     if flip:
         image, mask = image.flip(-1), mask.flip(-1)
-    return View(image, mask, framing, photo.caption, index)
+    left = photo.image.width - box[2] if flip else box[0]
+    scale = side / (box[2] - box[0])
+    return View(image, mask, framing, photo.caption, index, (round(box[1] * scale), round(left * scale)))
 
 
 def _zoomed_box(

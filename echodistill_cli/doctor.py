@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import shutil
@@ -13,13 +14,13 @@ import psutil
 import torch
 
 from echodistill_cli import __version__
-from echodistill_cli.presets import PRESETS
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.models import pick_device
+from echodistill_cli.planning import shown, suit_device
+from echodistill_cli.presets import PRESETS, build_config
 from echodistill_cli.sources import is_cached
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface-hub", "safetensors", "pillow")
-
-# GiB of device memory that a preset's defaults want: sums of weights and activations, not yet measured on a GPU.
-_NEEDED_GIB = {"sd-turbo": 8.8}
 
 
 @dataclass(frozen=True)
@@ -75,18 +76,14 @@ def _devices() -> dict[str, str]:
 
 
 def _advice(preset: str) -> str:
-    needed = _NEEDED_GIB.get(preset)
-    if needed is None:
-        return f"{preset}: no estimate"
-    if torch.cuda.is_available():
-        largest = (
-            max(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())) / 2**30
-        )
-        if largest >= needed + 1:
-            return f"{preset}: fits on this GPU (about {needed:g} GiB)"
-        return f"{preset}: tight on this GPU (wants about {needed:g} GiB): --batch-size 1 --decoder tiny"
-    total = psutil.virtual_memory().total / 2**30
-    # The same weights in float32 take twice the room.
-    if total >= 2 * needed:
-        return f"{preset}: runs on this CPU, slowly (minutes per step): --discriminators teacher --decoder tiny"
-    return f"{preset}: needs a GPU with about {needed:g} GiB; this machine has none"
+    """Whether a preset fits here, and the settings with which it does."""
+    build = functools.partial(build_config, preset, None, {"model.offline": True})
+    device = pick_device("auto")
+    where = f"this machine's {device.type.upper()}"
+    try:
+        plan = suit_device(build, "auto")
+    except ConfigError as error:
+        return f"{preset}: does not fit on {where}. {error.message}"
+    chosen = ", ".join(f"{key} = {shown(value)}" for key, value in plan.settings.items())
+    slow = ", slowly (minutes per step)" if device.type == "cpu" else ""
+    return f"{preset} --vram auto: runs on {where}{slow}, in about {plan.estimate.total:.1f} GiB: {chosen}"

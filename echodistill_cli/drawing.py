@@ -18,12 +18,17 @@ from echodistill_cli.config import ModelConfig
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder
 from echodistill_cli.models import ModelPair, Role, load_pair
+from echodistill_cli.onnx_backend import load_onnx, read_settings
 from echodistill_cli.pictures import grid, save_png, to_image
 from echodistill_cli.presets import build_config
 from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
+from echodistill_cli.safetensors_files import read_header
 from echodistill_cli.sampling import SamplingSettings, generate
+from echodistill_cli.settings import check_section
 
 Say = Callable[[str], None]
+
+_WIDEST = 8  # pictures of one prompt that stand in one row of the grid
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class SampleRequest:
         size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
         model: a preset, hub id, folder or file to draw with instead of the run's own student; a LoRA file that lies in
             no run folder needs it. model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
+        backend: "torch", or "onnx" for the graphs that `export --format onnx` wrote of a run; `model` may name them.
     """
 
     prompts: Sequence[str]
@@ -52,13 +58,14 @@ class SampleRequest:
     compare: bool = False
     model: str | None = None
     model_overrides: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "torch"
 
 
 @dataclass(frozen=True)
 class Sample:
     """One drawn picture, and the base model's of the same seed if that was asked for.
 
-    `texts` says how it was made, for the file's metadata; `seconds` is its share of its batch's time.
+    `texts` says how it was made, for the file's metadata; `seconds` is the time since the one before.
     """
 
     image: Image.Image
@@ -77,23 +84,28 @@ def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sa
     """
     found = find_lora(request)
     say(f"Loading {found.model.student if request.role == 'student' else found.model.teacher}")
-    pair = load_pair(found.model, teacher=request.role == "teacher")
+    on_graphs = request.backend == "onnx"
+    pair = load_onnx(found.lora) if on_graphs else load_pair(found.model, teacher=request.role == "teacher")
     settings = SamplingSettings(
         role=request.role,
         steps=request.steps or (1 if request.role == "student" else 25),
         guidance_scale=_guidance(request),
-        size=request.size or found.model.resolution,
+        size=found.model.resolution,
         batch_size=request.batch_size,
     )
     prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
     seeds = [request.seed + index for _ in request.prompts for index in range(request.count)]
     bases = list(generate(pair, prompts, seeds, settings)) if request.compare else [None] * len(prompts)
-    attach_lora(pair, request.role, found.lora, request.lora_scale)
+    if not on_graphs:  # whose weights hold the LoRA and the word
+        made_for = read_header(found.lora)[0].get("echodistill.role", request.role)
+        if made_for != request.role:
+            say(f"{found.lora.name} was made for the {made_for}, which draws with --role {made_for}")
+        attach_lora(pair, request.role, found.lora, request.lora_scale)
     if found.token_file:
         _attach_token(pair, found.token_file)
     started = time.perf_counter()
     for prompt, seed, base, pixels in zip(prompts, seeds, bases, generate(pair, prompts, seeds, settings), strict=True):
-        seconds, started = time.perf_counter() - started, time.perf_counter()
+        seconds = time.perf_counter() - started
         yield Sample(
             image=to_image(pixels),
             base=None if base is None else to_image(base),
@@ -102,6 +114,7 @@ def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sa
             texts=_texts(request, found, settings, prompt, seed),
             seconds=seconds,
         )
+        started = time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -127,22 +140,23 @@ def sample_to_folder(request: SampleRequest, folder: Path, say: Say = lambda _li
     Raises:
         as `sample`; EchoDistillError: a file cannot be written.
     """
-    drawn = list(sample(request, say))
-    make_folder(folder)
     first = _next_number(folder)
-    files, shown = [], []
-    for index, one in enumerate(drawn):
-        path = folder / f"{first + index:04d}_s{one.seed}.png"
+    files: list[Path] = []
+    shown: list[Image.Image] = []
+    seconds = 0.0
+    for one in sample(request, say):
+        path = make_folder(folder) / f"{first + len(files):04d}_s{one.seed}.png"
         picture = one.image if one.base is None else grid([one.base, one.image], columns=2)
         save_png(path, picture, one.texts)
         files.append(path)
         shown.append(picture)
+        seconds += one.seconds
     sheet = None
     if len(shown) > 1:
         sheet = folder / f"{first:04d}-{first + len(shown) - 1:04d}_grid.png"
-        save_png(sheet, grid(shown, columns=request.count if request.count > 1 else None))
-    rate = len(drawn) / max(sum(one.seconds for one in drawn), 1e-9)
-    say(f"{len(drawn)} pictures, {rate:.2f} images/s")
+        save_png(sheet, grid(shown, columns=request.count if 1 < request.count <= _WIDEST else None))
+    rate = len(files) / max(seconds, 1e-9)
+    say(f"{len(files)} {'picture' if len(files) == 1 else 'pictures'}, {rate:.2f} images/s")
     return WrittenSamples(tuple(files), sheet, rate)
 
 
@@ -167,6 +181,8 @@ def find_lora(request: SampleRequest) -> FoundLora:
     Raises:
         ConfigError: there is none, or its models are not known.
     """
+    if request.backend == "onnx":
+        return _find_graphs(request)
     if request.lora is None or request.lora.is_dir():
         run = newest_run() if request.lora is None else open_run(request.lora)
         return _of_run(run, _lora_path(run, request.role), request)
@@ -177,28 +193,56 @@ def find_lora(request: SampleRequest) -> FoundLora:
         raise ConfigError(f"{request.lora}: no such LoRA file or run folder.")
     if request.model is None:
         raise ConfigError(f"{request.lora} lies in no run folder.", "Name the model it was made for with --model.")
-    return FoundLora(request.lora, _models(request, ModelConfig()), None)
+    return FoundLora(request.lora, models_for(request, ModelConfig()), None)
 
 
-def _models(request: SampleRequest, model: ModelConfig) -> ModelConfig:
-    """The models of a run, or those asked for, with what the request changes of them."""
+def _find_graphs(request: SampleRequest) -> FoundLora:
+    """The ONNX folder that a request means: the one it names as its model, or that of a run."""
+    if request.role == "teacher" or request.compare or request.lora_scale != 1:
+        raise ConfigError(
+            "--backend onnx draws with the student as trained: without --role teacher, --compare and --lora-scale."
+        )
+    if request.model is not None:
+        folder = Path(request.model)
+        model = dataclasses.replace(ModelConfig(), student=request.model)
+    else:
+        run = newest_run() if request.lora is None else open_run(request.lora)
+        folder, model = run.folder / "export" / f"{run.config.name}-onnx", run.config.model
+    size = int(read_settings(folder)["size"])
+    if request.size not in (None, size):
+        raise ConfigError(f"{folder} draws pictures of {size} pixels, not {request.size}.", "Leave --size away.")
+    return FoundLora(folder, dataclasses.replace(model, resolution=size), None)
+
+
+def models_for(request: SampleRequest, model: ModelConfig) -> ModelConfig:
+    """The models of a run, or those asked for, with what the request changes of them.
+
+    Raises:
+        ConfigError: a changed value is wrong.
+    """
     if request.model is not None:
         model = build_config(request.model).model
-    return dataclasses.replace(model, **request.model_overrides)
+    model = dataclasses.replace(model, **request.model_overrides)
+    if request.size is not None:
+        model = dataclasses.replace(model, resolution=request.size)
+    check_section("model", model)
+    return model
 
 
 def _lora_path(run: Run, role: Role) -> Path:
     name = run.config.name
     path = run.folder / (f"{name}.safetensors" if role == "student" else f"teacher/{name}-teacher.safetensors")
     if not path.is_file():
-        raise ConfigError(f"{run.folder} has no finished LoRA yet.", "Finish it: echodistill train --resume")
+        raise ConfigError(
+            f"{run.folder} has no finished LoRA yet.", f"Finish it: echodistill train --resume -o {run.folder}"
+        )
     return path
 
 
 def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
     config = run.config
     token_file = run.folder / f"{config.concept.token}.safetensors" if config.text.form == "token" else None
-    return FoundLora(lora, _models(request, config.model), token_file)
+    return FoundLora(lora, models_for(request, config.model), token_file)
 
 
 def _attach_token(pair: ModelPair, file: Path) -> None:

@@ -36,6 +36,13 @@ class EchoPool:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def to(self, device: torch.device) -> EchoPool:
+        """The same pictures on a device."""
+        critics = {name: [tap.to(device) for tap in taps] for name, taps in self.critics.items()}
+        return EchoPool(
+            self.latents.to(device), self.features.to(device), self.scores.to(device), self.prompts, critics
+        )
+
     def join(self, other: EchoPool) -> EchoPool:
         """Both pools' pictures, unfiltered."""
         critics = {
@@ -56,12 +63,6 @@ class EchoPool:
         critics = {name: [tap[index] for tap in taps] for name, taps in self.critics.items()}
         prompts = [self.prompts[row] for row in rows]
         return EchoPool(self.latents[index], self.features[index], self.scores[index], prompts, critics)
-
-    def to(self, device: torch.device) -> EchoPool:
-        """The same pictures on another device."""
-        critics = {name: [tap.to(device) for tap in taps] for name, taps in self.critics.items()}
-        tensors = (self.latents.to(device), self.features.to(device), self.scores.to(device))
-        return EchoPool(*tensors, self.prompts, critics)
 
 
 Verdict = Literal["kept", "identity", "photo_copy", "duplicate", "crowded"]

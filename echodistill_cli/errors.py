@@ -55,6 +55,14 @@ class DeviceMemoryError(EchoDistillError):
     exit_code = 5
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python or of torch, which is not imported for it, means that memory ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = ("out of memory", "can't allocate memory")  # of MPS, and of the CPU's allocator
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 class Interrupted(EchoDistillError):
     """A signal stopped the run after its state was saved.
 

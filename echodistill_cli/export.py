@@ -15,6 +15,7 @@ from torch import Tensor
 
 from echodistill_cli import __version__
 from echodistill_cli.config import Config
+from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder
 from echodistill_cli.lora_files import (
     LoraCard,
@@ -26,8 +27,12 @@ from echodistill_cli.lora_files import (
     token_tensors,
     write_safetensors,
 )
+from echodistill_cli.lora_header import RESERVED_NAMES
 from echodistill_cli.models import Role
 from echodistill_cli.presets import config_hash
+from echodistill_cli.sidecars import write_sidecars
+
+_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32))}  # on any system
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,8 +56,30 @@ class ExportSettings:
     cover: bytes | None = None
 
 
+def check_name(config: Config) -> None:
+    """See that a run's files can have their names, before it is trained.
+
+    Raises:
+        ConfigError: the name, the token or the class name has a character that no file name may have, or is reserved.
+    """
+    given = {"--name": config.run.name, "--token": config.concept.token, "--class-name": config.concept.class_name}
+    for flag, text in given.items():
+        if text is not None and (not text.strip(" .") or set(text) & _NOT_IN_NAMES):
+            raise ConfigError(
+                f"{flag} {text!r} names files, and this is no name that a file may have.",
+                "Use letters, digits, - and _.",
+            )
+    if config.name.lower() in RESERVED_NAMES:
+        raise ConfigError(f"A1111 cannot load a LoRA named {config.name!r}.", "Choose another --name.")
+    if config.text.form == "token" and config.name == config.concept.token:
+        raise ConfigError(
+            f"The LoRA and the learned word would both be {config.name}.safetensors.",
+            "Say what the subject is with --class-name, or choose another --name.",
+        )
+
+
 def export_lora(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> Path:
-    """Write one role's LoRA, with the text side's if that was trained; returns `path`.
+    """Write one role's LoRA, with the text side's if that was trained, and its sidecars; returns `path`.
 
     Args:
         state: `TrainingState.state_dict()` of the run.
@@ -67,8 +94,10 @@ def export_lora(config: Config, state: Mapping[str, Any], role: Role, path: Path
         tensors, metadata = kohya_tensors(weights, state["family"], dtype), {}
     else:
         tensors, metadata = diffusers_tensors(weights, dtype), adapter_metadata(weights)
-    metadata |= header(_card(config, state, role, path, settings), tensors, minimal=not settings.metadata)
+    metadata |= header(lora_card(config, state, role, path, settings), tensors, minimal=not settings.metadata)
     write_safetensors(path, tensors, metadata)
+    if settings.layout == "kohya" and settings.metadata:
+        write_sidecars(path, metadata)
     return path
 
 
@@ -76,13 +105,18 @@ def export_token(config: Config, state: Mapping[str, Any], folder: Path) -> Path
     """Write the learned token's file, named after it as most tools want; None if no token was learned."""
     if state["token"] is None:
         return None
-    names = ["text_encoder", "text_encoder_2"]
-    vectors: dict[str, Tensor] = {
-        name: vector.unsqueeze(0) for name, vector in zip(names, state["token"].values(), strict=False)
-    }
+    vectors = token_vectors(state)
     path = make_folder(folder) / f"{config.concept.token}.safetensors"
     write_safetensors(path, token_tensors(config.concept.token, vectors, state["family"]), {"format": "pt"})
     return path
+
+
+def token_vectors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The learned word's vectors [1, width] by text encoder; empty if none was learned."""
+    vectors = () if state["token"] is None else state["token"].values()
+    return {
+        name: vector.unsqueeze(0) for name, vector in zip(("text_encoder", "text_encoder_2"), vectors, strict=False)
+    }
 
 
 def lora_weights(config: Config, state: Mapping[str, Any], role: Role) -> list[LoraWeights]:
@@ -95,7 +129,8 @@ def lora_weights(config: Config, state: Mapping[str, Any], role: Role) -> list[L
     return weights
 
 
-def _card(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> LoraCard:
+def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> LoraCard:
+    """What the header of one role's LoRA file at `path` says."""
     side = config.model.resolution
     usage = {
         "student": f"1 step, guidance 0 (CFG 1), trailing timesteps, {side}x{side}",

@@ -41,7 +41,8 @@ def explained(path: Path) -> Iterator[None]:
 def atomically(path: Path) -> Iterator[Path]:
     """Give a temporary name beside `path` to write a file or folder to; rename it to `path` if the block succeeds.
 
-    An existing file is replaced. On any failure it stays as it was, and nothing else is left behind.
+    An existing file is replaced, and a folder by a folder. On any failure it stays as it was, and nothing else is left
+    behind.
 
     Raises:
         EchoDistillError: the disk is full, the folder is missing or not writable.
@@ -51,7 +52,7 @@ def atomically(path: Path) -> Iterator[Path]:
         with explained(path):
             yield temporary
             _flush(temporary)
-            temporary.replace(path)
+            _put_in_place(temporary, path)
     finally:
         _remove(temporary)
 
@@ -78,6 +79,21 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if not (temporary.is_dir() and path.is_dir()):
+        temporary.replace(path)
+        return
+    # A folder cannot be renamed onto one with files in it: the old one steps aside, and comes back if that fails.
+    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    path.replace(old)
+    try:
+        temporary.replace(path)
+    except OSError:
+        old.replace(path)
+        raise
+    _remove(old)
+
+
 def _flush(path: Path) -> None:
     """Have the operating system put a file, or the files of a folder, on the disk before it gets its final name."""
     for file in [path] if path.is_file() else path.rglob("*"):
@@ -87,8 +103,8 @@ def _flush(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # such as a name too long to be asked about
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
             path.unlink(missing_ok=True)

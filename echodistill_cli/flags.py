@@ -1,31 +1,25 @@
-"""The flags of `train` as data: one row per configuration key, from which Typer's options are made. No torch here.
+"""The flags of `train` as data: one row per configuration key. `options` makes Typer's options of them.
 
-A flag that is not given leaves its key to the TOML file, the preset and the default, in that order.
+A flag that is not given leaves its key to the TOML file, the preset and the default, in that order. Names that other
+trainers use are understood, but not shown.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
 
-import typer
-
-from echodistill_cli.config import Config
-from echodistill_cli.presets import OFF
-
-Command = TypeVar("Command", bound=Callable[..., Any])
+# Headings of `train --help`, in the order in which a person needs them; options without one come first.
+PANELS = ("Subject", "Run", "Training", "LoRA and text side", "Models", "Losses and critics", "Echo phase")
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A configuration key with its names on the command line; the first is the main one.
+    """A configuration key with its names on the command line.
 
     Args:
-        key: dotted, such as "train.lr". names: with dashes. panel: heading in the help. repeated: may come many times.
+        key: dotted, such as "train.lr". names: with dashes; the first is the one in the help. panel: heading there.
+        repeated: may come many times.
     """
 
     key: str
@@ -37,6 +31,11 @@ class Flag:
     def parameter(self) -> str:
         """Name of the option as a Python parameter."""
         return self.key.replace(".", "_")
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The names in the help: the first, and a single letter."""
+        return tuple(name for name in self.names if name == self.names[0] or not name.startswith("--"))
 
 
 def _rows(panel: str, rows: Mapping[str, str]) -> list[Flag]:
@@ -65,11 +64,21 @@ FLAGS: tuple[Flag, ...] = (
             "model.device": "--device",
             "model.decoder": "--decoder",
             "model.tiny_decoder": "--tiny-decoder",
+            "model.vae": "--vae",
+            "model.tokenizer": "--tokenizer",
             "model.variant": "--variant",
+            "model.student_lora": "--student-lora",
             "model.student_revision": "--revision",
             "model.teacher_revision": "--teacher-revision",
             "model.single_file_config": "--single-file-config",
             "model.teacher_single_file_config": "--teacher-single-file-config",
+            "model.student_prediction": "--student-prediction",
+            "model.teacher_prediction": "--teacher-prediction",
+            "model.student_original_size": "--student-original-size",
+            "model.student_target_size": "--student-target-size",
+            "model.teacher_original_size": "--teacher-original-size",
+            "model.teacher_target_size": "--teacher-target-size",
+            "model.offload": "--offload/--no-offload",
             "model.offline": "--offline/--no-offline",
         },
     ),
@@ -145,82 +154,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag("run.sample_prompts", ("--sample-prompt", "--validation-prompt"), "Run", repeated=True),
 )
 
-
-def with_flags(*keys: str) -> Callable[[Command], Command]:
-    """Give a command an option for each flag (or for those of `keys`); it receives them as one `flags` mapping.
-
-    The mapping has dotted keys, as `presets.build_config` wants its overrides, and only flags that were given.
-    """
-    chosen = [flag for flag in FLAGS if not keys or flag.key in keys]
-
-    def decorate(command: Command) -> Command:
-        def wrapped(**given: Any) -> Any:
-            values = {flag.key: given.pop(flag.parameter) for flag in chosen}
-            return command(**given, flags={key: _tidy(value) for key, value in values.items() if value is not None})
-
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
-        options = [
-            inspect.Parameter(flag.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(flag))
-            for flag in chosen
-        ]
-        wrapped.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
-        wrapped.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
-        wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
-        return typing.cast(Command, wrapped)
-
-    return decorate
-
-
-def _option(flag: Flag) -> Any:
-    """Typer's annotation of a flag: its type, names, help and default, all from the configuration."""
-    section, _, name = flag.key.partition(".")
-    entry = next(e for e in dataclasses.fields(_section(section)) if e.name == name)
-    hint = typing.get_type_hints(_section(section))[name]
-    default = OFF if entry.default is None else entry.default
-    shown = ",".join(default) or "none" if isinstance(default, tuple) else default
-    about = entry.metadata["about"] + ("" if isinstance(default, bool) else f" [dim]\\[{shown}][/dim]")
-    parser, metavar = _parser(hint, flag)
-    kind: Any = list[str] if flag.repeated else bool if hint is bool else str
-    settings: dict[str, Any] = {"help": about, "rich_help_panel": flag.panel, "show_default": False}
-    if parser is not None:
-        settings |= {"parser": parser, "metavar": metavar}
-    return Annotated[kind | None, typer.Option(*flag.names, **settings)]
-
-
-def _section(name: str) -> type:
-    section: type = typing.get_type_hints(Config)[name]
-    return section
-
-
-def _parser(hint: Any, flag: Flag) -> tuple[Callable[[str], Any] | None, str]:
-    """How a flag's text becomes a value, and what stands for it in the help; None where Typer's own way will do."""
-    if hint is bool or flag.repeated:
-        return None, "TEXT"
-    options = typing.get_args(hint) or (hint,)
-    if typing.get_origin(hint) is tuple:
-        return _parse_list, "A,B,..."
-    if int in options:
-        return _number(int, "a whole number"), "INTEGER"
-    if float in options:
-        return _number(float, "a number"), "NUMBER"
-    return None, "TEXT"
-
-
-def _number(kind: type[int] | type[float], words: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if text == OFF:
-            return OFF
-        try:
-            return kind(text)
-        except ValueError as error:
-            raise typer.BadParameter(f"{text!r} is not {words}.") from error
-
-    return parse
-
-
-def _parse_list(text: str) -> tuple[str, ...]:
-    return () if text in ("none", OFF) else tuple(part.strip() for part in text.split(",") if part.strip())
-
-
-def _tidy(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+ALIASES: Mapping[str, str] = {
+    name: flag.names[0] for flag in FLAGS for name in flag.names[1:] if name not in flag.shown
+} | {"--pretrained-model-name-or-path": "--model"}

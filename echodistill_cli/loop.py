@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import psutil
 import torch
 
-from echodistill_cli.errors import DeviceMemoryError, Interrupted
+from echodistill_cli.errors import DeviceMemoryError, Interrupted, is_out_of_memory
 from echodistill_cli.pictures import grid, save_png, to_image
 from echodistill_cli.runs import Run
 from echodistill_cli.sampling import SamplingSettings, generate
@@ -20,22 +23,24 @@ from echodistill_cli.training import training_step
 Observer = Callable[[Mapping[str, float]], None]
 
 
-def train_to_end(state: TrainingState, run: Run, observe: Observer) -> None:
+def train_to_end(
+    state: TrainingState, run: Run, observe: Observer, say: Callable[[str], None] = lambda _line: None
+) -> None:
     """Take `state` to its last step, writing into `run` as its configuration says.
 
     Args:
-        observe: called after each step with its metrics.
+        observe: called after each step with its metrics. say: called with a line when a signal came.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
         DeviceMemoryError: the device ran out of memory; the hint names the next thing to try.
         EchoDistillError: training diverged, or a file could not be written.
     """
-    every = state.config.run
-    last = state.config.train.steps
-    if state.step == 0:
-        preview(state, run)
-    with StopRequest() as stop, tracking(state.config, run.folder) as track:
+    every, last = state.config.run, state.config.train.steps
+    announce = functools.partial(say, "Stopping after this step, to save it; Ctrl-C again stops at once, unsaved.")
+    with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce) as stop:
+        if state.step in (0, last):
+            preview(state, run)
         while state.step < last:
             metrics = timed_step(state)
             run.log(metrics)
@@ -44,21 +49,36 @@ def train_to_end(state: TrainingState, run: Run, observe: Observer) -> None:
             done = state.step == last
             if state.step % every.sample_every == 0 or done:
                 preview(state, run)
-            if state.step % every.save_every == 0 or done or stop.received:
+            signal_number = stop.received  # read once: it may come between any two lines
+            if state.step % every.save_every == 0 or done or signal_number:
                 saved = run.save_checkpoint(state.step, state.state_dict())
-            if stop.received and not done:
-                raise Interrupted(f"Stopped at step {state.step}; saved {saved}. Go on with --resume.", stop.received)
+            if signal_number and not done:
+                message = f"Stopped at step {state.step} of {last}, saved in {saved}."
+                raise Interrupted(f"{message} Go on: echodistill train --resume -o {run.folder}", signal_number)
+
+
+@contextmanager
+def memory_watched(state: TrainingState) -> Iterator[None]:
+    """Turn an exhausted memory into one line that names the peak and the next setting to try.
+
+    Raises:
+        DeviceMemoryError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        device = state.pair.device
+        raise DeviceMemoryError(
+            f"Out of memory on {device}, after a peak of {peak_memory_mib(device):,.0f} MiB.", _saving(state)
+        ) from error
 
 
 def timed_step(state: TrainingState) -> dict[str, float]:
     """One training step's metrics, with its number, its seconds, the learning rates and the peak memory in MiB."""
     started = time.perf_counter()
-    try:
-        metrics = training_step(state)
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"Out of memory on {state.pair.device} at {peak_memory_mib(state.pair.device):,.0f} MiB.", _saving(state)
-        ) from error
+    metrics = training_step(state)
     rates = {f"lr_{name}": optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
     timing = {
         "step_seconds": time.perf_counter() - started,
@@ -68,10 +88,15 @@ def timed_step(state: TrainingState) -> dict[str, float]:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """The most memory used so far, in MiB: on CUDA by tensors, elsewhere by the process as it is now."""
+    """The most memory used so far, in MiB: on CUDA by tensors, elsewhere by the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return float(psutil.Process().memory_info().rss) / 2**20
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def preview(state: TrainingState, run: Run) -> None:

@@ -74,7 +74,7 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
     for part in weights:
         if part.component not in KOHYA_PREFIXES[family]:
             raise ConfigError(f"Family {family!r} has no {part.component}.")
-        for path, down, up in _folded(part, dtype):
+        for path, down, up in folded(part, dtype):
             name = kohya_module(family, part.component, path)
             tensors[f"{name}.lora_down.weight"] = down
             tensors[f"{name}.lora_up.weight"] = up
@@ -94,7 +94,7 @@ def diffusers_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dic
     tensors: dict[str, Tensor] = {}
     for part in weights:
         infix = "lora" if part.component == UNET else "lora_linear_layer"
-        for path, down, up in _folded(part, dtype):
+        for path, down, up in folded(part, dtype):
             tensors[f"{part.component}.{path}.{infix}.down.weight"] = down
             tensors[f"{part.component}.{path}.{infix}.up.weight"] = up
     return tensors
@@ -111,7 +111,7 @@ def adapter_metadata(weights: Sequence[LoraWeights]) -> dict[str, str]:
         if f"{part.component}.r" in fields:
             raise ConfigError(f"{part.component} comes twice; diffusers' format has one rank per component.")
         # peft compares the ends of names, so these fit CLIPTextModel with and without its wrapper.
-        paths = [path.removeprefix("text_model.") for path, _, _ in _folded(part, torch.float32)]
+        paths = [path.removeprefix("text_model.") for path, _, _ in folded(part, torch.float32)]
         fields |= {
             f"{part.component}.r": part.rank,
             f"{part.component}.lora_alpha": part.rank,
@@ -142,8 +142,23 @@ def token_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dic
     return {names[component]: vector.detach().float().contiguous() for component, vector in vectors.items()}
 
 
-def _folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Path, A and B α/r of every module, checked; text encoders with `text_model.`."""
+def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
+    """A learned token under the keys with which A1111 and SD.Next read it out of a LoRA file; no other tool does.
+
+    Source: A1111 `extensions-builtin/Lora/networks.py::load_network`. Arguments and errors as for `token_tensors`.
+    """
+    tensors = token_tensors(token, vectors, family)
+    if family != "sdxl":
+        return {f"bundle_emb.{token}.string_to_param.*": tensors[token]}
+    return {f"bundle_emb.{token}.{key}": value for key, value in tensors.items()}
+
+
+def folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Path, A and B α/r of every module, checked; text encoders with `text_model.`.
+
+    Raises:
+        ConfigError: as `kohya_tensors`.
+    """
     halves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.tensors.items():
         parsed = split_key(key)

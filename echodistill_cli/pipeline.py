@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,33 +17,46 @@ from PIL import Image
 from echodistill_cli.attach import check_same_pictures
 from echodistill_cli.card import model_card
 from echodistill_cli.config import Config
-from echodistill_cli.discriminators import IMAGE_BACKBONES
 from echodistill_cli.drawing import Sample, SampleRequest, Say, WrittenSamples, sample, sample_to_folder
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.export import ExportSettings, export_lora, export_token
+from echodistill_cli.export import ExportSettings, check_name, export_lora, export_token
+from echodistill_cli.exporting import ExportRequest, ExportResult, export_request
 from echodistill_cli.files import write_text
 from echodistill_cli.inspection import Inspection, inspect_file
 from echodistill_cli.loop import Observer, train_to_end
 from echodistill_cli.models import Role
 from echodistill_cli.photos import PhotoReport, check_photos, load_photos
 from echodistill_cli.pictures import png_bytes
+from echodistill_cli.planning import (
+    assumptions,
+    expected_memory,
+    memory_lines,
+    planned_downloads,
+    sources_of,
+    suit_device,
+)
 from echodistill_cli.presets import config_to_dict
-from echodistill_cli.runs import Run, check_output, create_run, newest_run, open_run, resume_run
+from echodistill_cli.runs import Run, check_output, create_run, resume_run
 from echodistill_cli.sampling import SamplingSettings
 from echodistill_cli.sources import where
 from echodistill_cli.state import TrainingState, build_state
+from echodistill_cli.trackers import check_trackers
 
 __all__ = [
+    "ExportRequest",
+    "ExportResult",
     "Sample",
     "SampleRequest",
     "TrainResult",
     "WrittenSamples",
     "check",
     "export",
+    "export_request",
     "inspect",
     "plan",
     "sample",
     "sample_to_folder",
+    "suited",
     "train",
 ]
 
@@ -83,38 +96,56 @@ def train(
         EchoDistillError: any of its children; see there.
     """
     started = time.time()
-    report = _load_photos(config)
+    report = _check_before(config)
     for warning in _warnings(report):
         say(warning)
     if not resume:
         check_output(config, overwrite=overwrite)
     run = resume_run(config) if resume else None
-    saved = run.load_checkpoint(from_step) if run else None
-    say(f"Loading {config.model.student} and {config.model.teacher}")
+    saved = _saved_state(run, from_step, len(report.photos)) if run else None
+    for line in assumptions(config.model):
+        say(line)
+    say(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(report.photos)} photos")
     state = build_state(config, report.photos)
-    run = run or create_run(config, overwrite=overwrite)
-    if saved is not None:
-        state.load_state_dict(saved)
-        run.rewind_metrics(state.step)
-        say(f"Resuming at step {state.step}")
-    train_to_end(state, run, observe)
+    if run is None:
+        run = create_run(config, overwrite=overwrite)
+    else:
+        if saved:
+            state.load_state_dict(saved)
+        run.rewind(state.step)
+    say(f"Training in {run.folder}, {f'on from step {state.step}' if state.step else 'from the start'}")
+    train_to_end(state, run, observe, say)
     return _write_results(state, run, started, say)
 
 
-def plan(config: Config) -> dict[str, Any]:
-    """What `train` would do with a configuration: photos, models and where they are, steps; writes nothing.
+def suited(build: Callable[[Mapping[str, Any]], Config], vram: str, say: Say = lambda _line: None) -> Config:
+    """The configuration with what suits a device of `vram` GiB (or "auto") under what was set; says what it chose.
 
     Raises:
-        PhotoError: the photos will not do. ConfigError: the output is taken.
+        ConfigError: nothing fits. ModelError: the model's size is not known.
     """
-    report = _load_photos(config)
-    critics = (*config.critic.discriminators, config.critic.identity)
-    images = [IMAGE_BACKBONES.get(name, name) for name in critics if name not in ("teacher", "none")]
-    sources = dict.fromkeys([config.model.student, config.model.teacher, *images])
+    chosen = suit_device(build, vram)
+    for line in memory_lines(chosen):
+        say(line)
+    return build(chosen.settings)
+
+
+def plan(config: Config) -> dict[str, Any]:
+    """What `train` would do with a configuration: photos, models and where they are, steps; loads and writes nothing.
+
+    Raises:
+        PhotoError: the photos will not do. ConfigError: a setting is wrong.
+    """
+    report = _check_before(config)
+    memory = expected_memory(config)
     return {
+        "subject": config.subject,
         "photos": len(report.photos),
         "warnings": list(_warnings(report)),
-        "models": {source: where(source) for source in sources},
+        "models": {source: where(source) for source, _, _ in sources_of(config)},
+        "assumptions": list(assumptions(config.model)),
+        "downloads": {download.file: download.size for download in planned_downloads(config)},
+        "memory": None if memory is None else {"gib": memory.total, "parts": dict(memory.parts)},
         "steps": config.train.steps,
         "echo_from_step": config.echo.start,
         "output": str(config.output),
@@ -123,7 +154,10 @@ def plan(config: Config) -> dict[str, Any]:
     }
 
 
-def _load_photos(config: Config) -> PhotoReport:
+def _check_before(config: Config) -> PhotoReport:
+    """The photos, after all that would otherwise be found wrong only when models are loaded, or a run has ended."""
+    check_name(config)
+    check_trackers(config.run.report_to)
     return load_photos(
         Path(config.concept.photos),
         min_photos=config.concept.min_photos,
@@ -133,12 +167,30 @@ def _load_photos(config: Config) -> PhotoReport:
     )
 
 
+def _saved_state(run: Run, step: int | None, photos: int) -> dict[str, Any] | None:
+    """What a run saved last, or at a step; None if it was stopped before it saved anything."""
+    if step is None and not run.list_checkpoints():
+        return None
+    saved = run.load_checkpoint(step)
+    if saved["photo_count"] != photos:
+        raise ConfigError(
+            f"{run.folder} was trained on {saved['photo_count']} photos, and {run.config.concept.photos} has {photos}.",
+            "Resume with the same photos, or start anew in another --output.",
+        )
+    if saved["step"] > run.config.train.steps:
+        raise ConfigError(
+            f"{run.folder} is at step {saved['step']} already, beyond --steps {run.config.train.steps}.",
+            f"End it there with --steps {saved['step']}, or go back with --from-step.",
+        )
+    return saved
+
+
 def _write_results(state: TrainingState, run: Run, started: float, say: Say) -> TrainResult:
     """Write what a person takes away, and read each file back with diffusers."""
     config, saved = state.config, state.state_dict()
     finished = time.time()
     preview = run.samples / f"step-{state.step:06d}.png"
-    settings = ExportSettings(started_at=started, finished_at=finished, cover=_cover(preview))
+    settings = ExportSettings(started_at=started, finished_at=finished, cover=_cover(preview, config.model.resolution))
     lora = export_lora(config, saved, "student", run.folder / f"{config.name}.safetensors", settings)
     teacher_path = run.folder / "teacher" / f"{config.name}-teacher.safetensors"
     teacher_lora = export_lora(config, saved, "teacher", teacher_path, settings)
@@ -153,10 +205,9 @@ def _write_results(state: TrainingState, run: Run, started: float, say: Say) -> 
     return TrainResult(run.folder, lora, teacher_lora, token, state.step, finished - started)
 
 
-def _cover(preview: Path) -> bytes:
+def _cover(preview: Path, side: int) -> bytes:
     """The first picture of the last preview, small enough for a header."""
     with Image.open(preview) as sheet:
-        side = min(sheet.size)
         return png_bytes(sheet.convert("RGB").crop((0, 0, side, side)).resize((256, 256), Image.Resampling.LANCZOS))
 
 
@@ -167,43 +218,16 @@ def _warnings(report: PhotoReport) -> Iterator[str]:
     yield from report.warnings
 
 
-def export(
-    run_folder: Path | None = None,
-    *,
-    roles: Sequence[Role] = ("student",),
-    layouts: Sequence[str] = ("kohya",),
-    output: Path | None = None,
-    step: int | None = None,
-    overwrite: bool = False,
-    settings: ExportSettings | None = None,
-) -> list[Path]:
-    """Write LoRA files from a run's checkpoint, and the learned token's if there is one.
+def export(source: Path | None = None, say: Say = lambda _line: None, **wanted: Any) -> list[Path]:
+    """Write files for other tools: LoRA files, a merged model, ONNX, and the learned word's file if there is one.
 
     Args:
-        run_folder: None for the newest run. roles, layouts: a file is written for each pair.
-        output: folder; None for `export/` in the run. step: of the checkpoint; None for the newest.
-        overwrite: replace files that are there. settings: dtype and metadata; their layout is that of `layouts`.
-
-    Returns:
-        the files written.
+        source: run folder or LoRA file; None for the newest run. wanted: the other fields of `ExportRequest`.
 
     Raises:
-        ConfigError: there is no such run or checkpoint, or a file is there already.
+        as `export_request`, which takes the whole request.
     """
-    run = newest_run() if run_folder is None else open_run(run_folder)
-    state = run.load_checkpoint(step)
-    folder = output or run.folder / "export"
-    settings = settings or ExportSettings()
-    files = []
-    for role in roles:
-        for layout in layouts:
-            suffix = ("" if role == "student" else "-teacher") + ("" if layout == "kohya" else "-diffusers")
-            path = folder / f"{run.config.name}{suffix}.safetensors"
-            if path.exists() and not overwrite:
-                raise ConfigError(f"{path} exists already.", "Replace it with --overwrite, or name another --output.")
-            files.append(export_lora(run.config, state, role, path, dataclasses.replace(settings, layout=layout)))
-    token = export_token(run.config, state, folder)
-    return [*files, token] if token else files
+    return list(export_request(ExportRequest(source, **wanted), say).files)
 
 
 def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:

@@ -1,18 +1,41 @@
-"""What a person sees while something runs: stderr only; a rich bar on a terminal, plain lines elsewhere."""
+"""What a person sees while something runs: stderr only; a rich bar on a terminal, plain lines elsewhere.
+
+And the one line in which a command that fails says why.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 _PLAIN_LINES = 20  # lines that a whole run prints where there is no terminal
 
 # Shown beside the bar, in this order; the names are those of `metrics.jsonl`.
 _SHOWN = ("denoising", "latent", "identity", "adversarial", "echo_pool")
+
+
+def stderr_console() -> Console:
+    """The console of stderr; rich asks the environment for NO_COLOR and the like."""
+    return Console(stderr=True)
+
+
+def say_to(console: Console, *, quiet: bool) -> Callable[[str], None]:
+    """What prints a line as it stands, unless `quiet`."""
+    if quiet:
+        return lambda _line: None
+    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_error(message: str, label: str = "error: ") -> None:
+    """Say in one line on stderr what went wrong."""
+    line = " ".join(message.split())
+    stderr_console().print(Text.assemble((label, "bold red"), line), highlight=False, soft_wrap=True)
 
 
 class TrainingProgress:
@@ -24,7 +47,9 @@ class TrainingProgress:
 
     def __init__(self, console: Console, steps: int, *, quiet: bool) -> None:
         self.console, self.steps, self.quiet = console, steps, quiet
+        self.say = say_to(console, quiet=quiet)
         self.bar: Progress | None = None
+        self.live: Live | None = None
         self.started, self.first_step = 0.0, 0
         self.latest: dict[str, float] = {}
 
@@ -34,13 +59,8 @@ class TrainingProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar:
-            self.bar.stop()
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar."""
-        if not self.quiet:
-            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if self.live:
+            self.live.stop()
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         """Show one finished step."""
@@ -48,30 +68,35 @@ class TrainingProgress:
             return
         step = int(metrics["step"])
         if not self.started:
-            self._start(step)
+            self._start(step, metrics.get("step_seconds", 0.0))
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
-        losses = "  ".join(f"{name} {value:.3g}" for name, value in self.latest.items())
+        skipped = [name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")]
+        if skipped:
+            self.say(f"step {step}: skipped for {', '.join(skipped)}, whose loss or gradient is not finite")
         if "echo_made" in metrics:
             self.say(echo_line(metrics))
         if self.bar:
-            self.bar.update(self.bar.task_ids[0], completed=step, losses=losses)
+            self.bar.update(self.bar.task_ids[0], completed=step)
         elif step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps:
-            self.say(f"step {step}/{self.steps}  {self._remaining(step)}  {losses}")
+            self.say(f"step {step}/{self.steps}  {self._remaining(step)}  {self._losses()}")
 
-    def _start(self, step: int) -> None:
-        self.started, self.first_step = time.monotonic() - 1e-3, step - 1
+    def _start(self, step: int, seconds: float) -> None:
+        self.started, self.first_step = time.monotonic() - seconds, step - 1
         if self.console.is_terminal:
-            self.bar = Progress(
-                TextColumn("training"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[losses]}", style="dim"),
-                console=self.console,
-            )
-            self.bar.add_task("training", total=self.steps, losses="", completed=step)
-            self.bar.start()
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+            # Steps on a CPU may take minutes: the time left is told from all steps of the last hour.
+            self.bar = Progress(TextColumn("training"), *columns, console=self.console, speed_estimate_period=3600)
+            self.bar.add_task("training", total=self.steps, completed=step)
+            self.live = Live(get_renderable=self._view, console=self.console)
+            self.live.start()
+
+    def _view(self) -> RenderableType:
+        """The bar, and the losses in a line below it."""
+        assert self.bar is not None
+        return Group(self.bar, Text(self._losses(), "dim", no_wrap=True, overflow="ellipsis"))
+
+    def _losses(self) -> str:
+        return "  ".join(f"{name} {value:.3g}" for name, value in self.latest.items())
 
     def _remaining(self, step: int) -> str:
         done = max(step - self.first_step, 1)

@@ -17,17 +17,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from echodistill_cli.config import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import atomically, explained, make_folder, write_text
-from echodistill_cli.presets import config_from_dict, config_to_dict, config_to_toml, read_toml
+from echodistill_cli.presets import build_config, config_from_dict, config_to_dict, config_to_toml, read_toml
 
 CONFIG_FILE = "config.toml"
 
-# What may differ when a run goes on: how long, and where and how it is watched; not what is computed.
-_FREE_TO_CHANGE = {"concept.photos", "train.steps", "model.device", "model.offline"}
+# What may differ when a run goes on: how long, where and how it is watched, and what a run that diverged or ran out of
+# memory is told to change; not what else is computed.
+_FREE_TO_CHANGE = {
+    *("concept.photos", "concept.min_photos", "model.device", "model.offline", "model.precision"),
+    *("train.steps", "train.lr", "train.teacher_lr", "train.text_lr", "train.discriminator_lr"),
+    *("train.gradient_checkpointing", "train.max_bad_steps"),
+}
 
 
 class Run:
@@ -51,10 +54,14 @@ class Run:
         lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
-    def rewind_metrics(self, step: int) -> None:
-        """Forget the steps after `step`, which a resumed run goes through again."""
+    def rewind(self, step: int) -> None:
+        """Make the folder ready to go on after `step`: what came later is forgotten, the settings are written."""
+        write_text(self.folder / CONFIG_FILE, config_to_toml(self.config))
         kept = [entry for entry in self.read_metrics() if entry["step"] <= step]
         write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
+        for later in self.list_checkpoints():
+            if later.name > f"step-{step:06d}":
+                shutil.rmtree(later)
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write a checkpoint whole or not at all, then drop the oldest beyond `run.keep`."""
@@ -62,6 +69,8 @@ class Run:
         target = self.checkpoints / f"step-{step:06d}"
         if target.exists():
             shutil.rmtree(target)  # of an earlier attempt at the same step
+        import torch
+
         with atomically(target) as folder:
             folder.mkdir()
             torch.save(dict(state), folder / "state.pt")
@@ -91,6 +100,8 @@ class Run:
         return self._read_checkpoint(found[-1])
 
     def _read_checkpoint(self, folder: Path) -> dict[str, Any]:
+        import torch
+
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             if _sha256(folder / "state.pt") != manifest["sha256"]:
@@ -98,7 +109,9 @@ class Run:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             earlier = [path for path in self.list_checkpoints() if path < folder]
-            remedy = f"Resume the one before it: --from-step {int(earlier[-1].name[5:])}" if earlier else None
+            remedy = "Start anew with --overwrite."
+            if earlier:
+                remedy = f"Resume the one before it: --resume --from-step {int(earlier[-1].name[5:])}"
             raise EchoDistillError(f"Checkpoint {folder} is damaged ({error}).", remedy) from error
         return dict(state)
 
@@ -132,8 +145,8 @@ def create_run(config: Config, *, overwrite: bool) -> Run:
         if folder.exists():
             shutil.rmtree(folder)
     run = Run(make_folder(folder), config)
-    make_folder(run.samples)
     write_text(folder / CONFIG_FILE, config_to_toml(config))
+    make_folder(run.samples)
     return run
 
 
@@ -160,6 +173,25 @@ def newest_run(root: Path = Path("runs")) -> Run:
     return open_run(max(found, key=_last_written))
 
 
+def resumed_config(overrides: Mapping[str, Any]) -> Config:
+    """The configuration of a run to go on with, as it is in its folder, with settings changed.
+
+    Args:
+        overrides: by dotted key. What names a run (its output, name or subject) says which; else, if not even photos
+            are named, it is the newest.
+
+    Raises:
+        ConfigError: there is no such run, or a key or value is wrong.
+    """
+    naming = {"run.output", "run.name", "concept.token", "concept.class_name", "concept.photos"}
+    run = open_run(build_config(overrides=overrides).output) if naming & set(overrides) else newest_run()
+    tables = config_to_dict(run.config)
+    for key, value in {**overrides, "run.output": str(run.folder)}.items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, {})[name] = value
+    return config_from_dict(tables)
+
+
 def resume_run(config: Config) -> Run:
     """The run of a configuration, to go on with it.
 
@@ -175,7 +207,6 @@ def resume_run(config: Config) -> Run:
                 "Resume with the same settings, or start anew in another --output.",
             )
     remove_leftovers(run.folder)
-    write_text(run.folder / CONFIG_FILE, config_to_toml(config))
     return Run(run.folder, config)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from echodistill_cli.errors import EchoDistillError, ModelError
@@ -82,6 +82,25 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         _compare(temporary, tensors, metadata)
 
 
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_safetensors` for whole models: one tensor at a time instead of the file in memory.
+
+    Args:
+        tensors: no two of them may share memory.
+
+    Raises:
+        EchoDistillError: as `write_safetensors`.
+    """
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise EchoDistillError(f"{name} holds NaN or infinity, so nothing was written.", "Use another --dtype.")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with atomically(path) as temporary:
+        save_file(plain, temporary, dict(metadata))
+        _sort_header(temporary)
+        _compare(temporary, plain, metadata)
+
+
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
     """Metadata, and the dtype ("F16") and shape of every tensor by key, without reading the tensors.
 
@@ -119,6 +138,17 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor of any dtype is free of NaN and infinity."""
     # The cast serves the 8-bit floats, which know no isfinite.
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor.float()).all())
+
+
+def _sort_header(path: Path) -> None:
+    """Make the bytes reproducible, as `serialize` does; in place, since the body may have gigabytes."""
+    with path.open("rb+") as file:
+        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+        header = json.dumps(json.loads(file.read(length)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        content = header.encode()
+        if len(content) <= length:
+            file.seek(LENGTH_BYTES)
+            file.write(content.ljust(length))
 
 
 def _compare(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

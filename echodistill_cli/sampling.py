@@ -14,6 +14,7 @@ from torch import Tensor
 
 from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.diffusion import ddim_step, guide, predict_x0, trailing_timesteps
+from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models import Denoiser, ModelPair, Role
 
 
@@ -77,7 +78,11 @@ def sample_latents(
     steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """Clean latents [B, C, h, w] from unit noise in `steps` deterministic steps, trailing spacing."""
+    """Clean latents [B, C, h, w] from unit noise in `steps` deterministic steps, trailing spacing.
+
+    SDXL-Turbo is published with an ancestral scheduler, which adds new noise between steps. At one step the two are
+    the same bit for bit; in more, the deterministic one keeps a picture a function of its seed and the steps alone.
+    """
     scale = max(guidance_scale, 1.0)
     noisy, _ = denoiser.pure_noise(noise)
     timesteps = trailing_timesteps(denoiser.schedule, steps)
@@ -110,7 +115,17 @@ def generate(
         latents = sample_latents(
             denoiser, noise, conditioning, null, steps=settings.steps, guidance_scale=settings.guidance_scale
         )
-        yield from to_uint8(pair.codec.decode(latents))
+        yield from to_uint8(_not_black(pair.codec.decode(latents)))
+
+
+def _not_black(images: Tensor) -> Tensor:
+    """The pictures; where there are none but overflowed numbers, which would be written as black, an error."""
+    if torch.isfinite(images).all():
+        return images
+    raise EchoDistillError(
+        "The picture is not finite: half precision overflowed in the VAE, or the LoRA had diverged.",
+        "Draw with --precision fp32. For fp16, use a VAE made for it, such as --vae madebyollin/sdxl-vae-fp16-fix.",
+    )
 
 
 def to_uint8(images: Tensor) -> Tensor:

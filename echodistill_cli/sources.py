@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from echodistill_cli.errors import ModelError
@@ -139,7 +140,8 @@ def _download(source: str, parts: Sequence[str], variant: str | None, revision: 
 
     try:
         listing = HfApi().list_repo_files(source, revision=revision)
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted_files(listing, parts, variant)))
+        wanted = [*wanted_files(listing, parts, variant), "model_index.json"]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
     except errors.GatedRepoError as error:
         raise ModelError(f"{source}: access must be granted on its page first.", "Then: hf auth login") from error
     except errors.RevisionNotFoundError as error:
@@ -172,6 +174,39 @@ def wanted_files(listing: Iterable[str], parts: Sequence[str], variant: str | No
         wanted += preferred or plain or weights
         wanted += [path for path in inside if path.endswith((".json", ".txt")) and ".safetensors" not in path]
     return wanted
+
+
+@dataclass(frozen=True)
+class Download:
+    """A file that would be fetched; its size in bytes is None where the hub was not asked."""
+
+    file: str
+    size: int | None
+
+
+def downloads(
+    source: str, parts: Sequence[str], *, variant: str | None = None, revision: str | None = None, offline: bool = False
+) -> list[Download]:
+    """What `resolve` would fetch, without fetching it; whatever cannot be known is said without a size.
+
+    Arguments are those of `resolve`.
+    """
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi, constants, errors
+
+    if Path(source).expanduser().exists():
+        return []
+    cached = _cached(source, revision)
+    missing = [part for part in parts if cached is None or _missing_from(cached / part)]
+    unknown = [Download(f"{source}/{part}".rstrip("/"), None) for part in missing]
+    if not missing or offline or constants.HF_HUB_OFFLINE:
+        return unknown
+    try:
+        listing = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=10).siblings or []
+    except (HTTPError, errors.HfHubHTTPError, OSError):
+        return unknown
+    sizes = {file.rfilename: file.size for file in listing}
+    return [Download(f"{source}/{file}", sizes[file]) for file in wanted_files(sizes, missing, variant)]
 
 
 def _fetch_command(source: str, parts: Sequence[str], revision: str | None) -> str:

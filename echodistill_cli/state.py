@@ -105,7 +105,7 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict` of a run with the same configuration."""
+        """Go on from `state_dict` of a run with the same configuration, but for the learning rates."""
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         for name, module in self.trained_modules().items():
             load_lora_tensors(module, state["lora"][name])
@@ -114,7 +114,10 @@ class TrainingState:
         for critic in self.critics:
             critic.heads.load_state_dict(state["heads"][critic.name])
         for name, optimizer in self.optimizers.items():
+            rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizers"][name])
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
         self.generator.set_state(state["generator"])
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
 

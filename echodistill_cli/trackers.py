@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from echodistill_cli.config import Config
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.presets import config_to_dict
+from echodistill_cli.settings import nearest
 
 TRACKERS = ("tensorboard", "wandb")
 
 Track = Callable[[Mapping[str, float]], None]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """See that every tracker of `run.report_to` is known and installed, before anything is loaded for it.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            near = nearest(name, TRACKERS)
+            raise ConfigError(
+                f"--report-to {name}: it is one of {', '.join(TRACKERS)}.", f"Did you mean {near}?" if near else None
+            )
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--report-to {name}: its package is missing.", f"pip install 'echodistill[{name}]'")
 
 
 @contextmanager
@@ -21,21 +38,23 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
     """Give a function that hands one step's metrics (with its "step") to every tracker of `run.report_to`.
 
     Raises:
-        ConfigError: an unknown tracker, or one whose package is not installed.
+        ConfigError: as `check_trackers`.
     """
     names = config.run.report_to
-    for name in names:
-        if name not in TRACKERS:
-            raise ConfigError(f"--report-to {name}: it is one of {', '.join(TRACKERS)}.")
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report-to {name}: its package is missing.", f"pip install 'echodistill[{name}]'")
+    check_trackers(names)
     if not names:
         yield lambda _metrics: None
         return
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder)
-    accelerator.init_trackers("echodistill", config=_flat(config))
+    accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "logs")
+    try:
+        accelerator.init_trackers("echodistill", config=_flat(config))
+    except Exception as error:  # each tracker has its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise EchoDistillError(
+            f"--report-to {','.join(names)} did not start ({reason}).", "Or leave it out."
+        ) from error
     try:
         yield lambda metrics: accelerator.log(dict(metrics), step=int(metrics["step"]))
     finally:
@@ -43,8 +62,13 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
 
 
 def _flat(config: Config) -> dict[str, str | float]:
-    """Settings by dotted key, as trackers want them; the photos' path stays at home."""
+    """Settings by dotted key, as trackers want them; of paths on this machine only the last part."""
     tables = config_to_dict(config)
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    del flat["concept.photos"]
-    return {key: value if isinstance(value, (int, float)) else str(value) for key, value in flat.items()}
+    return {key: value if isinstance(value, (int, float)) else _public(value) for key, value in flat.items()}
+
+
+def _public(value: str | list[str]) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_public, value))
+    return Path(value).name if Path(value).is_absolute() or Path(value).exists() else value

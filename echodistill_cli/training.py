@@ -56,8 +56,8 @@ def training_step(state: TrainingState) -> Metrics:
 def teacher_step(state: TrainingState) -> Metrics:
     """Concept in: the teacher's denoising loss on photos, which alone also trains the shared text side."""
     teacher = state.pair.role("teacher")
-    latents, masks, prompts = draw_teacher_batch(state)
-    conditioning = state.pair.encoder.encode(prompts)
+    latents, masks, prompts, crops = draw_teacher_batch(state)
+    conditioning = teacher.at_crops(state.pair.encoder.encode(prompts), crops)
     noise = state.randn_like(latents)
     timesteps = draw_timesteps(state, len(latents))
     output = teacher(add_noise(teacher.schedule, latents, noise, timesteps), timesteps, conditioning)

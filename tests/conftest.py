@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from examples.benchmark.small_pair import build_small_backbones, build_small_pair
+from examples.benchmark.small_pair import build_small_backbones, build_small_pair, build_small_sdxl_pair
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,6 +25,12 @@ def _quiet_and_single_threaded() -> None:
 def small_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a student and a teacher with random weights; not to be written to."""
     return build_small_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="session")
+def small_sdxl_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same of SDXL's structure; not to be written to."""
+    return build_small_sdxl_pair(tmp_path_factory.mktemp("sdxl-pair"))
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def pair_encoder(small_pair: tuple[Path, Path]) -> PromptEncoder:
     ]
     for text_encoder in encoders:
         text_encoder.eval().requires_grad_(False)
-    return PromptEncoder(tokenizers, encoders, zero_null=True, time_ids=(64, 64, 0, 0, 64, 64))
+    return PromptEncoder(tokenizers, encoders, zero_null=True)
 
 
 def sdxl_pipeline(encoder: PromptEncoder) -> StableDiffusionXLPipeline:
@@ -82,7 +82,7 @@ def test_prompts_are_encoded_as_by_diffusers_sd_pipeline(encoder: PromptEncoder)
     expected, null = pipeline.encode_prompt(list(PROMPTS), "cpu", 1, True)
     encoded = encoder.encode(PROMPTS)
     assert torch.equal(encoded.hidden, expected)
-    assert encoded.added is None
+    assert encoded.added(None) is None
     torch.testing.assert_close(encoder.encode_null().hidden, null[:1])
 
 
@@ -92,8 +92,9 @@ def test_prompts_are_encoded_as_by_diffusers_sdxl_pipeline(pair_encoder: PromptE
     assert encoded.pooled is not None
     torch.testing.assert_close(encoded.hidden, hidden)
     torch.testing.assert_close(encoded.pooled, pooled)
-    assert encoded.added is not None
-    assert encoded.added["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
+    added = encoded.added((64, 64, 0, 0, 64, 64))
+    assert added is not None
+    assert added["time_ids"].tolist() == [[64, 64, 0, 0, 64, 64]] * 2
 
 
 def test_the_empty_prompt_of_sdxl_is_all_zeros_as_diffusers_has_it(pair_encoder: PromptEncoder) -> None:

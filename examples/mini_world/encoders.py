@@ -67,10 +67,7 @@ def paired_scenes(rng: np.random.Generator, world: World, count: int) -> tuple[l
         for vendor in rng.permutation(world.vendors[noun])[:VENDORS_PER_NOUN]:
             first.append(replace(world.scene(rng), noun=noun, vendor=str(vendor)))
     first = first[:count]
-    second = [
-        replace(world.scene(rng), noun=scene.noun, vendor=scene.vendor, colour=scene.colour)
-        for scene in first
-    ]
+    second = [replace(world.scene(rng), noun=scene.noun, vendor=scene.vendor, colour=scene.colour) for scene in first]
     return first, second
 
 
@@ -79,9 +76,7 @@ class ContrastiveStage:
 
     ema_decay = 0.999
 
-    def __init__(
-        self, name: str, world: World, device: str, batch_size: int = 64, rate: float = 5e-4
-    ) -> None:
+    def __init__(self, name: str, world: World, device: str, batch_size: int = 64, rate: float = 5e-4) -> None:
         self.name, self.world, self.device = name, world, device
         self.batch_size, self.learning_rate = batch_size, rate
         self.network: nn.Module = build_clip_vision().to(device)
@@ -143,9 +138,7 @@ class ViTStage:
         drawn = [self.world.draw(rng) for _ in range(count)]
         pictures = as_tensor(np.stack([picture.image for picture in drawn]), self.device)
         targets = {
-            key: torch.tensor(
-                [names.index(getattr(picture.scene, key)) for picture in drawn], device=self.device
-            )
+            key: torch.tensor([names.index(getattr(picture.scene, key)) for picture in drawn], device=self.device)
             for key, names in self.labels.items()
         }
         return pictures, targets
@@ -160,7 +153,4 @@ class ViTStage:
         """The share of right answers on 256 fixed pictures."""
         pictures, targets = self._batch(np.random.default_rng(3), 256)
         logits = self._logits(pictures)
-        return {
-            f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item()
-            for key in self.labels
-        }
+        return {f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}

@@ -131,9 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--work", type=Path, default=default_work_directory())
     parser.add_argument("--nouns", type=int, default=12)
-    parser.add_argument(
-        "--part", default="teacher", help="teacher, identity, backbone-clip, backbone-vit, judge-N"
-    )
+    parser.add_argument("--part", default="teacher", help="teacher, identity, backbone-clip, backbone-vit, judge-N")
     options = parser.parse_args(arguments)
     if options.part == "teacher":
         card = export_teacher(options.work, options.output, options.nouns)

@@ -60,9 +60,7 @@ class Judge(nn.Module):
             channels = wider
         self.body = nn.Sequential(*layers)
         # Mean for the place, maximum for what is only in one spot.
-        self.heads = nn.ModuleDict(
-            {key: nn.Linear(2 * channels, len(names)) for key, names in labels.items()}
-        )
+        self.heads = nn.ModuleDict({key: nn.Linear(2 * channels, len(names)) for key, names in labels.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
         features = self.body(pictures)
@@ -75,9 +73,7 @@ class JudgeStage:
 
     ema_decay = 0.999
 
-    def __init__(
-        self, world: World, device: str, number: int = 0, batch_size: int = 48, rate: float = 1e-3
-    ) -> None:
+    def __init__(self, world: World, device: str, number: int = 0, batch_size: int = 48, rate: float = 1e-3) -> None:
         self.name, self.world, self.device = f"judge-{number}", world, device
         self.batch_size, self.learning_rate = batch_size, rate
         self.labels = judge_labels(world)
@@ -100,15 +96,10 @@ class JudgeStage:
     def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
         pictures, targets = self._batch(rng, self.batch_size)
         logits = self._logits(soften(rng, pictures))
-        return torch.stack(
-            [functional.cross_entropy(logits[key], targets[key]) for key in self.labels]
-        ).sum(), {}
+        return torch.stack([functional.cross_entropy(logits[key], targets[key]) for key in self.labels]).sum(), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
         """The share of right answers on 256 fixed renders: the ceiling for generated pictures."""
         pictures, targets = self._batch(np.random.default_rng(11), 256)
         logits = self._logits(pictures)
-        return {
-            f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item()
-            for key in self.labels
-        }
+        return {f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}

@@ -50,17 +50,13 @@ def measure_scaling_factor(work: Path, world: World, count: int = 2048) -> float
     path = work / "vae" / "scaling_factor.txt"
     if not path.exists():
         vae, rng = load_vae(work), np.random.default_rng(1)
-        latents = torch.cat(
-            [encode(vae, as_tensor(world.batch(rng, _CHUNK))) for _ in range(count // _CHUNK)]
-        )
+        latents = torch.cat([encode(vae, as_tensor(world.batch(rng, _CHUNK))) for _ in range(count // _CHUNK)])
         path.write_text(f"{1 / latents.square().mean().sqrt().item():.4f}\n")
     return float(path.read_text())
 
 
 @torch.no_grad()
-def encode_shard(
-    vae: AutoencoderTiny, world: World, seed: int, centred: bool
-) -> dict[str, NDArray[np.generic]]:
+def encode_shard(vae: AutoencoderTiny, world: World, seed: int, centred: bool) -> dict[str, NDArray[np.generic]]:
     """`SHARD_SIZE` random pictures as scaled latents, with captions."""
     rng = np.random.default_rng(seed)
     parts: list[NDArray[np.float16]] = []

@@ -26,9 +26,7 @@ SOURCES: tuple[Source, ...] = (
     Source("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0", "Google (Noto Emoji)"),
     Source("noto-v1", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "Google (Noto Emoji, first design)"),
     Source("twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "Twitter and contributors (Twemoji)"),
-    Source(
-        "fluent-emoji-flat", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Microsoft (Fluent Emoji)"
-    ),
+    Source("fluent-emoji-flat", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "Microsoft (Fluent Emoji)"),
     Source("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0", "EmojiOne 2 (EmojiTwo)"),
     Source(
         "fluent-emoji",

@@ -43,9 +43,7 @@ def _coordinates(side: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     return rows[..., None], columns[..., None]
 
 
-def _horizon(
-    rng: np.random.Generator, side: int, low: float, high: float
-) -> tuple[NDArray[np.float32], float]:
+def _horizon(rng: np.random.Generator, side: int, low: float, high: float) -> tuple[NDArray[np.float32], float]:
     """A soft mask (side, side, 1) that is 1 below a wavy horizon, and the horizon's mean height in 0..1."""
     rows, _ = _coordinates(side)
     height = float(rng.uniform(low, high))
@@ -84,9 +82,7 @@ def _beach(rng: np.random.Generator, side: int) -> Image3:
     sky = _gradient((135, 195, 240), (205, 230, 248), side)
     sea = _flat((30, 115, 180), side) + 12 * _smooth(rng, side, 4)
     sand = _flat((232, 205, 150), side) + 9 * _smooth(rng, side, 8)
-    return np.asarray(
-        (sky * (1 - sea_mask) + sea * sea_mask) * (1 - sand_mask) + sand * sand_mask, dtype=np.float32
-    )
+    return np.asarray((sky * (1 - sea_mask) + sea * sea_mask) * (1 - sand_mask) + sand * sand_mask, dtype=np.float32)
 
 
 def _grass(rng: np.random.Generator, side: int) -> Image3:
@@ -125,9 +121,7 @@ def _city(rng: np.random.Generator, side: int) -> Image3:
 def _pink_fabric(rng: np.random.Generator, side: int) -> Image3:
     rows, columns = _coordinates(side)
     angle = rng.uniform(-0.6, 0.6)
-    folds = np.sin(
-        (rows * np.cos(angle) + columns * np.sin(angle)) * rng.uniform(14, 22) + 3 * _smooth(rng, side, 4)
-    )
+    folds = np.sin((rows * np.cos(angle) + columns * np.sin(angle)) * rng.uniform(14, 22) + 3 * _smooth(rng, side, 4))
     return np.asarray(_flat((243, 150, 190), side) + 20 * folds, dtype=np.float32)
 
 
@@ -135,8 +129,7 @@ def _purple_rug(rng: np.random.Generator, side: int) -> Image3:
     rows, columns = _coordinates(side)
     shift, step = rng.uniform(0, 1, 2), rng.uniform(5, 7)
     weave = np.sign(
-        np.sin((rows + columns + shift[0]) * step * np.pi)
-        * np.sin((rows - columns + shift[1]) * step * np.pi)
+        np.sin((rows + columns + shift[0]) * step * np.pi) * np.sin((rows - columns + shift[1]) * step * np.pi)
     )
     return np.asarray(
         _flat((105, 45, 150), side) + 13 * weave.astype(np.float32) + 6 * _smooth(rng, side, 8),
@@ -184,9 +177,7 @@ def _brick(rng: np.random.Generator, side: int) -> Image3:
     for index, y in enumerate(range(-offset_y, side, height)):
         for x in range(-offset_x - width * (1 + index % 2) // 1 + (index % 2) * width // 2, side, width):
             tone = rng.uniform(0.9, 1.1)
-            draw.rectangle(
-                [x, y, x + width - 3, y + height - 3], fill=tuple(int(c * tone) for c in (160, 78, 62))
-            )
+            draw.rectangle([x, y, x + width - 3, y + height - 3], fill=tuple(int(c * tone) for c in (160, 78, 62)))
     return np.asarray(canvas, dtype=np.float32)
 
 

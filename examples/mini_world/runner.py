@@ -126,9 +126,7 @@ def load_average(path: Path, network: nn.Module) -> int:
 
 
 def _log(path: Path, **record: Any) -> None:
-    line = json.dumps(
-        {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
-    )
+    line = json.dumps({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
     with path.open("a") as file:
         file.write(line + "\n")
     print(line, flush=True)

@@ -57,9 +57,7 @@ def sample_latents(unet: nn.Module, scheduler: DDIMScheduler, states: Tensor, em
     for timestep in scheduler.timesteps:
         both = unet(torch.cat([latents, latents]), timestep, torch.cat([empty, states])).sample
         without, with_text = both.float().chunk(2)
-        latents = scheduler.step(
-            without + guidance * (with_text - without), int(timestep), latents
-        ).prev_sample
+        latents = scheduler.step(without + guidance * (with_text - without), int(timestep), latents).prev_sample
     return latents
 
 
@@ -75,9 +73,7 @@ class TeacherStage:
         self.batch_size, self.learning_rate = batch_size, rate
         self.tokenizer, self.scheduler = open_tokenizer(work), build_scheduler()
         self.text_encoder, self.unet = build_text_encoder(self.tokenizer), build_unet()
-        self.network: nn.Module = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder}).to(
-            device
-        )
+        self.network: nn.Module = nn.ModuleDict({"unet": self.unet, "text_encoder": self.text_encoder}).to(device)
         self.scenes = open_latents(work, nouns, False, self.tokenizer)
         self.centred = open_latents(work, nouns, True, self.tokenizer)
         self.empty_ids = self._tokens([""])[0]
@@ -136,13 +132,9 @@ class TeacherStage:
         with torch.autocast(self.device, torch.bfloat16):
             states = self.text_encoder(input_ids=self._tokens(captions).to(self.device)).last_hidden_state
             empty = self.text_encoder(input_ids=self.empty_ids[None].to(self.device)).last_hidden_state
-            latents = sample_latents(
-                self.unet, self.scheduler, states, empty.expand_as(states), noise.to(self.device)
-            )
+            latents = sample_latents(self.unet, self.scheduler, states, empty.expand_as(states), noise.to(self.device))
         vae = load_vae(self.work)
         drawn = decode(vae, latents.cpu() / float(vae.config["scaling_factor"])).clamp(-1, 1)
         pictures = drawn.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        contact_sheet(list(pictures), 2 * len(REPORT_PLACES), zoom=2).save(
-            directory / f"sheet-{samples:07d}.png"
-        )
+        contact_sheet(list(pictures), 2 * len(REPORT_PLACES), zoom=2).save(directory / f"sheet-{samples:07d}.png")
         return {}

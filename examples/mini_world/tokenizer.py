@@ -50,10 +50,7 @@ def world_words() -> list[str]:
         RARE_WORDS,
         FILLER_WORDS,
         (phrase for _, phrases in PLACES.values() for phrase in phrases),
-        (
-            template.format(a="a", x="")
-            for template in TEMPLATES + NEUTRAL_TEMPLATES + CLOSE_TEMPLATES + FAR_TEMPLATES
-        ),
+        (template.format(a="a", x="") for template in TEMPLATES + NEUTRAL_TEMPLATES + CLOSE_TEMPLATES + FAR_TEMPLATES),
         [_EXTRA_WORDS],
     )
     words = {word for sentence in sentences for word in sentence.replace("-", " ").split()}

@@ -17,28 +17,20 @@ from examples.mini_world.runner import Budget, Stage, run_stage
 from examples.mini_world.sprites import default_work_directory
 from examples.mini_world.world import open_world
 
-STAGES = ("vae", "latents", "teacher", "identity", "backbone-clip", "backbone-vit", "judge")
+STAGES = ("vae", "latents", "teacher", "identity", "backbone-clip", "backbone-vit", "judge", "pairs", "student")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; `None` reads `sys.argv`."""
     parser = argparse.ArgumentParser(prog="python -m examples.mini_world.train", description=__doc__)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument(
-        "--work", type=Path, default=default_work_directory(), help="where everything made is kept"
-    )
+    parser.add_argument("--work", type=Path, default=default_work_directory(), help="where everything made is kept")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument(
-        "--threads", type=int, default=2, help="CPU threads at most; fewer while others compute"
-    )
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads at most; fewer while others compute")
     parser.add_argument("--minutes", type=float, help="stop after so many minutes of this session")
     parser.add_argument("--samples", type=int, help="stop after so many samples of this session")
-    parser.add_argument(
-        "--anneal", action="store_true", help="decay the learning rate to zero over this session"
-    )
-    parser.add_argument(
-        "--nouns", type=int, default=12, help="latents, teacher, judge: the first N nouns, 0 for all"
-    )
+    parser.add_argument("--anneal", action="store_true", help="decay the learning rate to zero over this session")
+    parser.add_argument("--nouns", type=int, default=12, help="latents, teacher, judge: the first N nouns, 0 for all")
     parser.add_argument("--batch-size", type=int, help="samples of one update")
     parser.add_argument("--rate", type=float, help="peak learning rate")
     parser.add_argument("--compile", action="store_true", help="vae, teacher: torch.compile the step")
@@ -64,6 +56,10 @@ def build_stage(options: argparse.Namespace) -> Stage:
         from examples.mini_world.teacher import TeacherStage
 
         return TeacherStage(options.work, options.nouns, options.device, compiled=options.compile, **chosen)
+    if options.stage == "student":
+        from examples.mini_world.student import StudentStage
+
+        return StudentStage(options.work, options.nouns, options.device, **chosen)
     if options.stage == "judge":
         from examples.mini_world.judges import JudgeStage
 
@@ -88,6 +84,11 @@ def main(arguments: list[str] | None = None) -> None:
 
         world = open_world(options.work, options.nouns)
         add_shards(options.work, world, options.nouns, options.shards, options.centred)
+        return
+    if options.stage == "pairs":
+        from examples.mini_world.student import add_pairs
+
+        add_pairs(options.work, options.nouns, options.device, options.shards)
         return
     stage = build_stage(options)
     budget = Budget(minutes=options.minutes, samples=options.samples, anneal=options.anneal)

@@ -35,9 +35,7 @@ class VaeStage:
     ema_decay = 0.999
     latent_noise = 0.05
 
-    def __init__(
-        self, world: World, device: str, batch_size: int = 16, rate: float = 1.5e-3, compiled: bool = False
-    ):
+    def __init__(self, world: World, device: str, batch_size: int = 16, rate: float = 1.5e-3, compiled: bool = False):
         self.world, self.device, self.batch_size, self.learning_rate = world, device, batch_size, rate
         self.network = build_vae().to(device)
         self._step: Any = torch.compile(self._compute) if compiled else self._compute

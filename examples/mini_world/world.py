@@ -154,15 +154,11 @@ def _subject_layer(rng: np.random.Generator, subject: Image.Image, scene: Scene,
 class World:
     """Scenes over chosen nouns and vendors. Equal vocabularies and equal seeds give equal pictures."""
 
-    def __init__(
-        self, sprites: Sprites, nouns: Sequence[str], vendors: Sequence[str] = TRAIN_VENDORS
-    ) -> None:
+    def __init__(self, sprites: Sprites, nouns: Sequence[str], vendors: Sequence[str] = TRAIN_VENDORS) -> None:
         self.sprites = sprites
         self.nouns = tuple(nouns)
         self.vendors = {
-            noun: [
-                vendor for vendor in vendors if (noun, vendor) in sprites and (noun, vendor) not in EXCLUDED
-            ]
+            noun: [vendor for vendor in vendors if (noun, vendor) in sprites and (noun, vendor) not in EXCLUDED]
             for noun in nouns
         }
 
@@ -217,9 +213,7 @@ def open_world(work: Path, nouns: int, vendors: Sequence[str] = TRAIN_VENDORS) -
     return World(load_sprites(work), chosen_nouns(nouns), vendors)
 
 
-def subject_photos(
-    sprites: Sprites, noun: str, count: int = 5, seed: int = 0, side: int = SIDE
-) -> list[Picture]:
+def subject_photos(sprites: Sprites, noun: str, count: int = 5, seed: int = 0, side: int = SIDE) -> list[Picture]:
     """`count` pictures of the held-out drawing of `noun`, each in another place, as a person takes them."""
     rng = np.random.default_rng(seed)
     world = World(sprites, [noun], [HELD_OUT_VENDOR])

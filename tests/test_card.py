@@ -1,0 +1,83 @@
+"""The model card says what anybody needs who gets the file, and nothing of the machine it was made on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from echodistill_cli.card import model_card
+from echodistill_cli.presets import build_config, config_hash
+
+LORA = Path("runs/sks-dog/sks-dog.safetensors")
+
+
+def card(pool: int | None = 3, step: int = 700, **changes: Any) -> str:
+    overrides = {"concept.class_name": "dog"} | {key.replace("__", "."): value for key, value in changes.items()}
+    state = {"photo_count": 5, "step": step, "pool": None if pool is None else {"prompts": ["a"] * pool}}
+    return model_card(build_config("sd-turbo", overrides=overrides), state, LORA, "samples/step-000700.png")
+
+
+def front_matter(text: str) -> dict[str, str]:
+    lines = text.split("---\n")[1].splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_the_front_matter_names_the_base_model_and_the_prompt() -> None:
+    matter = front_matter(card())
+    assert matter["base_model"] == "stabilityai/sd-turbo"
+    assert matter["instance_prompt"] == '"sks dog"'
+    assert front_matter(card(concept__class_name='dog: "old" #1'))["instance_prompt"] == json.dumps('sks dog: "old" #1')
+
+
+def test_it_shows_the_pictures_and_how_to_draw_in_each_tool() -> None:
+    text = card()
+    assert "(samples/step-000700.png)" in text
+    assert 'echodistill sample --lora sks-dog.safetensors --prompt "a photo of a sks dog on the beach"' in text
+    assert 'load_lora_weights(".", weight_name="sks-dog.safetensors")' in text
+    assert "ComfyUI" in text
+    assert "learned from 5 photos" in text
+    assert "[stabilityai/sd-turbo](https://huggingface.co/stabilityai/sd-turbo)" in text
+
+
+def test_its_python_lines_are_python() -> None:
+    for form in ("lora", "token"):
+        code = card(text__form=form).split("```python\n")[1].split("```")[0]
+        compile(code, "card", "exec")
+
+
+def test_a_learned_word_is_loaded_and_used_under_a_new_name() -> None:
+    text = card(text__form="token")
+    assert 'load_textual_inversion("sks.safetensors", token="<sks>")' in text
+    assert 'pipe("a photo of a <sks> dog on the beach"' in text
+    assert "embedding:sks" in text
+    assert "textual_inversion" not in card()
+
+
+def test_of_a_model_on_this_machine_only_its_name_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "my-turbo"
+    folder.mkdir()
+    text = card(model__student=str(folder), critic__discriminators=(str(folder), "teacher"))
+    assert str(tmp_path) not in text
+    assert "huggingface.co/my-turbo" not in text
+    assert "base_model" not in front_matter(text)
+    assert "Critics: my-turbo, teacher." in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "Echo phase: from step 600, 3 pictures kept at the end."),
+        ({"pool": 0}, "no pictures kept"),
+        ({"pool": None, "step": 500}, "not reached"),
+        ({"echo__start": None}, "Echo phase: off."),
+    ],
+)
+def test_the_echo_is_told_as_it_was(changes: dict[str, Any], words: str) -> None:
+    assert words in card(**changes)
+
+
+def test_the_settings_can_be_told_apart_by_their_hash() -> None:
+    assert config_hash(build_config("sd-turbo", overrides={"concept.class_name": "dog"}))[:16] in card()

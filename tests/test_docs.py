@@ -1,0 +1,96 @@
+"""What the README and the examples tell people to type is a command that exists, with flags that exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from echodistill_cli.cli import app
+from echodistill_cli.presets import build_config, config_from_dict
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), *sorted(ROOT.glob("examples/**/*.sh"))]
+ENDS = frozenset("();<>|&") | {"&&", "||", ">>"}
+
+
+def shell_lines(file: Path) -> Iterator[str]:
+    """The lines of a script, or of a page's fenced shell blocks and `inline code`; continued lines are joined."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        blocks = re.findall(r"^```(?:bash|sh|shell|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+        inline = [code for code in re.findall(r"`([^`\n]+)`", prose) if code.startswith("echodistill ")]
+        text = "\n".join([*blocks, *inline])
+    yield from text.replace("\\\n", " ").splitlines()
+
+
+def commands(file: Path) -> Iterator[list[str]]:
+    """The arguments of every `echodistill …` in a document."""
+    for line in shell_lines(file):
+        for found in re.finditer(r"(?<![\w./-])echodistill (?=[a-z-])(.*)", line if not line.startswith("#") else ""):
+            words = shlex.shlex(found[1], posix=True, punctuation_chars=True)
+            words.whitespace_split = True
+            arguments = []
+            for word in words:
+                if word in ENDS or set(word) <= ENDS:
+                    break
+                # A shell's own arrays may stand for anything, or for nothing.
+                if not re.fullmatch(r"\$(@|\{\w+\[@\]\})", word):
+                    arguments.append(word)
+            yield arguments
+
+
+CASES = [
+    pytest.param(arguments, id=f"{file.relative_to(ROOT)}: {' '.join(arguments)}")
+    for file in DOCUMENTS
+    for arguments in commands(file)
+]
+
+
+def test_the_readme_has_commands_to_check() -> None:
+    found = {arguments[0] for arguments in commands(ROOT / "README.md")}
+    assert {"train", "sample", "export", "check", "inspect"} <= found
+
+
+@pytest.mark.parametrize("arguments", CASES)
+def test_a_command_in_the_documents_parses(arguments: list[str]) -> None:
+    group: Any = get_command(app)
+    with group.make_context("echodistill", list(arguments), resilient_parsing=False) as parent:
+        name = arguments[0]
+        assert name in group.commands or name.startswith("-")
+        if not name.startswith("-"):
+            command = group.commands[name]
+            # PHOTOS and other words in capitals stand for a person's own; they need not exist.
+            command.make_context(name, arguments[1:], parent=parent)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("examples/**/*.toml")), ids=lambda file: file.name)
+def test_an_example_configuration_is_valid_and_its_commented_keys_exist(file: Path) -> None:
+    build_config(None, file)
+    lines = [re.sub(r"^# (?=\w+ = )", "", line) for line in file.read_text(encoding="utf-8").splitlines()]
+    tables = tomllib.loads("\n".join(lines))
+    tables.get("model", {}).pop("student", None)
+    config_from_dict(tables)
+
+
+def test_every_flag_that_the_documents_name_exists() -> None:
+    group: Any = get_command(app)
+    known = {"--network-dim", "--learning-rate", "--max-train-steps"}  # said to be understood
+    for command in group.commands.values():
+        known |= {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    known |= {name for option in group.params for name in option.opts} | {"--help"}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ours = re.findall(r"`(--[a-z][\w-]*)", text)
+    assert {flag.replace("_", "-") for flag in ours} <= known
+
+
+def test_what_the_readme_links_to_is_there() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,58 @@
+"""Pictures on disk: grids, and texts inside PNG files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.pictures import grid, png_bytes, save_png, to_image
+
+COLOURS = ["red", "lime", "blue", "yellow", "cyan"]
+
+
+def tiles(count: int) -> list[Image.Image]:
+    return [Image.new("RGB", (6, 4), colour) for colour in COLOURS[:count]]
+
+
+def test_a_tensor_becomes_a_picture_of_the_same_values() -> None:
+    pixels = torch.arange(24, dtype=torch.uint8).view(2, 4, 3)
+    image = to_image(pixels)
+    assert image.size == (4, 2)
+    assert image.getpixel((3, 1)) == (21, 22, 23)
+
+
+@pytest.mark.parametrize(
+    ("count", "columns", "size"),
+    [(1, None, (6, 4)), (3, 3, (22, 4)), (4, None, (14, 10)), (5, 2, (14, 16)), (5, None, (22, 10))],
+)
+def test_a_grid_has_white_lines_between_its_pictures(count: int, columns: int | None, size: tuple[int, int]) -> None:
+    sheet = grid(tiles(count), columns)
+    assert sheet.size == size
+    if count > 1 and columns != 1:
+        assert sheet.getpixel((6, 0)) == (255, 255, 255)
+    assert sheet.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_grid_is_filled_row_by_row() -> None:
+    sheet = grid(tiles(3), columns=2)
+    assert sheet.getpixel((8, 0)) == (0, 255, 0)
+    assert sheet.getpixel((0, 6)) == (0, 0, 255)
+    assert sheet.getpixel((8, 6)) == (255, 255, 255)
+
+
+def test_texts_of_any_language_come_back_from_the_file(tmp_path: Path) -> None:
+    texts = {"prompt": "ein süßer Hund, 可爱的狗 🐕", "seed": "7"}
+    save_png(tmp_path / "a.png", tiles(1)[0], texts)
+    with Image.open(tmp_path / "a.png") as image:
+        assert dict(image.info) == texts
+    assert png_bytes(tiles(1)[0], texts) == (tmp_path / "a.png").read_bytes()
+
+
+def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EchoDistillError, match=r"none/a.png could not be written .*--output"):
+        save_png(tmp_path / "none" / "a.png", tiles(1)[0])
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,355 @@
+"""Run folders: made once, saved whole or not at all, found again, and resumed only as what they were."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from echodistill_cli.config import Config
+from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.files import atomically, explained, make_folder, write_bytes, write_text
+from echodistill_cli.presets import config_from_dict
+from echodistill_cli.runs import Run, create_run, newest_run, open_run, remove_leftovers, resume_run, resumed_config
+
+
+def config_at(folder: Path, **changes: Any) -> Config:
+    """A configuration of a run in `folder`, with changes such as train__steps=5."""
+    tables: dict[str, dict[str, Any]] = {"run": {"output": str(folder)}}
+    for key, value in changes.items():
+        section, name = key.split("__")
+        tables.setdefault(section, {})[name] = value
+    return config_from_dict(tables)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return create_run(config_at(tmp_path / "run", run__keep=2), overwrite=False)
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "weights": torch.full((3,), float(step)), "pool": None}
+
+
+def everything_in(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+# --- making and opening -----------------------------------------------------------------------------------------------
+
+
+def test_a_new_run_holds_its_configuration(run: Run) -> None:
+    assert everything_in(run.folder) == {"config.toml", "samples"}
+    assert open_run(run.folder).config == run.config
+
+
+def test_a_run_that_is_there_is_not_overwritten_unasked(run: Run) -> None:
+    (run.folder / "result").write_text("precious")
+    with pytest.raises(ConfigError, match=r"exists already.*--resume.*--overwrite.*--output"):
+        create_run(run.config, overwrite=False)
+    assert (run.folder / "result").read_text() == "precious"
+
+
+def test_overwriting_starts_from_an_empty_folder(run: Run) -> None:
+    run.save_checkpoint(1, state(1))
+    run.log({"step": 1})
+    again = create_run(config_at(run.folder, train__steps=7), overwrite=True)
+    assert everything_in(run.folder) == {"config.toml", "samples"}
+    assert open_run(again.folder).config.train.steps == 7
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_run_folder_is_never_overwritten(tmp_path: Path, overwrite: bool) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    (tmp_path / "file").write_text("precious")
+    for name in ("mine", "file"):
+        with pytest.raises(ConfigError):
+            create_run(config_at(tmp_path / name), overwrite=overwrite)
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert create_run(config_at(tmp_path / "empty"), overwrite=False).folder == tmp_path / "empty"
+
+
+def test_a_folder_without_a_configuration_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is not a run folder: it has no config\.toml"):
+        open_run(tmp_path)
+
+
+def test_the_newest_run_is_the_one_that_was_written_to_last(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="There is no run under"):
+        newest_run(tmp_path)
+    runs = [create_run(config_at(tmp_path / name), overwrite=False) for name in ("a", "b", "c")]
+    for age, made in enumerate((runs[1], runs[0], runs[2])):
+        os.utime(made.folder / "config.toml", (1000 - age, 1000 - age))
+    assert newest_run(tmp_path).folder.name == "b"
+    runs[2].log({"step": 1})
+    assert newest_run(tmp_path).folder.name == "c"
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_comes_back_as_it_was(run: Run) -> None:
+    saved = run.save_checkpoint(12, state(12))
+    assert saved.name == "step-000012"
+    loaded = run.load_checkpoint()
+    assert loaded["step"] == 12
+    assert torch.equal(loaded["weights"], state(12)["weights"])
+    assert loaded["pool"] is None
+
+
+def test_only_the_newest_checkpoints_are_kept(run: Run) -> None:
+    for step in (5, 10, 15, 20):
+        run.save_checkpoint(step, state(step))
+    assert [path.name for path in run.list_checkpoints()] == ["step-000015", "step-000020"]
+    assert run.load_checkpoint()["step"] == 20
+    assert run.load_checkpoint(15)["step"] == 15
+    with pytest.raises(ConfigError, match="no checkpoint of step 10"):
+        run.load_checkpoint(10)
+
+
+def test_a_step_saved_again_replaces_the_first(run: Run) -> None:
+    run.save_checkpoint(5, state(5) | {"weights": torch.zeros(3)})
+    run.save_checkpoint(5, state(5))
+    assert torch.equal(run.load_checkpoint()["weights"], state(5)["weights"])
+    assert len(run.list_checkpoints()) == 1
+
+
+class Unsavable:
+    """Something that cannot be pickled: saving fails in its middle."""
+
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_a_checkpoint_that_fails_in_its_middle_leaves_nothing_behind(run: Run) -> None:
+    run.save_checkpoint(5, state(5))
+    before = everything_in(run.folder)
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(10, state(10) | {"more": Unsavable()})
+    assert everything_in(run.folder) == before
+    assert run.load_checkpoint()["step"] == 5
+
+
+def test_without_a_checkpoint_there_is_nothing_to_resume(run: Run) -> None:
+    with pytest.raises(ConfigError, match=r"has no checkpoint to resume from.*--overwrite"):
+        run.load_checkpoint()
+
+
+def damage_bit(folder: Path) -> None:
+    content = bytearray((folder / "state.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "state.pt").write_bytes(content)
+
+
+def damage_length(folder: Path) -> None:
+    content = (folder / "state.pt").read_bytes()
+    (folder / "state.pt").write_bytes(content[: len(content) // 2])
+
+
+def damage_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{")
+
+
+def remove_state(folder: Path) -> None:
+    (folder / "state.pt").unlink()
+
+
+def remove_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("damage", [damage_bit, damage_length, damage_manifest, remove_state, remove_manifest])
+def test_a_damaged_checkpoint_is_named_and_the_earlier_one_offered(run: Run, damage: Any) -> None:
+    run.save_checkpoint(5, state(5))
+    damage(run.save_checkpoint(10, state(10)))
+    with pytest.raises(EchoDistillError, match=r"step-000010 is damaged .*--from-step 5"):
+        run.load_checkpoint()
+    assert run.load_checkpoint(5)["step"] == 5
+    damage(run.checkpoints / "step-000005")
+    with pytest.raises(EchoDistillError, match="step-000005 is damaged") as caught:
+        run.load_checkpoint(5)
+    assert "--from-step" not in str(caught.value)
+
+
+def test_a_checkpoint_runs_no_code_of_its_own(run: Run) -> None:
+    saved = run.save_checkpoint(5, state(5) | {"path": Path("x")})  # an object that only unpickling could make
+    assert saved.is_dir()
+    with pytest.raises(EchoDistillError, match="is damaged"):
+        run.load_checkpoint()
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_one_object_per_step(run: Run) -> None:
+    assert run.read_metrics() == []
+    for step in (1, 2):
+        run.log({"step": step, "latent": step / 2})
+    assert run.read_metrics() == [{"step": 1, "latent": 0.5}, {"step": 2, "latent": 1.0}]
+    assert len(run.metrics_file.read_text().splitlines()) == 2
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out_and_does_not_spoil_the_next(run: Run) -> None:
+    run.log({"step": 1})
+    with run.metrics_file.open("a") as file:
+        file.write('{"step": 2, "lat')
+    assert run.read_metrics() == [{"step": 1}]
+    run.rewind(1)
+    run.log({"step": 2})
+    assert run.read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_resumed_run_forgets_what_it_goes_through_again(run: Run) -> None:
+    for step in range(1, 11):
+        run.log({"step": step})
+    run.save_checkpoint(5, state(5))
+    run.save_checkpoint(10, state(10))
+    run.rewind(5)
+    assert [entry["step"] for entry in run.read_metrics()] == [1, 2, 3, 4, 5]
+    assert [path.name for path in run.list_checkpoints()] == ["step-000005"]
+
+
+# --- resuming ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss__latent": 0.5}, r"made with loss.latent = 1.0, not 0.5"),
+        ({"adapter__rank": 4}, r"made with adapter.rank = 16, not 4"),
+        ({"run__seed": 1}, r"made with run.seed = 0, not 1"),
+        ({"concept__token": "ohwx"}, r"made with concept.token = 'sks', not 'ohwx'"),
+        ({"echo__start": "off"}, r"made with echo.start = 600, not 'off'"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(run: Run, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resume_run(config_at(run.folder, **changes))
+    assert open_run(run.folder).config == run.config
+
+
+def test_what_does_not_decide_the_result_may_change(run: Run) -> None:
+    changed = config_at(run.folder, train__steps=2000, run__keep=5, run__sample_every=7, model__device="cpu")
+    resumed = resume_run(changed)
+    assert resumed.config == changed
+    assert open_run(run.folder).config == run.config  # nothing is written before the run really goes on
+    resumed.rewind(0)
+    assert open_run(run.folder).config == changed
+
+
+def test_there_is_nothing_to_resume_where_no_run_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        resume_run(config_at(tmp_path / "none"))
+
+
+def test_the_configuration_to_go_on_with_is_the_runs_own_with_what_is_named_changed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_run(config_at(run.folder, adapter__rank=4), overwrite=True)
+    config = resumed_config({"run.output": str(run.folder), "train.steps": 5})
+    assert (config.adapter.rank, config.train.steps, config.output) == (4, 5, run.folder)
+    monkeypatch.chdir(run.folder.parent)
+    create_run(config_at(Path("runs/other"), adapter__rank=3), overwrite=False)
+    assert resumed_config({"train.steps": 6}).adapter.rank == 3
+    with pytest.raises(ConfigError, match=r"setting train\.stpes"):
+        resumed_config({"train.stpes": 6})
+
+
+def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(run: Run) -> None:
+    run.save_checkpoint(5, state(5))
+    (run.samples / "step-000005.png").touch()
+    before = everything_in(run.folder)
+    (run.checkpoints / ".step-000010.123.tmp").mkdir()
+    (run.checkpoints / ".step-000010.123.tmp" / "state.pt").touch()
+    (run.samples / ".step-000010.png.123.tmp").touch()
+    (run.folder / ".metrics.jsonl.123.tmp").touch()
+    assert [path.name for path in run.list_checkpoints()] == ["step-000005"]
+    remove_leftovers(run.folder)
+    assert everything_in(run.folder) == before
+
+
+# --- writing files ----------------------------------------------------------------------------------------------------
+
+
+def fail_while_writing(path: Path, *, folder: bool = False) -> None:
+    with atomically(path) as temporary:
+        if folder:
+            temporary.mkdir()
+        (temporary / "file" if folder else temporary).write_text("half")
+        raise RuntimeError
+
+
+def test_a_file_is_replaced_only_when_the_block_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text(path, "old ü")
+    with pytest.raises(RuntimeError):
+        fail_while_writing(path)
+    assert path.read_text(encoding="utf-8") == "old ü"
+    write_bytes(path, b"new")
+    assert path.read_bytes() == b"new"
+    assert everything_in(tmp_path) == {"file"}
+
+
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        fail_while_writing(tmp_path / "folder", folder=True)
+    assert everything_in(tmp_path) == set()
+    with atomically(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "file").touch()
+    assert everything_in(tmp_path) == {"folder", "folder/file"}
+
+
+def test_while_it_is_written_a_file_has_another_name_in_the_same_folder(tmp_path: Path) -> None:
+    with atomically(tmp_path / "file") as temporary:
+        temporary.write_text("x")
+        assert temporary.parent == tmp_path
+        assert temporary.name.startswith(".file.")
+        assert not (tmp_path / "file").exists()
+
+
+def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(EchoDistillError, match="file could not be written"), atomically(tmp_path / "file"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        ("ENOSPC", "The disk is full"),
+        ("EDQUOT", "quota"),
+        ("EACCES", "may not write there"),
+        ("EROFS", "read-only"),
+    ],
+)
+def test_an_error_of_the_disk_is_one_line_with_its_remedy(tmp_path: Path, number: str, remedy: str) -> None:
+    import errno
+
+    code = getattr(errno, number)
+    message = f"{tmp_path}/file could not be written.*{remedy}.*--output"
+    with pytest.raises(EchoDistillError, match=message), explained(tmp_path / "file"):
+        raise OSError(code, os.strerror(code))
+
+
+def test_a_missing_folder_and_a_file_in_the_way_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(EchoDistillError, match="Its folder does not exist"):
+        write_text(tmp_path / "none" / "file", "x")
+    (tmp_path / "file").touch()
+    with pytest.raises(EchoDistillError, match="A file stands where a folder is needed"):
+        make_folder(tmp_path / "file" / "folder")
+    with pytest.raises(EchoDistillError, match="The name is too long"):
+        write_text(tmp_path / ("x" * 300), "x")
+
+
+def test_metrics_are_plain_json(run: Run) -> None:
+    run.log({"step": 1, "loss": 0.25})
+    assert json.loads(run.metrics_file.read_text()) == {"step": 1, "loss": 0.25}

@@ -1,0 +1,538 @@
+"""One step at a time on the small pair: who moves, who does not, and that the same run gives the same bits."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from echodistill_cli import training
+from echodistill_cli.adapters import lora_tensors
+from echodistill_cli.batches import draw_reals, draw_student_pass, draw_teacher_batch
+from echodistill_cli.conditioning import PromptEncoder
+from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
+from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.state import TrainingState, build_state
+from echodistill_cli.training import (
+    active_losses,
+    count_skips,
+    discriminator_step,
+    echo_step,
+    optimize,
+    student_step,
+    teacher_step,
+    training_step,
+)
+from tests.small import small_config, small_photos
+
+NewState = Callable[..., TrainingState]
+Tensors = dict[str, Tensor]
+
+
+@pytest.fixture
+def new_state(small_pair: tuple[Path, Path], small_backbones: dict[str, Path]) -> NewState:
+    """Builds a fresh run with changes such as text__form="token"."""
+
+    def build(**changes: Any) -> TrainingState:
+        return build_state(small_config(small_pair, small_backbones, **changes), small_photos())
+
+    return build
+
+
+def trained(state: TrainingState) -> dict[str, Tensors]:
+    """Copies of all that training may move, by optimizer."""
+    assert state.pair.teacher is not None
+    if state.token:
+        text = {name: value.detach().clone() for name, value in state.token.state_dict().items()}
+    else:
+        text = lora_tensors(state.pair.encoder.encoders[0]) if state.config.text.form == "lora" else {}
+    heads = {
+        f"{critic.name}.{name}": value.detach().clone()
+        for critic in state.critics
+        for name, value in critic.heads.state_dict().items()
+    }
+    return {
+        "teacher": lora_tensors(state.pair.teacher.unet),
+        "text": text,
+        "student": lora_tensors(state.pair.student.unet),
+        "discriminators": heads,
+    }
+
+
+def frozen_weights(state: TrainingState) -> list[Tensor]:
+    """Copies of all that training may not move."""
+    pair = state.pair
+    assert pair.teacher is not None
+    modules = [pair.teacher.unet, pair.student.unet, pair.codec.encoder, *pair.encoder.encoders]
+    modules += [critic.backbone for critic in state.critics] + ([state.judge] if state.judge else [])
+    movable = {id(p) for optimizer in state.optimizers.values() for g in optimizer.param_groups for p in g["params"]}
+    return [p.detach().clone() for module in modules for p in module.parameters() if id(p) not in movable]
+
+
+def moved(before: dict[str, Tensors], state: TrainingState) -> set[str]:
+    """Names of the parts of which any tensor differs from before."""
+    now = trained(state)
+    return {
+        part for part in now if any(not torch.equal(value, before[part][name]) for name, value in now[part].items())
+    }
+
+
+def same(first: dict[str, Tensors], second: dict[str, Tensors]) -> bool:
+    return all(torch.equal(value, second[part][name]) for part in first for name, value in first[part].items())
+
+
+def steps(state: TrainingState, count: int) -> list[dict[str, float]]:
+    return [training_step(state) for _ in range(count)]
+
+
+def gradients(state: TrainingState, part: str) -> list[Tensor]:
+    parameters = [p for group in state.optimizers[part].param_groups for p in group["params"]]
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def saved(state: TrainingState) -> dict[str, Any]:
+    """The state through a file's bytes, as a checkpoint has it."""
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+# --- who moves --------------------------------------------------------------------------------------------------------
+
+each_text_form = pytest.mark.parametrize("form", ["lora", "token", "frozen"])
+
+
+@each_text_form
+def test_the_teachers_step_moves_the_teacher_and_the_text_side_alone(new_state: NewState, form: str) -> None:
+    state = new_state(text__form=form)
+    before = trained(state)
+    teacher_step(state)
+    assert moved(before, state) == ({"teacher"} if form == "frozen" else {"teacher", "text"})
+
+
+@each_text_form
+def test_the_students_step_moves_the_student_alone(new_state: NewState, form: str) -> None:
+    state = new_state(text__form=form)
+    before = trained(state)
+    student_step(state)
+    assert moved(before, state) == {"student"}
+
+
+@each_text_form
+def test_the_discriminators_step_moves_their_heads_alone(new_state: NewState, form: str) -> None:
+    state = new_state(text__form=form)
+    student_pass = draw_student_pass(state)
+    before = trained(state)
+    discriminator_step(state, student_pass)
+    assert moved(before, state) == {"discriminators"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"train__gradient_checkpointing": True}, {"text__form": "token"}])
+def test_whole_steps_move_every_trained_part_and_no_frozen_weight(new_state: NewState, changes: dict[str, Any]) -> None:
+    state = new_state(echo__start=1, echo__every=1, **changes)
+    before, frozen = trained(state), frozen_weights(state)
+    steps(state, 3)
+    assert moved(before, state) == {"teacher", "text", "student", "discriminators"}
+    assert len(frozen) > 100
+    assert all(torch.equal(a, b) for a, b in zip(frozen, frozen_weights(state), strict=True))
+
+
+@pytest.mark.parametrize("step", ["teacher", "student", "discriminators"])
+def test_a_step_leaves_no_gradient_with_the_others(new_state: NewState, step: str) -> None:
+    state = new_state()
+    own = {"teacher": {"teacher", "text"}}.get(step, {step})
+    if step == "teacher":
+        teacher_step(state)
+    elif step == "student":
+        student_step(state)
+    else:
+        discriminator_step(state, draw_student_pass(state))
+    assert {part for part in state.optimizers if gradients(state, part)} == own
+
+
+def test_after_the_students_step_the_heads_can_be_trained_again(new_state: NewState) -> None:
+    state = new_state()
+    student_step(state)
+    assert all(p.requires_grad and p.grad is None for critic in state.critics for p in critic.heads.parameters())
+
+
+def test_the_learned_token_moves_no_other_word(new_state: NewState) -> None:
+    state = new_state(text__form="token", concept__token="zwx", train__weight_decay=0.5)
+    before = state.pair.encoder.encode(["a photo of the dog in snow"]).hidden
+    steps(state, 2)
+    assert torch.equal(state.pair.encoder.encode(["a photo of the dog in snow"]).hidden, before)
+
+
+def test_a_word_of_several_tokens_is_refused_unless_it_is_learned(new_state: NewState) -> None:
+    with pytest.raises(ConfigError, match="--text token"):
+        new_state(concept__token="zwx")
+
+
+def test_a_learning_rate_of_0_leaves_its_part(new_state: NewState) -> None:
+    state = new_state(train__text_lr=0.0)
+    before = trained(state)
+    training_step(state)
+    assert "text" not in moved(before, state)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["teacher", "text", "student", "discriminators"])
+def test_every_parts_gradients_are_clipped_after_backward(new_state: NewState, part: str) -> None:
+    state = new_state(train__max_grad_norm=1e-3)
+    metrics = training_step(state)
+    used = torch.stack([gradient.norm() for gradient in gradients(state, part)]).norm()
+    assert metrics[f"grad_norm_{part}"] > 2e-3  # before clipping
+    assert float(used) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_without_a_norm_nothing_is_clipped(new_state: NewState) -> None:
+    state = new_state(train__max_grad_norm=0.0)
+    metrics = training_step(state)
+    used = torch.stack([gradient.norm() for gradient in gradients(state, "discriminators")]).norm()
+    assert float(used) == pytest.approx(metrics["grad_norm_discriminators"], rel=1e-5)
+
+
+def test_a_half_precision_loss_is_scaled_for_backward_only(new_state: NewState) -> None:
+    plain, scaled = new_state(), new_state()
+    scaled.pair.dtype = torch.float16  # what decides the scaling; the weights stay in single precision to be compared
+    metrics = [teacher_step(state) for state in (plain, scaled)]
+    assert metrics[0].keys() == metrics[1].keys()
+    assert list(metrics[0].values()) == pytest.approx(list(metrics[1].values()), rel=1e-4)
+    for first, second in zip(gradients(plain, "teacher"), gradients(scaled, "teacher"), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-7)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(new_state: NewState) -> None:
+    plain, checkpointed = new_state(), new_state(train__gradient_checkpointing=True)
+    metrics = [steps(state, 3)[-1] for state in (plain, checkpointed)]
+    assert metrics[0].keys() == metrics[1].keys()
+    assert list(metrics[0].values()) == pytest.approx(list(metrics[1].values()), rel=1e-3, abs=1e-5)
+
+
+def test_the_students_conditioning_and_target_carry_no_gradient(new_state: NewState) -> None:
+    student_pass = draw_student_pass(new_state())
+    assert student_pass.pictures.latents.requires_grad
+    assert not student_pass.pictures.conditioning.hidden.requires_grad
+    assert not student_pass.target.requires_grad
+    assert not student_pass.target_image.requires_grad
+    assert not student_pass.identity_features()[1].requires_grad
+    assert student_pass.identity_features()[0].requires_grad
+
+
+def test_the_null_prompt_is_encoded_with_the_text_encoder_as_it_is_now(
+    new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nulls: list[Tensor] = []
+    encode_null = PromptEncoder.encode_null
+
+    def remember(encoder: PromptEncoder) -> Any:
+        null = encode_null(encoder)
+        nulls.append(null.hidden)
+        return null
+
+    monkeypatch.setattr(PromptEncoder, "encode_null", remember)
+    state = new_state()
+    steps(state, 2)
+    assert len(nulls) == 2
+    assert not torch.equal(nulls[0], nulls[1])
+
+
+# --- losses as data ---------------------------------------------------------------------------------------------------
+
+STUDENT_TERMS = ("latent", "identity", "sliced_wasserstein", "adversarial")
+
+
+def test_every_loss_has_a_weight_and_every_weight_a_loss(new_state: NewState) -> None:
+    weights = set(vars(new_state().config.loss)) - {"denoising"}
+    assert weights == set(STUDENT_TERMS) == {term.name for term in training.STUDENT_LOSSES}
+
+
+@pytest.mark.parametrize("name", STUDENT_TERMS)
+def test_a_weight_of_0_removes_its_term(new_state: NewState, name: str) -> None:
+    state = new_state(**{f"loss__{name}": 0.0})
+    metrics = training_step(state)
+    assert {term.name for term in active_losses(state)} == set(STUDENT_TERMS) - {name}
+    assert set(metrics) & set(STUDENT_TERMS) == set(STUDENT_TERMS) - {name}
+    assert bool(state.critics) == (name != "adversarial")
+    assert (state.judge is None) == (name == "identity")  # the echo, which needs it too, is off
+
+
+def test_without_the_denoising_loss_the_teacher_rests(new_state: NewState) -> None:
+    state = new_state(loss__denoising=0.0, train__weight_decay=0.5)
+    before = trained(state)
+    metrics = training_step(state)
+    assert "denoising" not in metrics
+    assert moved(before, state) == {"student", "discriminators"}
+
+
+def test_alignment_is_weighted_by_the_signal_and_the_adversary_is_not() -> None:
+    assert {term.name for term in training.STUDENT_LOSSES if not term.by_signal} == {"adversarial"}
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_a_term_counts_by_its_weight_and_its_samples_by_their_signal(new_state: NewState, weight: float) -> None:
+    others = {f"loss__{name}": 0.0 for name in STUDENT_TERMS if name != "latent"}
+    state = new_state(loss__latent=weight, train__max_grad_norm=0.0, **others)
+    generator = state.generator.get_state()
+    student_pass, metrics = student_step(state)
+    latents, target = student_pass.pictures.latents.detach(), student_pass.target
+    squares = (latents - target).square().mean(dim=(1, 2, 3))
+    assert metrics["latent"] == pytest.approx(float((0.5 * squares * student_pass.signal).mean()), rel=1e-5)
+    one = new_state(loss__latent=1.0, train__max_grad_norm=0.0, **others)
+    one.generator.set_state(generator)
+    assert metrics["grad_norm_student"] == pytest.approx(weight * student_step(one)[1]["grad_norm_student"], rel=1e-4)
+
+
+@pytest.mark.parametrize("names", [(), ("teacher",), ("dino",), ("dino", "teacher", "clip")])
+def test_any_set_of_discriminators_trains(
+    new_state: NewState, small_backbones: dict[str, Path], names: tuple[str, ...]
+) -> None:
+    sources = tuple(str(small_backbones.get(name, name)) for name in names)
+    state = new_state(critic__discriminators=sources)
+    metrics = steps(state, 2)[-1]
+    assert {key for key in metrics if key.startswith("discriminator_")} == {f"discriminator_{name}" for name in names}
+    assert ("adversarial" in metrics) == bool(names)
+    assert ("discriminators" in state.optimizers) == bool(names)
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_a_run_without_an_identity_encoder_trains(new_state: NewState) -> None:
+    state = new_state(critic__identity="none")
+    assert "identity" not in training_step(state)
+    assert state.judge is None
+
+
+# --- features, once ---------------------------------------------------------------------------------------------------
+
+
+def test_remembered_features_of_reals_are_those_of_now(new_state: NewState) -> None:
+    state = new_state()
+    reals = draw_reals(state, draw_student_pass(state).pictures)
+    image_critics = [critic for critic in state.critics if isinstance(critic.backbone, ImageBackbone)]
+    assert set(reals.cached) == {critic.name for critic in image_critics} == {"dino"}
+    for critic in image_critics:
+        with torch.no_grad():
+            now = critic.backbone.see(reals.pictures)
+        torch.testing.assert_close(reals.features(critic)[0], now[0], rtol=1e-4, atol=1e-5)
+
+
+def test_remembered_features_of_echoed_pictures_are_those_of_now_too(new_state: NewState) -> None:
+    state = new_state()
+    echo_step(state)
+    reals = draw_reals(state, draw_student_pass(state).pictures)
+    assert len(reals.pictures.latents) == 2 * state.config.train.batch_size
+    assert reals.weights.tolist() == [1.0, 1.0, 0.25, 0.25]
+    for critic in state.critics:
+        with torch.no_grad():
+            now = critic.backbone.see(reals.pictures)
+        for ours, theirs in zip(reals.features(critic), now, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_each_backbone_looks_at_the_students_pictures_once_a_step(
+    new_state: NewState, small_backbones: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # CLIP is judge and discriminator here.
+    names = tuple(str(small_backbones.get(name, name)) for name in ("dino", "clip", "teacher"))
+    state = new_state(critic__discriminators=names)
+    assert state.judge in [critic.backbone for critic in state.critics]
+    looks: list[tuple[type, bool]] = []
+    for kind in (ImageBackbone, TeacherBackbone):
+        see = kind.see
+
+        def counted(self: Any, pictures: Any, see: Any = see) -> Any:
+            looks.append((type(self), pictures.latents.requires_grad))
+            return see(self, pictures)
+
+        monkeypatch.setattr(kind, "see", counted)
+    training_step(state)
+    at_fakes = [kind for kind, of_student in looks if of_student]
+    assert sorted(kind.__name__ for kind in at_fakes) == ["ImageBackbone", "ImageBackbone", "TeacherBackbone"]
+    # Of the reals only the latent backbone's features depend on this step's noise.
+    assert [kind for kind, of_student in looks if not of_student] == [TeacherBackbone]
+
+
+def test_the_teacher_learns_from_captions_masks_and_framings(new_state: NewState) -> None:
+    state = new_state(train__batch_size=64, concept__views=32)
+    latents, masks, prompts, *_ = draw_teacher_batch(state)
+    assert latents.shape == (64, 4, 8, 8)
+    assert masks.shape == (64, 1, 8, 8)
+    assert 0 <= float(masks.min()) < 1 == float(masks.max())
+    assert all("sks dog" in prompt for prompt in prompts)
+    assert any("on the beach" in prompt for prompt in prompts)
+    assert any(prompt.endswith(("far away", "very small", "zoomed in", "close up")) for prompt in prompts)
+
+
+# --- what is not finite -----------------------------------------------------------------------------------------------
+
+
+def test_a_step_that_is_not_finite_moves_nothing_is_counted_and_ends_the_run(new_state: NewState) -> None:
+    state = new_state(train__max_bad_steps=3)
+    steps(state, 1)
+    with torch.no_grad():
+        state.photos.latents.fill_(math.nan)  # the teacher's loss
+        state.pair.codec.decoder.decoder.conv_out.bias.fill_(math.nan)  # every picture's
+    before, moments = trained(state), saved(state)["optimizers"]
+    for bad in (1, 2):
+        metrics = training_step(state)
+        skipped = {name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")}
+        assert skipped == {"teacher", "text", "student", "discriminators"}
+        assert (state.bad_steps, state.bad_steps_in_a_row) == (bad, bad)
+    with pytest.raises(EchoDistillError, match=r"was not finite in the last 3 steps.*--lr.*--resume"):
+        training_step(state)
+    assert moved(before, state) == set()
+    assert state.step == 3  # the bad step that ended the run is not counted as done
+    for part in moments:
+        for key, values in saved(state)["optimizers"][part]["state"].items():
+            assert all(torch.equal(value, moments[part]["state"][key][name]) for name, value in values.items())
+
+
+def test_only_the_part_that_is_not_finite_rests(new_state: NewState) -> None:
+    state = new_state()
+    state.photos.latents.fill_(math.nan)
+    before = trained(state)
+    metrics = training_step(state)
+    assert {name for name in metrics if name.startswith("skipped_")} == {"skipped_teacher", "skipped_text"}
+    assert moved(before, state) == {"student", "discriminators"}
+
+
+def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing(new_state: NewState) -> None:
+    state = new_state()
+    assert state.pair.teacher is not None
+    weight = next(p for p in state.pair.teacher.unet.parameters() if p.requires_grad)
+    before = trained(state)
+    loss = (weight * 0).sum().sqrt()  # 0, with an infinite slope times 0
+    assert float(loss.detach()) == 0
+    assert optimize(state, loss, ["teacher", "text"]) == {"skipped_teacher": 1.0, "skipped_text": 1.0}
+    assert moved(before, state) == set()
+
+
+def test_good_steps_in_between_start_the_count_anew(new_state: NewState) -> None:
+    state = new_state(train__max_bad_steps=2)
+    for metrics in ({"skipped_teacher": 1.0}, {}, {"skipped_student": 1.0}, {}):
+        count_skips(state, metrics)
+    assert (state.bad_steps, state.bad_steps_in_a_row) == (2, 0)
+
+
+# --- the same run, the same bits --------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_the_global_generator(new_state: NewState) -> None:
+    runs = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        state = new_state(echo__start=2, echo__every=1)
+        torch.manual_seed(global_seed + 10)
+        runs.append((steps(state, 3), trained(state)))
+    assert runs[0][0] == runs[1][0]
+    assert same(runs[0][1], runs[1][1])
+
+
+def test_another_seed_gives_another_run(new_state: NewState) -> None:
+    first, second = (new_state(run__seed=seed) for seed in (0, 1))
+    assert moved(trained(first), second) >= {"teacher", "text", "student", "discriminators"}
+    assert steps(first, 1) != steps(second, 1)
+
+
+@each_text_form
+def test_a_run_goes_on_from_a_checkpoint_bit_for_bit(new_state: NewState, form: str) -> None:
+    settings = {"text__form": form, "echo__start": 1, "echo__every": 2}
+    whole = new_state(**settings)
+    steps(whole, 2)
+    checkpoint = saved(whole)
+    assert whole.pool
+    rest = steps(whole, 2)
+    resumed = new_state(**settings)
+    resumed.load_state_dict(checkpoint)
+    assert resumed.step == 2
+    assert resumed.pool is not None
+    assert steps(resumed, 2) == rest
+    assert same(trained(whole), trained(resumed))
+    assert whole.pool.prompts == resumed.pool.prompts
+    assert torch.equal(whole.pool.latents, resumed.pool.latents)
+    assert torch.equal(whole.generator.get_state(), resumed.generator.get_state())
+
+
+def test_the_pool_of_a_checkpoint_lands_on_the_runs_device(new_state: NewState) -> None:
+    state = new_state()
+    echo_step(state)
+    checkpoint = saved(state)
+    state.pair.device = torch.device("meta")
+    state.load_state_dict(checkpoint)
+    assert state.pool is not None
+    assert state.pool.latents.device.type == "meta"
+
+
+# --- the echo ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_echo_begins_at_its_start_and_repeats(new_state: NewState) -> None:
+    state = new_state(echo__start=2, echo__every=2)
+    assert ["echo_made" in metrics for metrics in steps(state, 6)] == [False, True, False, True, False, True]
+
+
+def test_without_a_start_there_is_no_echo(new_state: NewState) -> None:
+    state = new_state()
+    assert not any("echo_made" in metrics for metrics in steps(state, 3))
+    assert state.pool is None
+
+
+def test_an_echo_says_what_became_of_every_picture(new_state: NewState) -> None:
+    state = new_state(echo__candidates=5, echo__pool_size=2, train__batch_size=2)
+    metrics = echo_step(state)
+    fates = ("kept", "identity", "photo_copy", "duplicate", "crowded")
+    assert metrics["echo_made"] == sum(metrics[f"echo_{fate}"] for fate in fates) == 5
+    assert state.pool is not None
+    assert metrics["echo_pool"] == len(state.pool) <= 2
+    assert all("sks dog" in prompt for prompt in state.pool.prompts)
+    assert not state.pool.latents.requires_grad
+
+
+def test_an_echo_moves_nothing(new_state: NewState) -> None:
+    state = new_state()
+    before = trained(state)
+    echo_step(state)
+    assert moved(before, state) == set()
+
+
+def test_a_pool_that_stays_empty_leaves_the_training_to_the_photos(new_state: NewState) -> None:
+    state = new_state(echo__start=1, echo__every=1, echo__min_identity=50.0)
+    metrics = steps(state, 3)
+    assert [entry["echo_kept"] for entry in metrics] == [0.0] * 3
+    assert state.pool is not None
+    assert len(state.pool) == 0
+    assert len(draw_reals(state, draw_student_pass(state).pictures).weights) == 2
+    state.load_state_dict(saved(state))
+    steps(state, 1)
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 0), (1.0, 8), (0.5, None)])
+def test_the_teacher_draws_its_share_from_the_pool(new_state: NewState, share: float, expected: int | None) -> None:
+    state = new_state(echo__teacher_share=share, train__batch_size=8)
+    echo_step(state)
+    assert state.pool is not None
+    state.pool = replace(state.pool, prompts=["ECHO"] * len(state.pool))
+    latents, masks, prompts, *_ = draw_teacher_batch(state)
+    echoed = [prompt == "ECHO" for prompt in prompts]
+    assert sum(echoed) == expected if expected is not None else 0 < sum(echoed) < 8
+    for row, is_echo in enumerate(echoed):
+        assert (latents[row] == state.pool.latents).flatten(1).all(dim=1).any() == is_echo
+        assert not is_echo or masks[row].min() == 1
+
+
+def test_a_real_weight_of_0_keeps_echoed_pictures_from_the_discriminators(new_state: NewState) -> None:
+    state = new_state(echo__real_weight=0.0)
+    echo_step(state)
+    assert len(draw_reals(state, draw_student_pass(state).pictures).pictures.latents) == 2
