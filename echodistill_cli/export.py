@@ -132,8 +132,10 @@ def lora_weights(config: Config, state: Mapping[str, Any], role: Role) -> list[L
 def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> LoraCard:
     """What the header of one role's LoRA file at `path` says."""
     side = config.model.resolution
+    made_by = config.model.student_lora
+    beside = f"together with {Path(made_by).name}, " if made_by else ""
     usage = {
-        "student": f"1 step, guidance 0 (CFG 1), trailing timesteps, {side}x{side}",
+        "student": f"{beside}1 step, guidance 0 (CFG 1), trailing timesteps, {side}x{side}",
         "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
     }
     return LoraCard(

@@ -88,7 +88,7 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     family = _family(student)
     base = twin(student, loader.teacher.sizes) if config.student_lora and teacher else None
     if config.student_lora:
-        distil(student, family, Path(config.student_lora))
+        distil(student, family, Path(config.student_lora), fold=base is None)
     pair = ModelPair(
         family=family,
         encoder=loader.prompt_encoder(family),

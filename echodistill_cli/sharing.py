@@ -33,8 +33,11 @@ def twin(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
     return Denoiser(unet, denoiser.schedule, time_ids)
 
 
-def distil(student: Denoiser, family: Family, file: Path) -> None:
+def distil(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None:
     """Put a LoRA such as Hyper-SD's, DMD2's or LCM's on the student, frozen: from now on it is a one-step model.
+
+    Args:
+        fold: add it to the weights, which then are not the base's any more; else it stays beside them.
 
     Raises:
         ModelError: the file is missing, damaged, or made for other models.
@@ -60,6 +63,9 @@ def distil(student: Denoiser, family: Family, file: Path) -> None:
             f"{file} does not fit this model: {placed} of its {len(held)} UNet modules match.",
             "Name the base it was made for.",
         )
+    if fold:
+        student.unet.fuse_lora(adapter_names=[DISTILLED])
+        student.unet.unload_lora()
     student.unet.requires_grad_(False)
 
 

@@ -18,6 +18,7 @@ from echodistill_cli.adapters import DISTILLED, UNET_TARGETS, add_lora, trainabl
 from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.config import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.inspection import inspect_file
 from echodistill_cli.models import ModelPair, load_pair
 from echodistill_cli.pair import Denoiser
 from echodistill_cli.pipeline import SampleRequest, sample, train
@@ -133,6 +134,18 @@ def test_gradients_are_those_of_two_separate_unets(shared: ModelPair, checkpoint
             torch.testing.assert_close(one, other)
 
 
+def test_a_student_that_is_alone_has_the_lora_in_its_weights(
+    shared: ModelPair, small_sdxl_pair: Pair, distillation: Path
+) -> None:
+    alone = load_pair(model(small_sdxl_pair[1], distillation), teacher=False)
+    names = {name for name, _ in UNet2DConditionModel.from_pretrained(small_sdxl_pair[1] / "unet").named_parameters()}
+    assert {name for name, _ in alone.student.unet.named_parameters()} == names
+    assert not any(parameter.requires_grad for parameter in alone.student.unet.parameters())
+    with torch.no_grad():
+        expected = shared.student(*inputs())
+        torch.testing.assert_close(alone.student(*inputs()), expected, rtol=1e-4, atol=1e-5)
+
+
 # --- the whole method -------------------------------------------------------------------------------------------------
 
 
@@ -163,9 +176,8 @@ def test_a_run_over_a_distilled_base_writes_files_that_are_read_back_and_drawn_w
     changes = {"train__steps": 2, "train__lr": 0.1, "run__output": str(tmp_path / "run"), "run__sample_seeds": 1}
     config = configure(small_sdxl_pair[1], distillation, small_backbones, concept__photos=str(photo_folder), **changes)
     result = train(config)
+    assert "together with one-step.safetensors, 1 step" in str(inspect_file(result.lora).usage)
     (drawn,) = sample(SampleRequest(["a sks dog"], seed=3, lora=result.run, compare=True))
-    pipeline = StableDiffusionXLPipeline.from_pretrained(small_sdxl_pair[1])
-    pipeline.set_progress_bar_config(disable=True)
     assert drawn.base is not None
     assert np.abs(np.asarray(drawn.image).astype(int) - np.asarray(drawn.base).astype(int)).max() > 0
     # The base of the comparison is the one-step model, not the model that was distilled.

@@ -343,9 +343,11 @@ def run_design(
             training_step(state)
 
     found = measure(state, step, steps=options.steps, warmup=2 if on_gpu else 0, count_flops=on_gpu)
-    expected = estimate(_by_name(config), family, half=design == "lean").total
     line = f"{family:5} {design:10} batch {batch}  {found.seconds:8.3f} s/step  {batch / found.seconds:7.2f} images/s"
-    line += f"  peak {found.peak:5.1f} GiB (estimate {expected:4.1f})  draws {found.pictures:6.2f} images/s"
+    line += f"  peak {found.peak:5.1f} GiB"
+    if design == "lean":  # the one that the memory plan knows
+        line += f" (estimate {estimate(_by_name(config), family, half=True).total:4.1f})"
+    line += f"  draws {found.pictures:6.2f} images/s"
     if found.flops is not None:
         rate = matmul_rate(state.pair.device, state.pair.dtype)
         share = found.flops / found.seconds / rate
