@@ -22,6 +22,7 @@ from echodistill_cli import __version__
 from echodistill_cli.cli import app
 from echodistill_cli.config import Config
 from echodistill_cli.flags import ALIASES, FLAGS, PANELS
+from echodistill_cli.libraries import prepare_libraries
 from echodistill_cli.presets import build_config
 from echodistill_cli.progress import TrainingProgress
 from tests.commands import command, small_toml
@@ -347,3 +348,14 @@ def test_a_dry_run_is_a_table_or_json_and_writes_nothing(
 def test_a_dry_run_knows_what_would_have_to_be_fetched(photo_folder: Path) -> None:
     models = command("train", photo_folder, "--offline", "--dry-run", "--json").result["models"]
     assert {"stabilityai/sd-turbo", "facebook/dino-vits16"} <= set(models)
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")  # restored afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    prepare_libraries(offline=False, quiet=False)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    prepare_libraries(offline=False, quiet=False)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -104,18 +104,20 @@ class Progress:
         partial.rename(path)
 
     def load(self, path: Path) -> None:
-        """Resume from `path`; the learning rate stays the caller's."""
+        """Resume from `path`; the learning rate stays the caller's. A restored export has no optimizer state."""
         state = torch.load(path, map_location="cpu", weights_only=True)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for averaged, (name, _) in zip(self.average, self.network.named_parameters(), strict=True):
             averaged.copy_(state["average"][name])
         self.samples, self.updates = state["samples"], state["updates"]
-        self.rng.bit_generator.state = state["rng"]
-        torch.set_rng_state(state["torch_rng"])
+        if "rng" in state:
+            self.rng.bit_generator.state = state["rng"]
+            torch.set_rng_state(state["torch_rng"])
 
 
 def load_average(path: Path, network: nn.Module) -> int:

@@ -3,6 +3,7 @@
 # started again. Leave it running: setsid nohup nice -n 10 bash examples/mini_world/train_all.sh >chain.txt 2>&1 &
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # spinning threads starve beside any other busy process
 work="${ECHODISTILL_WORK:-$HOME/.cache/echodistill/mini-world}"
 nouns="${NOUNS:-12}"
 minutes="${TEACHER_MINUTES:-600}"
