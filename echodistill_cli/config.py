@@ -135,7 +135,7 @@ class CriticConfig:
 class EchoConfig:
     """The echo phase: the student's own pictures of the subject, filtered, train both models."""
 
-    start: int | None = setting(600, "step at which the echo phase starts; unset: never", minimum=1)
+    start: int | None = setting(600, 'step at which the echo phase starts; "off": never', minimum=1)
     every: int = setting(100, "steps between two refreshes of the pool", minimum=1)
     candidates: int = setting(32, "pictures drawn at each refresh", minimum=1)
     pool_size: int = setting(32, "most pictures kept", minimum=1)
