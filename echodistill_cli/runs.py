@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -43,9 +44,10 @@ class Run:
         self.checkpoints = folder / "checkpoints"
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Append one step's metrics."""
+        """Append one step's metrics; what is not finite becomes null, since JSON knows no NaN."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with explained(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(finite) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
         """All steps logged so far; a line that a crash cut off is left out."""

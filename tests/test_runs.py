@@ -353,3 +353,9 @@ def test_a_missing_folder_and_a_file_in_the_way_are_explained(tmp_path: Path) ->
 def test_metrics_are_plain_json(run: Run) -> None:
     run.log({"step": 1, "loss": 0.25})
     assert json.loads(run.metrics_file.read_text()) == {"step": 1, "loss": 0.25}
+
+
+def test_a_loss_that_is_not_finite_is_null_in_the_metrics(run: Run) -> None:
+    run.log({"step": 1, "denoising": float("nan"), "latent": 0.5})
+    line = run.metrics_file.read_text().splitlines()[-1]
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "denoising": None, "latent": 0.5}
