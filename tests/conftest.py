@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,13 @@ import torch
 from PIL import Image
 
 from examples.benchmark.small_pair import build_small_backbones, build_small_pair, build_small_sdxl_pair
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_as_on_a_terminal() -> None:
+    """A shell starts background jobs with SIGINT ignored, and children inherit that: signal tests would never end."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
