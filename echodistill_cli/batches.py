@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from echodistill_cli.dataset import prompt_for
+from echodistill_cli.dataset import prompt_for, scene_prompt
 from echodistill_cli.diffusion import add_noise
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, Pictures, TeacherBackbone
 from echodistill_cli.echo import EchoPool, identity_scores
@@ -107,8 +107,7 @@ def draw_teacher_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str],
 def draw_student_pass(state: TrainingState) -> StudentPass:
     """B one-step pictures of the concept, and the current teacher's guided x0 of them, renoised at uniform t."""
     pair, teacher, batch = state.pair, state.pair.role("teacher"), state.config.train.batch_size
-    rows = state.randint(len(state.photos.real_views), batch).tolist()
-    prompts = [prompt_for(state.photos.real_views[row], state.config.subject, state.generator) for row in rows]
+    prompts = [_student_prompt(state) for _ in range(batch)]
     with torch.no_grad():
         conditioning, null = pair.encoder.encode(prompts), pair.encoder.encode_null()
     noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
@@ -122,6 +121,15 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
         x0 = student_x0(pair.student, noise, conditioning)
     pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
     return StudentPass(state, pictures, target, teacher.schedule.signal(timesteps))
+
+
+def _student_prompt(state: TrainingState) -> str:
+    """A photo's wording; or, for the set share of samples, a scene that no photo need show."""
+    config = state.config
+    if config.train.scene_share and float(torch.rand((), generator=state.generator)) < config.train.scene_share:
+        return scene_prompt(config.subject, int(state.randint(2**31 - 1, 1)), config.concept.scenes)
+    row = int(state.randint(len(state.photos.real_views), 1))
+    return prompt_for(state.photos.real_views[row], config.subject, state.generator)
 
 
 def decoded_once(state: TrainingState, latents: Tensor) -> Callable[[], Tensor]:

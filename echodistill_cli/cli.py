@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from echodistill_cli import __version__
+from echodistill_cli.cli_evaluate import evaluate
 from echodistill_cli.cli_export import export
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 from echodistill_cli.flags import ALIASES
@@ -174,6 +175,7 @@ def sample(
 
 
 app.command()(export)
+app.command(context_settings=understanding({"--guidance-scale": "--guidance", "--resolution": "--size"}))(evaluate)
 
 
 @app.command()

@@ -27,6 +27,12 @@ class ConceptConfig:
     masks: str = setting("auto", "auto: alpha channels and masks/ say what the subject is", choices=("auto", "off"))
     captions: bool = setting(True, "use sidecar .txt captions where they exist")
     views: int = setting(64, "augmented views per run, encoded once", minimum=1)
+    augmentation: str = setting(
+        "custom-diffusion",
+        "of the teacher's views. custom-diffusion: pasted small or zoomed into, as in the paper; plain: as they are",
+        choices=("custom-diffusion", "plain"),
+    )
+    scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,9 @@ class TrainConfig:
     discriminator_lr: float = setting(1e-4, "learning rate of the discriminator heads", minimum=0.0)
     weight_decay: float = setting(1e-2, "AdamW weight decay", minimum=0.0)
     max_grad_norm: float = setting(1.0, "gradient clipping norm, per optimizer", minimum=0.0)
+    scene_share: float = setting(
+        0.0, "share of the student's samples asked for in a scene instead of as in the photos", minimum=0.0, maximum=1.0
+    )
     guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
     gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
@@ -233,6 +242,8 @@ def _check_together(config: Config) -> None:
             "The teacher cannot judge the student's pictures while only one UNet is on the device (model.offload).",
             "Use --discriminators dino, or --no-offload.",
         )
+    if bad := next((scene for scene in config.concept.scenes if scene.count("{}") != 1), None):
+        raise ConfigError(f"concept.scenes: {bad!r} does not say once, with {{}}, where the subject stands.")
     names = [Path(name).name for name in config.critic.discriminators]
     if len(set(names)) < len(names):
         raise ConfigError(f"critic.discriminators = {', '.join(names)}: each may come once.")

@@ -57,7 +57,7 @@ TEMPLATES = (
 # These speak of the framing themselves and would contradict or repeat a view's.
 _UNFRAMED = tuple(text for text in TEMPLATES if "cropped" not in text and "close-up" not in text)
 
-ECHO_PROMPTS = (
+SCENES = (
     "a {} in the snow",
     "a {} on a sandy beach at noon",
     "a {} in the jungle",
@@ -151,7 +151,7 @@ def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, gener
 
 
 def real_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
-    """Views as the discriminators' reals and for identity features: no canvas, no framing.
+    """Views as the discriminators' reals, for identity features, and for a teacher that sees plain photos: no canvas.
 
     The first `len(photos)` are the plain square crops in order, a reference set; the others are flipped with
     probability ½ and zoomed 1…1.15 into a random place, each photo equally often (give or take one). Arguments and
@@ -181,9 +181,10 @@ def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
     return f"{text}, {view.framing}" if view.framing else text
 
 
-def echo_prompt(subject: str, index: int) -> str:
-    """The scene prompt number `index`, starting over after the last, with the subject in it."""
-    return with_subject(ECHO_PROMPTS[index % len(ECHO_PROMPTS)], subject)
+def scene_prompt(subject: str, index: int, scenes: Sequence[str] = ()) -> str:
+    """Scene number `index`, starting over after the last, with the subject in it; of the built-in ones if none are."""
+    scenes = scenes or SCENES
+    return with_subject(scenes[index % len(scenes)], subject)
 
 
 def with_subject(template: str, subject: str) -> str:

@@ -26,9 +26,10 @@ from echodistill_cli.models import Denoiser
 from echodistill_cli.sources import resolve
 
 # The names a person may use for the paper's backbones. The paper's CLIP is ViT-H behind IP-Adapter's projection; ViT-L
-# has a fourth of its weights and most of its sense of identity, and a folder with ViT-H may be named instead.
+# has a fourth of its weights and most of its sense of identity, and a folder with ViT-H may be named instead. DINO's
+# main branch has only pickled weights, which are never loaded; the branch named here is the hub's conversion of them.
 IMAGE_BACKBONES: Mapping[str, str] = {
-    "dino": "facebook/dino-vits16",
+    "dino": "facebook/dino-vits16@refs/pr/1",
     "dinov2": "facebook/dinov2-large",
     "clip": "openai/clip-vit-large-patch14",
 }

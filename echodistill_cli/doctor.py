@@ -46,7 +46,8 @@ def diagnose() -> Diagnosis:
 
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(path for path in (cache, *cache.parents) if path.exists())
-    sources = {str(preset.settings["model"][role]) for preset in PRESETS.values() for role in ("student", "teacher")}
+    published = [preset.settings["model"] for preset in PRESETS.values() if preset.family]
+    sources = {str(model[role]) for model in published for role in ("student", "teacher")}
     return Diagnosis(
         versions=_versions(),
         devices=_devices(),
@@ -77,6 +78,11 @@ def _devices() -> dict[str, str]:
 
 def _advice(preset: str) -> str:
     """Whether a preset fits here, and the settings with which it does."""
+    if PRESETS[preset].family is None:
+        return (
+            f"{preset}: runs on any machine in minutes, {PRESETS[preset].about}. "
+            f"Try it: echodistill train PHOTOS --class-name dog --model {preset}"
+        )
     build = functools.partial(build_config, preset, None, {"model.offline": True})
     device = pick_device("auto")
     where = f"this machine's {device.type.upper()}"

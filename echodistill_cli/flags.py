@@ -53,6 +53,7 @@ FLAGS: tuple[Flag, ...] = (
             "concept.masks": "--masks",
             "concept.captions": "--captions/--no-captions",
             "concept.views": "--views",
+            "concept.augmentation": "--augmentation",
         },
     ),
     *_rows(
@@ -104,6 +105,7 @@ FLAGS: tuple[Flag, ...] = (
             "train.discriminator_lr": "--discriminator-lr --disc-lr",
             "train.weight_decay": "--weight-decay",
             "train.max_grad_norm": "--max-grad-norm",
+            "train.scene_share": "--scene-share",
             "train.guidance_scale": "--guidance-scale",
             "train.gradient_checkpointing": "--gradient-checkpointing/--no-gradient-checkpointing",
             "train.max_bad_steps": "--max-bad-steps",
@@ -151,6 +153,7 @@ FLAGS: tuple[Flag, ...] = (
             "run.report_to": "--report-to",
         },
     ),
+    Flag("concept.scenes", ("--scene",), "Subject", repeated=True),
     Flag("run.sample_prompts", ("--sample-prompt", "--validation-prompt"), "Run", repeated=True),
 )
 

@@ -19,6 +19,7 @@ from echodistill_cli.card import model_card
 from echodistill_cli.config import Config
 from echodistill_cli.drawing import Sample, SampleRequest, Say, WrittenSamples, sample, sample_to_folder
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.evaluation import Evaluation, EvaluationRequest, evaluate
 from echodistill_cli.export import ExportSettings, check_name, export_lora, export_token
 from echodistill_cli.exporting import ExportRequest, ExportResult, export_request
 from echodistill_cli.files import write_text
@@ -43,6 +44,8 @@ from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.trackers import check_trackers
 
 __all__ = [
+    "Evaluation",
+    "EvaluationRequest",
     "ExportRequest",
     "ExportResult",
     "Sample",
@@ -50,6 +53,7 @@ __all__ = [
     "TrainResult",
     "WrittenSamples",
     "check",
+    "evaluate",
     "export",
     "export_request",
     "inspect",

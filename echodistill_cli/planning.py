@@ -10,6 +10,7 @@ from typing import Any
 
 from echodistill_cli.config import Config, ModelConfig
 from echodistill_cli.discriminators import IMAGE_BACKBONES
+from echodistill_cli.embedded import is_embedded
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.memory import Estimate, MemoryPlan, backbones, estimate, plan_memory
 from echodistill_cli.models import TINY_DECODERS, memory_gib, pick_device, pick_dtype
@@ -30,9 +31,10 @@ _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 def family_of(model: ModelConfig) -> Family | None:
     """The true-size family of the configured student; None if it is smaller than life, or cannot be known unloaded."""
     known: dict[str, Family] = {
-        str(preset.settings["model"][role]): "sdxl" if "sdxl" in name else "sd"
-        for name, preset in PRESETS.items()
+        str(preset.settings["model"][role]): preset.family
+        for preset in PRESETS.values()
         for role in ("student", "teacher")
+        if preset.family
     }
     if model.student in known:
         return known[model.student]
@@ -123,7 +125,10 @@ def estimate_line(expected: Estimate) -> str:
 
 
 def assumptions(model: ModelConfig) -> Iterator[str]:
-    """What is taken for granted of single files because they do not say it, for people."""
+    """What people should know of the models before anything starts: what is a toy, what single files do not say."""
+    for preset in PRESETS.values():
+        if is_embedded(model.student) and preset.settings["model"]["student"] == model.student:
+            yield f"{model.student}: {preset.about}"
     for role in ("student", "teacher"):
         path = Path(getattr(model, role)).expanduser()
         named = getattr(model, "single_file_config" if role == "student" else "teacher_single_file_config")

@@ -13,7 +13,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
@@ -29,11 +29,33 @@ Tables = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True)
 class Preset:
-    """A model family people name: what it is, and the settings that suit it, by section."""
+    """A pair of models people name.
+
+    Args:
+        about: what it is, in a line. settings: those that suit it, by section.
+        family: of true-size models, whose need of memory is known; None for the embedded toy.
+    """
 
     about: str
     settings: Mapping[str, Mapping[str, Any]]
+    family: Literal["sd", "sdxl"] | None
 
+
+_MINI_SCENES = (
+    "a {} in the snow",
+    "a {} in the jungle",
+    "a {} on the beach",
+    "a {} on the grass",
+    "a {} on a wooden floor",
+    "a {} in the city at night",
+    "a {} on pink fabric",
+    "a {} on a purple rug",
+    "a {} in the water",
+    "a {} in the desert",
+    "a {} with a mountain in the background",
+    "a {} on a brick street",
+    "a {} on a white background",
+)
 
 PRESETS: Mapping[str, Preset] = {
     "sd-turbo": Preset(
@@ -49,6 +71,7 @@ PRESETS: Mapping[str, Preset] = {
                 "resolution": 512,
             },
         },
+        family="sd",
     ),
     "sdxl-turbo": Preset(
         about="SDXL-Turbo (512 px, one step) taught by Stable Diffusion XL base 1.0",
@@ -67,6 +90,37 @@ PRESETS: Mapping[str, Preset] = {
                 "teacher_original_size": 1024,
             },
         },
+        family="sdxl",
+    ),
+    "mini": Preset(
+        about="a 64-pixel toy pair inside this package, for trying things without a GPU: not SD-Turbo",
+        settings={
+            "model": {"student": "mini:student", "teacher": "mini:teacher", "resolution": 64},
+            # Every place the toy world has.
+            "concept": {"augmentation": "plain", "scenes": _MINI_SCENES},
+            # The toy's cross-attention is on two small levels only; keys and values alone hardly reach the subject.
+            "adapter": {"targets": "attention"},
+            "train": {
+                "steps": 300,
+                "batch_size": 4,
+                "lr": 2e-3,
+                "teacher_lr": 2e-3,
+                "text_lr": 1e-3,
+                "discriminator_lr": 1e-3,
+                "guidance_scale": 3.5,
+            },
+            "critic": {
+                "discriminators": ("teacher", "mini:vit", "mini:clip"),
+                "identity": "mini:identity",
+                "head_width": 128,
+                # 64 pixels halve to 16 at the third scale.
+                "swd_scales": 3,
+                "swd_patch": 7,
+                "swd_projections": 32,
+            },
+            "echo": {"start": 180, "every": 40},
+        },
+        family=None,
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Where a model's files are: a hub id, a folder or a single file → local paths, or one line saying what is missing.
+"""Where a model's files are: hub id, folder, file or the package's own → local paths, or a line on what is missing.
 
 Only safetensors are ever read, and no remote code is run.
 """
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from echodistill_cli.embedded import embedded_folder, is_embedded
 from echodistill_cli.errors import ModelError
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
@@ -27,7 +28,8 @@ def resolve(
     """The local folder that holds the wanted parts of a model, downloaded if it must be; or a single file's path.
 
     Args:
-        source: hub id, folder, or `.safetensors` file.
+        source: hub id (`owner/name@revision` for a branch of it), folder, `.safetensors` file, or one of the package's
+            own such as "mini:student".
         parts: subfolders such as "unet" or "tokenizer"; "" for a model that lies at the top.
         variant: preferred file variant, such as "fp16"; where a part has none, its plain files are taken.
         revision: git revision on the hub; None for the newest.
@@ -36,9 +38,10 @@ def resolve(
     Raises:
         ModelError: unknown, unreachable, incomplete, or without safetensors.
     """
-    path = Path(source).expanduser()
+    path = embedded_folder(source) if is_embedded(source) else Path(source).expanduser()
     if path.is_file():
         return _checked_file(path)
+    source, revision = _split_revision(source, revision)
     folder = path if path.is_dir() else _from_hub(source, parts, variant, revision, offline)
     for part in parts:
         missing = _missing_from(folder / part)
@@ -49,15 +52,26 @@ def resolve(
     return folder
 
 
+def _split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
+    """A hub id and its revision: what stands after its @, unless another one is given."""
+    if Path(source).expanduser().exists():
+        return source, revision
+    name, _, named = source.partition("@")
+    return name, revision or named or None
+
+
 def is_cached(source: str) -> bool:
     """Whether a hub model's files are in the cache, in any revision, whole or in part."""
     from huggingface_hub import constants
 
+    source, _ = _split_revision(source, None)
     return (Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}" / "snapshots").is_dir()
 
 
 def where(source: str) -> str:
-    """Where a source's files are: "on this disk", "in the cache" or "to be downloaded"."""
+    """Where a source's files are: "in the package", "on this disk", "in the cache" or "to be downloaded"."""
+    if is_embedded(source):
+        return "in the package"
     if Path(source).expanduser().exists():
         return "on this disk"
     return "in the cache" if is_cached(source) else "to be downloaded"
@@ -194,8 +208,9 @@ def downloads(
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants, errors
 
-    if Path(source).expanduser().exists():
+    if is_embedded(source) or Path(source).expanduser().exists():
         return []
+    source, revision = _split_revision(source, revision)
     cached = _cached(source, revision)
     missing = [part for part in parts if cached is None or _missing_from(cached / part)]
     unknown = [Download(f"{source}/{part}".rstrip("/"), None) for part in missing]

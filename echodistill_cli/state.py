@@ -208,7 +208,8 @@ def _encode_photos(
 ) -> TrainingSet:
     generator = torch.Generator().manual_seed(_seed(config, _VIEW_SEED))
     resolution, count = config.model.resolution, config.concept.views
-    views = teacher_views(photos, resolution=resolution, count=count, generator=generator)
+    augmented = teacher_views if config.concept.augmentation == "custom-diffusion" else real_views
+    views = augmented(photos, resolution=resolution, count=count, generator=generator)
     reals = real_views(photos, resolution=resolution, count=max(count, len(photos)), generator=generator)
     latents = _encode(codec, views, device)
     real_latents = _encode(codec, reals, device)

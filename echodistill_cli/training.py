@@ -25,7 +25,7 @@ from echodistill_cli.batches import (
     draw_teacher_batch,
     draw_timesteps,
 )
-from echodistill_cli.dataset import echo_prompt
+from echodistill_cli.dataset import scene_prompt
 from echodistill_cli.diffusion import add_noise, prediction_target
 from echodistill_cli.discriminators import Discriminator
 from echodistill_cli.echo import EchoPool, refresh
@@ -99,9 +99,10 @@ def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metri
 @torch.no_grad()
 def echo_step(state: TrainingState) -> Metrics:
     """Student → teacher: draw the concept in many scenes, keep what the judge finds to be the subject."""
-    settings, batch = state.config.echo, state.config.train.batch_size
+    config, settings, batch = state.config, state.config.echo, state.config.train.batch_size
     first = int(state.randint(2**31 - 1, 1))
-    prompts = [echo_prompt(state.config.subject, first + index) for index in range(settings.candidates)]
+    numbers = range(first, first + settings.candidates)
+    prompts = [scene_prompt(config.subject, number, config.concept.scenes) for number in numbers]
     batches = [draw_echo(state, prompts[start : start + batch]) for start in range(0, len(prompts), batch)]
     drawn = functools.reduce(EchoPool.join, batches)
     assert state.photos.identity is not None

@@ -28,7 +28,7 @@ from echodistill_cli.progress import TrainingProgress
 from tests.commands import command, small_toml
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("train", "sample", "export", "check", "inspect", "doctor")
+COMMANDS = ("train", "sample", "export", "evaluate", "check", "inspect", "doctor")
 
 
 @functools.cache

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from echodistill_cli.dataset import (
     BACKGROUND_WEIGHT,
-    ECHO_PROMPTS,
+    SCENES,
     SMALL_FRAMINGS,
     TEMPLATES,
     ZOOMED_FRAMINGS,
     View,
-    echo_prompt,
     prompt_for,
     real_views,
+    scene_prompt,
     teacher_views,
     with_subject,
 )
@@ -269,16 +269,17 @@ def test_the_article_suits_the_subject(subject: str, article: str) -> None:
     assert with_subject("a photo of the {}", subject) == f"a photo of the {subject}"
 
 
-def test_templates_and_echo_prompts_are_distinct_and_have_one_place_for_the_subject() -> None:
-    for texts, least in ((TEMPLATES, 20), (ECHO_PROMPTS, 40)):
+def test_templates_and_scene_prompts_are_distinct_and_have_one_place_for_the_subject() -> None:
+    for texts, least in ((TEMPLATES, 20), (SCENES, 40)):
         assert len(texts) >= least
         assert len(set(texts)) == len(texts)
         assert all(text.count("{}") == 1 and text == text.strip() for text in texts)
         assert all(re.match("(a|an) ", text) for text in texts)
 
 
-def test_echo_prompts_go_round() -> None:
-    count = len(ECHO_PROMPTS)
-    assert len({echo_prompt(SUBJECT, index) for index in range(count)}) == count
-    assert echo_prompt(SUBJECT, count + 3) == echo_prompt(SUBJECT, 3)
-    assert echo_prompt("owl", 0) == "an owl in the snow"
+def test_scene_prompts_go_round() -> None:
+    count = len(SCENES)
+    assert len({scene_prompt(SUBJECT, index) for index in range(count)}) == count
+    assert scene_prompt(SUBJECT, count + 3) == scene_prompt(SUBJECT, 3)
+    assert scene_prompt("owl", 0) == "an owl in the snow"
+    assert scene_prompt("owl", 3, ("a {} at home", "the {} abroad")) == "the owl abroad"

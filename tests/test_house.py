@@ -15,14 +15,27 @@ PACKAGE = Path(__file__).parent.parent / "echodistill_cli"
 
 # A module imports only from modules that stand before it.
 ORDER = (
-    *("errors", "settings", "config", "presets", "memory", "files", "diffusion", "losses", "images", "photos"),
+    *(
+        "errors",
+        "embedded",
+        "settings",
+        "config",
+        "presets",
+        "memory",
+        "files",
+        "diffusion",
+        "losses",
+        "images",
+        "photos",
+    ),
     *("dataset", "conditioning", "adapters", "sources", "vocabulary", "safetensors_files", "single_file", "pair"),
     "sharing",
     *("models", "discriminators", "planning", "sampling", "echo"),
     *("state", "batches", "training", "runs", "pictures", "signals", "trackers", "loop", "lora_keys", "lora_formats"),
     *("lora_header", "lora_files", "lora_readers", "inspection", "sidecars", "attach", "export", "card"),
-    *("original_layout", "merge", "onnx_export", "onnx_backend", "drawing", "learned", "hub", "exporting", "pipeline"),
-    *("doctor", "report", "progress", "libraries", "flags", "options", "cli_export", "cli"),
+    *("original_layout", "merge", "onnx_export", "onnx_backend", "drawing", "learned", "hub", "exporting"),
+    *("metrics", "encoders", "evaluation", "pipeline", "dreambench"),
+    *("doctor", "report", "progress", "libraries", "flags", "options", "cli_export", "cli_evaluate", "cli"),
 )
 OPENS_A_DEVICE = {"models", "loop"}
 
