@@ -1,9 +1,10 @@
 """Stages `identity`, `backbone-clip` and `backbone-vit`: the small frozen networks that look at pictures.
 
 All three learn from renders of every noun in the training vendors, so that they have to generalise to
-drawings they never saw, the held-out vendor's above all. The two CLIP-like ones are contrastive: two views of
-one drawing (same colour, other place, size and turn) belong together. The ViT tells noun, vendor, place and
-colour apart.
+drawings they never saw, the held-out vendor's above all. The identity encoder is contrastive among pictures: two
+views of one drawing (same colour, other place, size and turn) belong together. The CLIP is contrastive between
+pictures and captions, as CLIP is. The ViT names vendor, place and colour, and tells two views of a noun's drawings
+from those of other nouns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ import numpy as np
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, ViTConfig, ViTModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    ViTConfig,
+    ViTModel,
+)
 
 from examples.mini_world.augment import soften
 from examples.mini_world.models import as_tensor
@@ -28,20 +38,41 @@ TEMPERATURE = 0.1
 VENDORS_PER_NOUN = 4
 
 
+def _vision_config() -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=4 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=4,
+        image_size=SIDE,
+        patch_size=PATCH,
+        hidden_act="gelu",
+    )
+
+
 def build_clip_vision() -> CLIPVisionModelWithProjection:
     """Pictures (batch, 3, 64, 64) in -1..1 to `image_embeds` (batch, 128); 1.2 M parameters."""
-    return CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            projection_dim=WIDTH,
-            num_hidden_layers=DEPTH,
-            num_attention_heads=4,
-            image_size=SIDE,
-            patch_size=PATCH,
-            hidden_act="gelu",
-        )
+    return CLIPVisionModelWithProjection(_vision_config())
+
+
+def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Pictures (batch, 3, 64, 64) in -1..1 and token ids (batch, 24) to embeddings of one space (batch, 128)."""
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        projection_dim=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=_vision_config().to_dict(),
+                                projection_dim=WIDTH))  # fmt: skip
 
 
 def build_vit() -> ViTModel:
@@ -71,13 +102,14 @@ def paired_scenes(rng: np.random.Generator, world: World, count: int) -> tuple[l
     return first, second
 
 
-class ContrastiveStage:
+class IdentityStage:
     """Trains a CLIP-like vision network on pairs of views."""
 
+    name = "identity"
     ema_decay = 0.999
 
-    def __init__(self, name: str, world: World, device: str, batch_size: int = 64, rate: float = 5e-4) -> None:
-        self.name, self.world, self.device = name, world, device
+    def __init__(self, world: World, device: str, batch_size: int = 64, rate: float = 5e-4) -> None:
+        self.world, self.device = world, device
         self.batch_size, self.learning_rate = batch_size, rate
         self.network: nn.Module = build_clip_vision().to(device)
         self.unseen = World(world.sprites, world.nouns, [HELD_OUT_VENDOR])
@@ -111,8 +143,44 @@ class ContrastiveStage:
         return figures
 
 
+class ClipStage:
+    """Trains a CLIP on pictures and their captions."""
+
+    name = "backbone-clip"
+    ema_decay = 0.999
+
+    def __init__(
+        self, world: World, tokenizer: CLIPTokenizer, device: str, batch_size: int = 64, rate: float = 5e-4
+    ) -> None:
+        self.world, self.tokenizer, self.device = world, tokenizer, device
+        self.batch_size, self.learning_rate = batch_size, rate
+        self.network: nn.Module = build_clip(tokenizer).to(device)
+
+    def _embed(self, pictures: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        with torch.autocast(self.device, torch.bfloat16):
+            embedded = self.network(pixel_values=pictures, input_ids=tokens.to(self.device))
+        return embedded.image_embeds.float(), embedded.text_embeds.float()
+
+    def _batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, list[str]]:
+        drawn = [self.world.draw(rng) for _ in range(count)]
+        pictures = as_tensor(np.stack([picture.image for picture in drawn]), self.device)
+        return pictures, [picture.scene.caption for picture in drawn]
+
+    def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
+        pictures, captions = self._batch(rng, self.batch_size)
+        return paired_loss(*self._embed(soften(rng, pictures), captions)), {}
+
+    def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
+        """How often a picture finds its caption among 128."""
+        pictures, captions = self._batch(np.random.default_rng(3), 128)
+        images, texts = self._embed(pictures, captions)
+        found = (images @ texts.T).argmax(dim=-1).cpu().tolist()
+        return {"retrieval": float(np.mean([captions[at] == captions[to] for at, to in enumerate(found)]))}
+
+
 class ViTStage:
-    """Trains a ViT to name noun, vendor, place and colour through linear heads that are thrown away later."""
+    """Trains a ViT through linear heads that are thrown away: vendor, place and colour by name, nouns by contrast."""
 
     name = "backbone-vit"
     ema_decay = 0.999
@@ -120,37 +188,46 @@ class ViTStage:
     def __init__(self, world: World, device: str, batch_size: int = 64, rate: float = 5e-4) -> None:
         self.world, self.device, self.batch_size, self.learning_rate = world, device, batch_size, rate
         self.labels: dict[str, list[str | None]] = {
-            "noun": list(world.nouns),
             "vendor": list(TRAIN_VENDORS),
             "place": [None, *PLACES],
             "colour": [None, *COLOURS],
         }
-        heads = nn.ModuleDict({key: nn.Linear(WIDTH, len(names)) for key, names in self.labels.items()})
+        widths = {key: len(names) for key, names in self.labels.items()} | {"noun": WIDTH}
+        heads = nn.ModuleDict({key: nn.Linear(WIDTH, width) for key, width in widths.items()})
         self.network: nn.Module = nn.ModuleDict({"body": build_vit(), "heads": heads}).to(device)
 
-    def _logits(self, pictures: Tensor) -> dict[str, Tensor]:
+    def _answers(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Logits per label, and under "noun" an embedding."""
         modules = dict(self.network.named_children())
         with torch.autocast(self.device, torch.bfloat16):
             token = modules["body"](pixel_values=pictures).last_hidden_state[:, 0]
             return {key: head(token).float() for key, head in modules["heads"].named_children()}
 
     def _batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        drawn = [self.world.draw(rng) for _ in range(count)]
-        pictures = as_tensor(np.stack([picture.image for picture in drawn]), self.device)
+        first = [self.world.scene(rng) for _ in range(count // 2)]
+        # The same noun by any vendor: what a class is, where the identity encoder learns what an instance is.
+        scenes = first + [
+            replace(self.world.scene(rng), noun=one.noun, vendor=str(rng.choice(self.world.vendors[one.noun])))
+            for one in first
+        ]
+        pictures = as_tensor(np.stack([self.world.render(scene).image for scene in scenes]), self.device)
         targets = {
-            key: torch.tensor([names.index(getattr(picture.scene, key)) for picture in drawn], device=self.device)
+            key: torch.tensor([names.index(getattr(scene, key)) for scene in scenes], device=self.device)
             for key, names in self.labels.items()
         }
         return pictures, targets
 
     def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
         pictures, targets = self._batch(rng, self.batch_size)
-        logits = self._logits(soften(rng, pictures))
-        losses = [functional.cross_entropy(logits[key], targets[key]) for key in self.labels]
-        return torch.stack(losses).sum(), {}
+        answers = self._answers(soften(rng, pictures))
+        named = [functional.cross_entropy(answers[key], targets[key]) for key in self.labels]
+        return torch.stack(named).sum() + paired_loss(*answers["noun"].chunk(2)), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
-        """The share of right answers on 256 fixed pictures."""
+        """The share of right answers on 256 fixed pictures; of nouns, how often a view finds one of its noun's."""
         pictures, targets = self._batch(np.random.default_rng(3), 256)
-        logits = self._logits(pictures)
-        return {f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}
+        answers = self._answers(pictures)
+        right = {key: (answers[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}
+        one, other = (functional.normalize(part, dim=-1) for part in answers["noun"].chunk(2))
+        found = (one @ other.T).argmax(dim=-1) == torch.arange(len(one), device=one.device)
+        return {f"right_{key}": value for key, value in right.items()} | {"retrieval_noun": found.float().mean().item()}

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from examples.mini_world.encoders import ViTStage, build_clip_vision
+from examples.mini_world.encoders import ViTStage, build_clip, build_clip_vision
 from examples.mini_world.judges import Judge, judge_labels
 from examples.mini_world.latents import load_vae
 from examples.mini_world.models import build_scheduler, build_text_encoder, build_unet
@@ -99,6 +99,9 @@ def _looking_network(work: Path, part: str, nouns: int) -> tuple[nn.Module, int,
         stage = ViTStage(open_world(work, 0), "cpu")
         samples = load_average(work / part / "checkpoint.pt", stage.network)
         return stage.network.get_submodule("body"), samples, {"feature": "last_hidden_state[:, 0]"}
+    if part == "backbone-clip":
+        whole = build_clip(open_tokenizer(work))
+        return whole, load_average(work / part / "checkpoint.pt", whole), {"feature": "image_embeds, text_embeds"}
     clip = build_clip_vision()
     return clip, load_average(work / part / "checkpoint.pt", clip), {"feature": "image_embeds"}
 
@@ -117,6 +120,8 @@ def export_looking_network(work: Path, output: Path, part: str, nouns: int) -> d
         normalisation = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
                          "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
         (partial / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n")
+        if part == "backbone-clip":
+            open_tokenizer(work).save_pretrained(partial)
     else:
         save_file(network.state_dict(), partial / "model.safetensors")
     card = {"role": part, "samples": samples, "input": "(batch, 3, 64, 64) in -1..1", **meaning}

@@ -7,11 +7,16 @@ makes a second one; two that agree are worth more than one that is sure.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.mini_world.augment import soften
@@ -62,10 +67,52 @@ class Judge(nn.Module):
         # Mean for the place, maximum for what is only in one spot.
         self.heads = nn.ModuleDict({key: nn.Linear(2 * channels, len(names)) for key, names in labels.items()})
 
+    def features(self, pictures: Tensor) -> Tensor:
+        """What the answers are read from: (batch, 512)."""
+        seen = self.body(pictures)
+        return torch.cat([seen.mean(dim=(2, 3)), seen.amax(dim=(2, 3))], dim=-1)
+
+    def answers(self, features: Tensor) -> dict[str, Tensor]:
+        """Logits (batch, classes) per question."""
+        return {key: head(features) for key, head in self.heads.items()}
+
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.body(pictures)
-        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=-1)
-        return {key: head(pooled) for key, head in self.heads.items()}
+        return self.answers(self.features(pictures))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a judge sees in a batch of pictures: the answer to each question, and features (batch, 512), unit length."""
+
+    answers: dict[str, list[str]]
+    features: Tensor
+
+    def right(self, question: str, wanted: Sequence[str]) -> float:
+        """The share of pictures whose answer is the wanted one."""
+        given = self.answers[question]
+        return sum(one == other for one, other in zip(given, wanted, strict=True)) / len(given)
+
+
+class Examiner:
+    """A judge's exported folder, ready to read pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.labels: dict[str, list[str]] = json.loads((folder / "card.json").read_text())["labels"]
+        self.judge = Judge(self.labels)
+        self.judge.load_state_dict(load_file(folder / "model.safetensors"))
+        self.judge.float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def read(self, pictures: NDArray[np.uint8]) -> Reading:
+        """Look at pictures (batch, 64, 64, 3)."""
+        features = torch.cat(
+            [self.judge.features(as_tensor(part)) for part in np.array_split(pictures, -(-len(pictures) // 64))]
+        )
+        answers = {
+            question: [self.labels[question][index] for index in logits.argmax(dim=-1).tolist()]
+            for question, logits in self.judge.answers(features).items()
+        }
+        return Reading(answers, functional.normalize(features, dim=-1))
 
 
 class JudgeStage:

@@ -65,19 +65,22 @@ def build_stage(options: argparse.Namespace) -> Stage:
 
         world = open_world(options.work, options.nouns, [source.vendor for source in SOURCES])
         return JudgeStage(world, options.device, options.judge_seed, **chosen)
-    from examples.mini_world.encoders import ContrastiveStage, ViTStage
+    from examples.mini_world.encoders import ClipStage, IdentityStage, ViTStage
+    from examples.mini_world.tokenizer import open_tokenizer
 
     world = open_world(options.work, 0)
     if options.stage == "backbone-vit":
         return ViTStage(world, options.device, **chosen)
-    return ContrastiveStage(options.stage, world, options.device, **chosen)
+    if options.stage == "backbone-clip":
+        return ClipStage(world, open_tokenizer(options.work), options.device, **chosen)
+    return IdentityStage(world, options.device, **chosen)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one stage."""
     options = parse_arguments(arguments)
     torch.set_num_threads(options.threads)
-    # Two contrastive stages that started from one seed would be one network.
+    # Stages of one architecture that started from one seed would begin as one network.
     torch.manual_seed(options.seed + STAGES.index(options.stage))
     if options.stage == "latents":
         from examples.mini_world.latents import add_shards

@@ -1,0 +1,134 @@
+"""The methods that compete, each as data: what it sets, its training step, and which model draws.
+
+All of them run on the tool's own state (same photos, views, LoRA, optimizer), so that they differ in the method alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from echodistill_cli import losses
+from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lora
+from echodistill_cli.batches import draw_teacher_batch
+from echodistill_cli.diffusion import add_noise, prediction_target
+from echodistill_cli.sampling import student_x0
+from echodistill_cli.state import TrainingState
+from echodistill_cli.training import (
+    Metrics,
+    discriminator_step,
+    optimize,
+    student_step,
+    teacher_step,
+    training_step,
+)
+
+Step = Callable[[TrainingState], Metrics]
+PSO_BETA = 100.0
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One row of the benchmark.
+
+    Args:
+        about: what it is, in words. settings: overrides of the `mini` preset by dotted key.
+        step: one training step; None for a model that is not trained. finish: what is done when training has ended.
+        ablation: trained for as many steps as ours; every other one for as long.
+    """
+
+    about: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    step: Step | None = training_step
+    finish: Callable[[TrainingState], None] = lambda _state: None
+    ablation: bool = False
+
+
+def denoising_step(state: TrainingState) -> Metrics:
+    """DreamBooth-LoRA on the one-step model: its denoising loss on the photos at every timestep, text side included."""
+    student = state.pair.student
+    latents, masks, prompts, crops = draw_teacher_batch(state)
+    conditioning = student.at_crops(state.pair.encoder.encode(prompts), crops)
+    noise = state.randn_like(latents)
+    timesteps = state.randint(len(student.schedule.alphas_cumprod), len(latents)).to(latents.device)
+    output = student(add_noise(student.schedule, latents, noise, timesteps), timesteps, conditioning)
+    target = prediction_target(student.schedule, latents, noise, timesteps)
+    loss = losses.denoising(output, target, masks).mean()
+    return {"denoising": float(loss.detach())} | optimize(state, loss, ["student", "text"])
+
+
+def token_step(state: TrainingState) -> Metrics:
+    """Textual inversion: one learned vector through the teacher's denoising loss; no UNet moves."""
+    teacher = state.pair.role("teacher")
+    latents, masks, prompts, crops = draw_teacher_batch(state)
+    conditioning = teacher.at_crops(state.pair.encoder.encode(prompts), crops)
+    noise = state.randn_like(latents)
+    timesteps = state.randint(len(teacher.schedule.alphas_cumprod), len(latents)).to(latents.device)
+    output = teacher(add_noise(teacher.schedule, latents, noise, timesteps), timesteps, conditioning)
+    loss = losses.denoising(output, prediction_target(teacher.schedule, latents, noise, timesteps), masks).mean()
+    return {"denoising": float(loss.detach())} | optimize(state, loss, ["text"])
+
+
+def pso_step(state: TrainingState) -> Metrics:
+    """Pairwise sample optimization (arXiv 2410.03190) at the student's only timestep: photos win, own pictures lose.
+
+    The likelihood ratio of a picture is that of Gaussians around the two models' one-step pictures of it, renoised to
+    the last timestep: tuned model over untouched one.
+    """
+    student, batch = state.pair.student, state.config.train.batch_size
+    latents, _, prompts, _ = draw_teacher_batch(state)
+    conditioning = state.pair.encoder.encode(prompts)
+    last = torch.full((batch,), student.schedule.last_timestep, device=latents.device)
+    with torch.no_grad():
+        losing = student_x0(student, state.randn_like(latents), conditioning)
+    noise = state.randn_like(latents)
+    ratios = []
+    for clean in (latents, losing):
+        noisy = add_noise(student.schedule, clean, noise, last)
+        target = prediction_target(student.schedule, clean, noise, last)
+        error = (student(noisy, last, conditioning).float() - target).square().mean(dim=(1, 2, 3))
+        with torch.no_grad(), without_lora(student.unet):
+            base = (student(noisy, last, conditioning).float() - target).square().mean(dim=(1, 2, 3))
+        ratios.append(base - error)
+    loss = -F.logsigmoid(PSO_BETA * (ratios[0] - ratios[1])).mean()
+    return {"pso": float(loss.detach())} | optimize(state, loss, ["student", "text"])
+
+
+def sequential_step(state: TrainingState) -> Metrics:
+    """Teacher first: half of the steps teach the teacher alone, the other half distil it into the student."""
+    if state.step < state.config.train.steps // 2:
+        return teacher_step(state)
+    student_pass, metrics = student_step(state)
+    return metrics | discriminator_step(state, student_pass)
+
+
+def carry_over(state: TrainingState) -> None:
+    """Put the teacher's LoRA on the student, as people do today."""
+    load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
+
+
+_NO_ECHO = {"echo.start": None}
+
+CONTESTANTS: Mapping[str, Contestant] = {
+    "untouched": Contestant("the one-step model asked for the class noun", step=None),
+    "teacher-lora": Contestant(
+        "the teacher's LoRA (denoising loss), loaded into the student", _NO_ECHO, teacher_step, carry_over
+    ),
+    "denoising": Contestant("denoising loss on the student (DreamBooth-LoRA)", _NO_ECHO, denoising_step),
+    "token-only": Contestant("one learned word (textual inversion)", _NO_ECHO | {"text.form": "token"}, token_step),
+    "pso": Contestant("pairwise sample optimization, at one step", _NO_ECHO, pso_step),
+    "sequential": Contestant("teacher first, then distilled", _NO_ECHO, sequential_step),
+    "ours": Contestant("both at once, then the echo"),
+    "ours-without-adversarial": Contestant("no discriminators", {"loss.adversarial": 0.0}, ablation=True),
+    "ours-without-alignment": Contestant("no latent alignment", {"loss.latent": 0.0}, ablation=True),
+    "ours-without-identity": Contestant("no identity loss", {"loss.identity": 0.0}, ablation=True),
+    "ours-without-sliced-wasserstein": Contestant(
+        "no sliced Wasserstein loss", {"loss.sliced_wasserstein": 0.0}, ablation=True
+    ),
+    "ours-without-shared-text": Contestant("text encoder frozen", {"text.form": "frozen"}, ablation=True),
+    "ours-without-echo": Contestant("no echo phase", _NO_ECHO, ablation=True),
+}

@@ -1,0 +1,226 @@
+"""`python -m examples.benchmark.proof`: one-step personalization, method against method, on the embedded pair.
+
+Every run is a row of `results.json` per picture-drawing model; a row that is there already is not made again, so a
+stopped run goes on. `--set` tries other settings on the `dev` subjects, into `trials.json`. See README.md here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from echodistill_cli import __version__
+from echodistill_cli.config import Config
+from echodistill_cli.files import write_text
+from echodistill_cli.photos import Photo, load_photos
+from echodistill_cli.presets import build_config, config_hash
+from echodistill_cli.state import TrainingState, build_state
+from examples.benchmark.contestants import CONTESTANTS, Contestant
+from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
+from examples.benchmark.subjects import SPLITS, TOKEN, class_name, write_photos
+from examples.mini_world.judges import Examiner
+
+HERE = Path(__file__).parent
+RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
+MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a contestant, a subject, a seed, and trial settings over the contestant's own."""
+
+    contestant: str
+    split: str
+    noun: str
+    seed: int
+    trial: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def entry(self) -> Contestant:
+        """The contestant's row of the table."""
+        return CONTESTANTS[self.contestant]
+
+    def config(self, photos: Path, steps: int | None) -> Config:
+        """The whole configuration; `steps` None keeps the preset's."""
+        settings: dict[str, Any] = {
+            "concept.photos": str(photos),
+            "concept.token": TOKEN,
+            "concept.class_name": class_name(self.noun),
+            "run.seed": self.seed,
+            **self.entry.settings,
+            **dict(self.trial),
+        }
+        if steps is not None:
+            settings["train.steps"] = steps
+        return build_config("mini", overrides=settings)
+
+
+class Rows:
+    """A file of rows, written after each one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+
+    def has(self, run: Run, settings: str) -> bool:
+        """Whether this run was made with these very settings."""
+        wanted = (run.contestant, run.noun, run.seed, settings)
+        return any((r["contestant"], r["subject"], r["training_seed"], r["settings"]) == wanted for r in self.rows)
+
+    def add(self, row: Row) -> None:
+        """Keep a row; an older one of the same contestant, subject, seed and trial gives way."""
+        key = ("contestant", "subject", "training_seed", "trial")
+        self.rows = [old for old in self.rows if any(old[name] != row[name] for name in key)] + [row]
+        lines = ",\n".join(json.dumps(one) for one in self.rows)
+        write_text(self.path, f"[\n{lines}\n]\n")
+
+
+def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
+    """Train a contestant and yield the scores of each model it stands for."""
+    untouched = draw(state.pair, run.noun, STUDENT, with_token=False)
+    began, busy, measuring = time.perf_counter(), time.process_time(), 0.0
+    echo = state.config.echo.start if run.contestant == "ours" else None
+    if run.entry.step is None:
+        yield {"contestant": run.contestant, **ruler.scores(untouched), "drift": 0.0, "steps": 0, "seconds": 0.0}
+        return
+    while state.step < state.config.train.steps:
+        step = state.step
+        run.entry.step(state)
+        state.step = step + 1
+        if state.step == echo:
+            paused = time.process_time()
+            yield from _teacher_row("teacher-before-echo", run, state, ruler)
+            measuring += time.process_time() - paused
+    seconds, cpu = time.perf_counter() - began, time.process_time() - busy - measuring
+    run.entry.finish(state)
+    if echo:
+        yield from _teacher_row("teacher-after-echo", run, state, ruler)
+    pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
+    drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))
+    yield {
+        "contestant": run.contestant,
+        **ruler.scores(pictures),
+        "drift": drift,
+        "steps": state.step,
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+    }
+
+
+def _teacher_row(name: str, run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
+    scores = ruler.scores(draw(state.pair, run.noun, TEACHER, with_token=True))
+    yield {"contestant": name, **scores, "drift": None, "steps": state.step, "seconds": None}
+
+
+def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner) -> None:
+    """One run from photos to rows, unless its rows are there already."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = run.config(write_photos(run.noun, Path(folder)), steps)
+        settings = config_hash(config)[:12]
+        if rows.has(run, settings):
+            return
+        state = build_state(config, _photos(Path(folder)))
+    about: Row = {
+        "split": run.split,
+        "subject": run.noun,
+        "training_seed": run.seed,
+        "trial": ", ".join(f"{key}={value}" for key, value in run.trial),
+        "settings": settings,
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"echodistill": __version__, "torch": torch.__version__},
+    }
+    for scores in train(run, state, Ruler(run.noun, examiner)):
+        row = scores | about
+        rows.add({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+        print(_line(row), flush=True)
+
+
+def _photos(folder: Path) -> tuple[Photo, ...]:
+    return tuple(load_photos(folder, min_photos=3, resolution=64, masks="auto", captions=True).photos)
+
+
+def measure_costs(seed: int = 0, steps: int = 12) -> dict[str, float]:
+    """CPU seconds of one step of each main contestant, on the first dev subject, without the echo's drawing."""
+    costs = {}
+    for name in MAIN:
+        run = Run(name, "dev", SPLITS["dev"][0], seed)
+        if run.entry.step is None:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            config = run.config(write_photos(run.noun, Path(folder)), None)
+            state = build_state(config, _photos(Path(folder)))
+        # Of two phases, such as teacher first, both count.
+        half = config.train.steps // 2
+        taken = []
+        for first in (0, half) if name == "sequential" else (0,):
+            state.step = first
+            for _ in range(3):
+                run.entry.step(state)
+            began = time.process_time()
+            for _ in range(steps):
+                state.step = first
+                run.entry.step(state)
+            taken.append((time.process_time() - began) / steps)
+        costs[name] = sum(taken) / len(taken)
+    return costs
+
+
+def equal_steps(name: str, costs: dict[str, float], ours: int) -> int | None:
+    """As many steps as cost what ours costs; ablations and ours keep the preset's (None)."""
+    return None if name not in costs or name == "ours" else max(1, round(ours * costs["ours"] / costs[name]))
+
+
+def _line(row: Row) -> str:
+    keys = ("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "drift", "steps", "seconds")
+    shown = " ".join(f"{key.split('_')[0]} {row[key]:.3g}" for key in keys if row.get(key) is not None)
+    trial = f" [{row['trial']}]" if row["trial"] else ""
+    return f"{row['contestant']} {row['subject']} {row['training_seed']}{trial}: {shown}"
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m examples.benchmark.proof", description=__doc__)
+    parser.add_argument("--split", choices=[*SPLITS], default="test")
+    parser.add_argument("--contestants", nargs="+", choices=[*CONTESTANTS], default=[*MAIN])
+    parser.add_argument("--subjects", nargs="+", help="of the split; all of them unless given")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a trial with other settings")
+    parser.add_argument("--results", type=Path, help="file of rows; unset: results.json, or trials.json with --set")
+    parser.add_argument("--calibrate", action="store_true", help="measure anew what a step of each method costs")
+    options = parser.parse_args(arguments)
+    if options.set and options.split == "test":
+        parser.error("--set tries settings; trials are made on --split dev")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what was asked for and is not there yet."""
+    options = parse(arguments)
+    if options.calibrate or not COSTS.exists():
+        write_text(COSTS, json.dumps({name: round(cost, 4) for name, cost in measure_costs().items()}, indent=2) + "\n")
+    costs = json.loads(COSTS.read_text())
+    trial = tuple((key, json.loads(value)) for key, _, value in (text.partition("=") for text in options.set))
+    rows = Rows(options.results or (TRIALS if trial else RESULTS))
+    examiner = Examiner(JUDGE)
+    ours = build_config("mini").train.steps
+    subjects = options.subjects or SPLITS[options.split]
+    for seed in options.seeds:
+        for noun in subjects:
+            for name in options.contestants:
+                measure_run(Run(name, options.split, noun, seed, trial), equal_steps(name, costs, ours), rows, examiner)
+
+
+if __name__ == "__main__":
+    main()
