@@ -7,9 +7,9 @@ STAMP := $(VENV)/.installed
 # Where you have a GPU, install with plain pip instead (see README).
 TORCH ?= torch==2.13.0
 
-.PHONY: help setup test lint type bench demo clean
+.PHONY: help setup test lint type bench bench-proof demo mini-world clean
 help:
-	@echo "make setup | test | lint | type | bench | clean"
+	@echo "make setup | test | lint | type | demo | bench | bench-proof | mini-world | clean"
 
 setup: $(STAMP)
 
@@ -32,6 +32,20 @@ type: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m examples.benchmark.small_pair
+
+demo: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
+
+# A small version: four subjects, the main methods.
+bench-proof: $(STAMP)
+	$(BIN)/python -m pip install --quiet --group benchmark
+	$(BIN)/python -m examples.benchmark.proof --small --results runs/benchmark/proof.json
+	$(BIN)/python -m examples.benchmark.report --results runs/benchmark/proof.json --figure runs/benchmark/proof.png
+
+# Every weight of the embedded pair, from seeds: hours on a CPU; stopped and started again it goes on.
+mini-world: $(STAMP)
+	$(BIN)/python -m pip install --quiet --group mini-world
+	PYTHON=$(BIN)/python bash examples/mini_world/train_all.sh
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,10 +24,14 @@ class StudentPass:
     Args:
         pictures: the student's, with gradient. target: the teacher's x0 latents, without.
         signal: ᾱ_t [B] of the timestep that the teacher looked at them through.
+        photo_like: how many of them, the first, were asked for as the photos are; the others are in scenes.
     """
 
-    def __init__(self, state: TrainingState, pictures: Pictures, target: Tensor, signal: Tensor) -> None:
+    def __init__(
+        self, state: TrainingState, pictures: Pictures, target: Tensor, signal: Tensor, photo_like: int
+    ) -> None:
         self.state, self.pictures, self.target, self.signal = state, pictures, target, signal
+        self.photo_like = photo_like
 
     @cached_property
     def target_image(self) -> Tensor:
@@ -36,8 +41,9 @@ class StudentPass:
 
     @cached_property
     def features(self) -> dict[str, list[Tensor]]:
-        """Every discriminator's features of the student's pictures."""
-        return {critic.name: self._seen_by(critic.backbone) for critic in self.state.critics}
+        """Every discriminator's features of the photo-like pictures: a scene that no photo shows is no fault."""
+        seen = {critic.name: self._seen_by(critic.backbone) for critic in self.state.critics}
+        return {name: [tap[: self.photo_like] for tap in taps] for name, taps in seen.items()}
 
     def identity_features(self) -> tuple[Tensor, Tensor]:
         """The judge's features of the student's pictures and of the teacher's, [B, N, D] each."""
@@ -107,7 +113,9 @@ def draw_teacher_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str],
 def draw_student_pass(state: TrainingState) -> StudentPass:
     """B one-step pictures of the concept, and the current teacher's guided x0 of them, renoised at uniform t."""
     pair, teacher, batch = state.pair, state.pair.role("teacher"), state.config.train.batch_size
-    prompts = [_student_prompt(state) for _ in range(batch)]
+    photo_like = math.ceil(batch * (1 - state.config.train.scene_share)) or 1
+    prompts = [_photo_prompt(state) for _ in range(photo_like)]
+    prompts += [_scene_prompt(state) for _ in range(batch - photo_like)]
     with torch.no_grad():
         conditioning, null = pair.encoder.encode(prompts), pair.encoder.encode_null()
     noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
@@ -120,16 +128,16 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     if pair.alternating:  # the graph is made only now, when the teacher is done
         x0 = student_x0(pair.student, noise, conditioning)
     pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
-    return StudentPass(state, pictures, target, teacher.schedule.signal(timesteps))
+    return StudentPass(state, pictures, target, teacher.schedule.signal(timesteps), photo_like)
 
 
-def _student_prompt(state: TrainingState) -> str:
-    """A photo's wording; or, for the set share of samples, a scene that no photo need show."""
-    config = state.config
-    if config.train.scene_share and float(torch.rand((), generator=state.generator)) < config.train.scene_share:
-        return scene_prompt(config.subject, int(state.randint(2**31 - 1, 1)), config.concept.scenes)
+def _photo_prompt(state: TrainingState) -> str:
     row = int(state.randint(len(state.photos.real_views), 1))
-    return prompt_for(state.photos.real_views[row], config.subject, state.generator)
+    return prompt_for(state.photos.real_views[row], state.config.subject, state.generator)
+
+
+def _scene_prompt(state: TrainingState) -> str:
+    return scene_prompt(state.config.subject, int(state.randint(2**31 - 1, 1)), state.config.concept.scenes)
 
 
 def decoded_once(state: TrainingState, latents: Tensor) -> Callable[[], Tensor]:

@@ -132,7 +132,7 @@ def sample(
     lora_scale: Annotated[float, option("X", "strength; 1 is as trained, 0 the base model")] = 1.0,
     role: Annotated[Literal["student", "teacher"], typer.Option(help="who draws")] = "student",
     steps: Annotated[int | None, option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", min=1)] = None,
-    guidance: Annotated[float | None, option("X", f"{_CFG} [dim]\\[student 0, teacher 7.5][/dim]", min=0)] = None,
+    guidance: Annotated[float | None, option("X", f"{_CFG} [dim]\\[student 0, teacher the run's][/dim]", min=0)] = None,
     size: Annotated[int | None, option("N", "side in pixels; unset: as in training", min=16)] = None,
     batch_size: Annotated[int, option("N", "pictures at once; changes speed only", min=1)] = 4,
     compare: Annotated[bool, switch("--compare", "draw the base model's pictures beside")] = False,

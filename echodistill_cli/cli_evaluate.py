@@ -50,7 +50,7 @@ def evaluate(
         int | None, option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", panel=_DRAWING, min=1)
     ] = None,
     guidance: Annotated[
-        float | None, option("X", "guidance [dim]\\[student 0, teacher 7.5][/dim]", panel=_DRAWING, min=0)
+        float | None, option("X", "guidance [dim]\\[student 0, teacher the run's][/dim]", panel=_DRAWING, min=0)
     ] = None,
     size: Annotated[int | None, option("N", "side in pixels; unset: as in training", panel=_DRAWING, min=16)] = None,
     batch_size: Annotated[int, option("N", "pictures at once; changes speed only", panel=_DRAWING, min=1)] = 4,

@@ -56,6 +56,10 @@ class Conditioning:
         """One prompt's conditioning repeated for `batch` samples."""
         return self._each(lambda value: value.expand(batch, *value.shape[1:]))
 
+    def take(self, rows: Sequence[int]) -> Conditioning:
+        """The conditioning of some of the prompts, in the order of `rows`."""
+        return self._each(lambda value: value[list(rows)])
+
     def join(self, other: Conditioning) -> Conditioning:
         """Both batches in one, this one first."""
         pairs = zip(self._values(), other._values(), strict=True)

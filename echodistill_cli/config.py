@@ -122,6 +122,9 @@ class LossConfig:
     latent: float = setting(1.0, "student: distance to the teacher's x0 in latent space", minimum=0.0)
     identity: float = setting(1.0, "student: image-encoder features against the teacher's picture", minimum=0.0)
     sliced_wasserstein: float = setting(0.1, "student: patch statistics of the teacher's picture", minimum=0.0)
+    prior: float = setting(
+        0.0, "both models: distance to what they drew of the class before; needs a class name", minimum=0.0
+    )
     adversarial: float = setting(1.0, "student: each discriminator's verdict", minimum=0.0)
 
 

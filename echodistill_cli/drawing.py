@@ -14,7 +14,7 @@ from PIL import Image
 from echodistill_cli import __version__
 from echodistill_cli.attach import attach_lora, read_token_file
 from echodistill_cli.conditioning import LearnedToken
-from echodistill_cli.config import ModelConfig
+from echodistill_cli.config import ModelConfig, TrainConfig
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder
 from echodistill_cli.models import ModelPair, Role, load_pair
@@ -38,7 +38,7 @@ class SampleRequest:
     Args:
         prompts: one or more. count: pictures per prompt. seed: of a prompt's first picture; the next have the next.
         lora: a LoRA file or a run folder; None for the newest run. lora_scale: its strength, 1 as trained.
-        role: who draws. steps, guidance_scale: None for what suits the role (1 and 0; 25 and 7.5).
+        role: who draws. steps, guidance_scale: None for the role's own (1 and 0; 25 and the run's guidance).
         size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
         model: a preset, hub id, folder or file to draw with instead of the run's own student; a LoRA file that lies in
             no run folder needs it. model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
@@ -89,7 +89,7 @@ def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sa
     settings = SamplingSettings(
         role=request.role,
         steps=request.steps or (1 if request.role == "student" else 25),
-        guidance_scale=_guidance(request),
+        guidance_scale=_guidance(request, found),
         size=found.model.resolution,
         batch_size=request.batch_size,
     )
@@ -168,11 +168,12 @@ def _next_number(folder: Path) -> int:
 
 @dataclass(frozen=True)
 class FoundLora:
-    """A LoRA file with the models it goes with, and the token file that it needs, if any."""
+    """A LoRA file with the models it goes with, the token file that it needs, if any, and the teacher's guidance."""
 
     lora: Path
     model: ModelConfig
     token_file: Path | None
+    teacher_guidance: float = TrainConfig.guidance_scale
 
 
 def find_lora(request: SampleRequest) -> FoundLora:
@@ -193,7 +194,8 @@ def find_lora(request: SampleRequest) -> FoundLora:
         raise ConfigError(f"{request.lora}: no such LoRA file or run folder.")
     if request.model is None:
         raise ConfigError(f"{request.lora} lies in no run folder.", "Name the model it was made for with --model.")
-    return FoundLora(request.lora, models_for(request, ModelConfig()), None)
+    guidance = build_config(request.model).train.guidance_scale
+    return FoundLora(request.lora, models_for(request, ModelConfig()), None, guidance)
 
 
 def _find_graphs(request: SampleRequest) -> FoundLora:
@@ -242,7 +244,7 @@ def _lora_path(run: Run, role: Role) -> Path:
 def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
     config = run.config
     token_file = run.folder / f"{config.concept.token}.safetensors" if config.text.form == "token" else None
-    return FoundLora(lora, models_for(request, config.model), token_file)
+    return FoundLora(lora, models_for(request, config.model), token_file, config.train.guidance_scale)
 
 
 def _attach_token(pair: ModelPair, file: Path) -> None:
@@ -251,10 +253,10 @@ def _attach_token(pair: ModelPair, file: Path) -> None:
         vector.data.copy_(saved[0])
 
 
-def _guidance(request: SampleRequest) -> float:
+def _guidance(request: SampleRequest, found: FoundLora) -> float:
     if request.guidance_scale is not None:
         return request.guidance_scale
-    return 0.0 if request.role == "student" else 7.5
+    return 0.0 if request.role == "student" else found.teacher_guidance
 
 
 def _texts(

@@ -118,6 +118,7 @@ FLAGS: tuple[Flag, ...] = (
             "loss.latent": "--latent-weight",
             "loss.identity": "--identity-weight",
             "loss.sliced_wasserstein": "--sliced-wasserstein-weight --swd-weight",
+            "loss.prior": "--prior-weight --prior-loss-weight",
             "loss.adversarial": "--adversarial-weight",
             "critic.discriminators": "--discriminators",
             "critic.identity": "--identity",

@@ -103,12 +103,14 @@ PRESETS: Mapping[str, Preset] = {
             "train": {
                 "steps": 300,
                 "batch_size": 4,
-                "lr": 2e-3,
+                "lr": 1e-3,
                 "teacher_lr": 2e-3,
                 "text_lr": 1e-3,
-                "discriminator_lr": 1e-3,
+                "discriminator_lr": 1e-4,
                 "guidance_scale": 3.5,
+                "scene_share": 0.5,
             },
+            "loss": {"latent": 10.0, "adversarial": 0.01},
             "critic": {
                 "discriminators": ("teacher", "mini:vit", "mini:clip"),
                 "identity": "mini:identity",

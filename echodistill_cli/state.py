@@ -28,9 +28,10 @@ from echodistill_cli.discriminators import Discriminator, ImageBackbone, build_d
 from echodistill_cli.echo import EchoPool
 from echodistill_cli.models import LatentCodec, ModelPair, Role, load_pair
 from echodistill_cli.photos import Photo
+from echodistill_cli.prior import Prior, build_prior
 
 # Offsets of the seeds of things that must not share a random stream.
-_TEACHER_SEED, _STUDENT_SEED, _TEXT_SEED, _HEAD_SEED, _VIEW_SEED, _STEP_SEED = range(6)
+_TEACHER_SEED, _STUDENT_SEED, _TEXT_SEED, _HEAD_SEED, _VIEW_SEED, _STEP_SEED, _PRIOR_SEED = range(7)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class TrainingSet:
 
 @dataclass
 class TrainingState:
-    """A run's models, trained parts and progress; `step` counts finished steps."""
+    """A run's models, trained parts and progress; `step` counts finished steps, `prior` is what is to be kept."""
 
     config: Config
     pair: ModelPair
@@ -66,6 +67,7 @@ class TrainingState:
     token: LearnedToken | None
     optimizers: dict[str, torch.optim.Optimizer]
     generator: torch.Generator
+    prior: Prior | None = None
     step: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
@@ -160,6 +162,7 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         token=token,
         optimizers={},
         generator=torch.Generator().manual_seed(_seed(config, _STEP_SEED)),
+        prior=build_prior(config, pair, torch.Generator().manual_seed(_seed(config, _PRIOR_SEED))),
     )
     state.optimizers = _optimizers(state)
     return state

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from echodistill_cli import losses
+from echodistill_cli.adapters import without_lora
 from echodistill_cli.batches import (
     StudentPass,
     draw_echo,
@@ -30,6 +31,8 @@ from echodistill_cli.diffusion import add_noise, prediction_target
 from echodistill_cli.discriminators import Discriminator
 from echodistill_cli.echo import EchoPool, refresh
 from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.prior import Prior
+from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
 
 Metrics = dict[str, float]
@@ -64,7 +67,30 @@ def teacher_step(state: TrainingState) -> Metrics:
     target = prediction_target(teacher.schedule, latents, noise, timesteps)
     loss = losses.denoising(output, target, masks).mean()
     metrics = {"denoising": float(loss.detach())}
-    return metrics | optimize(state, state.config.loss.denoising * loss, ["teacher", "text"])
+    loss = state.config.loss.denoising * loss
+    if state.prior is not None:
+        kept = teacher_prior(state, state.prior)
+        metrics["teacher_prior"] = float(kept.detach())
+        loss = loss + state.config.loss.prior * kept
+    return metrics | optimize(state, loss, ["teacher", "text"])
+
+
+def teacher_prior(state: TrainingState, prior: Prior) -> Tensor:
+    """Distance of the teacher's output for the class, renoised, from what it was before training; a scalar."""
+    teacher = state.pair.role("teacher")
+    rows = prior_rows(state, prior)
+    latents = prior.latents[rows]
+    timesteps = draw_timesteps(state, len(rows))
+    noisy = add_noise(teacher.schedule, latents, state.randn_like(latents), timesteps)
+    with torch.no_grad(), without_lora(teacher.unet):
+        before = teacher(noisy, timesteps, prior.conditioning.take(rows))
+    conditioning = state.pair.encoder.encode([prior.prompts[row] for row in rows])
+    return losses.latent_alignment(teacher(noisy, timesteps, conditioning), before).mean()
+
+
+def prior_rows(state: TrainingState, prior: Prior) -> list[int]:
+    """Half a batch of the class's pictures, as row numbers."""
+    return state.randint(len(prior.prompts), max(1, state.config.train.batch_size // 2)).tolist()
 
 
 def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
@@ -145,6 +171,16 @@ def _sliced_wasserstein(student_pass: StudentPass) -> Tensor:
     return losses.sliced_wasserstein(student_pass.pictures.image(), student_pass.target_image, on_device)
 
 
+def _student_prior(student_pass: StudentPass) -> Tensor:
+    state = student_pass.state
+    assert state.prior is not None
+    rows = prior_rows(state, state.prior)
+    with torch.no_grad():
+        conditioning = state.pair.encoder.encode([state.prior.prompts[row] for row in rows])
+    drawn = student_x0(state.pair.student, state.prior.noise[rows], conditioning)
+    return losses.latent_alignment(drawn, state.prior.latents[rows])
+
+
 def _adversarial(student_pass: StudentPass) -> Tensor:
     verdicts = [
         losses.adversarial_generator(critic.logits(student_pass.features[critic.name]))
@@ -162,6 +198,7 @@ STUDENT_LOSSES: tuple[StudentLoss, ...] = (
         available=lambda state: state.judge is not None,
     ),
     StudentLoss("sliced_wasserstein", _sliced_wasserstein, by_signal=True),
+    StudentLoss("prior", _student_prior, by_signal=False, available=lambda state: state.prior is not None),
     StudentLoss("adversarial", _adversarial, by_signal=False, available=lambda state: bool(state.critics)),
 )
 

@@ -17,7 +17,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from echodistill_cli import __version__
 from echodistill_cli.config import Config
@@ -27,10 +29,12 @@ from echodistill_cli.presets import build_config, config_hash
 from echodistill_cli.state import TrainingState, build_state
 from examples.benchmark.contestants import CONTESTANTS, Contestant
 from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
-from examples.benchmark.subjects import SPLITS, TOKEN, class_name, write_photos
+from examples.benchmark.subjects import PROMPTS, SEEDS, SPLITS, TOKEN, class_name, write_photos
 from examples.mini_world.judges import Examiner
+from examples.mini_world.world import contact_sheet
 
 HERE = Path(__file__).parent
+PICTURES = Path("runs/benchmark")
 RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
 MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
 Row = dict[str, Any]
@@ -38,13 +42,14 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a contestant, a subject, a seed, and trial settings over the contestant's own."""
+    """One training: a contestant, a subject, a seed; settings of a smaller benchmark, and of a trial, over its own."""
 
     contestant: str
     split: str
     noun: str
     seed: int
     trial: tuple[tuple[str, Any], ...] = ()
+    smaller: tuple[tuple[str, Any], ...] = ()
 
     @property
     def entry(self) -> Contestant:
@@ -58,6 +63,7 @@ class Run:
             "concept.token": TOKEN,
             "concept.class_name": class_name(self.noun),
             "run.seed": self.seed,
+            **dict(self.smaller),
             **self.entry.settings,
             **dict(self.trial),
         }
@@ -107,6 +113,7 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
     if echo:
         yield from _teacher_row("teacher-after-echo", run, state, ruler)
     pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
+    _keep(pictures, run)
     drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))
     yield {
         "contestant": run.contestant,
@@ -116,6 +123,15 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
         "seconds": seconds,
         "cpu_seconds": cpu,
     }
+
+
+def _keep(pictures: NDArray[np.uint8], run: Run) -> None:
+    """A sheet to look at: a row per seed, a column per prompt."""
+    if not run.trial:
+        PICTURES.mkdir(parents=True, exist_ok=True)
+        in_rows = pictures.reshape(len(PROMPTS), len(SEEDS), *pictures.shape[1:]).swapaxes(0, 1).reshape(pictures.shape)
+        name = f"{run.contestant}-{run.noun}-{run.seed}.png"
+        contact_sheet(list(in_rows), len(PROMPTS)).save(PICTURES / name)
 
 
 def _teacher_row(name: str, run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
@@ -197,6 +213,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", help="of the split; all of them unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a trial with other settings")
+    parser.add_argument("--small", action="store_true", help="four subjects, half the steps: under 20 minutes")
     parser.add_argument("--results", type=Path, help="file of rows; unset: results.json, or trials.json with --set")
     parser.add_argument("--calibrate", action="store_true", help="measure anew what a step of each method costs")
     options = parser.parse_args(arguments)
@@ -214,12 +231,17 @@ def main(arguments: list[str] | None = None) -> None:
     trial = tuple((key, json.loads(value)) for key, _, value in (text.partition("=") for text in options.set))
     rows = Rows(options.results or (TRIALS if trial else RESULTS))
     examiner = Examiner(JUDGE)
-    ours = build_config("mini").train.steps
-    subjects = options.subjects or SPLITS[options.split]
+    preset = build_config("mini")
+    ours, smaller = preset.train.steps, ()
+    if options.small and preset.echo.start is not None:
+        ours //= 2
+        smaller = (("train.steps", ours), ("echo.start", preset.echo.start // 2))
+    subjects = options.subjects or SPLITS[options.split][: 4 if options.small else None]
     for seed in options.seeds:
         for noun in subjects:
             for name in options.contestants:
-                measure_run(Run(name, options.split, noun, seed, trial), equal_steps(name, costs, ours), rows, examiner)
+                run = Run(name, options.split, noun, seed, trial, smaller)
+                measure_run(run, equal_steps(name, costs, ours), rows, examiner)
 
 
 if __name__ == "__main__":

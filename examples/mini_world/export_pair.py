@@ -1,9 +1,8 @@
 """`python -m examples.mini_world.export_pair OUTPUT`: what was trained, as fp16 folders of averaged weights.
 
-The teacher opens with `StableDiffusionPipeline.from_pretrained(OUTPUT, safety_checker=None)`. Half precision
-is checked here: a picture drawn by the written folder must agree with the one the training weights draw. With
-`--part identity` (or `backbone-clip`, `backbone-vit`, `judge-0`) one of the networks that look at pictures is
-written instead.
+Teacher and student open with `StableDiffusionPipeline.from_pretrained(OUTPUT, safety_checker=None)`. Half precision
+is checked here: a picture drawn by the written folder must agree with the one the training weights draw. With `--part
+student`, or `identity`, `backbone-clip`, `backbone-vit`, `judge-0`, another network is written instead.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -51,32 +51,44 @@ def teacher_pipeline(work: Path) -> tuple[StableDiffusionPipeline, int]:
     return pipeline, samples
 
 
-def _picture(pipeline: StableDiffusionPipeline) -> torch.Tensor:
-    """One fixed 15-step picture, (64, 64, 3) in 0..1."""
+def student_pipeline(work: Path) -> tuple[StableDiffusionPipeline, int]:
+    """The trained student on the teacher's text encoder and VAE, in float32; and the samples it has seen."""
+    pipeline, _ = teacher_pipeline(work)
+    state = torch.load(work / "student" / "checkpoint.pt", map_location="cpu", weights_only=True)
+    weights = {**state["network"], **state["average"]}
+    own = {name.removeprefix("unet."): tensor for name, tensor in weights.items() if name.startswith("unet.")}
+    pipeline.unet.load_state_dict(own)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(build_scheduler().config, timestep_spacing="trailing")
+    return pipeline, int(state["samples"])
+
+
+def _picture(pipeline: StableDiffusionPipeline, role: str) -> torch.Tensor:
+    """One fixed picture, (64, 64, 3) in 0..1: the teacher's in 15 steps, the student's in one."""
     generator = torch.Generator().manual_seed(0)
-    drawn = pipeline("a photo of a frog on the beach", num_inference_steps=15, guidance_scale=3.0,
+    steps, guidance = (15, 3.0) if role == "teacher" else (1, 0.0)
+    drawn = pipeline("a photo of a frog on the beach", num_inference_steps=steps, guidance_scale=guidance,
                      generator=generator, output_type="np")  # fmt: skip
     return torch.from_numpy(drawn.images[0])
 
 
-def export_teacher(work: Path, output: Path, nouns: int) -> dict[str, object]:
+def export_role(work: Path, output: Path, nouns: int, role: str) -> dict[str, object]:
     """Write the folder under a temporary name, check it, rename it; returns its card."""
     if output.exists():
         raise FileExistsError(f"{output} exists; name another folder or delete it first")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline, samples = teacher_pipeline(work)
-    expected = _picture(pipeline)
+    pipeline, samples = teacher_pipeline(work) if role == "teacher" else student_pipeline(work)
+    expected = _picture(pipeline, role)
     pipeline.to(dtype=torch.float16).save_pretrained(partial)
     reloaded = StableDiffusionPipeline.from_pretrained(partial, safety_checker=None, dtype=torch.float32)
     reloaded.set_progress_bar_config(disable=True)
-    difference = float((_picture(reloaded) - expected).abs().mean())
+    difference = float((_picture(reloaded, role) - expected).abs().mean())
     megabytes = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) / 1e6
     if difference > 0.02 or megabytes > MAX_MEGABYTES:
         raise RuntimeError(f"not exported: mean difference {difference:.4f}, {megabytes:.1f} MB in {partial}")
     trained_on = [source for source in SOURCES if not source.held_out]
     card = {
-        "role": "teacher",
+        "role": role,
         "samples": samples,
         "nouns": [noun_words(noun) for noun in chosen_nouns(nouns)],
         "sources": [f"{source.package}@{source.version} ({source.licence})" for source in trained_on],
@@ -136,10 +148,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--work", type=Path, default=default_work_directory())
     parser.add_argument("--nouns", type=int, default=12)
-    parser.add_argument("--part", default="teacher", help="teacher, identity, backbone-clip, backbone-vit, judge-N")
+    parser.add_argument(
+        "--part", default="teacher", help="teacher, student, identity, backbone-clip, backbone-vit, judge-N"
+    )
     options = parser.parse_args(arguments)
-    if options.part == "teacher":
-        card = export_teacher(options.work, options.output, options.nouns)
+    if options.part in ("teacher", "student"):
+        card = export_role(options.work, options.output, options.nouns, options.part)
     else:
         card = export_looking_network(options.work, options.output, options.part, options.nouns)
     print(json.dumps(card, indent=2))

@@ -1,0 +1,118 @@
+"""`python -m examples.benchmark.report`: the benchmark's rows as a table, and as one figure.
+
+A contestant's mean is over subjects and training seeds; its spread is the standard deviation of the training seeds'
+means, or, of a single seed, of the subjects divided by the square root of their number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from examples.benchmark.contestants import CONTESTANTS
+from examples.benchmark.proof import PICTURES, RESULTS
+from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
+from examples.mini_world.world import contact_sheet
+
+Row = Mapping[str, Any]
+SCORES = ("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "drift", "steps", "seconds")
+ORDER = (*CONTESTANTS, "teacher-before-echo", "teacher-after-echo")
+SHEET_SUBJECTS = TEST[:6]
+
+
+def summary(rows: Sequence[Row], score: str) -> tuple[float, float] | None:
+    """Mean and spread of one score of one contestant's rows; None where it has none."""
+    known = [row for row in rows if row.get(score) is not None]
+    if not known:
+        return None
+    seeds = {seed: [row[score] for row in known if row["training_seed"] == seed] for seed in _seeds(known)}
+    if len(seeds) > 1:
+        return mean(row[score] for row in known), stdev(mean(values) for values in seeds.values())
+    values = [row[score] for row in known]
+    return mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def _seeds(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["training_seed"] for row in rows})
+
+
+def of_split(rows: Sequence[Row], split: str) -> dict[str, list[Row]]:
+    """Rows by contestant, in the table's order."""
+    kept = [row for row in rows if row["split"] == split and not row["trial"]]
+    return {name: own for name in ORDER if (own := [row for row in kept if row["contestant"] == name])}
+
+
+def table(rows: Sequence[Row], split: str) -> str:
+    """The table in Markdown."""
+    lines = [f"| {split} | runs | " + " | ".join(SCORES).replace("_", " ") + " |", "|---" * (2 + len(SCORES)) + "|"]
+    for name, own in of_split(rows, split).items():
+        cells = []
+        for score in SCORES:
+            value = summary(own, score)
+            plain = score in ("steps", "seconds")
+            cells.append("" if value is None else f"{value[0]:.0f}" if plain else f"{value[0]:.3f} ± {value[1]:.3f}")
+        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(rows: Sequence[Row], split: str, path: Path) -> None:
+    """Subject fidelity against prompt fidelity, a point with its spread per contestant."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawing, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
+    for name, own in of_split(rows, split).items():
+        across, up = summary(own, "prompt_fidelity"), summary(own, "subject_fidelity")
+        if across is None or up is None:
+            continue
+        kind = "s" if name.startswith("teacher-") and name.endswith("echo") else "^" if "without" in name else "o"
+        axes.errorbar(across[0], up[0], up[1], across[1], fmt=kind, capsize=2, markersize=9 if name == "ours" else 5)
+        axes.annotate(name, (across[0], up[0]), xytext=(6, 5), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("prompt fidelity (share of pictures with place and colour as asked)")
+    axes.set_ylabel("subject fidelity (mean cosine to the references)")
+    axes.set_title(f"One-step personalization on the mini world, {split} subjects, equal compute")
+    axes.grid(alpha=0.3)
+    drawing.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(drawing)
+
+
+def subjects_sheet(path: Path, contestant: str = "ours") -> None:
+    """Per subject the references, then its first one-step picture of every other prompt; the first six by list."""
+    tiles = []
+    for noun in SHEET_SUBJECTS:
+        with Image.open(PICTURES / f"{contestant}-{noun}-0.png") as opened:
+            drawn = np.asarray(opened.convert("RGB"))
+        side = drawn.shape[0] // len(SEEDS)
+        first = [drawn[:side, left : left + side] for left in range(0, drawn.shape[1], 2 * side)]
+        gap = np.full((side, side, 3), 255, dtype=np.uint8)
+        tiles += [*reference_pictures(noun), gap, *first]
+    contact_sheet(tiles, len(tiles) // len(SHEET_SUBJECTS), zoom=1).save(path)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the table; draw the figure and the sheet if asked."""
+    parser = argparse.ArgumentParser(prog="python -m examples.benchmark.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--split", choices=["dev", "test"], default="test")
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--sheet", type=Path)
+    options = parser.parse_args(arguments)
+    rows = json.loads(options.results.read_text())
+    print(table(rows, options.split))
+    if options.figure:
+        figure(rows, options.split, options.figure)
+    if options.sheet:
+        subjects_sheet(options.sheet)
+
+
+if __name__ == "__main__":
+    main()

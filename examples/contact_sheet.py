@@ -1,0 +1,78 @@
+"""`python -m examples.contact_sheet RUN`: photos above, one-step pictures below, the base model's beside.
+
+Also an example of the Python interface: `pipeline.sample` yields pictures, here each with the base model's.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from echodistill_cli.pipeline import Sample, SampleRequest, sample
+from echodistill_cli.runs import open_run
+
+TILE, GAP, LINE = 128, 6, 18
+Picture = Image.Image
+
+
+def labelled(image: Picture, text: str) -> Picture:
+    """A tile with a line of text below it."""
+    # Small pictures are enlarged without smoothing: what is seen is what was drawn.
+    method = Image.Resampling.NEAREST if image.width < TILE else Image.Resampling.LANCZOS
+    tile = Image.new("RGB", (TILE, TILE + LINE), "white")
+    tile.paste(ImageOps.fit(image.convert("RGB"), (TILE, TILE), method))
+    ImageDraw.Draw(tile).text((2, TILE + 2), text, fill="black", font=ImageFont.load_default(11))
+    return tile
+
+
+def sheet(rows: Sequence[tuple[str, Sequence[Picture]]]) -> Picture:
+    """Rows of tiles, each under a heading."""
+    widest = max(len(tiles) for _, tiles in rows)
+    height = TILE + LINE
+    whole = Image.new("RGB", (GAP + widest * (TILE + GAP), len(rows) * (height + LINE + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(whole)
+    for index, (heading, tiles) in enumerate(rows):
+        top = GAP + index * (height + LINE + GAP)
+        draw.text((GAP, top), heading, fill="black", font=ImageFont.load_default(13))
+        for column, tile in enumerate(tiles):
+            whole.paste(tile, (GAP + column * (TILE + GAP), top + LINE))
+    return whole
+
+
+def contact_sheet(run: Path, prompts: Sequence[str], columns: int = 8) -> Picture:
+    """Draw each prompt once, with and without what was learned, and lay everything out."""
+    config = open_run(run).config
+    photos = [
+        labelled(Image.open(path), path.name)
+        for path in sorted(Path(config.concept.photos).iterdir())
+        if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    ]
+    drawn: list[Sample] = list(sample(SampleRequest(prompts, lora=run, compare=True)))
+    rows: list[tuple[str, Sequence[Picture]]] = [("photos", photos[:columns])]
+    for start in range(0, len(drawn), columns):
+        part = drawn[start : start + columns]
+        texts = [one.prompt.replace(config.subject, "…").removeprefix("a ") for one in part]
+        rows.append((f"{config.subject}: one step", [labelled(s.image, t) for s, t in zip(part, texts, strict=True)]))
+        based = [(one.base, text) for one, text in zip(part, texts, strict=True) if one.base]
+        rows.append(("the base model, same prompt and seed", [labelled(image, text) for image, text in based]))
+    return sheet(rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the sheet and print its path."""
+    parser = argparse.ArgumentParser(prog="python -m examples.contact_sheet", description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--prompt-file", type=Path, required=True, help="one prompt per line")
+    parser.add_argument("--output", type=Path, help="unset: contact.png in the run")
+    options = parser.parse_args(arguments)
+    prompts = [line for line in options.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    output = options.output or options.run / "contact.png"
+    contact_sheet(options.run, prompts).save(output)
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

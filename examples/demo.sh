@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The whole method on the embedded 64-pixel pair: five pictures of a dog in, a LoRA out. No GPU, no network.
+# Usage: demo.sh [OUT]; `make demo` sets everything up first.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+run=${1:-runs/demo}
+echodistill train examples/photos --token sks --class-name dog --model mini --output "$run" --overwrite
+echodistill sample --lora "$run" --prompt-file examples/demo-prompts.txt --output "$run/pictures" --offline
+echodistill export "$run" --format both --overwrite
+python -m examples.contact_sheet "$run" --prompt-file examples/demo-prompts.txt

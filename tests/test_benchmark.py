@@ -1,0 +1,164 @@
+"""The benchmark: what it asks, that its ruler measures, that each method trains what it says, that a run goes on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from echodistill_cli.adapters import lora_tensors
+from echodistill_cli.dataset import SCENES, TEMPLATES
+from echodistill_cli.presets import build_config
+from echodistill_cli.state import TrainingState, build_state
+from examples.benchmark import proof, report
+from examples.benchmark.contestants import CONTESTANTS
+from examples.benchmark.measure import JUDGE, Ruler, nearest_distance, spread
+from examples.benchmark.subjects import DEV, PROMPTS, SEEDS, TEST, TOKEN, reference_pictures, write_photos
+from examples.mini_world.judges import Examiner
+from examples.mini_world.nouns import CORE
+from examples.mini_world.places import PLACES
+from examples.mini_world.world import COLOURS, NEUTRAL_TEMPLATES
+from examples.mini_world.world import TEMPLATES as WORLD_TEMPLATES
+
+
+@pytest.fixture(scope="module")
+def examiner() -> Examiner:
+    return Examiner(JUDGE)
+
+
+@pytest.fixture(scope="module")
+def ruler(examiner: Examiner) -> Ruler:
+    return Ruler("dog", examiner)
+
+
+def test_subjects_are_split_and_prompts_are_ones_that_no_training_used() -> None:
+    assert sorted((*DEV, *TEST)) == sorted(CORE)
+    assert (len(DEV), len(TEST), len(PROMPTS)) == (4, 8, 16)
+    used = {*TEMPLATES, *SCENES, *WORLD_TEMPLATES, *NEUTRAL_TEMPLATES, *build_config("mini").concept.scenes}
+    assert {ask.place for ask in PROMPTS} <= set(PLACES)
+    assert {ask.colour for ask in PROMPTS} <= {None, *COLOURS}
+    for ask in PROMPTS:
+        start = re.sub(r"(in|on|with|floating) .*", "", ask.sentence.replace("{}", "{x}")).strip()
+        assert start not in used
+        assert ask.sentence not in used
+
+
+def test_the_ruler_knows_the_subject_its_places_and_a_copy(ruler: Ruler) -> None:
+    scores = ruler.scores(ruler.real)
+    assert scores["recognition"] > 0.95
+    assert scores["prompt_fidelity"] > 0.95
+    assert scores["copy_rate"] == 0
+    assert scores["diversity"] == pytest.approx(1)
+    copies = np.resize(ruler.references[:, :, ::-1], ruler.real.shape)
+    assert ruler.scores(copies)["copy_rate"] == 1
+
+
+def test_another_drawing_of_the_class_is_not_the_subject(examiner: Examiner, ruler: Ruler) -> None:
+    cat = Ruler("cat", examiner)
+    scores = ruler.scores(cat.real)
+    assert scores["recognition"] == 0
+    assert scores["subject_fidelity"] < ruler.scores(ruler.real)["subject_fidelity"] - 0.2
+
+
+def test_drift_is_measured_in_units_of_another_seed(ruler: Ruler) -> None:
+    assert ruler.drift(ruler.real, ruler.real) == 0
+    by_seed = ruler.real.reshape(len(PROMPTS), len(SEEDS), 64, 64, 3)
+    shifted = np.roll(by_seed, 1, axis=1).reshape(ruler.real.shape)
+    assert ruler.drift(ruler.real, shifted) == pytest.approx(1, abs=0.15)
+
+
+def test_the_nearest_distance_of_a_hand_made_case() -> None:
+    black, grey = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 10, np.uint8)
+    assert nearest_distance(grey, np.concatenate([black, black + 4])).tolist() == [6.0]
+
+
+def test_the_spread_of_a_hand_made_case() -> None:
+    one_prompt = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0], [3.0, 4.0]])
+    assert spread(one_prompt) == pytest.approx(5 * 4 / 6)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> TrainingState:
+    run = proof.Run("sequential", "dev", "dog", 0, (("concept.views", 4), ("train.batch_size", 1)))
+    photos = write_photos("dog", tmp_path)
+    return build_state(run.config(photos, 2), proof._photos(photos))
+
+
+def changed(state: TrainingState, before: dict[str, dict[str, torch.Tensor]]) -> set[str]:
+    after = {name: lora_tensors(module) for name, module in state.trained_modules().items()}
+    return {
+        name for name, tensors in after.items() if any(not torch.equal(tensors[k], v) for k, v in before[name].items())
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "moved"),
+    [
+        ("teacher-lora", {"teacher", "text_encoder"}),
+        ("denoising", {"student", "text_encoder"}),
+        ("pso", {"student", "text_encoder"}),
+        ("sequential", {"teacher", "text_encoder"}),
+    ],
+)
+def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set[str]) -> None:
+    before = {part: lora_tensors(module) for part, module in state.trained_modules().items()}
+    entry = CONTESTANTS[name]
+    assert entry.step is not None
+    entry.step(state)
+    assert changed(state, before) == moved
+    if name == "sequential":  # and in its second half
+        state.step = 1
+        before = {part: lora_tensors(module) for part, module in state.trained_modules().items()}
+        entry.step(state)
+        assert changed(state, before) == {"student"}
+    if name == "teacher-lora":
+        entry.finish(state)
+        teacher, student = (lora_tensors(state.pair.role(role).unet) for role in ("teacher", "student"))
+        assert all(torch.equal(teacher[key], student[key]) for key in teacher)
+
+
+def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "PICTURES", tmp_path)
+    rows = proof.Rows(tmp_path / "rows.json")
+    run = proof.Run("denoising", "dev", "dog", 0, (("concept.views", 4), ("train.batch_size", 1)))
+    proof.measure_run(run, 1, rows, examiner)
+    proof.measure_run(run, 1, proof.Rows(rows.path), examiner)
+    (row,) = json.loads(rows.path.read_text())
+    assert (row["contestant"], row["subject"], row["steps"], row["split"]) == ("denoising", "dog", 1, "dev")
+    assert row["trial"] == "concept.views=4, train.batch_size=1"
+    assert 0 <= row["drift"] < 1
+
+
+def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
+    costs = {"ours": 0.5, "denoising": 0.1}
+    assert proof.equal_steps("denoising", costs, 300) == 1500
+    assert proof.equal_steps("ours", costs, 300) is None
+    assert proof.equal_steps("ours-without-echo", costs, 300) is None
+
+
+def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
+    rows = [
+        {
+            "contestant": "ours",
+            "split": "test",
+            "trial": "",
+            "training_seed": seed,
+            "subject": noun,
+            "recognition": value,
+        }
+        for seed, noun, value in ((0, "cat", 0.2), (0, "car", 0.4), (1, "cat", 0.6), (1, "car", 0.8))
+    ]
+    assert report.summary(rows, "recognition") == pytest.approx((0.5, 0.4 / 2**0.5))
+    assert report.summary(rows, "drift") is None
+    text = report.table([*rows, rows[0] | {"trial": "x=1"}], "test")
+    assert "| ours | 4 | 0.500 ± 0.283 |" in text
+
+
+def test_the_references_of_a_subject_are_always_the_same() -> None:
+    first, again = reference_pictures("robot"), reference_pictures("robot")
+    assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))
+    assert TOKEN == "sks"
