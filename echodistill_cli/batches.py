@@ -53,9 +53,10 @@ class StudentPass:
         return self._seen_by(self.state.judge)[0], target
 
     def _seen_by(self, backbone: ImageBackbone | TeacherBackbone) -> list[Tensor]:
-        """Features from one backbone; a backbone that serves as judge and as critic looks once."""
+        """Features from one backbone; one that serves as judge and as critic looks once, a mere critic at less."""
         if backbone not in self._looks:
-            self._looks[backbone] = backbone.see(self.pictures)
+            is_judge = backbone is self.state.judge
+            self._looks[backbone] = backbone.see(self.pictures if is_judge else self.pictures.first(self.photo_like))
         return self._looks[backbone]
 
     @cached_property
@@ -89,13 +90,34 @@ def draw_timesteps(state: TrainingState, count: int) -> Tensor:
     return state.randint(len(state.pair.role("teacher").schedule.alphas_cumprod), count).to(state.pair.device)
 
 
-def draw_teacher_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str], list[tuple[int, int]]]:
-    """Latents, masks, prompts and crop corners of B samples: augmented photos, and echoed pictures if there are any."""
+@dataclass(frozen=True)
+class TeacherBatch:
+    """B samples for the teacher's denoising loss.
+
+    Args:
+        latents: [B, C, h, w]. masks: [B, 1, h, w]. prompts, crops: B texts and (top, left) corners.
+        timesteps: [B], uniform; of echoed pictures only the noisier ones (`echo.teacher_noise`): they teach what is
+            where, while detail comes from the photos.
+    """
+
+    latents: Tensor
+    masks: Tensor
+    prompts: list[str]
+    crops: list[tuple[int, int]]
+    timesteps: Tensor
+
+
+def draw_teacher_batch(state: TrainingState) -> TeacherBatch:
+    """Augmented photos, and echoed pictures if there are any."""
     batch, photos, subject = state.config.train.batch_size, state.photos, state.config.subject
     from_pool = torch.rand(batch, generator=state.generator) < state.config.echo.teacher_share
+    timesteps = draw_timesteps(state, batch)
     latents, masks, prompts, crops = [], [], [], []
-    for echoed in from_pool.tolist():
+    for index, echoed in enumerate(from_pool.tolist()):
         if echoed and state.pool:
+            steps = len(state.pair.role("teacher").schedule.alphas_cumprod)
+            least = state.config.echo.teacher_noise
+            timesteps[index] = int(least * steps + (1 - least) * int(timesteps[index]))
             row = int(state.randint(len(state.pool), 1))
             latents.append(state.pool.latents[row])
             masks.append(torch.ones_like(photos.masks[0]))
@@ -107,7 +129,7 @@ def draw_teacher_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str],
             masks.append(photos.masks[row])
             prompts.append(prompt_for(photos.views[row], subject, state.generator))
             crops.append(photos.views[row].crop)
-    return torch.stack(latents), torch.stack(masks), prompts, crops
+    return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, timesteps)
 
 
 def draw_student_pass(state: TrainingState) -> StudentPass:

@@ -158,6 +158,12 @@ class EchoConfig:
         0.98, "cosine to a photo or to a kept picture above which a picture is a copy", maximum=1.0
     )
     teacher_share: float = setting(0.25, "share of the teacher's samples drawn from the pool", minimum=0.0, maximum=1.0)
+    teacher_noise: float = setting(
+        0.0,
+        "least noise at which the teacher learns from the pool, as a share of the schedule",
+        minimum=0.0,
+        maximum=0.99,
+    )
     real_weight: float = setting(0.25, "weight of pool pictures among the discriminators' reals", minimum=0.0)
 
 

@@ -56,6 +56,18 @@ class Pictures:
     timesteps: Tensor
     conditioning: Conditioning
 
+    def first(self, count: int) -> Pictures:
+        """The first `count` of them."""
+        if count == len(self.latents):
+            return self
+        return Pictures(
+            self.latents[:count],
+            lambda: self.image()[:count],
+            self.noise[:count],
+            self.timesteps[:count],
+            self.conditioning.take(range(count)),
+        )
+
 
 class ImageBackbone(nn.Module):
     """A frozen ViT (DINO, DINOv2 or a CLIP vision tower) that sees pictures as it was trained to.

@@ -138,6 +138,7 @@ FLAGS: tuple[Flag, ...] = (
             "echo.min_identity": "--echo-min-identity",
             "echo.max_similarity": "--echo-max-similarity",
             "echo.teacher_share": "--echo-teacher-share",
+            "echo.teacher_noise": "--echo-teacher-noise",
             "echo.real_weight": "--echo-real-weight",
         },
     ),

@@ -59,13 +59,12 @@ def training_step(state: TrainingState) -> Metrics:
 def teacher_step(state: TrainingState) -> Metrics:
     """Concept in: the teacher's denoising loss on photos, which alone also trains the shared text side."""
     teacher = state.pair.role("teacher")
-    latents, masks, prompts, crops = draw_teacher_batch(state)
-    conditioning = teacher.at_crops(state.pair.encoder.encode(prompts), crops)
-    noise = state.randn_like(latents)
-    timesteps = draw_timesteps(state, len(latents))
-    output = teacher(add_noise(teacher.schedule, latents, noise, timesteps), timesteps, conditioning)
-    target = prediction_target(teacher.schedule, latents, noise, timesteps)
-    loss = losses.denoising(output, target, masks).mean()
+    batch = draw_teacher_batch(state)
+    conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
+    noise = state.randn_like(batch.latents)
+    noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
+    target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
+    loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
     metrics = {"denoising": float(loss.detach())}
     loss = state.config.loss.denoising * loss
     if state.prior is not None:
@@ -110,7 +109,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
 
 def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metrics:
     """Each discriminator learns to tell photos (and, at a lower weight, echoed pictures) from the student's pass."""
-    reals = draw_reals(state, student_pass.pictures)
+    reals = draw_reals(state, student_pass.pictures.first(student_pass.photo_like))
     total = torch.zeros((), device=state.pair.device)
     metrics: Metrics = {}
     for critic in state.critics:

@@ -27,6 +27,7 @@ from echodistill_cli.training import (
     echo_step,
     optimize,
     student_step,
+    teacher_prior,
     teacher_step,
     training_step,
 )
@@ -251,7 +252,7 @@ def test_the_null_prompt_is_encoded_with_the_text_encoder_as_it_is_now(
 
 # --- losses as data ---------------------------------------------------------------------------------------------------
 
-STUDENT_TERMS = ("latent", "identity", "sliced_wasserstein", "adversarial")
+STUDENT_TERMS = ("latent", "identity", "sliced_wasserstein", "prior", "adversarial")
 
 
 def test_every_loss_has_a_weight_and_every_weight_a_loss(new_state: NewState) -> None:
@@ -261,7 +262,7 @@ def test_every_loss_has_a_weight_and_every_weight_a_loss(new_state: NewState) ->
 
 @pytest.mark.parametrize("name", STUDENT_TERMS)
 def test_a_weight_of_0_removes_its_term(new_state: NewState, name: str) -> None:
-    state = new_state(**{f"loss__{name}": 0.0})
+    state = new_state(**{"loss__prior": 1.0, f"loss__{name}": 0.0})
     metrics = training_step(state)
     assert {term.name for term in active_losses(state)} == set(STUDENT_TERMS) - {name}
     assert set(metrics) & set(STUDENT_TERMS) == set(STUDENT_TERMS) - {name}
@@ -278,7 +279,7 @@ def test_without_the_denoising_loss_the_teacher_rests(new_state: NewState) -> No
 
 
 def test_alignment_is_weighted_by_the_signal_and_the_adversary_is_not() -> None:
-    assert {term.name for term in training.STUDENT_LOSSES if not term.by_signal} == {"adversarial"}
+    assert {term.name for term in training.STUDENT_LOSSES if not term.by_signal} == {"adversarial", "prior"}
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
@@ -366,7 +367,8 @@ def test_each_backbone_looks_at_the_students_pictures_once_a_step(
 
 def test_the_teacher_learns_from_captions_masks_and_framings(new_state: NewState) -> None:
     state = new_state(train__batch_size=64, concept__views=32)
-    latents, masks, prompts, *_ = draw_teacher_batch(state)
+    batch = draw_teacher_batch(state)
+    latents, masks, prompts = batch.latents, batch.masks, batch.prompts
     assert latents.shape == (64, 4, 8, 8)
     assert masks.shape == (64, 1, 8, 8)
     assert 0 <= float(masks.min()) < 1 == float(masks.max())
@@ -524,7 +526,8 @@ def test_the_teacher_draws_its_share_from_the_pool(new_state: NewState, share: f
     echo_step(state)
     assert state.pool is not None
     state.pool = replace(state.pool, prompts=["ECHO"] * len(state.pool))
-    latents, masks, prompts, *_ = draw_teacher_batch(state)
+    batch = draw_teacher_batch(state)
+    latents, masks, prompts = batch.latents, batch.masks, batch.prompts
     echoed = [prompt == "ECHO" for prompt in prompts]
     assert sum(echoed) == expected if expected is not None else 0 < sum(echoed) < 8
     for row, is_echo in enumerate(echoed):
@@ -536,3 +539,55 @@ def test_a_real_weight_of_0_keeps_echoed_pictures_from_the_discriminators(new_st
     state = new_state(echo__real_weight=0.0)
     echo_step(state)
     assert len(draw_reals(state, draw_student_pass(state).pictures).pictures.latents) == 2
+
+
+# --- beyond the paper: scenes, the class as it was, plain photos, noise for the echo ----------------------------------
+
+
+def test_scenes_are_asked_of_the_student_and_the_discriminators_do_not_see_them(new_state: NewState) -> None:
+    state = new_state(train__scene_share=0.5, train__batch_size=4, concept__scenes=("a {} on the moon",))
+    asked: list[str] = []
+    encode = state.pair.encoder.encode
+    state.pair.encoder.encode = lambda prompts: (asked.extend(prompts), encode(prompts))[1]  # type: ignore[method-assign]
+    student_pass = draw_student_pass(state)
+    assert ["on the moon" in prompt for prompt in asked[:4]] == [False, False, True, True]
+    assert student_pass.photo_like == 2
+    for taps in student_pass.features.values():
+        assert all(len(tap) == 2 for tap in taps)
+    assert len(student_pass.identity_features()[0]) == 4
+    steps(state, 1)
+
+
+def test_the_prior_is_what_the_untouched_models_draw_and_pulls_both_back_to_it(new_state: NewState) -> None:
+    state = new_state(loss__prior=1.0)
+    assert state.prior is not None
+    assert not any("sks" in prompt for prompt in state.prior.prompts)
+    first, *_, last = steps(state, 6)
+    assert first["prior"] == pytest.approx(0, abs=1e-9)  # nothing has moved yet
+    assert first["teacher_prior"] == pytest.approx(0, abs=1e-9)
+    assert last["prior"] > 0
+    assert last["teacher_prior"] > 0
+    assert new_state(loss__prior=1.0, concept__class_name=None).prior is None
+    assert new_state().prior is None
+
+
+def test_the_priors_gradient_reaches_the_teacher_and_the_text_side(new_state: NewState) -> None:
+    state = new_state(loss__prior=1.0)
+    steps(state, 1)
+    before = trained(state)
+    loss = teacher_prior(state, state.prior)  # type: ignore[arg-type]
+    optimize(state, loss, ["teacher", "text"])
+    assert moved(before, state) == {"teacher", "text"}
+
+
+def test_plain_views_have_no_canvas_and_no_framing(new_state: NewState) -> None:
+    state = new_state(concept__augmentation="plain", concept__views=16)
+    assert {view.framing for view in state.photos.views} == {""}
+    assert {view.framing for view in new_state(concept__views=16).photos.views} > {""}
+
+
+def test_the_teacher_sees_the_pool_only_in_enough_noise(new_state: NewState) -> None:
+    state = new_state(echo__teacher_share=1.0, echo__teacher_noise=0.7, train__batch_size=64)
+    assert int(draw_teacher_batch(state).timesteps.min()) < 300  # photos at any
+    echo_step(state)
+    assert int(draw_teacher_batch(state).timesteps.min()) >= 700

@@ -51,25 +51,23 @@ class Contestant:
 def denoising_step(state: TrainingState) -> Metrics:
     """DreamBooth-LoRA on the one-step model: its denoising loss on the photos at every timestep, text side included."""
     student = state.pair.student
-    latents, masks, prompts, crops = draw_teacher_batch(state)
-    conditioning = student.at_crops(state.pair.encoder.encode(prompts), crops)
-    noise = state.randn_like(latents)
-    timesteps = state.randint(len(student.schedule.alphas_cumprod), len(latents)).to(latents.device)
-    output = student(add_noise(student.schedule, latents, noise, timesteps), timesteps, conditioning)
-    target = prediction_target(student.schedule, latents, noise, timesteps)
-    loss = losses.denoising(output, target, masks).mean()
+    batch = draw_teacher_batch(state)
+    conditioning = student.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
+    noise = state.randn_like(batch.latents)
+    noisy = add_noise(student.schedule, batch.latents, noise, batch.timesteps)
+    target = prediction_target(student.schedule, batch.latents, noise, batch.timesteps)
+    loss = losses.denoising(student(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
     return {"denoising": float(loss.detach())} | optimize(state, loss, ["student", "text"])
 
 
 def token_step(state: TrainingState) -> Metrics:
     """Textual inversion: one learned vector through the teacher's denoising loss; no UNet moves."""
-    teacher = state.pair.role("teacher")
-    latents, masks, prompts, crops = draw_teacher_batch(state)
-    conditioning = teacher.at_crops(state.pair.encoder.encode(prompts), crops)
-    noise = state.randn_like(latents)
-    timesteps = state.randint(len(teacher.schedule.alphas_cumprod), len(latents)).to(latents.device)
-    output = teacher(add_noise(teacher.schedule, latents, noise, timesteps), timesteps, conditioning)
-    loss = losses.denoising(output, prediction_target(teacher.schedule, latents, noise, timesteps), masks).mean()
+    teacher, batch = state.pair.role("teacher"), draw_teacher_batch(state)
+    conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
+    noise = state.randn_like(batch.latents)
+    noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
+    target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
+    loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
     return {"denoising": float(loss.detach())} | optimize(state, loss, ["text"])
 
 
@@ -80,7 +78,7 @@ def pso_step(state: TrainingState) -> Metrics:
     the last timestep: tuned model over untouched one.
     """
     student, batch = state.pair.student, state.config.train.batch_size
-    latents, _, prompts, _ = draw_teacher_batch(state)
+    latents, prompts = (drawn := draw_teacher_batch(state)).latents, drawn.prompts
     conditioning = state.pair.encoder.encode(prompts)
     last = torch.full((batch,), student.schedule.last_timestep, device=latents.device)
     with torch.no_grad():

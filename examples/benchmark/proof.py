@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ def _photos(folder: Path) -> tuple[Photo, ...]:
     return tuple(load_photos(folder, min_photos=3, resolution=64, masks="auto", captions=True).photos)
 
 
-def measure_costs(seed: int = 0, steps: int = 12) -> dict[str, float]:
+def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
     """CPU seconds of one step of each main contestant, on the first dev subject, without the echo's drawing."""
     costs = {}
     for name in MAIN:
@@ -182,13 +183,13 @@ def measure_costs(seed: int = 0, steps: int = 12) -> dict[str, float]:
         taken = []
         for first in (0, half) if name == "sequential" else (0,):
             state.step = first
-            for _ in range(3):
-                run.entry.step(state)
-            began = time.process_time()
+            seconds = []
             for _ in range(steps):
                 state.step = first
+                began = time.process_time()
                 run.entry.step(state)
-            taken.append((time.process_time() - began) / steps)
+                seconds.append(time.process_time() - began)
+            taken.append(median(seconds))
         costs[name] = sum(taken) / len(taken)
     return costs
 

@@ -158,7 +158,7 @@ class StudentStage:
         device: str,
         batch_size: int = 24,
         rate: float = 3e-4,
-        regression_samples: int = 70_000,
+        regression_samples: int = 93_000,
     ) -> None:
         self.work, self.nouns, self.device = work, nouns, device
         self.batch_size, self.learning_rate = batch_size, rate

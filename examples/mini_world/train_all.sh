@@ -1,22 +1,39 @@
 #!/usr/bin/env bash
-# The whole of the teacher's training, one process at a time; every stage resumes, so a stopped chain is simply
-# started again. Leave it running: setsid nohup nice -n 10 bash examples/mini_world/train_all.sh >chain.txt 2>&1 &
+# Every weight of the embedded pair and the benchmark's judge, from seeds, one process at a time. Each stage resumes, so a
+# stopped chain is simply started again: setsid nohup nice -n 10 bash examples/mini_world/train_all.sh >chain.txt 2>&1 &
+# About three hours on two cores; DEVICE=cuda moves it to a GPU.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # spinning threads starve beside any other busy process
 work="${ECHODISTILL_WORK:-$HOME/.cache/echodistill/mini-world}"
 nouns="${NOUNS:-12}"
-minutes="${TEACHER_MINUTES:-600}"
 stage() { "${PYTHON:-.venv/bin/python}" -m examples.mini_world.train "$@" --work "$work" --nouns "$nouns"; }
+network() { stage "$@" --device "${DEVICE:-cpu}"; }
 
-if [ ! -e "$work/vae/finished" ]; then
-    stage vae --minutes "${VAE_MINUTES:-16}"
-    stage vae --minutes "${VAE_ANNEAL_MINUTES:-12}" --anneal
-    touch "$work/vae/finished" # from here on the VAE is never trained again: the latents belong to it
-fi
-if [ ! -e "$work/latents-$nouns/finished" ]; then
-    stage latents --shards "${CENTRED_SHARDS:-2}" --centred
-    stage latents --shards "${SCENE_SHARDS:-12}"
-    touch "$work/latents-$nouns/finished"
-fi
-stage teacher --minutes "$minutes"
+# once NAME COMMAND...: a step that is done is not done again.
+once() {
+    local mark="$work/$1.finished"
+    shift
+    if [ ! -e "$mark" ]; then
+        "$@"
+        touch "$mark"
+    fi
+}
+
+mkdir -p "$work"
+# After its last session the VAE is never trained again: the latents belong to it.
+[ -e "$work/vae/finished" ] && touch "$work/vae.finished" "$work/vae-anneal.finished"
+once vae network vae --samples 58000
+once vae-anneal network vae --samples 45000 --anneal
+[ -e "$work/latents-$nouns/finished" ] && touch "$work/latents-centred.finished" "$work/latents.finished"
+once latents-centred stage latents --shards "${CENTRED_SHARDS:-2}" --centred
+once latents stage latents --shards "${SCENE_SHARDS:-12}"
+once teacher network teacher --samples "${TEACHER_SAMPLES:-340000}"
+once teacher-anneal network teacher --samples 116000 --anneal
+once pairs network pairs --shards 8
+once student network student --samples 93000 --rate 5e-4
+once student-anneal network student --samples 82000 --rate 3e-4 --anneal
+once identity network identity --samples 85000 --anneal
+once backbone-vit network backbone-vit --samples 57000 --anneal
+once backbone-clip network backbone-clip --samples 36000 --anneal
+once judge network judge --samples 122000 --anneal
