@@ -14,7 +14,7 @@ from echodistill_cli.dataset import prompt_for, scene_prompt
 from echodistill_cli.diffusion import add_noise
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, Pictures, TeacherBackbone
 from echodistill_cli.echo import EchoPool, identity_scores
-from echodistill_cli.sampling import student_x0, teacher_x0
+from echodistill_cli.sampling import sample_latents, student_x0, teacher_x0
 from echodistill_cli.state import TrainingState
 
 
@@ -23,7 +23,7 @@ class StudentPass:
 
     Args:
         pictures: the student's, with gradient. target: the teacher's x0 latents, without.
-        signal: ᾱ_t [B] of the timestep that the teacher looked at them through.
+        signal: ᾱ_t [B] of the timestep that the teacher looked at them through; 1 for targets of several steps.
         photo_like: how many of them, the first, were asked for as the photos are; the others are in scenes.
     """
 
@@ -133,9 +133,10 @@ def draw_teacher_batch(state: TrainingState) -> TeacherBatch:
 
 
 def draw_student_pass(state: TrainingState) -> StudentPass:
-    """B one-step pictures of the concept, and the current teacher's guided x0 of them, renoised at uniform t."""
-    pair, teacher, batch = state.pair, state.pair.role("teacher"), state.config.train.batch_size
-    photo_like = math.ceil(batch * (1 - state.config.train.scene_share)) or 1
+    """B one-step pictures of the concept, and what the current teacher, guided, makes of them."""
+    pair, teacher, settings = state.pair, state.pair.role("teacher"), state.config.train
+    batch = settings.batch_size
+    photo_like = math.ceil(batch * (1 - settings.scene_share)) or 1
     prompts = [_photo_prompt(state) for _ in range(photo_like)]
     prompts += [_scene_prompt(state) for _ in range(batch - photo_like)]
     with torch.no_grad():
@@ -144,13 +145,21 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     with torch.set_grad_enabled(not pair.alternating):
         x0 = student_x0(pair.student, noise, conditioning)
     renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
-    with torch.no_grad():
-        noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
-        target = teacher_x0(teacher, noisy, timesteps, conditioning, null, state.config.train.guidance_scale)
+    signal, scale = teacher.schedule.signal(timesteps), settings.guidance_scale
+    if settings.target_steps > 1:
+        # Drawn from the student's own noise, the target is a function of it: an average of many would be soft.
+        target = sample_latents(teacher, noise, conditioning, null, steps=settings.target_steps, guidance_scale=scale)
+        signal = torch.ones_like(signal)
+        if settings.replays:
+            state.targets.add(noise, target, prompts)
+    else:
+        with torch.no_grad():
+            noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
+            target = teacher_x0(teacher, noisy, timesteps, conditioning, null, scale)
     if pair.alternating:  # the graph is made only now, when the teacher is done
         x0 = student_x0(pair.student, noise, conditioning)
     pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
-    return StudentPass(state, pictures, target, teacher.schedule.signal(timesteps), photo_like)
+    return StudentPass(state, pictures, target, signal, photo_like)
 
 
 def _photo_prompt(state: TrainingState) -> str:

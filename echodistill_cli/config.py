@@ -106,6 +106,18 @@ class TrainConfig:
     discriminator_lr: float = setting(1e-4, "learning rate of the discriminator heads", minimum=0.0)
     weight_decay: float = setting(1e-2, "AdamW weight decay", minimum=0.0)
     max_grad_norm: float = setting(1.0, "gradient clipping norm, per optimizer", minimum=0.0)
+    target_steps: int = setting(
+        1,
+        "1: the target is the teacher's x0 of the renoised picture, as in the paper; more: what the teacher draws in "
+        "so many steps from the student's noise",
+        minimum=1,
+    )
+    replays: int = setting(
+        0, "extra student updates per step on remembered targets, with --target-steps above 1", minimum=0
+    )
+    head_start: int = setting(
+        0, "teacher's steps before the first joint step, so that the student has somebody to learn from", minimum=0
+    )
     scene_share: float = setting(
         0.0, "share of the student's samples asked for in a scene instead of as in the photos", minimum=0.0, maximum=1.0
     )

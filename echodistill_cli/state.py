@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from echodistill_cli.echo import EchoPool
 from echodistill_cli.models import LatentCodec, ModelPair, Role, load_pair
 from echodistill_cli.photos import Photo
 from echodistill_cli.prior import Prior, build_prior
+from echodistill_cli.replay import TargetMemory
 
 # Offsets of the seeds of things that must not share a random stream.
 _TEACHER_SEED, _STUDENT_SEED, _TEXT_SEED, _HEAD_SEED, _VIEW_SEED, _STEP_SEED, _PRIOR_SEED = range(7)
@@ -72,6 +73,7 @@ class TrainingState:
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     pool: EchoPool | None = None
+    targets: TargetMemory = field(default_factory=TargetMemory)
 
     def randn_like(self, other: Tensor) -> Tensor:
         """Unit noise of another tensor's shape and device, drawn on the CPU from the run's generator."""
@@ -104,6 +106,7 @@ class TrainingState:
             "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "generator": self.generator.get_state(),
             "pool": vars(self.pool) if self.pool else None,
+            "targets": self.targets.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -122,6 +125,7 @@ class TrainingState:
                 group["lr"] = rate
         self.generator.set_state(state["generator"])
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
+        self.targets.load_state_dict(state["targets"], self.pair.device)
 
 
 def text_name(index: int) -> str:

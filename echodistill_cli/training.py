@@ -42,10 +42,18 @@ _FP16_LOSS_SCALE = 1024.0
 
 
 def training_step(state: TrainingState) -> Metrics:
-    """One step of the joint phase, and of the echo phase once it has begun. Returns every loss by name."""
-    metrics = teacher_step(state) if state.config.loss.denoising else {}
+    """One step of the joint phase, and of the echo phase once it has begun. Returns every loss by name.
+
+    The first step begins with the teacher's head start, if there is one.
+    """
+    settings = state.config
+    for _ in range(settings.train.head_start if state.step == 0 and settings.loss.denoising else 0):
+        count_skips(state, teacher_step(state))
+    metrics = teacher_step(state) if settings.loss.denoising else {}
     student_pass, student_metrics = student_step(state)
     metrics |= student_metrics
+    for _ in range(settings.train.replays if len(state.targets) else 0):
+        metrics |= replay_step(state)
     if state.critics:
         metrics |= discriminator_step(state, student_pass)
     count_skips(state, metrics)
@@ -105,6 +113,17 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
             total = total + getattr(state.config.loss, term.name) * values.mean()
         metrics |= optimize(state, total, ["student"])
     return student_pass, metrics
+
+
+def replay_step(state: TrainingState) -> Metrics:
+    """One more update of the student towards targets that the teacher drew in earlier steps."""
+    rows = state.randint(len(state.targets), state.config.train.batch_size).tolist()
+    noise, target, prompts = state.targets.take(rows)
+    with torch.no_grad():
+        conditioning = state.pair.encoder.encode(prompts)
+    loss = losses.latent_alignment(student_x0(state.pair.student, noise, conditioning), target).mean()
+    moved = optimize(state, state.config.loss.latent * loss, ["student"])
+    return {"replay": float(loss.detach())} | {key: value for key, value in moved.items() if key.startswith("skipped")}
 
 
 def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metrics:

@@ -134,10 +134,11 @@ def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch:
 
 
 def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
-    costs = {"ours": 0.5, "denoising": 0.1}
-    assert proof.equal_steps("denoising", costs, 300) == 1500
-    assert proof.equal_steps("ours", costs, 300) is None
-    assert proof.equal_steps("ours-without-echo", costs, 300) is None
+    costs = {"ours": 0.5, "denoising": 0.1, "teacher-lora": 0.2}
+    assert proof.equal_steps("denoising", costs, 300, 0) == 1500
+    assert proof.equal_steps("denoising", costs, 300, 100) == 1700
+    assert proof.equal_steps("ours", costs, 300, 0) is None
+    assert proof.equal_steps("ours-without-echo", costs, 300, 0) is None
 
 
 def test_the_table_has_mean_and_spread_over_training_seeds() -> None:

@@ -30,7 +30,7 @@ ORDER = (
     ),
     *("dataset", "conditioning", "adapters", "sources", "vocabulary", "safetensors_files", "single_file", "pair"),
     "sharing",
-    *("models", "discriminators", "planning", "sampling", "prior", "echo"),
+    *("models", "discriminators", "planning", "sampling", "prior", "replay", "echo"),
     *("state", "batches", "training", "runs", "pictures", "signals", "trackers", "loop", "lora_keys", "lora_formats"),
     *("lora_header", "lora_files", "lora_readers", "inspection", "sidecars", "attach", "export", "card"),
     *("original_layout", "merge", "onnx_export", "onnx_backend", "drawing", "learned", "hub", "exporting"),

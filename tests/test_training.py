@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echodistill_cli import training
 from echodistill_cli.adapters import lora_tensors
-from echodistill_cli.batches import draw_reals, draw_student_pass, draw_teacher_batch
+from echodistill_cli.batches import StudentPass, draw_reals, draw_student_pass, draw_teacher_batch
 from echodistill_cli.conditioning import PromptEncoder
 from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
 from echodistill_cli.errors import ConfigError, EchoDistillError
@@ -563,9 +563,8 @@ def test_the_prior_is_what_the_untouched_models_draw_and_pulls_both_back_to_it(n
     assert state.prior is not None
     assert not any("sks" in prompt for prompt in state.prior.prompts)
     first, *_, last = steps(state, 6)
-    assert first["prior"] == pytest.approx(0, abs=1e-9)  # nothing has moved yet
-    assert first["teacher_prior"] == pytest.approx(0, abs=1e-9)
-    assert last["prior"] > 0
+    assert first["teacher_prior"] == pytest.approx(0, abs=1e-9)  # nothing has moved yet
+    assert 0 < first["prior"] < last["prior"]  # only the teacher's first step with the text side
     assert last["teacher_prior"] > 0
     assert new_state(loss__prior=1.0, concept__class_name=None).prior is None
     assert new_state().prior is None
@@ -591,3 +590,35 @@ def test_the_teacher_sees_the_pool_only_in_enough_noise(new_state: NewState) -> 
     assert int(draw_teacher_batch(state).timesteps.min()) < 300  # photos at any
     echo_step(state)
     assert int(draw_teacher_batch(state).timesteps.min()) >= 700
+
+
+def test_targets_of_several_steps_are_what_the_teacher_draws_from_the_same_noise(new_state: NewState) -> None:
+    state = new_state(train__target_steps=3)
+    student_pass = draw_student_pass(state)
+    pictures, pair = student_pass.pictures, state.pair
+    assert pair.teacher is not None
+    assert student_pass.signal.tolist() == [1.0] * len(pictures.latents)
+    again = new_state(train__target_steps=3)
+    again.generator.manual_seed(7)
+    state.generator.manual_seed(7)
+    assert torch.equal(draw_student_pass(state).target, draw_student_pass(again).target)
+    one = new_state(train__target_steps=1)
+    one.generator.manual_seed(7)
+    assert torch.equal(draw_student_pass(one).pictures.latents, draw_student_pass_at(again, 7).pictures.latents)
+    assert not torch.equal(draw_student_pass_at(one, 7).target, draw_student_pass_at(again, 7).target)
+
+
+def draw_student_pass_at(state: TrainingState, seed: int) -> StudentPass:
+    state.generator.manual_seed(seed)
+    return draw_student_pass(state)
+
+
+def test_the_teachers_head_start_comes_before_the_first_joint_step_only(
+    new_state: NewState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = new_state(train__head_start=3)
+    taken: list[int] = []
+    step = training.teacher_step
+    monkeypatch.setattr(training, "teacher_step", lambda run: (taken.append(run.step), step(run))[1])
+    steps(state, 2)
+    assert taken == [0, 0, 0, 0, 1]

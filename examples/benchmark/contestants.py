@@ -22,6 +22,7 @@ from echodistill_cli.training import (
     Metrics,
     discriminator_step,
     optimize,
+    replay_step,
     student_step,
     teacher_step,
     training_step,
@@ -101,6 +102,8 @@ def sequential_step(state: TrainingState) -> Metrics:
     if state.step < state.config.train.steps // 2:
         return teacher_step(state)
     student_pass, metrics = student_step(state)
+    for _ in range(state.config.train.replays):
+        metrics |= replay_step(state)
     return metrics | discriminator_step(state, student_pass)
 
 

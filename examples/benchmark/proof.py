@@ -178,10 +178,10 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             config = run.config(write_photos(run.noun, Path(folder)), None)
             state = build_state(config, _photos(Path(folder)))
-        # Of two phases, such as teacher first, both count.
+        # Of two phases, such as teacher first, both count; step 0 would begin with the teacher's head start.
         half = config.train.steps // 2
         taken = []
-        for first in (0, half) if name == "sequential" else (0,):
+        for first in (1, half) if name == "sequential" else (1,):
             state.step = first
             seconds = []
             for _ in range(steps):
@@ -194,9 +194,12 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
     return costs
 
 
-def equal_steps(name: str, costs: dict[str, float], ours: int) -> int | None:
-    """As many steps as cost what ours costs; ablations and ours keep the preset's (None)."""
-    return None if name not in costs or name == "ours" else max(1, round(ours * costs["ours"] / costs[name]))
+def equal_steps(name: str, costs: dict[str, float], ours: int, head_start: int) -> int | None:
+    """As many steps as cost what ours costs with its head start; ablations and ours keep the preset's (None)."""
+    if name not in costs or name == "ours":
+        return None
+    whole = ours * costs["ours"] + head_start * costs["teacher-lora"]
+    return max(1, round(whole / costs[name]))
 
 
 def _line(row: Row) -> str:
@@ -233,16 +236,21 @@ def main(arguments: list[str] | None = None) -> None:
     rows = Rows(options.results or (TRIALS if trial else RESULTS))
     examiner = Examiner(JUDGE)
     preset = build_config("mini")
-    ours, smaller = preset.train.steps, ()
+    ours, head_start, smaller = preset.train.steps, preset.train.head_start, ()
     if options.small and preset.echo.start is not None:
         ours //= 2
-        smaller = (("train.steps", ours), ("echo.start", preset.echo.start // 2))
+        head_start //= 2
+        smaller = (
+            ("train.steps", ours),
+            ("train.head_start", head_start),
+            ("echo.start", preset.echo.start // 2),
+        )
     subjects = options.subjects or SPLITS[options.split][: 4 if options.small else None]
     for seed in options.seeds:
         for noun in subjects:
             for name in options.contestants:
                 run = Run(name, options.split, noun, seed, trial, smaller)
-                measure_run(run, equal_steps(name, costs, ours), rows, examiner)
+                measure_run(run, equal_steps(name, costs, ours, head_start), rows, examiner)
 
 
 if __name__ == "__main__":
