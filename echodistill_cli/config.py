@@ -118,6 +118,7 @@ class TrainConfig:
     head_start: int = setting(
         0, "teacher's steps before the first joint step, so that the student has somebody to learn from", minimum=0
     )
+    carry_over: bool = setting(False, "start the student's LoRA from the teacher's, after its head start")
     scene_share: float = setting(
         0.0, "share of the student's samples asked for in a scene instead of as in the photos", minimum=0.0, maximum=1.0
     )

@@ -108,6 +108,7 @@ FLAGS: tuple[Flag, ...] = (
             "train.target_steps": "--target-steps",
             "train.replays": "--replays",
             "train.head_start": "--head-start",
+            "train.carry_over": "--carry-over/--no-carry-over",
             "train.scene_share": "--scene-share",
             "train.guidance_scale": "--guidance-scale",
             "train.gradient_checkpointing": "--gradient-checkpointing/--no-gradient-checkpointing",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from echodistill_cli import losses
-from echodistill_cli.adapters import without_lora
+from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.batches import (
     StudentPass,
     draw_echo,
@@ -47,8 +47,8 @@ def training_step(state: TrainingState) -> Metrics:
     The first step begins with the teacher's head start, if there is one.
     """
     settings = state.config
-    for _ in range(settings.train.head_start if state.step == 0 and settings.loss.denoising else 0):
-        count_skips(state, teacher_step(state))
+    if state.step == 0:
+        begin(state)
     metrics = teacher_step(state) if settings.loss.denoising else {}
     student_pass, student_metrics = student_step(state)
     metrics |= student_metrics
@@ -62,6 +62,15 @@ def training_step(state: TrainingState) -> Metrics:
     if start is not None and state.step >= start and (state.step - start) % every == 0:
         metrics |= echo_step(state)
     return metrics
+
+
+def begin(state: TrainingState) -> None:
+    """The teacher's head start; what it has learned is where the student begins, if that is asked for."""
+    settings = state.config
+    for _ in range(settings.train.head_start if settings.loss.denoising else 0):
+        count_skips(state, teacher_step(state))
+    if settings.train.carry_over:
+        load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
 
 
 def teacher_step(state: TrainingState) -> Metrics:

@@ -347,7 +347,7 @@ def test_a_dry_run_is_a_table_or_json_and_writes_nothing(
 
 def test_a_dry_run_knows_what_would_have_to_be_fetched(photo_folder: Path) -> None:
     models = command("train", photo_folder, "--offline", "--dry-run", "--json").result["models"]
-    assert {"stabilityai/sd-turbo", "facebook/dino-vits16"} <= set(models)
+    assert {"stabilityai/sd-turbo", "facebook/dino-vits16@refs/pr/1"} <= set(models)
 
 
 def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.training import (
     active_losses,
+    begin,
     count_skips,
     discriminator_step,
     echo_step,
@@ -622,3 +623,14 @@ def test_the_teachers_head_start_comes_before_the_first_joint_step_only(
     monkeypatch.setattr(training, "teacher_step", lambda run: (taken.append(run.step), step(run))[1])
     steps(state, 2)
     assert taken == [0, 0, 0, 0, 1]
+
+
+def test_the_student_may_begin_with_what_the_teacher_has_learned(new_state: NewState) -> None:
+    state = new_state(train__head_start=2, train__carry_over=True)
+    begin(state)
+    teacher, student = (lora_tensors(state.pair.role(role).unet) for role in ("teacher", "student"))
+    assert all(torch.equal(teacher[name], value) for name, value in student.items())
+    assert any(value.any() for name, value in student.items() if "lora_B" in name)
+    fresh = new_state(train__head_start=2)
+    begin(fresh)
+    assert not any(v.any() for name, v in lora_tensors(fresh.pair.student.unet).items() if "lora_B" in name)

@@ -37,6 +37,7 @@ from examples.mini_world.world import contact_sheet
 HERE = Path(__file__).parent
 PICTURES = Path("runs/benchmark")
 RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
+SMALL = ("untouched", "teacher-lora", "denoising", "sequential", "ours")
 MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
 Row = dict[str, Any]
 
@@ -152,6 +153,7 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner) -> 
         "split": run.split,
         "subject": run.noun,
         "training_seed": run.seed,
+        "scale": dict(run.smaller).get("train.steps", 0) / build_config("mini").train.steps or 1.0,
         "trial": ", ".join(f"{key}={value}" for key, value in run.trial),
         "settings": settings,
         "date": date.today().isoformat(),
@@ -217,13 +219,25 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", help="of the split; all of them unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a trial with other settings")
-    parser.add_argument("--small", action="store_true", help="four subjects, half the steps: under 20 minutes")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the preset's steps, for every method")
+    parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five methods")
     parser.add_argument("--results", type=Path, help="file of rows; unset: results.json, or trials.json with --set")
     parser.add_argument("--calibrate", action="store_true", help="measure anew what a step of each method costs")
     options = parser.parse_args(arguments)
     if options.set and options.split == "test":
         parser.error("--set tries settings; trials are made on --split dev")
+    if options.small:
+        options.contestants = [name for name in options.contestants if name in SMALL]
     return options
+
+
+def scaled(preset: Config, scale: float) -> tuple[tuple[tuple[str, Any], ...], int]:
+    """The preset's lengths, a share of them each, as settings; and the head start among them."""
+    lengths = {"train.steps": preset.train.steps, "train.head_start": preset.train.head_start}
+    if preset.echo.start is not None:
+        lengths["echo.start"] = preset.echo.start
+    shorter = {key: max(1, round(value * scale)) for key, value in lengths.items()}
+    return tuple(shorter.items()), shorter["train.head_start"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -235,16 +249,9 @@ def main(arguments: list[str] | None = None) -> None:
     trial = tuple((key, json.loads(value)) for key, _, value in (text.partition("=") for text in options.set))
     rows = Rows(options.results or (TRIALS if trial else RESULTS))
     examiner = Examiner(JUDGE)
-    preset = build_config("mini")
-    ours, head_start, smaller = preset.train.steps, preset.train.head_start, ()
-    if options.small and preset.echo.start is not None:
-        ours //= 2
-        head_start //= 2
-        smaller = (
-            ("train.steps", ours),
-            ("train.head_start", head_start),
-            ("echo.start", preset.echo.start // 2),
-        )
+    scale = 0.25 if options.small else options.scale
+    smaller, head_start = scaled(build_config("mini"), scale)
+    ours = dict(smaller)["train.steps"]
     subjects = options.subjects or SPLITS[options.split][: 4 if options.small else None]
     for seed in options.seeds:
         for noun in subjects:

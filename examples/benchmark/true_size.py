@@ -173,7 +173,7 @@ def reference_step(state: TrainingState, photos: Tensor) -> None:
     teacher_step(state)
     with frozen(state.critics):
         drawn = draw_student_pass(state)
-        anew = SeenAnew(state, drawn.pictures, drawn.target, drawn.signal)
+        anew = SeenAnew(state, drawn.pictures, drawn.target, drawn.signal, drawn.photo_like)
         total = torch.zeros((), device=state.pair.device)
         for term in active_losses(state):
             values = term.function(anew) * (anew.signal if term.by_signal else 1)

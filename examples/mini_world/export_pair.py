@@ -80,6 +80,9 @@ def export_role(work: Path, output: Path, nouns: int, role: str) -> dict[str, ob
     pipeline, samples = teacher_pipeline(work) if role == "teacher" else student_pipeline(work)
     expected = _picture(pipeline, role)
     pipeline.to(dtype=torch.float16).save_pretrained(partial)
+    # diffusers opens a folder in float32 unless told otherwise, transformers as its configuration says: let them agree.
+    settings = partial / "text_encoder" / "config.json"
+    settings.write_text(settings.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     reloaded = StableDiffusionPipeline.from_pretrained(partial, safety_checker=None, dtype=torch.float32)
     reloaded.set_progress_bar_config(disable=True)
     difference = float((_picture(reloaded, role) - expected).abs().mean())
@@ -129,7 +132,9 @@ def export_looking_network(work: Path, output: Path, part: str, nouns: int) -> d
     network = network.eval().half()
     if isinstance(network, PreTrainedModel):
         network.save_pretrained(partial)
-        normalisation = {"do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
+        kind = "ViTImageProcessor" if part == "backbone-vit" else "CLIPImageProcessor"
+        normalisation = {"image_processor_type": kind, "do_center_crop": False, "resample": 3,
+                         "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
                          "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
         (partial / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n")
         if part == "backbone-clip":

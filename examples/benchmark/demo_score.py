@@ -1,0 +1,41 @@
+"""`python -m examples.benchmark.demo_score RUN`: in how many of 16 one-step pictures the judge sees the demo's dog.
+
+One picture for each of the benchmark's prompts, with the LoRA and without it; none of the prompts was trained with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+
+from echodistill_cli.pipeline import SampleRequest, sample
+from echodistill_cli.runs import open_run
+from examples.benchmark.measure import JUDGE
+from examples.benchmark.subjects import PROMPTS
+from examples.mini_world.judges import Examiner
+from examples.mini_world.nouns import HELD_OUT_VENDOR
+
+
+def count(run: Path, scale: float) -> dict[str, int]:
+    """Pictures of 16 with the subject, and with the place, at a strength of the LoRA."""
+    prompts = [ask.prompt(open_run(run).config.subject) for ask in PROMPTS]
+    drawn = np.stack([np.asarray(one.image) for one in sample(SampleRequest(prompts, lora=run, lora_scale=scale))])
+    reading = Examiner(JUDGE).read(drawn)
+    subject = reading.right("sprite", [f"dog/{HELD_OUT_VENDOR}"] * len(PROMPTS))
+    place = reading.right("place", [ask.place for ask in PROMPTS])
+    return {"subject": round(subject * len(PROMPTS)), "place": round(place * len(PROMPTS))}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the counts as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m examples.benchmark.demo_score", description=__doc__)
+    parser.add_argument("run", type=Path, help="such as runs/demo")
+    run = parser.parse_args(arguments).run
+    print(json.dumps({"of": len(PROMPTS), "trained": count(run, 1.0), "untouched": count(run, 0.0)}))
+
+
+if __name__ == "__main__":
+    main()
