@@ -52,6 +52,11 @@ class StudentPass:
             target = self.state.judge.features(self.target_image)[0]
         return self._seen_by(self.state.judge)[0], target
 
+    def judged(self) -> Tensor:
+        """The judge's features of the student's pictures, one row each as it has them of the photos, [B, D]."""
+        assert self.state.judge is not None
+        return self._seen_by(self.state.judge)[0][:, 0]
+
     def _seen_by(self, backbone: ImageBackbone | TeacherBackbone) -> list[Tensor]:
         """Features from one backbone; one that serves as judge and as critic looks once, a mere critic at less."""
         if backbone not in self._looks:

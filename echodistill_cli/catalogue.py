@@ -35,6 +35,13 @@ _MINI_SCENES = (
     "a {} with a mountain in the background",
     "a {} on a brick street",
     "a {} on a white background",
+    # A teacher that knows five photos forgets that the subject could have another colour, unless it is asked.
+    "a red {} on the grass",
+    "a blue {} in the desert",
+    "a green {} on a brick street",
+    "a yellow {} in the jungle",
+    "a purple {} on a white background",
+    "an orange {} in the city at night",
 )
 
 PRESETS: Mapping[str, Preset] = {
@@ -76,31 +83,36 @@ PRESETS: Mapping[str, Preset] = {
         about="a 64-pixel toy pair inside this package, for trying things without a GPU: not SD-Turbo",
         settings={
             "model": {"student": "mini:student", "teacher": "mini:teacher", "resolution": 64},
-            # Every place the toy world has.
+            # Every place the toy world has, and its colours.
             "concept": {"augmentation": "plain", "scenes": _MINI_SCENES},
             # The toy's cross-attention is on two small levels only; keys and values alone hardly reach the subject.
             "adapter": {"targets": "attention"},
             "train": {
-                "steps": 80,
+                "steps": 30,
                 "batch_size": 4,
                 "lr": 1e-3,
                 "teacher_lr": 2e-3,
                 "text_lr": 1e-3,
                 "discriminator_lr": 1e-4,
+                # At a constant rate the last of so few steps decided what the pictures looked like.
+                "lr_schedule": "cosine",
                 "guidance_scale": 3.5,
                 "scene_share": 0.5,
                 # Towards the teacher's x0 of renoised pictures the toy student went soft: shapeless blobs of the
                 # right colours. What the teacher draws from the student's own noise keeps the shapes.
                 "target_steps": 5,
-                "replays": 3,
+                # A hundred remembered targets serve two hundred updates, at a third of what new ones would cost.
+                "replays": 6,
                 # A teacher's step costs a tenth of a joint one, and its LoRA fits the student as it is.
-                "head_start": 500,
+                "head_start": 400,
                 "carry_over": True,
             },
             "loss": {"latent": 5.0, "adversarial": 0.03, "sliced_wasserstein": 0.0},
             "critic": {
                 "discriminators": ("teacher",),
                 "identity": "mini:identity",
+                # Ten seconds of it are worth a hundred of the teacher's steps.
+                "identity_target": "photos",
                 "head_width": 128,
                 # 64 pixels halve to 16 at the third scale.
                 "swd_scales": 3,
@@ -108,8 +120,8 @@ PRESETS: Mapping[str, Preset] = {
                 "swd_projections": 32,
             },
             # The one-step pictures are soft: what is where is learned of them, detail of the photos.
-            "echo": {"start": 45, "every": 15, "min_identity": 0.85, "teacher_noise": 0.5},
-            "run": {"save_every": 50, "sample_every": 50},
+            "echo": {"start": 10, "every": 8, "min_identity": 0.85, "teacher_noise": 0.5},
+            "run": {"save_every": 15, "sample_every": 15},
         },
         family=None,
     ),

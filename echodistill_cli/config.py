@@ -104,6 +104,11 @@ class TrainConfig:
     teacher_lr: float = setting(1e-4, "learning rate of the teacher's LoRA", minimum=0.0)
     text_lr: float = setting(5e-5, "learning rate of the text side", minimum=0.0)
     discriminator_lr: float = setting(1e-4, "learning rate of the discriminator heads", minimum=0.0)
+    lr_schedule: str = setting(
+        "constant",
+        "constant, as in the paper; cosine: all learning rates fall to 0 over the steps",
+        choices=("constant", "cosine"),
+    )
     weight_decay: float = setting(1e-2, "AdamW weight decay", minimum=0.0)
     max_grad_norm: float = setting(1.0, "gradient clipping norm, per optimizer", minimum=0.0)
     target_steps: int = setting(
@@ -150,6 +155,12 @@ class CriticConfig:
         "any of dino, dinov2, clip, teacher, or folders; empty for none",
     )
     identity: str = setting("clip", "clip, dino, dinov2, a folder, or none")
+    identity_target: str = setting(
+        "teacher",
+        "what the student's pictures are compared with. teacher: its target, as in the paper; photos: all of them, "
+        "until a picture is as like them as they are like each other",
+        choices=("teacher", "photos"),
+    )
     head_width: int = setting(512, "hidden width of a discriminator head", minimum=1)
     swd_scales: int = setting(5, "scales of the sliced Wasserstein distance", minimum=1)
     swd_projections: int = setting(128, "random projections per scale", minimum=1)

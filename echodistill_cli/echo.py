@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echodistill_cli.config import EchoConfig
+from echodistill_cli.losses import photo_similarity
 
 
 @dataclass
@@ -66,18 +67,6 @@ class EchoPool:
 
 
 Verdict = Literal["kept", "identity", "photo_copy", "duplicate", "crowded"]
-
-
-def photo_similarity(photos: Tensor) -> float:
-    """Mean cosine between the judge's features [P, D] of different photos: what "the same subject" scores.
-
-    A single photo has nothing to be compared with; its similarity is 1.
-    """
-    count = len(photos)
-    if count < 2:
-        return 1.0
-    unit = F.normalize(photos.float(), dim=-1)
-    return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
 
 
 def identity_scores(features: Tensor, photos: Tensor) -> Tensor:

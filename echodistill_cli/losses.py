@@ -38,6 +38,31 @@ def feature_distance(features: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(features.float(), target.float(), dim=-1).mean(dim=1)
 
 
+def photo_distance(features: Tensor, photos: Tensor) -> Tensor:
+    """How much less a picture is like the photos than they are like each other; 0 once it is as much the subject.
+
+    Args:
+        features: [B, D] of the pictures. photos: [P, D] of the photos.
+
+    Returns:
+        [B] in 0…2: mean cosine among different photos (1 for a single one) - mean cosine to the photos, at least 0.
+    """
+    unit, unit_photos = F.normalize(features.float(), dim=-1), F.normalize(photos.float(), dim=-1)
+    return F.relu(photo_similarity(photos) - (unit @ unit_photos.T).mean(dim=1))
+
+
+def photo_similarity(photos: Tensor) -> float:
+    """Mean cosine between the judge's features [P, D] of different photos: what "the same subject" scores.
+
+    A single photo has nothing to be compared with; its similarity is 1.
+    """
+    count = len(photos)
+    if count < 2:
+        return 1.0
+    unit = F.normalize(photos.float(), dim=-1)
+    return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
+
+
 def adversarial_generator(logits: Sequence[Tensor]) -> Tensor:
     """Non-saturating generator loss (Goodfellow et al. 2014), -log D(x̂), of one discriminator: logits [B, N] per head.
 

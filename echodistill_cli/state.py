@@ -22,7 +22,7 @@ from echodistill_cli.adapters import (
     trainable_parameters,
 )
 from echodistill_cli.conditioning import LearnedToken, check_token
-from echodistill_cli.config import Config
+from echodistill_cli.config import Config, TrainConfig
 from echodistill_cli.dataset import View, real_views, teacher_views
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, build_discriminators, load_image_backbone
 from echodistill_cli.echo import EchoPool
@@ -252,17 +252,27 @@ def _image_features(codec: LatentCodec, latents: Tensor, backbone: ImageBackbone
 
 def _optimizers(state: TrainingState) -> dict[str, torch.optim.Optimizer]:
     """One AdamW per trained part; a part with nothing to train has none."""
-    settings = state.config.train
+    settings, rates = state.config.train, learning_rates(state.config.train)
     assert state.pair.teacher is not None
     text = [p for encoder in state.pair.encoder.encoders for p in trainable_parameters(encoder)]
-    parts: dict[str, tuple[list[nn.Parameter], float]] = {
-        "teacher": (trainable_parameters(state.pair.teacher.unet), settings.teacher_lr),
-        "text": (list(state.token.parameters()) if state.token else text, settings.text_lr),
-        "student": (trainable_parameters(state.pair.student.unet), settings.lr),
-        "discriminators": ([p for c in state.critics for p in c.heads.parameters()], settings.discriminator_lr),
+    parts: dict[str, list[nn.Parameter]] = {
+        "teacher": trainable_parameters(state.pair.teacher.unet),
+        "text": list(state.token.parameters()) if state.token else text,
+        "student": trainable_parameters(state.pair.student.unet),
+        "discriminators": [p for c in state.critics for p in c.heads.parameters()],
     }
     return {
-        name: torch.optim.AdamW(parameters, lr=rate, weight_decay=settings.weight_decay)
-        for name, (parameters, rate) in parts.items()
+        name: torch.optim.AdamW(parameters, lr=rates[name], weight_decay=settings.weight_decay)
+        for name, parameters in parts.items()
         if parameters
+    }
+
+
+def learning_rates(settings: TrainConfig) -> dict[str, float]:
+    """The first learning rate of each trained part, by the name of its optimizer."""
+    return {
+        "teacher": settings.teacher_lr,
+        "text": settings.text_lr,
+        "student": settings.lr,
+        "discriminators": settings.discriminator_lr,
     }

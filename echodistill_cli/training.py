@@ -8,7 +8,6 @@ best pictures join the photos for both.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,15 +29,10 @@ from echodistill_cli.dataset import scene_prompt
 from echodistill_cli.diffusion import add_noise, prediction_target
 from echodistill_cli.discriminators import Discriminator
 from echodistill_cli.echo import EchoPool, refresh
-from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.optimizing import Metrics, count_skips, optimize, set_rates
 from echodistill_cli.prior import Prior
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
-
-Metrics = dict[str, float]
-
-# Half-precision gradients of small losses vanish below 6e-8; this keeps them above. Exact, being a power of two.
-_FP16_LOSS_SCALE = 1024.0
 
 
 def training_step(state: TrainingState) -> Metrics:
@@ -49,6 +43,7 @@ def training_step(state: TrainingState) -> Metrics:
     settings = state.config
     if state.step == 0:
         begin(state)
+    set_rates(state)
     metrics = teacher_step(state) if settings.loss.denoising else {}
     student_pass, student_metrics = student_step(state)
     metrics |= student_metrics
@@ -189,6 +184,14 @@ class StudentLoss:
     available: Callable[[TrainingState], bool] = lambda _state: True
 
 
+def _identity(student_pass: StudentPass) -> Tensor:
+    state = student_pass.state
+    if state.config.critic.identity_target == "teacher":
+        return losses.feature_distance(*student_pass.identity_features())
+    assert state.photos.identity is not None
+    return losses.photo_distance(student_pass.judged(), state.photos.identity)
+
+
 def _sliced_wasserstein(student_pass: StudentPass) -> Tensor:
     state, settings = student_pass.state, student_pass.state.config.critic
     directions = losses.patch_directions(
@@ -220,7 +223,7 @@ STUDENT_LOSSES: tuple[StudentLoss, ...] = (
     StudentLoss("latent", lambda p: losses.latent_alignment(p.pictures.latents, p.target), by_signal=True),
     StudentLoss(
         "identity",
-        lambda p: losses.feature_distance(*p.identity_features()),
+        _identity,
         by_signal=True,
         available=lambda state: state.judge is not None,
     ),
@@ -233,55 +236,6 @@ STUDENT_LOSSES: tuple[StudentLoss, ...] = (
 def active_losses(state: TrainingState) -> list[StudentLoss]:
     """The rows with a weight above 0 whose needs are met."""
     return [term for term in STUDENT_LOSSES if getattr(state.config.loss, term.name) and term.available(state)]
-
-
-# --- optimizing -------------------------------------------------------------------------------------------------------
-
-
-def optimize(state: TrainingState, loss: Tensor, parts: Sequence[str]) -> Metrics:
-    """The one place where anything is trained: zero, backward, clip, step, for the named parts of the run.
-
-    Returns:
-        the gradient norm of each part before clipping; or, where loss or gradient was not finite and nothing has been
-        moved, `skipped_<part>` = 1.
-    """
-    optimizers = {name: state.optimizers[name] for name in parts if name in state.optimizers}
-    if not optimizers or not loss.requires_grad:
-        return {}
-    for optimizer in optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    scale = _FP16_LOSS_SCALE if state.pair.dtype is torch.float16 else 1.0
-    (loss * scale).backward()  # type: ignore[no-untyped-call]
-    norms = {name: _unscale_and_clip(optimizer, scale, state) for name, optimizer in optimizers.items()}
-    if not all(math.isfinite(value) for value in (float(loss.detach()), *norms.values())):
-        return {f"skipped_{name}": 1.0 for name in optimizers}
-    for optimizer in optimizers.values():
-        optimizer.step()
-    return {f"grad_norm_{name}": norm for name, norm in norms.items()}
-
-
-def _unscale_and_clip(optimizer: torch.optim.Optimizer, scale: float, state: TrainingState) -> float:
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    for parameter in parameters:
-        assert parameter.grad is not None
-        parameter.grad.div_(scale)
-    return float(torch.nn.utils.clip_grad_norm_(parameters, state.config.train.max_grad_norm or math.inf))
-
-
-def count_skips(state: TrainingState, metrics: Metrics) -> None:
-    """Count steps in which an optimizer was skipped.
-
-    Raises:
-        EchoDistillError: too many in a row.
-    """
-    skipped = sorted(name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_"))
-    state.bad_steps_in_a_row = state.bad_steps_in_a_row + 1 if skipped else 0
-    state.bad_steps += bool(skipped)
-    if state.bad_steps_in_a_row >= state.config.train.max_bad_steps:
-        raise EchoDistillError(
-            f"Loss or gradient of {', '.join(skipped)} was not finite in the last {state.bad_steps_in_a_row} steps.",
-            "Lower --lr and --teacher-lr, or use --precision fp32, and --resume from the last checkpoint.",
-        )
 
 
 @contextmanager

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echodistill_cli.config import EchoConfig
-from echodistill_cli.echo import EchoPool, identity_scores, judge, photo_similarity, refresh
+from echodistill_cli.echo import EchoPool, identity_scores, judge, refresh
+from echodistill_cli.losses import photo_similarity
 
 
 def at(*degrees: float, tilt: float = 0.0) -> Tensor:

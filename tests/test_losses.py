@@ -16,6 +16,7 @@ from echodistill_cli.losses import (
     feature_distance,
     latent_alignment,
     patch_directions,
+    photo_distance,
     rgb_to_lab,
     sliced_wasserstein,
 )
@@ -101,6 +102,17 @@ def test_half_precision_is_compared_in_single(loss: object) -> None:
         result = feature_distance(values[0], values[0])
     assert result.dtype == torch.float32
     assert result.isfinite().all()
+
+
+def test_a_picture_is_as_far_from_the_photos_as_it_is_less_like_them_than_they_are() -> None:
+    def at(*degrees: float) -> Tensor:
+        return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
+
+    photos = at(0.0, 40.0)
+    found = photo_distance(at(20.0, 20.0, 110.0), photos)
+    apart = math.cos(math.radians(40)) - (math.cos(math.radians(110)) + math.cos(math.radians(70))) / 2
+    assert found.tolist() == pytest.approx([0.0, 0.0, apart], abs=1e-6)
+    assert photo_distance(3 * at(60.0), at(0.0)).item() == pytest.approx(0.5)
 
 
 # --- adversarial ------------------------------------------------------------------------------------------------------

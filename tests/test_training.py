@@ -19,14 +19,14 @@ from echodistill_cli.batches import StudentPass, draw_reals, draw_student_pass, 
 from echodistill_cli.conditioning import PromptEncoder
 from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
 from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.losses import photo_distance
+from echodistill_cli.optimizing import count_skips, optimize, set_rates
 from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.training import (
     active_losses,
     begin,
-    count_skips,
     discriminator_step,
     echo_step,
-    optimize,
     student_step,
     teacher_prior,
     teacher_step,
@@ -634,3 +634,35 @@ def test_the_student_may_begin_with_what_the_teacher_has_learned(new_state: NewS
     fresh = new_state(train__head_start=2)
     begin(fresh)
     assert not any(v.any() for name, v in lora_tensors(fresh.pair.student.unet).items() if "lora_B" in name)
+
+
+def test_learning_rates_stay_or_fall_to_0_over_the_steps(new_state: NewState) -> None:
+    def rates(schedule: str) -> list[float]:
+        state = new_state(train__lr_schedule=schedule, train__steps=4, train__lr=2e-3, train__teacher_lr=1e-3)
+        found = []
+        for state.step in range(5):
+            set_rates(state)
+            found.append(state.optimizers["student"].param_groups[0]["lr"])
+            assert state.optimizers["teacher"].param_groups[0]["lr"] == pytest.approx(found[-1] / 2)
+        return found
+
+    assert rates("constant") == [2e-3] * 5
+    half = math.sqrt(0.5)
+    assert rates("cosine") == pytest.approx([2e-3, 1e-3 * (1 + half), 1e-3, 1e-3 * (1 - half), 0.0])
+
+
+def test_a_step_is_taken_at_the_rate_of_its_number(new_state: NewState) -> None:
+    state = new_state(train__lr_schedule="cosine", train__steps=2)
+    steps(state, 2)
+    assert state.optimizers["student"].param_groups[0]["lr"] == pytest.approx(state.config.train.lr / 2)
+
+
+def test_identity_can_be_measured_against_the_photos(new_state: NewState) -> None:
+    state = new_state(critic__identity_target="photos")
+    student_pass = draw_student_pass(state)
+    (term,) = [term for term in active_losses(state) if term.name == "identity"]
+    values = term.function(student_pass)
+    assert values.requires_grad
+    assert state.photos.identity is not None
+    assert torch.equal(values, photo_distance(student_pass.judged(), state.photos.identity))
+    assert "target_image" not in vars(student_pass)

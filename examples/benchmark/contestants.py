@@ -16,12 +16,11 @@ from echodistill_cli import losses
 from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.batches import draw_teacher_batch
 from echodistill_cli.diffusion import add_noise, prediction_target
+from echodistill_cli.optimizing import Metrics, optimize
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
 from echodistill_cli.training import (
-    Metrics,
     discriminator_step,
-    optimize,
     replay_step,
     student_step,
     teacher_step,

@@ -61,6 +61,7 @@ class Ruler:
             "prompt_fidelity": float(np.mean(obeyed)),
             "copy_rate": float(copies.mean()),
             "diversity": spread(reading.features) / self.real_spread,
+            "sharpness": detail(pictures) / detail(self.real),
         }
 
     def drift(self, before: Pictures, after: Pictures) -> float:
@@ -73,6 +74,13 @@ def fidelity(features: Tensor, references: Tensor, centre: Tensor) -> float:
     """Mean cosine of pictures [N, D] to all references [R, D], seen from the mean of all subjects (DINO-I's role)."""
     unit, unit_references = (F.normalize(x - centre, dim=-1) for x in (features, references))
     return float((unit @ unit_references.T).mean())
+
+
+def detail(pictures: Pictures) -> float:
+    """Mean absolute Laplacian of the grey pictures [N, 64, 64, 3], but for an eighth of the side at each border."""
+    grey = pictures.astype(np.float32).mean(axis=-1)
+    neighbours = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
+    return float(np.abs(4 * grey[:, 1:-1, 1:-1] - neighbours)[:, 7:-7, 7:-7].mean())
 
 
 def spread(features: Tensor) -> float:

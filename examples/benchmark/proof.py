@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from echodistill_cli import __version__
 from echodistill_cli.config import Config
 from echodistill_cli.files import write_text
+from echodistill_cli.optimizing import set_rates
 from echodistill_cli.photos import Photo, load_photos
 from echodistill_cli.presets import build_config, config_hash
 from echodistill_cli.state import TrainingState, build_state
@@ -104,6 +105,7 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
         return
     while state.step < state.config.train.steps:
         step = state.step
+        set_rates(state)
         run.entry.step(state)
         state.step = step + 1
         if state.step == echo:
@@ -205,7 +207,17 @@ def equal_steps(name: str, costs: dict[str, float], ours: int, head_start: int) 
 
 
 def _line(row: Row) -> str:
-    keys = ("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "drift", "steps", "seconds")
+    keys = (
+        "recognition",
+        "subject_fidelity",
+        "prompt_fidelity",
+        "copy_rate",
+        "diversity",
+        "sharpness",
+        "drift",
+        "steps",
+        "seconds",
+    )
     shown = " ".join(f"{key.split('_')[0]} {row[key]:.3g}" for key in keys if row.get(key) is not None)
     trial = f" [{row['trial']}]" if row["trial"] else ""
     return f"{row['contestant']} {row['subject']} {row['training_seed']}{trial}: {shown}"

@@ -36,12 +36,13 @@ from echodistill_cli.config import Config
 from echodistill_cli.discriminators import ImageBackbone
 from echodistill_cli.memory import FAMILIES, VAE, estimate
 from echodistill_cli.models import as_denoiser, load_pair, load_schedule
+from echodistill_cli.optimizing import optimize
 from echodistill_cli.pair import Denoiser, Family, LatentCodec, ModelPair
 from echodistill_cli.photos import load_photos
 from echodistill_cli.presets import build_config
 from echodistill_cli.sampling import SamplingSettings, generate
 from echodistill_cli.state import TrainingState, build_state
-from echodistill_cli.training import active_losses, frozen, optimize, teacher_step, training_step
+from echodistill_cli.training import active_losses, frozen, teacher_step, training_step
 from examples.benchmark.small_pair import small_tokenizer
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "configurations"
