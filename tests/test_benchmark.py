@@ -53,6 +53,9 @@ def test_the_ruler_knows_the_subject_its_places_and_a_copy(ruler: Ruler) -> None
     assert scores["prompt_fidelity"] > 0.95
     assert scores["copy_rate"] == 0
     assert scores["diversity"] == pytest.approx(1)
+    assert scores["sharpness"] == 1
+    blurred = (ruler.real.astype(np.float32) + np.roll(ruler.real, 1, axis=2) + np.roll(ruler.real, 1, axis=1)) / 3
+    assert ruler.scores(blurred.astype(np.uint8))["sharpness"] < 0.8
     copies = np.resize(ruler.references[:, :, ::-1], ruler.real.shape)
     assert ruler.scores(copies)["copy_rate"] == 1
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from echodistill_cli import __version__
@@ -76,11 +77,16 @@ class Run:
 
 
 class Rows:
-    """A file of rows, written after each one."""
+    """A file of rows, written after each one; several processes may share it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+
+    @property
+    def rows(self) -> list[Row]:
+        """All that is there now."""
+        found: list[Row] = json.loads(self.path.read_text()) if self.path.exists() else []
+        return found
 
     def has(self, run: Run, settings: str) -> bool:
         """Whether this run was made with these very settings."""
@@ -90,9 +96,11 @@ class Rows:
     def add(self, row: Row) -> None:
         """Keep a row; an older one of the same contestant, subject, seed and trial gives way."""
         key = ("contestant", "subject", "training_seed", "trial")
-        self.rows = [old for old in self.rows if any(old[name] != row[name] for name in key)] + [row]
-        lines = ",\n".join(json.dumps(one) for one in self.rows)
-        write_text(self.path, f"[\n{lines}\n]\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{self.path}.lock"):
+            others = [old for old in self.rows if any(old[name] != row[name] for name in key)]
+            lines = ",\n".join(json.dumps(one) for one in (*others, row))
+            write_text(self.path, f"[\n{lines}\n]\n")
 
 
 def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:

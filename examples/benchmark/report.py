@@ -22,7 +22,10 @@ from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 
 Row = Mapping[str, Any]
-SCORES = ("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "drift", "steps", "seconds")
+SCORES = (
+    *("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift"),
+    *("steps", "seconds"),
+)
 ORDER = (*CONTESTANTS, "teacher-before-echo", "teacher-after-echo")
 SHEET_SUBJECTS = TEST[:6]
 
