@@ -86,7 +86,9 @@ def test_the_spread_of_a_hand_made_case() -> None:
 
 @pytest.fixture
 def state(tmp_path: Path) -> TrainingState:
-    run = proof.Run("sequential", "dev", "dog", 0, (("concept.views", 4), ("train.batch_size", 1)))
+    run = proof.Run(
+        "sequential", "dev", "dog", 0, (("concept.views", 4), ("train.batch_size", 1), ("train.head_start", 2))
+    )
     photos = write_photos("dog", tmp_path)
     return build_state(run.config(photos, 2), proof._photos(photos))
 
@@ -104,7 +106,7 @@ def changed(state: TrainingState, before: dict[str, dict[str, torch.Tensor]]) ->
         ("teacher-lora", {"teacher", "text_encoder"}),
         ("denoising", {"student", "text_encoder"}),
         ("pso", {"student", "text_encoder"}),
-        ("sequential", {"teacher", "text_encoder"}),
+        ("sequential", {"teacher", "text_encoder", "student"}),
     ],
 )
 def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set[str]) -> None:
@@ -113,7 +115,7 @@ def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set
     assert entry.step is not None
     entry.step(state)
     assert changed(state, before) == moved
-    if name == "sequential":  # and in its second half
+    if name == "sequential":  # and from its second step on
         state.step = 1
         before = {part: lora_tensors(module) for part, module in state.trained_modules().items()}
         entry.step(state)
@@ -127,12 +129,14 @@ def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set
 def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "PICTURES", tmp_path)
     rows = proof.Rows(tmp_path / "rows.json")
-    run = proof.Run("denoising", "dev", "dog", 0, (("concept.views", 4), ("train.batch_size", 1)))
+    run = proof.Run(
+        "denoising", "dev", "dog", 0, (("concept.views", 4), ("train.batch_size", 1), ("train.head_start", 2))
+    )
     proof.measure_run(run, 1, rows, examiner)
     proof.measure_run(run, 1, proof.Rows(rows.path), examiner)
     (row,) = json.loads(rows.path.read_text())
     assert (row["contestant"], row["subject"], row["steps"], row["split"]) == ("denoising", "dog", 1, "dev")
-    assert row["trial"] == "concept.views=4, train.batch_size=1"
+    assert row["trial"] == "concept.views=4, train.batch_size=1, train.head_start=2"
     assert 0 <= row["drift"] < 1
 
 
@@ -140,6 +144,7 @@ def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
     costs = {"ours": 0.5, "denoising": 0.1, "teacher-lora": 0.2}
     assert proof.equal_steps("denoising", costs, 300, 0) == 1500
     assert proof.equal_steps("denoising", costs, 300, 100) == 1700
+    assert proof.equal_steps("sequential", costs | {"sequential": costs["ours"]}, 300, 100) == 300
     assert proof.equal_steps("ours", costs, 300, 0) is None
     assert proof.equal_steps("ours-without-echo", costs, 300, 0) is None
 

@@ -94,8 +94,8 @@ class Rows:
         return any((r["contestant"], r["subject"], r["training_seed"], r["settings"]) == wanted for r in self.rows)
 
     def add(self, row: Row) -> None:
-        """Keep a row; an older one of the same contestant, subject, seed and trial gives way."""
-        key = ("contestant", "subject", "training_seed", "trial")
+        """Keep a row; an older one of the same contestant, subject, seed, trial and scale gives way."""
+        key = ("contestant", "subject", "training_seed", "trial", "scale")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):
             others = [old for old in self.rows if any(old[name] != row[name] for name in key)]
@@ -190,27 +190,22 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             config = run.config(write_photos(run.noun, Path(folder)), None)
             state = build_state(config, _photos(Path(folder)))
-        # Of two phases, such as teacher first, both count; step 0 would begin with the teacher's head start.
-        half = config.train.steps // 2
-        taken = []
-        for first in (1, half) if name == "sequential" else (1,):
-            state.step = first
-            seconds = []
-            for _ in range(steps):
-                state.step = first
-                began = time.process_time()
-                run.entry.step(state)
-                seconds.append(time.process_time() - began)
-            taken.append(median(seconds))
-        costs[name] = sum(taken) / len(taken)
+        seconds = []
+        for _ in range(steps):
+            state.step = 1  # step 0 would begin with the teacher's head start
+            began = time.process_time()
+            run.entry.step(state)
+            seconds.append(time.process_time() - began)
+        costs[name] = median(seconds)
     return costs
 
 
 def equal_steps(name: str, costs: dict[str, float], ours: int, head_start: int) -> int | None:
-    """As many steps as cost what ours costs with its head start; ablations and ours keep the preset's (None)."""
+    """As many steps as cost what ours costs with its head start, which sequential has too; None: the preset's."""
     if name not in costs or name == "ours":
         return None
-    whole = ours * costs["ours"] + head_start * costs["teacher-lora"]
+    alone = 0 if name == "sequential" else head_start
+    whole = ours * costs["ours"] + alone * costs["teacher-lora"]
     return max(1, round(whole / costs[name]))
 
 
@@ -239,7 +234,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", help="of the split; all of them unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a trial with other settings")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the preset's steps, for every method")
+    parser.add_argument("--scale", type=float, default=0.5, help="share of the preset's steps, for every method")
     parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five methods")
     parser.add_argument("--results", type=Path, help="file of rows; unset: results.json, or trials.json with --set")
     parser.add_argument("--calibrate", action="store_true", help="measure anew what a step of each method costs")
