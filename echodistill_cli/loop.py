@@ -18,7 +18,7 @@ from echodistill_cli.sampling import SamplingSettings, generate
 from echodistill_cli.signals import StopRequest
 from echodistill_cli.state import TrainingState
 from echodistill_cli.trackers import tracking
-from echodistill_cli.training import training_step
+from echodistill_cli.training import head_start_step, training_step
 
 Observer = Callable[[Mapping[str, float]], None]
 
@@ -42,15 +42,17 @@ def train_to_end(
         if state.step in (0, last):
             preview(state, run)
         while state.step < last:
+            alone = state.in_head_start
             metrics = timed_step(state)
-            run.log(metrics)
-            track(metrics)
+            if not alone:
+                run.log(metrics)
+                track(metrics)
             observe(metrics)
-            done = state.step == last
-            if state.step % every.sample_every == 0 or done:
+            done, number = state.step == last, state.head_start_step if alone else state.step
+            if done or (not alone and number % every.sample_every == 0):
                 preview(state, run)
             signal_number = stop.received  # read once: it may come between any two lines
-            if state.step % every.save_every == 0 or done or signal_number:
+            if done or signal_number or number % every.save_every == 0:
                 saved = run.save_checkpoint(state.step, state.state_dict())
             if signal_number and not done:
                 message = f"Stopped at step {state.step} of {last}, saved in {saved}."
@@ -76,9 +78,12 @@ def memory_watched(state: TrainingState) -> Iterator[None]:
 
 
 def timed_step(state: TrainingState) -> dict[str, float]:
-    """One training step's metrics, with its number, its seconds, the learning rates and the peak memory in MiB."""
+    """One step's metrics, with its number, its seconds, the learning rates and the peak memory in MiB.
+
+    It is the teacher's alone while its head start lasts, with a number of its own, and step 0.
+    """
     started = time.perf_counter()
-    metrics = training_step(state)
+    metrics = (head_start_step if state.in_head_start else training_step)(state)
     rates = {f"lr_{name}": optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
     timing = {
         "step_seconds": time.perf_counter() - started,

@@ -42,11 +42,13 @@ class TrainingProgress:
     """A context that shows a training run's progress.
 
     Args:
-        console: of stderr. steps: of the whole run. quiet: show nothing.
+        console: of stderr. steps: of the whole run. head_start: the teacher's steps before them. quiet: show nothing.
     """
 
-    def __init__(self, console: Console, steps: int, *, quiet: bool) -> None:
-        self.console, self.steps, self.quiet = console, steps, quiet
+    def __init__(self, console: Console, steps: int, *, quiet: bool, head_start: int = 0) -> None:
+        self.console, self.quiet = console, quiet
+        self.lengths = {"training": steps, "head start": head_start}
+        self.phase, self.steps = "", steps
         self.say = say_to(console, quiet=quiet)
         self.bar: Progress | None = None
         self.live: Live | None = None
@@ -63,12 +65,13 @@ class TrainingProgress:
             self.live.stop()
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Show one finished step."""
+        """Show one finished step, of the run or of the teacher's head start."""
         if self.quiet:
             return
-        step = int(metrics["step"])
-        if not self.started:
-            self._start(step, metrics.get("step_seconds", 0.0))
+        alone = "head_start_step" in metrics
+        step = int(metrics["head_start_step" if alone else "step"])
+        if self.phase != (phase := "head start" if alone else "training"):
+            self._start(phase, step, metrics.get("step_seconds", 0.0))
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
         skipped = [name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")]
         if skipped:
@@ -78,15 +81,20 @@ class TrainingProgress:
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step)
         elif step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps:
-            self.say(f"step {step}/{self.steps}  {self._remaining(step)}  {self._losses()}")
+            name = "step" if phase == "training" else phase
+            self.say(f"{name} {step}/{self.steps}  {self._remaining(step)}  {self._losses()}")
 
-    def _start(self, step: int, seconds: float) -> None:
+    def _start(self, phase: str, step: int, seconds: float) -> None:
+        """Begin a phase: its own bar, its own clock."""
+        self.phase, self.steps = phase, self.lengths[phase]
         self.started, self.first_step = time.monotonic() - seconds, step - 1
-        if self.console.is_terminal:
-            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
-            # Steps on a CPU may take minutes: the time left is told from all steps of the last hour.
-            self.bar = Progress(TextColumn("training"), *columns, console=self.console, speed_estimate_period=3600)
-            self.bar.add_task("training", total=self.steps, completed=step)
+        if not self.console.is_terminal:
+            return
+        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+        # Steps on a CPU may take minutes: the time left is told from all steps of the last hour.
+        self.bar = Progress(TextColumn(phase), *columns, console=self.console, speed_estimate_period=3600)
+        self.bar.add_task(phase, total=self.steps, completed=step)
+        if self.live is None:
             self.live = Live(get_renderable=self._view, console=self.console)
             self.live.start()
 

@@ -57,7 +57,10 @@ class TrainingSet:
 
 @dataclass
 class TrainingState:
-    """A run's models, trained parts and progress; `step` counts finished steps, `prior` is what is to be kept."""
+    """A run's models, trained parts and progress.
+
+    `step` counts finished steps, `head_start_step` those of the teacher before them; `prior` is what is to be kept.
+    """
 
     config: Config
     pair: ModelPair
@@ -70,10 +73,17 @@ class TrainingState:
     generator: torch.Generator
     prior: Prior | None = None
     step: int = 0
+    head_start_step: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     pool: EchoPool | None = None
     targets: TargetMemory = field(default_factory=TargetMemory)
+
+    @property
+    def in_head_start(self) -> bool:
+        """Whether the teacher is still to learn alone before the first joint step."""
+        planned = self.config.train.head_start if self.config.loss.denoising else 0
+        return self.step == 0 and self.head_start_step < planned
 
     def randn_like(self, other: Tensor) -> Tensor:
         """Unit noise of another tensor's shape and device, drawn on the CPU from the run's generator."""
@@ -99,6 +109,7 @@ class TrainingState:
             "prediction_types": {role: self.pair.role(role).schedule.prediction_type for role in roles},
             "photo_count": self.photo_count,
             "step": self.step,
+            "head_start_step": self.head_start_step,
             "bad_steps": self.bad_steps,
             "lora": {name: lora_tensors(module) for name, module in self.trained_modules().items()},
             "token": self.token.state_dict() if self.token else None,
@@ -111,7 +122,8 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` of a run with the same configuration, but for the learning rates."""
-        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        self.step, self.head_start_step = state["step"], state["head_start_step"]
+        self.bad_steps = state["bad_steps"]
         for name, module in self.trained_modules().items():
             load_lora_tensors(module, state["lora"][name])
         if self.token:

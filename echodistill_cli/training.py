@@ -60,12 +60,19 @@ def training_step(state: TrainingState) -> Metrics:
 
 
 def begin(state: TrainingState) -> None:
-    """The teacher's head start; what it has learned is where the student begins, if that is asked for."""
-    settings = state.config
-    for _ in range(settings.train.head_start if settings.loss.denoising else 0):
-        count_skips(state, teacher_step(state))
-    if settings.train.carry_over:
+    """What is left of the teacher's head start; its LoRA is where the student begins, if that is asked for."""
+    while state.in_head_start:
+        head_start_step(state)
+    if state.config.train.carry_over:
         load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
+
+
+def head_start_step(state: TrainingState) -> Metrics:
+    """One step of the teacher alone, before the first joint step. Returns its losses, and the step's own number."""
+    metrics = teacher_step(state)
+    count_skips(state, metrics)
+    state.head_start_step += 1
+    return {"head_start_step": float(state.head_start_step)} | metrics
 
 
 def teacher_step(state: TrainingState) -> Metrics:

@@ -314,6 +314,27 @@ def test_without_a_terminal_there_are_about_twenty_plain_lines() -> None:
     assert shown(20, terminal=False, quiet=True) == shown(20, terminal=True, quiet=True) == ""
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_teachers_head_start_has_its_own_count_and_clock(terminal: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
+    with TrainingProgress(console, 5, quiet=False, head_start=40) as progress:
+        for step in range(1, 41):
+            progress.observe({"step": 0, "head_start_step": step, "denoising": 0.5})
+        if terminal:
+            progress.live.refresh()
+        progress.observe({"step": 1, **LOSSES, "step_seconds": 2.0})
+    shown = text.getvalue()
+    if terminal:
+        assert re.search(r"head start ━+ 40/40", shown)
+        assert re.search(r"training ━+.* 1/5", shown)
+    else:
+        lines = shown.splitlines()
+        assert len(lines) == 21
+        assert lines[-2].startswith("head start 40/40  0 s left  denoising 0.5")
+        assert lines[-1].startswith("step 1/5  8 s left  denoising 0.279")
+
+
 def test_an_echo_and_a_skipped_step_are_told() -> None:
     text = shown(3, terminal=False, **ECHO, skipped_student=1.0)
     assert "echo at step 3: drew 4, kept 1 (2 too little of the subject, 1 alike)" in text

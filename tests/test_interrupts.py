@@ -114,6 +114,31 @@ def test_a_signal_saves_the_run_and_it_goes_on_to_the_same_bits(
     assert_same_run(run, unbroken[1])
 
 
+def test_a_signal_in_the_teachers_head_start_saves_that_too(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    def config(name: str) -> Config:
+        changes = {
+            "run.output": str(tmp_path / name),
+            "train.head_start": 4,
+            "train.carry_over": True,
+            "train.steps": 1,
+        }
+        return build_config(None, unbroken[0], changes)
+
+    def stop(metrics: Mapping[str, float]) -> None:
+        if metrics.get("head_start_step") == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pipeline.train(config("whole"))
+    with pytest.raises(Interrupted, match="step 0 of 1"):
+        pipeline.train(config("stopped"), observe=stop)
+    stopped = open_run(tmp_path / "stopped")
+    assert (stopped.load_checkpoint()["head_start_step"], stopped.read_metrics()) == (3, [])
+    said: list[str] = []
+    pipeline.train(config("stopped"), resume=True, say=said.append)
+    assert any("on from step 3 of the head start" in line for line in said)
+    assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
+
+
 def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_from_its_last_checkpoint(
     unbroken: tuple[Path, Path], tmp_path: Path
 ) -> None:
