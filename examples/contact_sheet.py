@@ -24,7 +24,10 @@ def labelled(image: Picture, text: str) -> Picture:
     method = Image.Resampling.NEAREST if image.width < TILE else Image.Resampling.LANCZOS
     tile = Image.new("RGB", (TILE, TILE + LINE), "white")
     tile.paste(ImageOps.fit(image.convert("RGB"), (TILE, TILE), method))
-    ImageDraw.Draw(tile).text((2, TILE + 2), text, fill="black", font=ImageFont.load_default(11))
+    draw = ImageDraw.Draw(tile)
+    sizes = (ImageFont.load_default(size) for size in (11, 10, 9, 8))
+    font = next((font for font in sizes if draw.textlength(text, font) <= TILE - 2), ImageFont.load_default(7))
+    draw.text((2, TILE + 2), text, fill="black", font=font)
     return tile
 
 
