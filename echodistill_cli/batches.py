@@ -167,6 +167,23 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     return StudentPass(state, pictures, target, signal, photo_like)
 
 
+def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
+    """Noise and targets [B, C, h, w] and B prompts: remembered targets, and the class as the untouched student drew it.
+
+    Which of the two is drawn for each sample by itself, so that the shares are right in the long run.
+    """
+    batch, settings = state.config.train.batch_size, state.config.train
+    noise, target, prompts = state.targets.take(state.randint(len(state.targets), batch).tolist())
+    if state.prior is None or not settings.class_share:
+        return noise, target, prompts
+    chosen = (torch.rand(batch, generator=state.generator) < settings.class_share).nonzero().flatten().tolist()
+    rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
+    noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
+    for index, row in zip(chosen, rows, strict=True):
+        prompts[index] = state.prior.prompts[row]
+    return noise, target, prompts
+
+
 def _photo_prompt(state: TrainingState) -> str:
     row = int(state.randint(len(state.photos.real_views), 1))
     return prompt_for(state.photos.real_views[row], state.config.subject, state.generator)

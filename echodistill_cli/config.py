@@ -33,6 +33,9 @@ class ConceptConfig:
         choices=("custom-diffusion", "plain"),
     )
     scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
+    class_prompts: tuple[str, ...] = setting(
+        (), "sentences with {} for the class, whose pictures are kept; empty: plain wordings and the scenes in turn"
+    )
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class TrainConfig:
     )
     replays: int = setting(
         0, "extra student updates per step on remembered targets, with --target-steps above 1", minimum=0
+    )
+    class_share: float = setting(
+        0.0,
+        "share of the replays that show the class as the untouched student drew it; needs a class name",
+        minimum=0.0,
+        maximum=1.0,
     )
     head_start: int = setting(
         0, "teacher's steps before the first joint step, so that the student has somebody to learn from", minimum=0
@@ -275,8 +284,9 @@ def _check_together(config: Config) -> None:
             "The teacher cannot judge the student's pictures while only one UNet is on the device (model.offload).",
             "Use --discriminators dino, or --no-offload.",
         )
-    if bad := next((scene for scene in config.concept.scenes if scene.count("{}") != 1), None):
-        raise ConfigError(f"concept.scenes: {bad!r} does not say once, with {{}}, where the subject stands.")
+    for key in ("scenes", "class_prompts"):
+        if bad := next((text for text in getattr(config.concept, key) if text.count("{}") != 1), None):
+            raise ConfigError(f"concept.{key}: {bad!r} does not say once, with {{}}, where the subject stands.")
     names = [Path(name).name for name in config.critic.discriminators]
     if len(set(names)) < len(names):
         raise ConfigError(f"critic.discriminators = {', '.join(names)}: each may come once.")

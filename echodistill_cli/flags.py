@@ -111,6 +111,7 @@ FLAGS: tuple[Flag, ...] = (
             "train.head_start": "--head-start",
             "train.carry_over": "--carry-over/--no-carry-over",
             "train.scene_share": "--scene-share",
+            "train.class_share": "--class-share",
             "train.guidance_scale": "--guidance-scale",
             "train.gradient_checkpointing": "--gradient-checkpointing/--no-gradient-checkpointing",
             "train.max_bad_steps": "--max-bad-steps",
@@ -162,6 +163,7 @@ FLAGS: tuple[Flag, ...] = (
         },
     ),
     Flag("concept.scenes", ("--scene",), "Subject", repeated=True),
+    Flag("concept.class_prompts", ("--class-prompt",), "Subject", repeated=True),
     Flag("run.sample_prompts", ("--sample-prompt", "--validation-prompt"), "Run", repeated=True),
 )
 

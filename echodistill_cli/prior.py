@@ -36,9 +36,11 @@ class Prior:
 
 
 def class_prompts(config: Config, count: int) -> list[str]:
-    """Prompts for the class without the subject's word: plain wordings and scenes in turn."""
+    """Prompts for the class without the subject's word: the given ones, or plain wordings and scenes in turn."""
     name = config.concept.class_name
     assert name is not None
+    if given := config.concept.class_prompts:
+        return [scene_prompt(name, index, given) for index in range(count)]
     plain = [with_subject(TEMPLATES[index % len(TEMPLATES)], name) for index in range(count)]
     scenes = [scene_prompt(name, index, config.concept.scenes) for index in range(count)]
     return [text for both in zip(plain, scenes, strict=True) for text in both][:count]
@@ -46,8 +48,8 @@ def class_prompts(config: Config, count: int) -> list[str]:
 
 @torch.no_grad()
 def build_prior(config: Config, pair: ModelPair, generator: torch.Generator) -> Prior | None:
-    """The class as the models have it before anything is trained; None without a class name or a weight for it."""
-    if not config.loss.prior or config.concept.class_name is None:
+    """The class as the models have it before anything is trained; None without a class name or a use for it."""
+    if not (config.loss.prior or config.train.class_share) or config.concept.class_name is None:
         return None
     prompts = class_prompts(config, PRIOR_PICTURES)
     side = config.model.resolution // pair.codec.factor

@@ -21,6 +21,7 @@ from echodistill_cli.batches import (
     StudentPass,
     draw_echo,
     draw_reals,
+    draw_replay,
     draw_student_pass,
     draw_teacher_batch,
     draw_timesteps,
@@ -86,7 +87,7 @@ def teacher_step(state: TrainingState) -> Metrics:
     loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
     metrics = {"denoising": float(loss.detach())}
     loss = state.config.loss.denoising * loss
-    if state.prior is not None:
+    if state.prior is not None and state.config.loss.prior:
         kept = teacher_prior(state, state.prior)
         metrics["teacher_prior"] = float(kept.detach())
         loss = loss + state.config.loss.prior * kept
@@ -127,9 +128,11 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
 
 
 def replay_step(state: TrainingState) -> Metrics:
-    """One more update of the student towards targets that the teacher drew in earlier steps."""
-    rows = state.randint(len(state.targets), state.config.train.batch_size).tolist()
-    noise, target, prompts = state.targets.take(rows)
+    """One more update of the student, towards targets that the teacher drew in earlier steps, and the class as it was.
+
+    A few pictures of the class, in other colours say, keep such words alive that no photo of the subject obeys.
+    """
+    noise, target, prompts = draw_replay(state)
     with torch.no_grad():
         conditioning = state.pair.encoder.encode(prompts)
     loss = losses.latent_alignment(student_x0(state.pair.student, noise, conditioning), target).mean()

@@ -38,7 +38,8 @@ def ruler(examiner: Examiner) -> Ruler:
 def test_subjects_are_split_and_prompts_are_ones_that_no_training_used() -> None:
     assert sorted((*DEV, *TEST)) == sorted(CORE)
     assert (len(DEV), len(TEST), len(PROMPTS)) == (4, 8, 16)
-    used = {*TEMPLATES, *SCENES, *WORLD_TEMPLATES, *NEUTRAL_TEMPLATES, *build_config("mini").concept.scenes}
+    used = {*TEMPLATES, *SCENES, *WORLD_TEMPLATES, *NEUTRAL_TEMPLATES, *(mini := build_config("mini").concept).scenes}
+    used |= set(mini.class_prompts)
     assert {ask.place for ask in PROMPTS} <= set(PLACES)
     assert {ask.colour for ask in PROMPTS} <= {None, *COLOURS}
     for ask in PROMPTS:

@@ -132,6 +132,7 @@ def test_a_value_of_the_wrong_kind_is_refused(tables: dict[str, Any], message: s
     [
         ({"critic": {"identity": "none"}}, "critic.identity is none.*--no-echo"),
         ({"text": {"form": "frozen", "initializer": "dog"}}, "learns no token"),
+        ({"concept": {"class_prompts": ["a dog"]}}, "class_prompts: 'a dog' does not say once, with {}"),
         ({"train": {"lr": 0.0, "teacher_lr": 0.0}}, "nothing would be trained"),
         ({"model": {"resolution": 16}, "critic": {"swd_patch": 17}}, "swd_patch is larger"),
         ({"critic": {"discriminators": ["dino", "dino"]}}, "each may come once"),

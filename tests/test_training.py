@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echodistill_cli import training
 from echodistill_cli.adapters import lora_tensors
-from echodistill_cli.batches import StudentPass, draw_reals, draw_student_pass, draw_teacher_batch
+from echodistill_cli.batches import StudentPass, draw_reals, draw_replay, draw_student_pass, draw_teacher_batch
 from echodistill_cli.conditioning import PromptEncoder
 from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
 from echodistill_cli.errors import ConfigError, EchoDistillError
@@ -612,6 +612,26 @@ def test_targets_of_several_steps_are_what_the_teacher_draws_from_the_same_noise
 def draw_student_pass_at(state: TrainingState, seed: int) -> StudentPass:
     state.generator.manual_seed(seed)
     return draw_student_pass(state)
+
+
+def test_replays_show_the_class_as_it_was_among_the_targets(new_state: NewState) -> None:
+    colours = ("a red {} on the moon", "a blue {}")
+    replayed = {"train__target_steps": 2, "train__replays": 1, "train__batch_size": 4}
+    whole = new_state(**replayed, train__class_share=1.0, concept__class_prompts=colours)
+    draw_student_pass(whole)
+    assert whole.prior is not None
+    assert set(whole.prior.prompts) == {"a red dog on the moon", "a blue dog"}
+    noise, target, prompts = draw_replay(whole)
+    rows = [int((whole.prior.noise == one).flatten(1).all(dim=1).nonzero()) for one in noise]
+    assert [whole.prior.prompts[row] for row in rows] == prompts
+    assert torch.equal(whole.prior.latents[rows], target)
+
+    some = new_state(**replayed, train__class_share=0.25, concept__class_prompts=colours)
+    draw_student_pass(some)
+    drawn = [prompt for _ in range(100) for prompt in draw_replay(some)[2]]
+    assert 0.15 < sum("sks" not in prompt for prompt in drawn) / len(drawn) < 0.35
+    assert all("sks" in prompt for prompt in some.targets.prompts)  # what is remembered is not written over
+    assert "teacher_prior" not in steps(some, 1)[0]  # the prior's own losses have a weight of their own
 
 
 def test_the_teachers_head_start_comes_before_the_first_joint_step_only(

@@ -139,6 +139,9 @@ CONTESTANTS: Mapping[str, Contestant] = {
         "no sliced Wasserstein loss", _TUNED | {"loss.sliced_wasserstein": 0.0}, ablation=True
     ),
     "ours-without-shared-text": Contestant("text encoder frozen", _TUNED | {"text.form": "frozen"}, ablation=True),
+    "ours-without-class-share": Contestant(
+        "no pictures of the class among the replays", _TUNED | {"train.class_share": 0.0}, ablation=True
+    ),
     "ours-without-joint-training": Contestant(
         "the teacher rests after its head start, and there is no echo",
         _TUNED | _NO_ECHO,

@@ -124,6 +124,8 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
     run.entry.finish(state)
     if echo:
         yield from _teacher_row("teacher-after-echo", run, state, ruler)
+    elif run.contestant == "ours-without-echo":
+        yield from _teacher_row("teacher-without-echo", run, state, ruler)
     pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
     _keep(pictures, run)
     drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))

@@ -26,7 +26,7 @@ SCORES = (
     *("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift"),
     *("steps", "seconds"),
 )
-ORDER = (*CONTESTANTS, "teacher-before-echo", "teacher-after-echo")
+ORDER = (*CONTESTANTS, "teacher-before-echo", "teacher-after-echo", "teacher-without-echo")
 SHEET_SUBJECTS = TEST[:6]
 
 
