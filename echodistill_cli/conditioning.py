@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, ModelError
 
 # Single tokens of CLIP's vocabulary that mean next to nothing.
 RARE_WORDS = ("sks", "ohwx", "olis", "bnha", "hta", "phol", "ucd", "pll")
@@ -192,6 +192,22 @@ class LearnedToken(nn.Module):
             self.vectors.append(vector)
             token_id = _known_id(tokenizer, text_encoder, token)
             text_encoder.get_input_embeddings().register_forward_hook(_placing(vector, token_id))
+
+    @torch.no_grad()
+    def set_vectors(self, vectors: Sequence[Tensor]) -> None:
+        """Put vectors that were learned elsewhere, [1, width] and one per text encoder, in the place of its own.
+
+        Raises:
+            ModelError: of another number of text encoders, of several vectors, or of another width.
+        """
+        widths, shapes = [len(own) for own in self.vectors], [tuple(vector.shape) for vector in vectors]
+        if shapes != [(1, width) for width in widths]:
+            raise ModelError(
+                f"The word {self.token!r} has vectors of {shapes}, and this model takes one of width {widths}.",
+                "Name the model that the word was learned for.",
+            )
+        for own, vector in zip(self.vectors, vectors, strict=True):
+            own.copy_(vector[0])
 
 
 def _known_id(tokenizer: Any, text_encoder: Any, token: str) -> int:

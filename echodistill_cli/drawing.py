@@ -248,9 +248,7 @@ def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
 
 
 def _attach_token(pair: ModelPair, file: Path) -> None:
-    token = LearnedToken(pair.encoder, file.stem, "a").to(pair.device)
-    for vector, saved in zip(token.vectors, read_token_file(file), strict=True):
-        vector.data.copy_(saved[0])
+    LearnedToken(pair.encoder, file.stem, "a").to(pair.device).set_vectors(read_token_file(file))
 
 
 def _guidance(request: SampleRequest, found: FoundLora) -> float:

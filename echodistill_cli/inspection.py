@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from echodistill_cli.errors import ConfigError
 from echodistill_cli.lora_files import LoraFile, read_lora
 from echodistill_cli.lora_keys import locate, split_key
 from echodistill_cli.lora_readers import Verdict, judge
@@ -73,8 +74,10 @@ def inspect_file(path: Path) -> Inspection:
     """Say what a .safetensors file is, whoever made it.
 
     Raises:
-        ModelError: the file is missing, damaged, or no safetensors file.
+        ConfigError: there is no such file. ModelError: it is damaged, or no safetensors file.
     """
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file.")
     file = read_lora(path)
     kind = _kind(file)
     said = file.metadata.get

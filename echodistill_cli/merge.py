@@ -66,15 +66,10 @@ def place_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
         vectors: [1, width], one per text encoder.
 
     Raises:
-        ModelError: of several vectors, or of another width.
+        ModelError: as `LearnedToken.set_vectors`.
     """
-    widths = [encoder.get_input_embeddings().embedding_dim for encoder in pair.encoder.encoders]
-    shapes = [tuple(vector.shape) for vector in vectors]
-    if shapes != [(1, width) for width in widths]:
-        raise ModelError(f"The word {token!r} has vectors of {shapes}, and this model takes one of width {widths}.")
-    learned = LearnedToken(pair.encoder, token, "a")  # makes room for a new word, and puts its vector in its place
-    for own, vector in zip(learned.vectors, vectors, strict=True):
-        own.copy_(vector[0])
+    # Makes room for a new word, and puts its vector in its place.
+    LearnedToken(pair.encoder, token, "a").set_vectors(vectors)
     for tokenizer, encoder, vector in zip(pair.encoder.tokenizers, pair.encoder.encoders, vectors, strict=True):
         (row,) = tokenizer(token, add_special_tokens=False).input_ids
         embedding = encoder.get_input_embeddings()

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from echodistill_cli.conditioning import Conditioning, LearnedToken, PromptEncoder, check_token
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, ModelError
 
 PROMPTS = ("a photo of a sks dog", "", "a teapot")
 
@@ -267,6 +267,19 @@ def test_both_encoders_of_sdxl_learn_the_word(pair_encoder: PromptEncoder) -> No
     assert encoded.pooled is not None
     (encoded.hidden.square().sum() + encoded.pooled.square().sum()).backward()
     assert all(vector.grad is not None and vector.grad.norm() > 0 for vector in token.vectors)
+
+
+def test_vectors_from_elsewhere_take_their_place_if_they_fit(pair_encoder: PromptEncoder) -> None:
+    token = LearnedToken(pair_encoder, "zwx", "dog")
+    before = pair_encoder.encode(["a zwx"]).hidden
+    saved = [torch.randn(1, 32), torch.randn(1, 40)]
+    token.set_vectors(saved)
+    assert [torch.equal(own, one[0]) for own, one in zip(token.vectors, saved, strict=True)] == [True, True]
+    assert not torch.allclose(pair_encoder.encode(["a zwx"]).hidden, before)
+    for wrong in (saved[:1], saved[::-1], [torch.randn(2, 32), torch.randn(2, 40)]):
+        with pytest.raises(ModelError, match=r"'zwx' has vectors of .* of width \[32, 40\]"):
+            token.set_vectors(wrong)
+    assert torch.equal(token.vectors[0], saved[0][0])  # a refused one changes nothing
 
 
 @pytest.mark.parametrize("build", [lambda e: e.encoders[0].bfloat16(), lambda e: e.encoders[0].half()])
