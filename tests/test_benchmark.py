@@ -158,6 +158,7 @@ def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
             "trial": "",
             "training_seed": seed,
             "subject": noun,
+            "scale": 0.5,
             "recognition": value,
         }
         for seed, noun, value in ((0, "cat", 0.2), (0, "car", 0.4), (1, "cat", 0.6), (1, "car", 0.8))
@@ -166,6 +167,14 @@ def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
     assert report.summary(rows, "drift") is None
     text = report.table([*rows, rows[0] | {"trial": "x=1"}], "test")
     assert "| ours | 4 | 0.500 ± 0.283 |" in text
+
+    # Ahead by 0.1 and by 0.3 where both ran; the other's third run and its trial have nothing to stand against.
+    other = [row | {"contestant": "pso", "recognition": row["recognition"] - 0.1} for row in rows[:1]]
+    other += [row | {"contestant": "pso", "recognition": row["recognition"] - 0.3} for row in rows[1:2]]
+    other += [rows[0] | {"contestant": "pso", "subject": "frog"}, rows[2] | {"contestant": "pso", "trial": "x=1"}]
+    assert report.margin([*rows, *other], "ours", "pso") == pytest.approx((0.2, 0.1, 2))
+    assert report.margin(rows, "ours", "pso") is None
+    assert "| ours over pso | +0.200 ± 0.100 | 2 |" in report.margins([*rows, *other], "test")
 
 
 def test_the_references_of_a_subject_are_always_the_same() -> None:

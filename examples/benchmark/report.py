@@ -65,6 +65,37 @@ def table(rows: Sequence[Row], split: str) -> str:
     return "\n".join(lines)
 
 
+def margin(rows: Sequence[Row], first: str, second: str, score: str = "recognition") -> tuple[float, float, int] | None:
+    """How far one contestant is ahead of another on the same subjects with the same training seeds.
+
+    Returns:
+        mean of the paired differences, their standard error, and their number; None with fewer than two pairs.
+    """
+    found = {(r["contestant"], r["subject"], r["training_seed"], r["scale"]): r[score] for r in rows if not r["trial"]}
+    pairs = [
+        (value, found[other])
+        for key, value in found.items()
+        if (other := (second, *key[1:])) in found and key[0] == first
+    ]
+    differences = [one - two for one, two in pairs]
+    if len(differences) < 2:
+        return None
+    return mean(differences), stdev(differences) / len(differences) ** 0.5, len(differences)
+
+
+def margins(rows: Sequence[Row], split: str) -> str:
+    """Ours against every other one-step contestant, and the teacher after the echo against before, in Markdown."""
+    others = [name for name in of_split(rows, split) if name in CONTESTANTS and name != "ours"]
+    lines = ["| recognition, paired | ahead by | pairs |", "|---|---|---|"]
+    contests = [("ours", name) for name in others]
+    contests += [("teacher-after-echo", other) for other in ("teacher-before-echo", "teacher-without-echo")]
+    own = [row for row in rows if row["split"] == split]
+    for first, second in contests:
+        if found := margin(own, first, second):
+            lines.append(f"| {first} over {second} | {found[0]:+.3f} ± {found[1]:.3f} | {found[2]} |")
+    return "\n".join(lines)
+
+
 def figure(rows: Sequence[Row], split: str, path: Path) -> None:
     """Subject fidelity against prompt fidelity, a point with its spread per contestant."""
     import matplotlib as mpl
@@ -110,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
     rows = json.loads(options.results.read_text())
-    print(table(rows, options.split))
+    print(table(rows, options.split), margins(rows, options.split), sep="\n\n")
     if options.figure:
         figure(rows, options.split, options.figure)
     if options.sheet:
