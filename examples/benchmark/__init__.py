@@ -1,6 +1,5 @@
 """The benchmark. Imported before torch, so that waiting threads sleep: two runs side by side starved each other."""
 
-import os
+from echodistill_cli.libraries import prepare_libraries
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+prepare_libraries(offline=False, quiet=True)
