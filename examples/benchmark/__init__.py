@@ -1,5 +1,6 @@
 """The benchmark. Imported before torch, so that waiting threads sleep: two runs side by side starved each other."""
 
-from echodistill_cli.libraries import prepare_libraries
+import os
 
-prepare_libraries(offline=False, quiet=True)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
