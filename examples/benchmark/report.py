@@ -97,25 +97,38 @@ def margins(rows: Sequence[Row], split: str) -> str:
 
 
 def figure(rows: Sequence[Row], split: str, path: Path) -> None:
-    """Subject fidelity against prompt fidelity, a point with its spread per contestant."""
+    """Subject fidelity against prompt fidelity, a point with its spread per contestant; at the right the best of it."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawing, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for name, own in of_split(rows, split).items():
+    drawing, (whole, corner) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
+    colours = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    for index, (name, own) in enumerate(of_split(rows, split).items()):
         across, up = summary(own, "prompt_fidelity"), summary(own, "subject_fidelity")
         if across is None or up is None:
             continue
         kind = "s" if name.startswith("teacher-") and name.endswith("echo") else "^" if "without" in name else "o"
-        axes.errorbar(across[0], up[0], up[1], across[1], fmt=kind, capsize=2, markersize=9 if name == "ours" else 5)
-        axes.annotate(name, (across[0], up[0]), xytext=(6, 5), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("prompt fidelity (share of pictures with place and colour as asked)")
-    axes.set_ylabel("subject fidelity (mean cosine to the references)")
-    axes.set_title(f"One-step personalization on the mini world, {split} subjects, equal compute")
-    axes.grid(alpha=0.3)
-    drawing.savefig(path, dpi=110, metadata={"Software": None})
+        for axes in (whole, corner):
+            axes.errorbar(
+                *(across[0], up[0], up[1], across[1]),
+                fmt=kind,
+                color=colours[index % len(colours)],
+                elinewidth=0.8,
+                capsize=2,
+                markersize=11 if name == "ours" else 6,
+                label=name if axes is corner else None,
+            )
+    corner.set_xlim(0.84, 1.02)
+    corner.set_ylim(0.44, 0.66)
+    whole.set_ylabel("subject fidelity (mean cosine to the references)")
+    drawing.supxlabel("prompt fidelity (share of pictures with place and colour as asked)", fontsize="medium")
+    drawing.suptitle(f"One-step personalization on the mini world, {split} subjects, equal compute")
+    drawing.legend(loc="outside right upper", fontsize=8)
+    for axes in (whole, corner):
+        axes.grid(alpha=0.3)
+    drawing.savefig(path, dpi=100, metadata={"Software": None})
     plt.close(drawing)
 
 
