@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from echodistill_cli import __version__
 from echodistill_cli.config import Config
 from echodistill_cli.files import write_text
+from echodistill_cli.libraries import prepare_libraries
 from echodistill_cli.optimizing import set_rates
 from echodistill_cli.photos import Photo, load_photos
 from echodistill_cli.presets import build_config, config_hash
@@ -278,4 +279,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    prepare_libraries(offline=True, quiet=True)
     main()
