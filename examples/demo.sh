@@ -6,6 +6,8 @@ cd "$(dirname "$0")/.."
 
 # Networks this small are quicker on one thread: two spend a third of their time waiting for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# The last line is a script of ours, not the command line, which keeps other libraries' remarks to itself.
+export TRANSFORMERS_VERBOSITY=error DIFFUSERS_VERBOSITY=error
 run=${1:-runs/demo}
 echodistill train examples/photos --token sks --class-name dog --model mini --output "$run" --overwrite
 echodistill sample --lora "$run" --prompt-file examples/demo-prompts.txt --output "$run/pictures" --offline
