@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from echodistill_cli.dataset import prompt_for, scene_prompt
 from echodistill_cli.diffusion import add_noise
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, Pictures, TeacherBackbone
-from echodistill_cli.echo import EchoPool, identity_scores
+from echodistill_cli.echo import EchoPool
+from echodistill_cli.losses import identity_scores
 from echodistill_cli.sampling import sample_latents, student_x0, teacher_x0
 from echodistill_cli.state import TrainingState
 
@@ -172,11 +173,12 @@ def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
 
     Which of the two is drawn for each sample by itself, so that the shares are right in the long run.
     """
-    batch, settings = state.config.train.batch_size, state.config.train
-    noise, target, prompts = state.targets.take(state.randint(len(state.targets), batch).tolist())
+    settings = state.config.train
+    noise, target, prompts = state.targets.take(state.randint(len(state.targets), settings.batch_size).tolist())
     if state.prior is None or not settings.class_share:
         return noise, target, prompts
-    chosen = (torch.rand(batch, generator=state.generator) < settings.class_share).nonzero().flatten().tolist()
+    drawn = torch.rand(settings.batch_size, generator=state.generator)
+    chosen = (drawn < settings.class_share).nonzero().flatten().tolist()
     rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
     noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
     for index, row in zip(chosen, rows, strict=True):

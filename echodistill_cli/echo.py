@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echodistill_cli.config import EchoConfig
-from echodistill_cli.losses import photo_similarity
+from echodistill_cli.losses import identity_scores, photo_similarity
 
 
 @dataclass
@@ -67,11 +67,6 @@ class EchoPool:
 
 
 Verdict = Literal["kept", "identity", "photo_copy", "duplicate", "crowded"]
-
-
-def identity_scores(features: Tensor, photos: Tensor) -> Tensor:
-    """Mean cosine of each picture's features [N, D] to the photos' [P, D]; returns [N]."""
-    return (F.normalize(features.float(), dim=-1) @ F.normalize(photos.float(), dim=-1).T).mean(dim=1)
 
 
 def judge(features: Tensor, photos: Tensor, settings: EchoConfig) -> list[Verdict]:

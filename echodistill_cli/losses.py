@@ -47,8 +47,12 @@ def photo_distance(features: Tensor, photos: Tensor) -> Tensor:
     Returns:
         [B] in 0…2: mean cosine among different photos (1 for a single one) - mean cosine to the photos, at least 0.
     """
-    unit, unit_photos = F.normalize(features.float(), dim=-1), F.normalize(photos.float(), dim=-1)
-    return F.relu(photo_similarity(photos) - (unit @ unit_photos.T).mean(dim=1))
+    return F.relu(photo_similarity(photos) - identity_scores(features, photos))
+
+
+def identity_scores(features: Tensor, photos: Tensor) -> Tensor:
+    """Mean cosine of each picture's features [N, D] to the photos' [P, D]; returns [N]."""
+    return (F.normalize(features.float(), dim=-1) @ F.normalize(photos.float(), dim=-1).T).mean(dim=1)
 
 
 def photo_similarity(photos: Tensor) -> float:
