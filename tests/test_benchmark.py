@@ -142,12 +142,21 @@ def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch:
 
 
 def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
-    costs = {"ours": 0.5, "denoising": 0.1, "teacher-lora": 0.2}
-    assert proof.equal_steps("denoising", costs, 300, 0) == 1500
-    assert proof.equal_steps("denoising", costs, 300, 100) == 1700
-    assert proof.equal_steps("sequential", costs | {"sequential": costs["ours"]}, 300, 100) == 300
-    assert proof.equal_steps("ours", costs, 300, 0) is None
-    assert proof.equal_steps("ours-without-echo", costs, 300, 0) is None
+    costs = {"ours": 0.5, "denoising": 0.1, "teacher-lora": 0.2, "sequential": 0.5, "budget": 170.0}
+    assert proof.equal_steps("denoising", costs, 1.0, 100) == 1700
+    assert proof.equal_steps("denoising", costs, 0.5, 50) == 850
+    assert proof.equal_steps("sequential", costs, 1.0, 100) == 300
+    assert proof.equal_steps("ours", costs, 1.0, 0) is None
+    assert proof.equal_steps("ours-without-echo", costs, 1.0, 0) is None
+
+
+def test_ours_with_its_head_start_and_its_echo_stays_within_the_budget() -> None:
+    costs = json.loads(proof.COSTS.read_text())
+    preset = build_config("mini")
+    assert preset.echo.start is not None
+    echoes = len(range(preset.echo.start, preset.train.steps + 1, preset.echo.every))
+    whole = preset.train.head_start * costs["teacher-lora"] + preset.train.steps * costs["ours"]
+    assert 0.95 * costs["budget"] < whole + echoes * costs["echo"] <= costs["budget"]
 
 
 def test_the_table_has_mean_and_spread_over_training_seeds() -> None:

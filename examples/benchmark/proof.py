@@ -31,7 +31,8 @@ from echodistill_cli.optimizing import set_rates
 from echodistill_cli.photos import Photo, load_photos
 from echodistill_cli.presets import build_config, config_hash
 from echodistill_cli.state import TrainingState, build_state
-from examples.benchmark.contestants import CONTESTANTS, Contestant
+from echodistill_cli.training import echo_step
+from examples.benchmark.contestants import CONTESTANTS, Contestant, Step
 from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
 from examples.benchmark.subjects import PROMPTS, SEEDS, SPLITS, TOKEN, class_name, write_photos
 from examples.mini_world.judges import Examiner
@@ -184,7 +185,10 @@ def _photos(folder: Path) -> tuple[Photo, ...]:
 
 
 def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
-    """CPU seconds of one step of each main contestant, on the first dev subject, without the echo's drawing."""
+    """CPU seconds of one step of each main contestant and of one echo, on the first dev subject.
+
+    Under "budget" what the whole of ours takes at the preset's length, head start and echo included.
+    """
     costs = {}
     for name in MAIN:
         run = Run(name, "dev", SPLITS["dev"][0], seed)
@@ -193,23 +197,37 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             config = run.config(write_photos(run.noun, Path(folder)), None)
             state = build_state(config, _photos(Path(folder)))
-        seconds = []
-        for _ in range(steps):
-            state.step = 1  # step 0 would begin with the teacher's head start
-            began = time.process_time()
-            run.entry.step(state)
-            seconds.append(time.process_time() - began)
-        costs[name] = median(seconds)
-    return costs
+        state.step = 1  # step 0 would begin with the teacher's head start
+        costs[name] = _cpu_seconds(run.entry.step, state, steps)
+        if name == "ours":
+            costs["echo"] = _cpu_seconds(echo_step, state, 3)
+    preset = build_config("mini")
+    joint, start = preset.train.steps, preset.echo.start
+    echoes = 0 if start is None else len(range(start, joint + 1, preset.echo.every))
+    alone = preset.train.head_start * costs["teacher-lora"]
+    return costs | {"budget": alone + joint * costs["ours"] + echoes * costs["echo"]}
 
 
-def equal_steps(name: str, costs: dict[str, float], ours: int, head_start: int) -> int | None:
-    """As many steps as cost what ours costs with its head start, which sequential has too; None: the preset's."""
+def _cpu_seconds(step: Step, state: TrainingState, repeats: int) -> float:
+    """The median of some steps."""
+    seconds = []
+    for _ in range(repeats):
+        began, at = time.process_time(), state.step
+        step(state)
+        state.step = at
+        seconds.append(time.process_time() - began)
+    return median(seconds)
+
+
+def equal_steps(name: str, costs: dict[str, float], scale: float, head_start: int) -> int | None:
+    """As many steps as the budget pays for, at this scale; sequential pays for its head start too.
+
+    None for ours, whose length the preset says, and for what is left out of it.
+    """
     if name not in costs or name == "ours":
         return None
-    alone = 0 if name == "sequential" else head_start
-    whole = ours * costs["ours"] + alone * costs["teacher-lora"]
-    return max(1, round(whole / costs[name]))
+    alone = head_start * costs["teacher-lora"] if name == "sequential" else 0.0
+    return max(1, round((scale * costs["budget"] - alone) / costs[name]))
 
 
 def _line(row: Row) -> str:
@@ -269,13 +287,12 @@ def main(arguments: list[str] | None = None) -> None:
     examiner = Examiner(JUDGE)
     scale = 0.25 if options.small else options.scale
     smaller, head_start = scaled(build_config("mini"), scale)
-    ours = dict(smaller)["train.steps"]
     subjects = options.subjects or SPLITS[options.split][: 4 if options.small else None]
     for seed in options.seeds:
         for noun in subjects:
             for name in options.contestants:
                 run = Run(name, options.split, noun, seed, trial, smaller)
-                measure_run(run, equal_steps(name, costs, ours, head_start), rows, examiner)
+                measure_run(run, equal_steps(name, costs, scale, head_start), rows, examiner)
 
 
 if __name__ == "__main__":
