@@ -103,8 +103,8 @@ PRESETS: Mapping[str, Preset] = {
                 "target_steps": 5,
                 # A hundred remembered targets serve two hundred updates, at a third of what new ones would cost.
                 "replays": 6,
-                # Without any "red" was soon ignored (prompt fidelity 0.93 on dev, with a tenth 0.99, with a fifth 1.00);
-                # more of it costs recognition.
+                # Without any "red" was soon ignored (prompt fidelity on dev 0.93, with a fifth 1.00).
+                # More of it costs recognition.
                 "class_share": 0.2,
                 # A teacher's step costs a tenth of a joint one, and its LoRA fits the student as it is. A third more
                 # of it, for fewer joint steps, left the student behind its teacher (subject fidelity on dev); a third

@@ -186,6 +186,13 @@ def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
     assert "| ours over pso | +0.200 ± 0.100 | 2 |" in report.margins([*rows, *other], "test")
 
 
+def test_only_runs_of_one_length_stand_in_a_table() -> None:
+    rows = [{"scale": scale, "trial": ""} for scale in (0.25, 0.5, 0.5)] + [{"scale": 1.0, "trial": "x=1"}]
+    assert report.of_length(rows, None) == rows[1:3]
+    assert report.of_length(rows, 0.25) == rows[:1]
+    assert report.of_length([], None) == []
+
+
 def test_the_references_of_a_subject_are_always_the_same() -> None:
     first, again = reference_pictures("robot"), reference_pictures("robot")
     assert all(np.array_equal(one, other) for one, other in zip(first, again, strict=True))

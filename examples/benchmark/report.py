@@ -46,6 +46,12 @@ def _seeds(rows: Sequence[Row]) -> list[int]:
     return sorted({row["training_seed"] for row in rows})
 
 
+def of_length(rows: Sequence[Row], scale: float | None) -> list[Row]:
+    """Rows of runs of one length, a share of the preset's; None: the longest there is."""
+    longest = max((row["scale"] for row in rows if not row["trial"]), default=1.0)
+    return [row for row in rows if row["scale"] == (longest if scale is None else scale)]
+
+
 def of_split(rows: Sequence[Row], split: str) -> dict[str, list[Row]]:
     """Rows by contestant, in the table's order."""
     kept = [row for row in rows if row["split"] == split and not row["trial"]]
@@ -71,7 +77,7 @@ def margin(rows: Sequence[Row], first: str, second: str, score: str = "recogniti
     Returns:
         mean of the paired differences, their standard error, and their number; None with fewer than two pairs.
     """
-    found = {(r["contestant"], r["subject"], r["training_seed"], r["scale"]): r[score] for r in rows if not r["trial"]}
+    found = {(r["contestant"], r["subject"], r["training_seed"]): r[score] for r in rows if not r["trial"]}
     pairs = [
         (value, found[other])
         for key, value in found.items()
@@ -150,10 +156,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.benchmark.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--split", choices=["dev", "test"], default="test")
+    parser.add_argument("--scale", type=float, help="share of the preset's steps; unset: the longest runs there are")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
-    rows = json.loads(options.results.read_text())
+    rows = of_length(json.loads(options.results.read_text()), options.scale)
     print(table(rows, options.split), margins(rows, options.split), sep="\n\n")
     if options.figure:
         figure(rows, options.split, options.figure)
