@@ -32,6 +32,12 @@ class ConceptConfig:
         "of the teacher's views. custom-diffusion: pasted small or zoomed into, as in the paper; plain: as they are",
         choices=("custom-diffusion", "plain"),
     )
+    recolour: float = setting(
+        0.0,
+        "share of the teacher's views with the subject in another colour, which the prompt names; needs a class name",
+        minimum=0.0,
+        maximum=1.0,
+    )
     scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
     class_prompts: tuple[str, ...] = setting(
         (), "sentences with {} for the class, whose pictures are kept; empty: plain wordings and the scenes in turn"

@@ -112,6 +112,7 @@ class View:
         caption: the photo's own caption, if it has one.
         photo: index of the photo.
         crop: (top, left) of the view in the whole photo, in pixels of the view, as SDXL is told; (0, 0) on a canvas.
+        colour: "", or the one that the subject has been given.
     """
 
     image: Tensor
@@ -120,6 +121,7 @@ class View:
     caption: str | None
     photo: int
     crop: tuple[int, int] = (0, 0)
+    colour: str = ""
 
 
 def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
@@ -170,14 +172,16 @@ def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
     """A prompt for a view, such as "a photo of a sks dog, far away".
 
     A caption that holds the subject's token (the first word of `subject`) stands as it is; another one follows
-    "a photo of a {subject}". Without a caption a template is drawn.
+    "a photo of a {subject}". Without a caption a template is drawn. A view's colour comes before the token.
     """
+    token = rf"(?<!\w){re.escape(subject.split()[0])}(?!\w)"
+    named = f"{view.colour} {subject}".lstrip()
     if view.caption is None:
-        text = with_subject(_choice(_UNFRAMED if view.framing else TEMPLATES, generator), subject)
-    elif re.search(rf"(?<!\w){re.escape(subject.split()[0])}(?!\w)", view.caption, re.IGNORECASE):
-        text = view.caption
+        text = with_subject(_choice(_UNFRAMED if view.framing else TEMPLATES, generator), named)
+    elif re.search(token, view.caption, re.IGNORECASE):
+        text = re.sub(token, lambda found: f"{view.colour} {found[0]}".lstrip(), view.caption, flags=re.IGNORECASE)
     else:
-        text = f"{with_subject('a photo of a {}', subject)}, {view.caption}"
+        text = f"{with_subject('a photo of a {}', named)}, {view.caption}"
     return f"{text}, {view.framing}" if view.framing else text
 
 

@@ -54,6 +54,7 @@ FLAGS: tuple[Flag, ...] = (
             "concept.captions": "--captions/--no-captions",
             "concept.views": "--views",
             "concept.augmentation": "--augmentation",
+            "concept.recolour": "--recolour",
         },
     ),
     *_rows(

@@ -29,10 +29,11 @@ from echodistill_cli.echo import EchoPool
 from echodistill_cli.models import LatentCodec, ModelPair, Role, load_pair
 from echodistill_cli.photos import Photo
 from echodistill_cli.prior import Prior, build_prior
+from echodistill_cli.recolour import recoloured
 from echodistill_cli.replay import TargetMemory
 
 # Offsets of the seeds of things that must not share a random stream.
-_TEACHER_SEED, _STUDENT_SEED, _TEXT_SEED, _HEAD_SEED, _VIEW_SEED, _STEP_SEED, _PRIOR_SEED = range(7)
+_TEACHER_SEED, _STUDENT_SEED, _TEXT_SEED, _HEAD_SEED, _VIEW_SEED, _STEP_SEED, _PRIOR_SEED, _TINT_SEED = range(8)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         pair=pair,
         critics=critics,
         judge=judge,
-        photos=_encode_photos(config, photos, pair.codec, critics, judge, pair.device),
+        photos=_encode_photos(config, photos, pair, critics, judge),
         photo_count=len(photos),
         token=token,
         optimizers={},
@@ -220,16 +221,20 @@ def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBa
 def _encode_photos(
     config: Config,
     photos: Sequence[Photo],
-    codec: LatentCodec,
+    pair: ModelPair,
     critics: Sequence[Discriminator],
     judge: ImageBackbone | None,
-    device: torch.device,
 ) -> TrainingSet:
+    codec, device = pair.codec, pair.device
     generator = torch.Generator().manual_seed(_seed(config, _VIEW_SEED))
     resolution, count = config.model.resolution, config.concept.views
     augmented = teacher_views if config.concept.augmentation == "custom-diffusion" else real_views
     views = augmented(photos, resolution=resolution, count=count, generator=generator)
     reals = real_views(photos, resolution=resolution, count=max(count, len(photos)), generator=generator)
+    share, class_name = config.concept.recolour, config.concept.class_name
+    if share and class_name is not None:
+        tints = torch.Generator().manual_seed(_seed(config, _TINT_SEED))
+        views = recoloured(views, photos, share, class_name, pair, tints)
     latents = _encode(codec, views, device)
     real_latents = _encode(codec, reals, device)
     masks = torch.stack([view.mask for view in views]).to(device)

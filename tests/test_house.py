@@ -31,7 +31,7 @@ ORDER = (
     ),
     *("dataset", "conditioning", "adapters", "sources", "vocabulary", "safetensors_files", "single_file", "pair"),
     "sharing",
-    *("models", "discriminators", "planning", "sampling", "prior", "replay", "echo"),
+    *("models", "discriminators", "planning", "sampling", "prior", "recolour", "replay", "echo"),
     *(
         "state",
         "batches",

@@ -113,19 +113,31 @@ def carry_over(state: TrainingState) -> None:
 
 
 _NO_ECHO = {"echo.start": None}
+# What others train on: the photos as they are.
+_PLAIN = {"concept.recolour": 0.0}
 # The best by recognition of three trials each, on two dev subjects at half of the preset's length (trials.json).
 _TUNED = {"train.lr": 2e-3, "train.teacher_lr": 4e-3, "train.text_lr": 2e-3}
 
 CONTESTANTS: Mapping[str, Contestant] = {
     "untouched": Contestant("the one-step model asked for the class noun", step=None),
     "teacher-lora": Contestant(
-        "the teacher's LoRA (denoising loss), loaded into the student", _TUNED | _NO_ECHO, teacher_step, carry_over
+        "the teacher's LoRA (denoising loss), loaded into the student",
+        _TUNED | _PLAIN | _NO_ECHO,
+        teacher_step,
+        carry_over,
     ),
-    "denoising": Contestant("denoising loss on the student (DreamBooth-LoRA)", _TUNED | _NO_ECHO, denoising_step),
+    "teacher-lora-recoloured": Contestant(
+        "the same with ours' recoloured views", _TUNED | _NO_ECHO, teacher_step, carry_over
+    ),
+    "denoising": Contestant(
+        "denoising loss on the student (DreamBooth-LoRA)", _TUNED | _PLAIN | _NO_ECHO, denoising_step
+    ),
     "token-only": Contestant(
-        "one learned word (textual inversion)", _NO_ECHO | {"text.form": "token", "train.text_lr": 2e-2}, token_step
+        "one learned word (textual inversion)",
+        _PLAIN | _NO_ECHO | {"text.form": "token", "train.text_lr": 2e-2},
+        token_step,
     ),
-    "pso": Contestant("pairwise sample optimization, at one step", _NO_ECHO | {"train.lr": 1e-2}, pso_step),
+    "pso": Contestant("pairwise sample optimization, at one step", _PLAIN | _NO_ECHO | {"train.lr": 1e-2}, pso_step),
     "sequential": Contestant(
         "teacher first, then distilled into a student that begins anew",
         _TUNED | _NO_ECHO | {"train.carry_over": False},
@@ -139,6 +151,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         "no sliced Wasserstein loss", _TUNED | {"loss.sliced_wasserstein": 0.0}, ablation=True
     ),
     "ours-without-shared-text": Contestant("text encoder frozen", _TUNED | {"text.form": "frozen"}, ablation=True),
+    "ours-without-recolour": Contestant("the photos in their own colours only", _TUNED | _PLAIN, ablation=True),
     "ours-without-class-share": Contestant(
         "no pictures of the class among the replays", _TUNED | {"train.class_share": 0.0}, ablation=True
     ),

@@ -224,10 +224,11 @@ def equal_steps(name: str, costs: dict[str, float], scale: float, head_start: in
 
     None for ours, whose length the preset says, and for what is left out of it.
     """
-    if name not in costs or name == "ours":
+    method = name.removesuffix("-recoloured")
+    if method not in costs or method == "ours":
         return None
-    alone = head_start * costs["teacher-lora"] if name == "sequential" else 0.0
-    return max(1, round((scale * costs["budget"] - alone) / costs[name]))
+    alone = head_start * costs["teacher-lora"] if method == "sequential" else 0.0
+    return max(1, round((scale * costs["budget"] - alone) / costs[method]))
 
 
 def _line(row: Row) -> str:

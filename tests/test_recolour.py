@@ -1,0 +1,119 @@
+"""Views with the subject in another colour: which, where, and what the prompt says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from echodistill_cli.dataset import View, prompt_for, real_views
+from echodistill_cli.models import load_pair
+from echodistill_cli.pair import ModelPair
+from echodistill_cli.photos import Photo
+from echodistill_cli.presets import build_config
+from echodistill_cli.recolour import COLOURS, recoloured, subject_mask, tinted
+from examples.benchmark.subjects import REFERENCES, subject_sprites
+from examples.mini_world.nouns import CORE
+from examples.mini_world.world import Picture, subject_photos
+
+SUBJECT = "backpack"
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def pair() -> ModelPair:
+    return load_pair(build_config("mini").model)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Picture]:
+    return subject_photos(subject_sprites(), SUBJECT, REFERENCES, seed=CORE.index(SUBJECT))
+
+
+def as_photos(pictures: list[Picture], *, masks: bool) -> list[Photo]:
+    whole = (0, 0, 64, 64)
+    return [
+        Photo(Path(f"{index}.png"), Image.fromarray(p.image), Image.fromarray(p.mask) if masks else None, None, whole)
+        for index, p in enumerate(pictures)
+    ]
+
+
+def as_views(photos: list[Photo], count: int = 20) -> list[View]:
+    return real_views(photos, resolution=64, count=count, generator=seeded())
+
+
+def test_a_share_of_the_views_is_tinted_each_colour_as_often_and_the_others_stay(
+    pair: ModelPair, pictures: list[Picture]
+) -> None:
+    photos = as_photos(pictures, masks=True)
+    views = as_views(photos)
+    some = recoloured(views, photos, 0.6, SUBJECT, pair, seeded())
+    changed = [(before, after) for before, after in zip(views, some, strict=True) if after.colour]
+    assert sorted(after.colour for _, after in changed) == sorted([*COLOURS] * 2)
+    assert all(not torch.equal(before.image, after.image) for before, after in changed)
+    assert all(before is after for before, after in zip(views, some, strict=True) if not after.colour)
+    again = recoloured(views, photos, 0.6, SUBJECT, pair, seeded())
+    assert all(torch.equal(one.image, other.image) for one, other in zip(some, again, strict=True))
+    assert recoloured(views, photos, 0.0, SUBJECT, pair, seeded()) == views
+
+
+def test_only_what_a_photos_own_mask_covers_is_tinted(pair: ModelPair, pictures: list[Picture]) -> None:
+    photos = as_photos(pictures, masks=True)
+    views = as_views(photos, len(photos))
+    for picture, before, after in zip(
+        pictures, views, recoloured(views, photos, 1.0, SUBJECT, pair, seeded()), strict=True
+    ):
+        background, subject = (torch.from_numpy(picture.mask == value) for value in (0, 255))
+        torch.testing.assert_close(after.image[:, background], before.image[:, background])
+        assert (after.image - before.image)[:, subject].abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("index", range(REFERENCES))
+def test_the_teacher_finds_the_subject_in_a_photo_without_a_mask(
+    pair: ModelPair, pictures: list[Picture], index: int
+) -> None:
+    image = torch.from_numpy(pictures[index].image.copy()).permute(2, 0, 1) / 127.5 - 1
+    found = subject_mask(image, SUBJECT, pair, seeded())
+    assert found.shape == (1, 64, 64)
+    assert found.min() == 0
+    assert found.max() <= 1
+    true = torch.from_numpy(pictures[index].mask > 127)
+    guess = found[0] > 0.5
+    assert (true & guess).sum() / (true | guess).sum() > 0.6
+
+
+def test_an_empty_canvas_stays_empty(pair: ModelPair, pictures: list[Picture]) -> None:
+    photos = as_photos(pictures, masks=False)
+    whole = as_views(photos, 1)[0]
+    half = torch.ones(1, 64, 64)
+    half[:, :, :32] = 0
+    view = View(whole.image * half, half, "very small", None, 0)
+    (tinted_view,) = recoloured([view], photos, 1.0, SUBJECT, pair, seeded())
+    assert tinted_view.image[:, :, :32].abs().max() == 0
+    assert not torch.equal(tinted_view.image, view.image)
+
+
+def test_a_tint_keeps_dark_and_bright() -> None:
+    greys = torch.tensor([-1.0, 0.2, 1.0]).expand(3, 1, 3)
+    black, middle, white = tinted(greys, (255, 0, 51)).unbind(dim=2)
+    torch.testing.assert_close(black, -torch.ones(3, 1))
+    torch.testing.assert_close(middle, torch.tensor([[1.0], [-1.0], [-0.6]]))
+    torch.testing.assert_close(white, torch.ones(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("caption", "prompt"),
+    [
+        ("a photo of a sks dog on a bed", "a photo of a red sks dog on a bed"),
+        ("on a bed", "a photo of a red sks dog, on a bed"),
+    ],
+)
+def test_a_prompt_names_the_colour(caption: str, prompt: str) -> None:
+    nothing = torch.empty(0)
+    assert prompt_for(View(nothing, nothing, "", caption, 0, colour="red"), "sks dog", seeded()) == prompt
+    assert " red sks dog" in prompt_for(View(nothing, nothing, "", None, 0, colour="red"), "sks dog", seeded())
