@@ -634,6 +634,17 @@ def test_replays_show_the_class_as_it_was_among_the_targets(new_state: NewState)
     assert "teacher_prior" not in steps(some, 1)[0]  # the prior's own losses have a weight of their own
 
 
+def test_recoloured_views_are_the_teachers_alone_and_change_no_other_view(new_state: NewState) -> None:
+    plain, some = new_state(), new_state(concept__recolour=0.5)
+    colours = [view.colour for view in some.photos.views]
+    assert sum(map(bool, colours)) == round(0.5 * len(colours))
+    assert not any(view.colour for view in some.photos.real_views)
+    for index, colour in enumerate(colours):
+        assert bool(colour) != torch.equal(plain.photos.latents[index], some.photos.latents[index])
+    assert torch.equal(plain.photos.real_latents, some.photos.real_latents)
+    assert not any(view.colour for view in new_state(concept__recolour=0.5, concept__class_name=None).photos.views)
+
+
 def test_the_teachers_head_start_comes_before_the_first_joint_step_only(
     new_state: NewState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
