@@ -137,7 +137,11 @@ CONTESTANTS: Mapping[str, Contestant] = {
         _PLAIN | _NO_ECHO | {"text.form": "token", "train.text_lr": 2e-2},
         token_step,
     ),
-    "pso": Contestant("pairwise sample optimization, at one step", _PLAIN | _NO_ECHO | {"train.lr": 1e-2}, pso_step),
+    "pso": Contestant(
+        "pairwise sample optimization, at one step",
+        _PLAIN | _NO_ECHO | {"train.lr": 1e-2, "train.text_lr": 1e-3},
+        pso_step,
+    ),
     "sequential": Contestant(
         "teacher first, then distilled into a student that begins anew",
         _TUNED | _NO_ECHO | {"train.carry_over": False},
