@@ -152,11 +152,23 @@ def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
 
 def test_ours_with_its_head_start_and_its_echo_stays_within_the_budget() -> None:
     costs = json.loads(proof.COSTS.read_text())
-    preset = build_config("mini")
-    assert preset.echo.start is not None
-    echoes = len(range(preset.echo.start, preset.train.steps + 1, preset.echo.every))
-    whole = preset.train.head_start * costs["teacher-lora"] + preset.train.steps * costs["ours"]
-    assert 0.95 * costs["budget"] < whole + echoes * costs["echo"] <= costs["budget"]
+    assert 0.95 * costs["budget"] < proof.cost_of_ours(costs) <= costs["budget"]
+    # With every cost 1: 300 steps alone, 34 joint ones, and the echoes after steps 12, 20 and 28.
+    assert proof.cost_of_ours(dict.fromkeys(costs, 1.0)) == 337
+
+
+def test_a_run_of_another_length_has_its_share_of_every_phase_and_its_own_pictures() -> None:
+    assert proof.Run("ours", "dev", "dog", 0).lengths == {"train.steps": 34, "train.head_start": 300, "echo.start": 12}
+    quarter = proof.Run("ours", "dev", "dog", 0, scale=0.25)
+    assert quarter.lengths == {"train.steps": 8, "train.head_start": 75, "echo.start": 3}
+    files = [proof.sheet_file("ours", "dog", 0, scale) for scale in (0.25, 0.5, 1.0)]
+    assert len(set(files)) == 3
+
+
+def test_the_recoloured_baseline_has_as_many_steps_as_the_plain_one() -> None:
+    costs = json.loads(proof.COSTS.read_text())
+    plain, recoloured = (proof.equal_steps(f"teacher-lora{more}", costs, 0.5, 150) for more in ("", "-recoloured"))
+    assert plain == recoloured == 392
 
 
 def test_the_table_has_mean_and_spread_over_training_seeds() -> None:

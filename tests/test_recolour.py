@@ -14,9 +14,8 @@ from echodistill_cli.pair import ModelPair
 from echodistill_cli.photos import Photo
 from echodistill_cli.presets import build_config
 from echodistill_cli.recolour import COLOURS, recoloured, subject_mask, tinted
-from examples.benchmark.subjects import REFERENCES, subject_sprites
-from examples.mini_world.nouns import CORE
-from examples.mini_world.world import Picture, subject_photos
+from examples.benchmark.subjects import REFERENCES, references
+from examples.mini_world.world import Picture
 
 SUBJECT = "backpack"
 
@@ -32,7 +31,7 @@ def pair() -> ModelPair:
 
 @pytest.fixture(scope="module")
 def pictures() -> list[Picture]:
-    return subject_photos(subject_sprites(), SUBJECT, REFERENCES, seed=CORE.index(SUBJECT))
+    return references(SUBJECT)
 
 
 def as_photos(pictures: list[Picture], *, masks: bool) -> list[Photo]:

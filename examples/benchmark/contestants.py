@@ -39,14 +39,14 @@ class Contestant:
     Args:
         about: what it is, in words. settings: overrides of the `mini` preset by dotted key.
         step: one training step; None for a model that is not trained. finish: what is done when training has ended.
-        ablation: trained for as many steps as ours; every other one for as long.
+        costs_as: the contestant whose step costs the same, where its own is not measured.
     """
 
     about: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     step: Step | None = training_step
     finish: Callable[[TrainingState], None] = lambda _state: None
-    ablation: bool = False
+    costs_as: str = ""
 
 
 def denoising_step(state: TrainingState) -> Metrics:
@@ -127,7 +127,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         carry_over,
     ),
     "teacher-lora-recoloured": Contestant(
-        "the same with ours' recoloured views", _TUNED | _NO_ECHO, teacher_step, carry_over
+        "the same with ours' recoloured views", _TUNED | _NO_ECHO, teacher_step, carry_over, costs_as="teacher-lora"
     ),
     "denoising": Contestant(
         "denoising loss on the student (DreamBooth-LoRA)", _TUNED | _PLAIN | _NO_ECHO, denoising_step
@@ -148,25 +148,24 @@ CONTESTANTS: Mapping[str, Contestant] = {
         distillation_step,
     ),
     "ours": Contestant("both at once after the teacher's head start, then the echo", _TUNED),
-    "ours-without-adversarial": Contestant("no discriminators", _TUNED | {"loss.adversarial": 0.0}, ablation=True),
-    "ours-without-alignment": Contestant("no latent alignment", _TUNED | {"loss.latent": 0.0}, ablation=True),
-    "ours-without-identity": Contestant("no identity loss", _TUNED | {"loss.identity": 0.0}, ablation=True),
+    "ours-without-adversarial": Contestant("no discriminators", _TUNED | {"loss.adversarial": 0.0}),
+    "ours-without-alignment": Contestant("no latent alignment", _TUNED | {"loss.latent": 0.0}),
+    "ours-without-identity": Contestant("no identity loss", _TUNED | {"loss.identity": 0.0}),
     "ours-without-sliced-wasserstein": Contestant(
-        "no sliced Wasserstein loss", _TUNED | {"loss.sliced_wasserstein": 0.0}, ablation=True
+        "no sliced Wasserstein loss", _TUNED | {"loss.sliced_wasserstein": 0.0}
     ),
-    "ours-without-shared-text": Contestant("text encoder frozen", _TUNED | {"text.form": "frozen"}, ablation=True),
-    "ours-without-recolour": Contestant("the photos in their own colours only", _TUNED | _PLAIN, ablation=True),
+    "ours-without-shared-text": Contestant("text encoder frozen", _TUNED | {"text.form": "frozen"}),
+    "ours-without-recolour": Contestant("the photos in their own colours only", _TUNED | _PLAIN),
     "ours-without-class-share": Contestant(
-        "no pictures of the class among the replays", _TUNED | {"train.class_share": 0.0}, ablation=True
+        "no pictures of the class among the replays", _TUNED | {"train.class_share": 0.0}
     ),
     "ours-without-joint-training": Contestant(
         "the teacher rests after its head start, and there is no echo",
         _TUNED | _NO_ECHO,
         distillation_step,
-        ablation=True,
     ),
     "ours-without-carry-over": Contestant(
-        "the student begins anew after the head start", _TUNED | {"train.carry_over": False}, ablation=True
+        "the student begins anew after the head start", _TUNED | {"train.carry_over": False}
     ),
-    "ours-without-echo": Contestant("no echo phase", _TUNED | _NO_ECHO, ablation=True),
+    "ours-without-echo": Contestant("no echo phase", _TUNED | _NO_ECHO),
 }

@@ -48,19 +48,28 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a contestant, a subject, a seed; settings of a smaller benchmark, and of a trial, over its own."""
+    """One training: a contestant, a subject, a seed; a trial's settings over its own; `scale` of the length."""
 
     contestant: str
     split: str
     noun: str
     seed: int
     trial: tuple[tuple[str, Any], ...] = ()
-    smaller: tuple[tuple[str, Any], ...] = ()
+    scale: float = 1.0
 
     @property
     def entry(self) -> Contestant:
         """The contestant's row of the table."""
         return CONTESTANTS[self.contestant]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The preset's numbers of steps, a share of them each, by dotted key."""
+        preset = build_config("mini")
+        whole = {"train.steps": preset.train.steps, "train.head_start": preset.train.head_start}
+        if preset.echo.start is not None:
+            whole["echo.start"] = preset.echo.start
+        return {key: max(1, round(value * self.scale)) for key, value in whole.items()}
 
     def config(self, photos: Path, steps: int | None) -> Config:
         """The whole configuration; `steps` None keeps the preset's."""
@@ -69,7 +78,7 @@ class Run:
             "concept.token": TOKEN,
             "concept.class_name": class_name(self.noun),
             "run.seed": self.seed,
-            **dict(self.smaller),
+            **self.lengths,
             **self.entry.settings,
             **dict(self.trial),
         }
@@ -144,10 +153,15 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
 def _keep(pictures: NDArray[np.uint8], run: Run) -> None:
     """A sheet to look at: a row per seed, a column per prompt."""
     if not run.trial:
-        PICTURES.mkdir(parents=True, exist_ok=True)
+        path = sheet_file(run.contestant, run.noun, run.seed, run.scale)
+        path.parent.mkdir(parents=True, exist_ok=True)
         in_rows = pictures.reshape(len(PROMPTS), len(SEEDS), *pictures.shape[1:]).swapaxes(0, 1).reshape(pictures.shape)
-        name = f"{run.contestant}-{run.noun}-{run.seed}.png"
-        contact_sheet(list(in_rows), len(PROMPTS)).save(PICTURES / name)
+        contact_sheet(list(in_rows), len(PROMPTS)).save(path)
+
+
+def sheet_file(contestant: str, noun: str, seed: int, scale: float) -> Path:
+    """Where a run's pictures are kept; runs of another length have theirs in another folder."""
+    return PICTURES / f"{scale:g}" / f"{contestant}-{noun}-{seed}.png"
 
 
 def _teacher_row(name: str, run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
@@ -167,7 +181,7 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner) -> 
         "split": run.split,
         "subject": run.noun,
         "training_seed": run.seed,
-        "scale": dict(run.smaller).get("train.steps", 0) / build_config("mini").train.steps or 1.0,
+        "scale": run.scale,
         "trial": ", ".join(f"{key}={value}" for key, value in run.trial),
         "settings": settings,
         "date": date.today().isoformat(),
@@ -185,10 +199,7 @@ def _photos(folder: Path) -> tuple[Photo, ...]:
 
 
 def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
-    """CPU seconds of one step of each main contestant and of one echo, on the first dev subject.
-
-    Under "budget" what the whole of ours takes at the preset's length, head start and echo included.
-    """
+    """CPU seconds of one step of each main contestant and of one echo, on the first dev subject; and the budget."""
     costs = {}
     for name in MAIN:
         run = Run(name, "dev", SPLITS["dev"][0], seed)
@@ -201,11 +212,15 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
         costs[name] = _cpu_seconds(run.entry.step, state, steps)
         if name == "ours":
             costs["echo"] = _cpu_seconds(echo_step, state, 3)
+    return costs | {"budget": cost_of_ours(costs)}
+
+
+def cost_of_ours(costs: dict[str, float]) -> float:
+    """CPU seconds of the whole of ours at the preset's length, head start and echo included."""
     preset = build_config("mini")
     joint, start = preset.train.steps, preset.echo.start
     echoes = 0 if start is None else len(range(start, joint + 1, preset.echo.every))
-    alone = preset.train.head_start * costs["teacher-lora"]
-    return costs | {"budget": alone + joint * costs["ours"] + echoes * costs["echo"]}
+    return preset.train.head_start * costs["teacher-lora"] + joint * costs["ours"] + echoes * costs["echo"]
 
 
 def _cpu_seconds(step: Step, state: TrainingState, repeats: int) -> float:
@@ -224,7 +239,7 @@ def equal_steps(name: str, costs: dict[str, float], scale: float, head_start: in
 
     None for ours, whose length the preset says, and for what is left out of it.
     """
-    method = name.removesuffix("-recoloured")
+    method = CONTESTANTS[name].costs_as or name
     if method not in costs or method == "ours":
         return None
     alone = head_start * costs["teacher-lora"] if method == "sequential" else 0.0
@@ -268,15 +283,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def scaled(preset: Config, scale: float) -> tuple[tuple[tuple[str, Any], ...], int]:
-    """The preset's lengths, a share of them each, as settings; and the head start among them."""
-    lengths = {"train.steps": preset.train.steps, "train.head_start": preset.train.head_start}
-    if preset.echo.start is not None:
-        lengths["echo.start"] = preset.echo.start
-    shorter = {key: max(1, round(value * scale)) for key, value in lengths.items()}
-    return tuple(shorter.items()), shorter["train.head_start"]
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run what was asked for and is not there yet."""
     options = parse(arguments)
@@ -287,13 +293,12 @@ def main(arguments: list[str] | None = None) -> None:
     rows = Rows(options.results or (TRIALS if trial else RESULTS))
     examiner = Examiner(JUDGE)
     scale = 0.25 if options.small else options.scale
-    smaller, head_start = scaled(build_config("mini"), scale)
     subjects = options.subjects or SPLITS[options.split][: 4 if options.small else None]
     for seed in options.seeds:
         for noun in subjects:
             for name in options.contestants:
-                run = Run(name, options.split, noun, seed, trial, smaller)
-                measure_run(run, equal_steps(name, costs, scale, head_start), rows, examiner)
+                run = Run(name, options.split, noun, seed, trial, scale)
+                measure_run(run, equal_steps(name, costs, scale, run.lengths["train.head_start"]), rows, examiner)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from examples.benchmark.contestants import CONTESTANTS
-from examples.benchmark.proof import PICTURES, RESULTS
+from examples.benchmark.proof import RESULTS, sheet_file
 from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 
@@ -138,11 +138,11 @@ def figure(rows: Sequence[Row], split: str, path: Path) -> None:
     plt.close(drawing)
 
 
-def subjects_sheet(path: Path, contestant: str = "ours") -> None:
+def subjects_sheet(path: Path, scale: float, contestant: str = "ours") -> None:
     """Per subject the references, then its first one-step picture of every other prompt; the first six by list."""
     tiles = []
     for noun in SHEET_SUBJECTS:
-        with Image.open(PICTURES / f"{contestant}-{noun}-0.png") as opened:
+        with Image.open(sheet_file(contestant, noun, 0, scale)) as opened:
             drawn = np.asarray(opened.convert("RGB"))
         side = drawn.shape[0] // len(SEEDS)
         first = [drawn[:side, left : left + side] for left in range(0, drawn.shape[1], 2 * side)]
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.figure:
         figure(rows, options.split, options.figure)
     if options.sheet:
-        subjects_sheet(options.sheet)
+        subjects_sheet(options.sheet, rows[0]["scale"])
 
 
 if __name__ == "__main__":

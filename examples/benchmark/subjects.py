@@ -16,7 +16,7 @@ from PIL import Image
 
 from examples.mini_world.nouns import CORE, HELD_OUT_VENDOR, noun_words
 from examples.mini_world.sprites import Sprites
-from examples.mini_world.world import SCALES, Scene, World, subject_photos
+from examples.mini_world.world import SCALES, Picture, Scene, World, subject_photos
 
 DEV: tuple[str, ...] = CORE[::3]
 TEST: tuple[str, ...] = tuple(noun for noun in CORE if noun not in DEV)
@@ -78,10 +78,14 @@ def class_name(noun: str) -> str:
     return noun_words(noun)
 
 
+def references(noun: str) -> list[Picture]:
+    """The five pictures of a subject, with what only the world knows of them."""
+    return subject_photos(subject_sprites(), noun, REFERENCES, seed=CORE.index(noun))
+
+
 def reference_pictures(noun: str) -> list[NDArray[np.uint8]]:
     """The five pictures of a subject that a method may see, (64, 64, 3) each."""
-    pictures = subject_photos(subject_sprites(), noun, REFERENCES, seed=CORE.index(noun))
-    return [picture.image for picture in pictures]
+    return [picture.image for picture in references(noun)]
 
 
 def write_photos(noun: str, folder: Path) -> Path:
