@@ -24,7 +24,11 @@ class ConceptConfig:
     token: str = setting("sks", "rare word that will stand for the subject")
     class_name: str | None = setting(None, "what the subject is, such as dog")
     min_photos: int = setting(3, "fewest usable photos to train on", minimum=1)
-    masks: str = setting("auto", "auto: alpha channels and masks/ say what the subject is", choices=("auto", "off"))
+    masks: str = setting(
+        "auto",
+        "auto: alpha channels and masks/ say what the subject is; teacher: so does the teacher, of photos without",
+        choices=("auto", "teacher", "off"),
+    )
     captions: bool = setting(True, "use sidecar .txt captions where they exist")
     views: int = setting(64, "augmented views per run, encoded once", minimum=1)
     augmentation: str = setting(
@@ -58,9 +62,7 @@ class ModelConfig:
     vae: str | None = setting(None, "hub id or folder of a VAE to use in place of the student's own")
     tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's, or one in the cache")
     variant: str | None = setting("fp16", "file variant preferred where the repository has it")
-    student_lora: str | None = setting(
-        None, "file with a LoRA that makes the model one-step; the model is the teacher too"
-    )
+    student_lora: str | None = setting(None, "LoRA file that makes the model one-step; the model is the teacher too")
     student_revision: str | None = setting(None, "git revision of the student on the hub")
     teacher_revision: str | None = setting(None, "git revision of the teacher on the hub")
     single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single file")
@@ -127,7 +129,7 @@ class TrainConfig:
         minimum=1,
     )
     replays: int = setting(
-        0, "extra student updates per step on remembered targets, with --target-steps above 1", minimum=0
+        0, "extra student updates a step on remembered targets, with --target-steps above 1", minimum=0
     )
     class_share: float = setting(
         0.0,
@@ -155,9 +157,7 @@ class LossConfig:
     latent: float = setting(1.0, "student: distance to the teacher's x0 in latent space", minimum=0.0)
     identity: float = setting(1.0, "student: image-encoder features against the teacher's picture", minimum=0.0)
     sliced_wasserstein: float = setting(0.1, "student: patch statistics of the teacher's picture", minimum=0.0)
-    prior: float = setting(
-        0.0, "both models: distance to what they drew of the class before; needs a class name", minimum=0.0
-    )
+    prior: float = setting(0.0, "both models: distance to what they drew of the class; needs a class name", minimum=0.0)
     adversarial: float = setting(1.0, "student: each discriminator's verdict", minimum=0.0)
 
 

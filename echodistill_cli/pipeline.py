@@ -101,7 +101,7 @@ def train(
     """
     started = time.time()
     report = _check_before(config)
-    for warning in _warnings(report):
+    for warning in _warnings(config, report):
         say(warning)
     if not resume:
         check_output(config, overwrite=overwrite)
@@ -147,7 +147,7 @@ def plan(config: Config) -> dict[str, Any]:
     return {
         "subject": config.subject,
         "photos": len(report.photos),
-        "warnings": list(_warnings(report)),
+        "warnings": list(_warnings(config, report)),
         "models": {source: where(source) for source, _, _ in sources_of(config)},
         "assumptions": list(assumptions(config.model)),
         "downloads": {download.file: download.size for download in planned_downloads(config)},
@@ -217,11 +217,18 @@ def _cover(preview: Path, side: int) -> bytes:
         return png_bytes(sheet.convert("RGB").crop((0, 0, side, side)).resize((256, 256), Image.Resampling.LANCZOS))
 
 
-def _warnings(report: PhotoReport) -> Iterator[str]:
+def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
     for file in report.files:
         if file.verdict != "ok":
             yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
     yield from report.warnings
+    wanting = {
+        "--masks teacher": config.concept.masks == "teacher",
+        "--recolour": config.concept.recolour,
+        "--class-share": config.train.replays and config.train.class_share,
+    }
+    if config.concept.class_name is None and any(wanting.values()):
+        yield f"Without --class-name nothing comes of {', '.join(flag for flag, on in wanting.items() if on)}."
 
 
 def export(source: Path | None = None, say: Say = lambda _line: None, **wanted: Any) -> list[Path]:

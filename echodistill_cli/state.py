@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echodistill_cli.adapters import (
@@ -23,37 +22,14 @@ from echodistill_cli.adapters import (
 )
 from echodistill_cli.conditioning import LearnedToken, check_token
 from echodistill_cli.config import Config, TrainConfig
-from echodistill_cli.dataset import View, real_views, teacher_views
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, build_discriminators, load_image_backbone
 from echodistill_cli.echo import EchoPool
-from echodistill_cli.models import LatentCodec, ModelPair, Role, load_pair
+from echodistill_cli.models import ModelPair, Role, load_pair
 from echodistill_cli.photos import Photo
 from echodistill_cli.prior import Prior, build_prior
-from echodistill_cli.recolour import recoloured
+from echodistill_cli.randomness import Stream, generator_for, seed_for
 from echodistill_cli.replay import TargetMemory
-
-# Offsets of the seeds of things that must not share a random stream.
-_TEACHER_SEED, _STUDENT_SEED, _TEXT_SEED, _HEAD_SEED, _VIEW_SEED, _STEP_SEED, _PRIOR_SEED, _TINT_SEED = range(8)
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """The photos as training sees them, encoded once: K augmented views for the teacher, R whole ones as reals.
-
-    Args:
-        views, real_views: what each view's prompt should say; their pictures are dropped.
-        latents: [K, C, h, w]. masks: [K, 1, h, w] in 0…1. real_latents: [R, C, h, w].
-        critics: per discriminator name and tap, features [R, N, D] of the reals.
-        identity: [P, D], the judge's features of the P photos as they are; None without a judge.
-    """
-
-    views: Sequence[View]
-    real_views: Sequence[View]
-    latents: Tensor
-    masks: Tensor
-    real_latents: Tensor
-    critics: dict[str, list[Tensor]]
-    identity: Tensor | None
+from echodistill_cli.training_set import TrainingSet, encode_photos
 
 
 @dataclass
@@ -164,7 +140,7 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
     judged = config.critic.identity != "none" and (config.loss.identity or config.echo.start is not None)
     judge = backbone(config.critic.identity) if judged else None
     assert pair.teacher is not None
-    seed = _seed(config, _HEAD_SEED)
+    seed = seed_for(config, Stream.HEADS)
     names = config.critic.discriminators if config.loss.adversarial else ()
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
     for critic in critics:
@@ -174,12 +150,12 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         pair=pair,
         critics=critics,
         judge=judge,
-        photos=_encode_photos(config, photos, pair, critics, judge),
+        photos=encode_photos(config, photos, pair, critics, judge),
         photo_count=len(photos),
         token=token,
         optimizers={},
-        generator=torch.Generator().manual_seed(_seed(config, _STEP_SEED)),
-        prior=build_prior(config, pair, torch.Generator().manual_seed(_seed(config, _PRIOR_SEED))),
+        generator=generator_for(config, Stream.STEPS),
+        prior=build_prior(config, pair, generator_for(config, Stream.PRIOR)),
     )
     state.optimizers = _optimizers(state)
     return state
@@ -188,22 +164,18 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
     """Put LoRA on both UNets and give the text side its trained form; returns the learned token, if that is it."""
     targets, rank = UNET_TARGETS[config.adapter.targets], config.adapter.rank
-    for role, offset in ((pair.student, _STUDENT_SEED), (pair.teacher, _TEACHER_SEED)):
+    for role, stream in ((pair.student, Stream.STUDENT), (pair.teacher, Stream.TEACHER)):
         if role is not None:
-            add_lora(role.unet, targets, rank, config.lora_alpha, _seed(config, offset))
+            add_lora(role.unet, targets, rank, config.lora_alpha, seed_for(config, stream))
             if config.train.gradient_checkpointing:
                 role.unet.enable_gradient_checkpointing()
     if config.text.form == "lora":
         for encoder in pair.encoder.encoders:
-            add_lora(encoder, TEXT_TARGETS, config.text.rank, config.text.rank, _seed(config, _TEXT_SEED))
+            add_lora(encoder, TEXT_TARGETS, config.text.rank, config.text.rank, seed_for(config, Stream.TEXT))
     if config.text.form != "token":
         return None
     initializer = config.text.initializer or config.concept.class_name or "object"
     return LearnedToken(pair.encoder, config.concept.token, initializer).to(pair.device)
-
-
-def _seed(config: Config, offset: int) -> int:
-    return config.run.seed * 1000 + offset
 
 
 def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBackbone]:
@@ -216,55 +188,6 @@ def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBa
         return loaded[name]
 
     return load
-
-
-def _encode_photos(
-    config: Config,
-    photos: Sequence[Photo],
-    pair: ModelPair,
-    critics: Sequence[Discriminator],
-    judge: ImageBackbone | None,
-) -> TrainingSet:
-    codec, device = pair.codec, pair.device
-    generator = torch.Generator().manual_seed(_seed(config, _VIEW_SEED))
-    resolution, count = config.model.resolution, config.concept.views
-    augmented = teacher_views if config.concept.augmentation == "custom-diffusion" else real_views
-    views = augmented(photos, resolution=resolution, count=count, generator=generator)
-    reals = real_views(photos, resolution=resolution, count=max(count, len(photos)), generator=generator)
-    share, class_name = config.concept.recolour, config.concept.class_name
-    if share and class_name is not None:
-        tints = torch.Generator().manual_seed(_seed(config, _TINT_SEED))
-        views = recoloured(views, photos, share, class_name, pair, tints)
-    latents = _encode(codec, views, device)
-    real_latents = _encode(codec, reals, device)
-    masks = torch.stack([view.mask for view in views]).to(device)
-    seen: dict[str, ImageBackbone] = {c.name: c.backbone for c in critics if isinstance(c.backbone, ImageBackbone)}
-    features = {name: _image_features(codec, real_latents, backbone) for name, backbone in seen.items()}
-    return TrainingSet(
-        views=[_without_picture(view) for view in views],
-        real_views=[_without_picture(view) for view in reals],
-        latents=latents,
-        masks=F.interpolate(masks, latents.shape[-2:], mode="area"),
-        real_latents=real_latents,
-        critics=features,
-        # `real_views` begins with every photo as it is.
-        identity=_image_features(codec, real_latents[: len(photos)], judge)[0][:, 0] if judge else None,
-    )
-
-
-def _without_picture(view: View) -> View:
-    return replace(view, image=torch.empty(0), mask=torch.empty(0))
-
-
-def _encode(codec: LatentCodec, views: Sequence[View], device: torch.device) -> Tensor:
-    return torch.cat([codec.encode(view.image.unsqueeze(0).to(device)) for view in views])
-
-
-@torch.no_grad()
-def _image_features(codec: LatentCodec, latents: Tensor, backbone: ImageBackbone) -> list[Tensor]:
-    """Features of pictures that went through the decoder, as the student's do: no critic can tell by its traces."""
-    taps = [backbone.features(codec.decode(latent.unsqueeze(0))) for latent in latents]
-    return [torch.cat(tap) for tap in zip(*taps, strict=True)]
 
 
 def _optimizers(state: TrainingState) -> dict[str, torch.optim.Optimizer]:

@@ -366,6 +366,14 @@ def test_a_dry_run_is_a_table_or_json_and_writes_nothing(
     assert list(Path().iterdir()) == []
 
 
+def test_what_needs_a_class_name_is_said_to_be_off_without(photo_folder: Path) -> None:
+    line = ("train", photo_folder, "--model", "mini", "--dry-run", "--json")
+    (warning,) = [text for text in command(*line).result["warnings"] if "--class-name" in text]
+    assert "--recolour" in warning
+    assert "--class-share" in warning
+    assert not any("--class-name" in text for text in command(*line, "--class", "dog").result["warnings"])
+
+
 def test_a_dry_run_knows_what_would_have_to_be_fetched(photo_folder: Path) -> None:
     models = command("train", photo_folder, "--offline", "--dry-run", "--json").result["models"]
     assert {"stabilityai/sd-turbo", "facebook/dino-vits16@refs/pr/1"} <= set(models)

@@ -13,8 +13,8 @@ from echodistill_cli.models import load_pair
 from echodistill_cli.pair import ModelPair
 from echodistill_cli.photos import Photo
 from echodistill_cli.presets import build_config
-from echodistill_cli.recolour import COLOURS, recoloured, subject_mask, tinted
-from examples.benchmark.subjects import REFERENCES, references
+from echodistill_cli.recolour import COLOURS, recoloured, tinted
+from examples.benchmark.subjects import references
 from examples.mini_world.world import Picture
 
 SUBJECT = "backpack"
@@ -70,20 +70,6 @@ def test_only_what_a_photos_own_mask_covers_is_tinted(pair: ModelPair, pictures:
         background, subject = (torch.from_numpy(picture.mask == value) for value in (0, 255))
         torch.testing.assert_close(after.image[:, background], before.image[:, background])
         assert (after.image - before.image)[:, subject].abs().mean() > 0.1
-
-
-@pytest.mark.parametrize("index", range(REFERENCES))
-def test_the_teacher_finds_the_subject_in_a_photo_without_a_mask(
-    pair: ModelPair, pictures: list[Picture], index: int
-) -> None:
-    image = torch.from_numpy(pictures[index].image.copy()).permute(2, 0, 1) / 127.5 - 1
-    found = subject_mask(image, SUBJECT, pair, seeded())
-    assert found.shape == (1, 64, 64)
-    assert found.min() == 0
-    assert found.max() <= 1
-    true = torch.from_numpy(pictures[index].mask > 127)
-    guess = found[0] > 0.5
-    assert (true & guess).sum() / (true | guess).sum() > 0.6
 
 
 def test_an_empty_canvas_stays_empty(pair: ModelPair, pictures: list[Picture]) -> None:

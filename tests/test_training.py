@@ -645,6 +645,16 @@ def test_recoloured_views_are_the_teachers_alone_and_change_no_other_view(new_st
     assert not any(view.colour for view in new_state(concept__recolour=0.5, concept__class_name=None).photos.views)
 
 
+def test_masks_that_the_teacher_finds_weigh_the_loss_and_change_no_picture(new_state: NewState) -> None:
+    plain, found = new_state(), new_state(concept__masks="teacher")
+    assert torch.equal(plain.photos.latents, found.photos.latents)
+    assert torch.equal(plain.photos.real_latents, found.photos.real_latents)
+    assert plain.photos.masks.max() == 1
+    assert found.photos.masks.mean() < plain.photos.masks.mean()
+    unnamed = new_state(concept__masks="teacher", concept__class_name=None)
+    assert torch.equal(unnamed.photos.masks, plain.photos.masks)
+
+
 def test_the_teachers_head_start_comes_before_the_first_joint_step_only(
     new_state: NewState, monkeypatch: pytest.MonkeyPatch
 ) -> None:

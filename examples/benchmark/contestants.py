@@ -114,7 +114,7 @@ def carry_over(state: TrainingState) -> None:
 
 _NO_ECHO = {"echo.start": None}
 # What others train on: the photos as they are.
-_PLAIN = {"concept.recolour": 0.0}
+_PLAIN = {"concept.recolour": 0.0, "concept.masks": "auto"}
 # The best by recognition of three trials each, on two dev subjects at half of the preset's length (trials.json).
 _TUNED = {"train.lr": 2e-3, "train.teacher_lr": 4e-3, "train.text_lr": 2e-3}
 
@@ -127,7 +127,11 @@ CONTESTANTS: Mapping[str, Contestant] = {
         carry_over,
     ),
     "teacher-lora-recoloured": Contestant(
-        "the same with ours' recoloured views", _TUNED | _NO_ECHO, teacher_step, carry_over, costs_as="teacher-lora"
+        "the same with ours' views, masks and colours",
+        _TUNED | _NO_ECHO,
+        teacher_step,
+        carry_over,
+        costs_as="teacher-lora",
     ),
     "denoising": Contestant(
         "denoising loss on the student (DreamBooth-LoRA)", _TUNED | _PLAIN | _NO_ECHO, denoising_step
@@ -155,7 +159,8 @@ CONTESTANTS: Mapping[str, Contestant] = {
         "no sliced Wasserstein loss", _TUNED | {"loss.sliced_wasserstein": 0.0}
     ),
     "ours-without-shared-text": Contestant("text encoder frozen", _TUNED | {"text.form": "frozen"}),
-    "ours-without-recolour": Contestant("the photos in their own colours only", _TUNED | _PLAIN),
+    "ours-without-recolour": Contestant("the photos in their own colours only", _TUNED | {"concept.recolour": 0.0}),
+    "ours-without-masks": Contestant("backgrounds count as much as the subject", _TUNED | {"concept.masks": "auto"}),
     "ours-without-class-share": Contestant(
         "no pictures of the class among the replays", _TUNED | {"train.class_share": 0.0}
     ),
