@@ -114,7 +114,7 @@ def carry_over(state: TrainingState) -> None:
 
 _NO_ECHO = {"echo.start": None}
 # What others train on: the photos as they are.
-_PLAIN = {"concept.recolour": 0.0, "concept.masks": "auto"}
+_PLAIN = {"concept.recolour": 0.0}
 # The best by recognition of three trials each, on two dev subjects at half of the preset's length (trials.json).
 _TUNED = {"train.lr": 2e-3, "train.teacher_lr": 4e-3, "train.text_lr": 2e-3}
 
@@ -127,7 +127,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         carry_over,
     ),
     "teacher-lora-recoloured": Contestant(
-        "the same with ours' views, masks and colours",
+        "the same with ours' recoloured views",
         _TUNED | _NO_ECHO,
         teacher_step,
         carry_over,
@@ -159,8 +159,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         "no sliced Wasserstein loss", _TUNED | {"loss.sliced_wasserstein": 0.0}
     ),
     "ours-without-shared-text": Contestant("text encoder frozen", _TUNED | {"text.form": "frozen"}),
-    "ours-without-recolour": Contestant("the photos in their own colours only", _TUNED | {"concept.recolour": 0.0}),
-    "ours-without-masks": Contestant("backgrounds count as much as the subject", _TUNED | {"concept.masks": "auto"}),
+    "ours-without-recolour": Contestant("the photos in their own colours only", _TUNED | _PLAIN),
     "ours-without-class-share": Contestant(
         "no pictures of the class among the replays", _TUNED | {"train.class_share": 0.0}
     ),
