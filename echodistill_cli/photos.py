@@ -120,7 +120,9 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
     """
     paths = [path for path in _entries(folder) if path.suffix.lower() not in _IGNORED]
     mask_files = {}
-    if masks != "off" and (folder / "masks").is_dir():
+    wanted = masks != "off"
+    in_folder = wanted and (folder / "masks").is_dir()
+    if in_folder:
         mask_files = {path.stem: path for path in _entries(folder / "masks") if path.suffix.lower() == ".png"}
     files: list[FileReport] = []
     photos: list[Photo] = []
@@ -129,7 +131,7 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
         notes = Notes()
         try:
             image, alpha, kind = read_picture(path, notes)
-            mask = _subject_mask(mask_files.get(path.stem), image.size, alpha, notes) if masks != "off" else None
+            mask = _subject_mask(mask_files.get(path.stem), image.size, alpha, notes) if wanted else None
             photo = _photo(path, image, mask, resolution, _caption(path, notes) if captions else None)
         except UnusableError as error:
             files.append(FileReport(path.name, "skipped", (str(error),)))
@@ -138,7 +140,7 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
         verdict: Literal["ok", "warning"] = "warning" if notes.warnings else "ok"
         files.append(FileReport(path.name, verdict, (*notes.warnings, *notes.remarks), image.size, kind))
         photos.append(photo)
-    unmatched = _mask_warnings(mask_files, paths) if masks != "off" and (folder / "masks").is_dir() else []
+    unmatched = _mask_warnings(mask_files, paths) if in_folder else []
     return PhotoReport(tuple(files), tuple(photos), tuple(unmatched))
 
 

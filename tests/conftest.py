@@ -10,7 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from echodistill_cli.models import load_pair
+from echodistill_cli.pair import ModelPair
+from echodistill_cli.presets import build_config
 from examples.benchmark.small_pair import build_small_backbones, build_small_pair, build_small_sdxl_pair
+from examples.benchmark.subjects import references
+from examples.mini_world.world import Picture
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,6 +50,18 @@ def small_sdxl_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
 def small_backbones(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of a tiny DINO, DINOv2 and CLIP by name; not to be written to."""
     return build_small_backbones(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="session")
+def mini_pair() -> ModelPair:
+    """The embedded pair, untrained; not to be trained."""
+    return load_pair(build_config("mini").model)
+
+
+@pytest.fixture(scope="session")
+def backpack_pictures() -> list[Picture]:
+    """Five pictures of a backpack that the embedded pair never saw, with their true masks."""
+    return references("backpack")
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from echodistill_cli.config import Config
 from echodistill_cli.photos import Photo
 from echodistill_cli.presets import config_from_dict
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    """A CPU generator at its beginning."""
+    return torch.Generator().manual_seed(seed)
 
 
 def small_tables(pair: tuple[Path, Path], backbones: dict[str, Path]) -> dict[str, dict[str, Any]]:

@@ -27,6 +27,7 @@ from echodistill_cli.dataset import (
     with_subject,
 )
 from echodistill_cli.photos import Photo
+from tests.small import seeded
 
 SIDE = 48
 SUBJECT = "sks dog"
@@ -44,10 +45,6 @@ def left_half() -> Image.Image:
     mask = Image.new("L", (96, 64))
     mask.paste(255, (0, 0, 48, 64))
     return mask
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def some_teacher_views(count: int = 200, seed: int = 0, photos: list[Photo] | None = None) -> list[View]:

@@ -20,10 +20,7 @@ from echodistill_cli.losses import (
     rgb_to_lab,
     sliced_wasserstein,
 )
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+from tests.small import seeded
 
 
 def textured(seed: int, side: int = 48) -> Tensor:

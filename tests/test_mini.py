@@ -12,9 +12,7 @@ from typer.testing import CliRunner
 from echodistill_cli.cli import app
 from echodistill_cli.embedded import embedded_folder
 from echodistill_cli.errors import ModelError
-from echodistill_cli.models import load_pair
 from echodistill_cli.pair import ModelPair
-from echodistill_cli.presets import build_config
 from echodistill_cli.sources import downloads, resolve, where
 from examples.benchmark.measure import JUDGE
 from examples.mini_world.judges import Examiner
@@ -24,11 +22,6 @@ from examples.mini_world.score import STUDENT, TEACHER, Asked, drawn, every_scen
 
 ROOT = Path(__file__).parent.parent
 PHOTOS = ROOT / "examples" / "photos"
-
-
-@pytest.fixture(scope="module")
-def pair() -> ModelPair:
-    return load_pair(build_config("mini").model)
 
 
 def test_the_embedded_models_are_found_by_name_and_nothing_is_downloaded() -> None:
@@ -64,16 +57,16 @@ def shares(pictures: np.ndarray, asked: list[Asked]) -> tuple[float, float]:
     return reading.right("noun", [one.noun for one in asked]), reading.right("place", [one.place for one in asked])
 
 
-def test_the_student_draws_nouns_in_places_in_one_step(pair: ModelPair) -> None:
+def test_the_student_draws_nouns_in_places_in_one_step(mini_pair: ModelPair) -> None:
     asked = every_scene()[: len(CORE) * len(PLACES)]
-    noun, place = shares(drawn(pair, asked, [*range(len(asked))], STUDENT), asked)
+    noun, place = shares(drawn(mini_pair, asked, [*range(len(asked))], STUDENT), asked)
     assert noun >= 0.75
     assert place >= 0.9
 
 
-def test_the_teacher_draws_them_in_many(pair: ModelPair) -> None:
+def test_the_teacher_draws_them_in_many(mini_pair: ModelPair) -> None:
     asked = every_scene()[: len(CORE) * len(PLACES) : 5]
-    noun, place = shares(drawn(pair, asked, [*range(len(asked))], TEACHER), asked)
+    noun, place = shares(drawn(mini_pair, asked, [*range(len(asked))], TEACHER), asked)
     assert noun >= 0.85
     assert place >= 0.9
 

@@ -9,29 +9,13 @@ import torch
 from PIL import Image
 
 from echodistill_cli.dataset import View, prompt_for, real_views
-from echodistill_cli.models import load_pair
 from echodistill_cli.pair import ModelPair
 from echodistill_cli.photos import Photo
-from echodistill_cli.presets import build_config
 from echodistill_cli.recolour import COLOURS, recoloured, tinted
-from examples.benchmark.subjects import references
 from examples.mini_world.world import Picture
+from tests.small import seeded
 
 SUBJECT = "backpack"
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def pair() -> ModelPair:
-    return load_pair(build_config("mini").model)
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    return references(SUBJECT)
 
 
 def as_photos(pictures: list[Picture], *, masks: bool) -> list[Photo]:
@@ -47,38 +31,38 @@ def as_views(photos: list[Photo], count: int = 20) -> list[View]:
 
 
 def test_a_share_of_the_views_is_tinted_each_colour_as_often_and_the_others_stay(
-    pair: ModelPair, pictures: list[Picture]
+    mini_pair: ModelPair, backpack_pictures: list[Picture]
 ) -> None:
-    photos = as_photos(pictures, masks=True)
+    photos = as_photos(backpack_pictures, masks=True)
     views = as_views(photos)
-    some = recoloured(views, photos, 0.6, SUBJECT, pair, seeded())
+    some = recoloured(views, photos, 0.6, SUBJECT, mini_pair, seeded())
     changed = [(before, after) for before, after in zip(views, some, strict=True) if after.colour]
     assert sorted(after.colour for _, after in changed) == sorted([*COLOURS] * 2)
     assert all(not torch.equal(before.image, after.image) for before, after in changed)
     assert all(before is after for before, after in zip(views, some, strict=True) if not after.colour)
-    again = recoloured(views, photos, 0.6, SUBJECT, pair, seeded())
+    again = recoloured(views, photos, 0.6, SUBJECT, mini_pair, seeded())
     assert all(torch.equal(one.image, other.image) for one, other in zip(some, again, strict=True))
-    assert recoloured(views, photos, 0.0, SUBJECT, pair, seeded()) == views
+    assert recoloured(views, photos, 0.0, SUBJECT, mini_pair, seeded()) == views
 
 
-def test_only_what_a_photos_own_mask_covers_is_tinted(pair: ModelPair, pictures: list[Picture]) -> None:
-    photos = as_photos(pictures, masks=True)
+def test_only_what_a_photos_own_mask_covers_is_tinted(mini_pair: ModelPair, backpack_pictures: list[Picture]) -> None:
+    photos = as_photos(backpack_pictures, masks=True)
     views = as_views(photos, len(photos))
     for picture, before, after in zip(
-        pictures, views, recoloured(views, photos, 1.0, SUBJECT, pair, seeded()), strict=True
+        backpack_pictures, views, recoloured(views, photos, 1.0, SUBJECT, mini_pair, seeded()), strict=True
     ):
         background, subject = (torch.from_numpy(picture.mask == value) for value in (0, 255))
         torch.testing.assert_close(after.image[:, background], before.image[:, background])
         assert (after.image - before.image)[:, subject].abs().mean() > 0.1
 
 
-def test_an_empty_canvas_stays_empty(pair: ModelPair, pictures: list[Picture]) -> None:
-    photos = as_photos(pictures, masks=False)
+def test_an_empty_canvas_stays_empty(mini_pair: ModelPair, backpack_pictures: list[Picture]) -> None:
+    photos = as_photos(backpack_pictures, masks=False)
     whole = as_views(photos, 1)[0]
     half = torch.ones(1, 64, 64)
     half[:, :, :32] = 0
     view = View(whole.image * half, half, "very small", None, 0)
-    (tinted_view,) = recoloured([view], photos, 1.0, SUBJECT, pair, seeded())
+    (tinted_view,) = recoloured([view], photos, 1.0, SUBJECT, mini_pair, seeded())
     assert tinted_view.image[:, :, :32].abs().max() == 0
     assert not torch.equal(tinted_view.image, view.image)
 

@@ -9,29 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.models import load_pair
 from echodistill_cli.pair import ModelPair
 from echodistill_cli.photos import Photo
-from echodistill_cli.presets import build_config
 from echodistill_cli.subject_masks import subject_mask, with_masks
-from examples.benchmark.subjects import REFERENCES, references
+from examples.benchmark.subjects import REFERENCES
 from examples.mini_world.world import Picture
+from tests.small import seeded
 
 SUBJECT = "backpack"
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def pair() -> ModelPair:
-    return load_pair(build_config("mini").model)
-
-
-@pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
-    return references(SUBJECT)
 
 
 def overlap(guess: torch.Tensor, picture: Picture) -> float:
@@ -42,31 +27,33 @@ def overlap(guess: torch.Tensor, picture: Picture) -> float:
 
 @pytest.mark.parametrize("index", range(REFERENCES))
 def test_the_teacher_finds_the_subject_in_a_photo_without_a_mask(
-    pair: ModelPair, pictures: list[Picture], index: int
+    mini_pair: ModelPair, backpack_pictures: list[Picture], index: int
 ) -> None:
-    image = torch.from_numpy(pictures[index].image.copy()).permute(2, 0, 1) / 127.5 - 1
-    found = subject_mask(image, SUBJECT, pair, seeded())
+    image = torch.from_numpy(backpack_pictures[index].image.copy()).permute(2, 0, 1) / 127.5 - 1
+    found = subject_mask(image, SUBJECT, mini_pair, seeded())
     assert found.shape == (1, 64, 64)
     assert found.min() == 0
     assert found.max() <= 1
-    assert overlap(found[0], pictures[index]) > 0.6
+    assert overlap(found[0], backpack_pictures[index]) > 0.6
 
 
 def test_a_photo_gets_the_mask_that_is_found_in_its_square_and_nothing_beside_it(
-    pair: ModelPair, pictures: list[Picture]
+    mini_pair: ModelPair, backpack_pictures: list[Picture]
 ) -> None:
     # The world's picture enlarged, between two margins that are not trained on.
     wide = Image.new("RGB", (256, 128), "white")
-    wide.paste(Image.fromarray(pictures[0].image).resize((128, 128)), (64, 0))
-    (found,) = with_masks([Photo(Path("wide.png"), wide, None, None, (64, 0, 192, 128))], SUBJECT, pair, 64, seeded())
+    wide.paste(Image.fromarray(backpack_pictures[0].image).resize((128, 128)), (64, 0))
+    (found,) = with_masks(
+        [Photo(Path("wide.png"), wide, None, None, (64, 0, 192, 128))], SUBJECT, mini_pair, 64, seeded()
+    )
     assert found.mask is not None
     values = torch.from_numpy(np.array(found.mask)) / 255
     assert values.shape == (128, 256)
     assert values[:, :64].max() == values[:, 192:].max() == 0
-    assert overlap(values[::2, 64:192:2], pictures[0]) > 0.6
+    assert overlap(values[::2, 64:192:2], backpack_pictures[0]) > 0.6
 
 
-def test_a_mask_that_a_photo_has_stays(pair: ModelPair, pictures: list[Picture]) -> None:
+def test_a_mask_that_a_photo_has_stays(mini_pair: ModelPair, backpack_pictures: list[Picture]) -> None:
     own = Image.new("L", (64, 64), 255)
-    photos = [Photo(Path("0.png"), Image.fromarray(pictures[0].image), own, None, (0, 0, 64, 64))]
-    assert with_masks(photos, SUBJECT, pair, 64, seeded()) == photos
+    photos = [Photo(Path("0.png"), Image.fromarray(backpack_pictures[0].image), own, None, (0, 0, 64, 64))]
+    assert with_masks(photos, SUBJECT, mini_pair, 64, seeded()) == photos
