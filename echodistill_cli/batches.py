@@ -153,8 +153,17 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
     signal, scale = teacher.schedule.signal(timesteps), settings.guidance_scale
     if settings.target_steps > 1:
-        # Drawn from the student's own noise, the target is a function of it: an average of many would be soft.
-        target = sample_latents(teacher, noise, conditioning, null, steps=settings.target_steps, guidance_scale=scale)
+        # With the student's own noise the target is a function of it: an average of many would be soft.
+        target = sample_latents(
+            teacher,
+            noise,
+            conditioning,
+            null,
+            steps=settings.target_steps,
+            guidance_scale=scale,
+            picture=x0.detach(),
+            strength=settings.target_strength,
+        )
         signal = torch.ones_like(signal)
         if settings.replays:
             state.targets.add(noise, target, prompts)

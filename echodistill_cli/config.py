@@ -125,21 +125,20 @@ class TrainConfig:
     target_steps: int = setting(
         1,
         "1: the target is the teacher's x0 of the renoised picture, as in the paper; more: what the teacher draws in "
-        "so many steps from the student's noise",
+        "so many steps, with the student's own noise",
         minimum=1,
     )
-    replays: int = setting(
-        0, "extra student updates a step on remembered targets, with --target-steps above 1", minimum=0
+    target_strength: float = setting(
+        1.0, "share of --target-steps: 1 from the noise, less from the picture renoised", minimum=0.0, maximum=1.0
     )
+    replays: int = setting(0, "extra student updates a step on remembered targets of --target-steps", minimum=0)
     class_share: float = setting(
         0.0,
         "share of the replays that show the class as the untouched student drew it; needs a class name",
         minimum=0.0,
         maximum=1.0,
     )
-    head_start: int = setting(
-        0, "teacher's steps before the first joint step, so that the student has somebody to learn from", minimum=0
-    )
+    head_start: int = setting(0, "teacher's steps alone before the first joint step, averaged at its end", minimum=0)
     carry_over: bool = setting(False, "start the student's LoRA from the teacher's, after its head start")
     scene_share: float = setting(
         0.0, "share of the student's samples asked for in a scene instead of as in the photos", minimum=0.0, maximum=1.0

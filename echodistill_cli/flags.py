@@ -108,6 +108,7 @@ FLAGS: tuple[Flag, ...] = (
             "train.weight_decay": "--weight-decay",
             "train.max_grad_norm": "--max-grad-norm",
             "train.target_steps": "--target-steps",
+            "train.target_strength": "--target-strength",
             "train.replays": "--replays",
             "train.head_start": "--head-start",
             "train.carry_over": "--carry-over/--no-carry-over",

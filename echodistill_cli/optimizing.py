@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.state import TrainingState, learning_rates
@@ -48,6 +48,12 @@ def optimize(state: TrainingState, loss: Tensor, parts: Sequence[str]) -> Metric
     for optimizer in optimizers.values():
         optimizer.step()
     return {f"grad_norm_{name}": norm for name, norm in norms.items()}
+
+
+def trained_weights(state: TrainingState, parts: Sequence[str]) -> list[nn.Parameter]:
+    """All that the optimizers of the named parts of the run move, in a fixed order."""
+    optimizers = [state.optimizers[name] for name in parts if name in state.optimizers]
+    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
 
 
 def _unscale_and_clip(optimizer: torch.optim.Optimizer, scale: float, state: TrainingState) -> float:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from echodistill_cli.conditioning import Conditioning
-from echodistill_cli.diffusion import ddim_step, guide, predict_x0, trailing_timesteps
+from echodistill_cli.diffusion import add_noise, ddim_step, guide, predict_x0, trailing_timesteps
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models import Denoiser, ModelPair, Role
 
@@ -77,15 +77,26 @@ def sample_latents(
     *,
     steps: int,
     guidance_scale: float,
+    picture: Tensor | None = None,
+    strength: float = 1.0,
 ) -> Tensor:
     """Clean latents [B, C, h, w] from unit noise in `steps` deterministic steps, trailing spacing.
+
+    Args:
+        picture: latents to begin with instead, given as much of the noise as the last `strength` of the steps need
+            (SDEdit, arXiv 2108.01073; at least one step is taken); at 1 they count for nothing.
 
     SDXL-Turbo is published with an ancestral scheduler, which adds new noise between steps. At one step the two are
     the same bit for bit; in more, the deterministic one keeps a picture a function of its seed and the steps alone.
     """
     scale = max(guidance_scale, 1.0)
-    noisy, _ = denoiser.pure_noise(noise)
-    timesteps = trailing_timesteps(denoiser.schedule, steps)
+    taken = steps if picture is None else max(1, round(strength * steps))
+    timesteps = trailing_timesteps(denoiser.schedule, steps)[steps - taken :]
+    if picture is None or taken == steps:
+        noisy, _ = denoiser.pure_noise(noise)
+    else:
+        first = torch.full((len(noise),), timesteps[0], device=noise.device)
+        noisy = add_noise(denoiser.schedule, picture, noise, first)
     for now, then in zip(timesteps, [*timesteps[1:], None], strict=True):
         at = torch.full((len(noise),), now, device=noise.device)
         x0 = teacher_x0(denoiser, noisy, at, conditioning, null, scale)

@@ -20,6 +20,7 @@ from echodistill_cli.adapters import (
     lora_tensors,
     trainable_parameters,
 )
+from echodistill_cli.averaging import WeightMean
 from echodistill_cli.conditioning import LearnedToken, check_token
 from echodistill_cli.config import Config, TrainConfig
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, build_discriminators, load_image_backbone
@@ -36,7 +37,8 @@ from echodistill_cli.training_set import TrainingSet, encode_photos
 class TrainingState:
     """A run's models, trained parts and progress.
 
-    `step` counts finished steps, `head_start_step` those of the teacher before them; `prior` is what is to be kept.
+    `step` counts finished steps, `head_start_step` those of the teacher before them, whose weights' mean
+    `head_start_mean` gathers; `prior` is what is to be kept.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class TrainingState:
     bad_steps_in_a_row: int = 0
     pool: EchoPool | None = None
     targets: TargetMemory = field(default_factory=TargetMemory)
+    head_start_mean: WeightMean = field(default_factory=WeightMean)
 
     @property
     def in_head_start(self) -> bool:
@@ -95,6 +98,7 @@ class TrainingState:
             "generator": self.generator.get_state(),
             "pool": vars(self.pool) if self.pool else None,
             "targets": self.targets.state_dict(),
+            "head_start_mean": self.head_start_mean.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,6 +119,7 @@ class TrainingState:
         self.generator.set_state(state["generator"])
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
         self.targets.load_state_dict(state["targets"], self.pair.device)
+        self.head_start_mean.load_state_dict(state["head_start_mean"], self.pair.device)
 
 
 def text_name(index: int) -> str:

@@ -30,7 +30,7 @@ from echodistill_cli.dataset import scene_prompt
 from echodistill_cli.diffusion import add_noise, prediction_target
 from echodistill_cli.discriminators import Discriminator
 from echodistill_cli.echo import EchoPool, refresh
-from echodistill_cli.optimizing import Metrics, count_skips, optimize, set_rates
+from echodistill_cli.optimizing import Metrics, count_skips, optimize, set_rates, trained_weights
 from echodistill_cli.prior import Prior
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
@@ -69,10 +69,18 @@ def begin(state: TrainingState) -> None:
 
 
 def head_start_step(state: TrainingState) -> Metrics:
-    """One step of the teacher alone, before the first joint step. Returns its losses, and the step's own number."""
+    """One step of the teacher alone, before the first joint step. Returns its losses, and the step's own number.
+
+    The last one leaves the mean of the weights over the second half of the head start.
+    """
     metrics = teacher_step(state)
     count_skips(state, metrics)
     state.head_start_step += 1
+    weights = trained_weights(state, ["teacher", "text"])
+    if 2 * state.head_start_step > state.config.train.head_start:
+        state.head_start_mean.add(weights)
+    if not state.in_head_start:
+        state.head_start_mean.move_into(weights)
     return {"head_start_step": float(state.head_start_step)} | metrics
 
 

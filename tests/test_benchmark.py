@@ -153,14 +153,14 @@ def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
 def test_ours_with_its_head_start_and_its_echo_stays_within_the_budget() -> None:
     costs = json.loads(proof.COSTS.read_text())
     assert 0.95 * costs["budget"] < proof.cost_of_ours(costs) <= costs["budget"]
-    # With every cost 1: 300 steps alone, 34 joint ones, and the echoes after steps 12, 20 and 28.
-    assert proof.cost_of_ours(dict.fromkeys(costs, 1.0)) == 337
+    # With every cost 1: 400 steps alone, 27 joint ones, and the echoes after steps 9, 17 and 25.
+    assert proof.cost_of_ours(dict.fromkeys(costs, 1.0)) == 430
 
 
 def test_a_run_of_another_length_has_its_share_of_every_phase_and_its_own_pictures() -> None:
-    assert proof.Run("ours", "dev", "dog", 0).lengths == {"train.steps": 34, "train.head_start": 300, "echo.start": 12}
+    assert proof.Run("ours", "dev", "dog", 0).lengths == {"train.steps": 27, "train.head_start": 400, "echo.start": 9}
     quarter = proof.Run("ours", "dev", "dog", 0, scale=0.25)
-    assert quarter.lengths == {"train.steps": 8, "train.head_start": 75, "echo.start": 3}
+    assert quarter.lengths == {"train.steps": 7, "train.head_start": 100, "echo.start": 2}
     files = [proof.sheet_file("ours", "dog", 0, scale) for scale in (0.25, 0.5, 1.0)]
     assert len(set(files)) == 3
 

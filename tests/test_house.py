@@ -42,6 +42,7 @@ ORDER = (
         "recolour",
         "training_set",
         "replay",
+        "averaging",
         "echo",
     ),
     *(

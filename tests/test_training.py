@@ -20,13 +20,14 @@ from echodistill_cli.conditioning import PromptEncoder
 from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.losses import photo_distance
-from echodistill_cli.optimizing import count_skips, optimize, set_rates
+from echodistill_cli.optimizing import count_skips, optimize, set_rates, trained_weights
 from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.training import (
     active_losses,
     begin,
     discriminator_step,
     echo_step,
+    head_start_step,
     student_step,
     teacher_prior,
     teacher_step,
@@ -609,6 +610,18 @@ def test_targets_of_several_steps_are_what_the_teacher_draws_from_the_same_noise
     assert not torch.equal(draw_student_pass_at(one, 7).target, draw_student_pass_at(again, 7).target)
 
 
+def test_targets_may_begin_with_the_students_picture_and_stay_nearer_to_it(new_state: NewState) -> None:
+    passes = [
+        draw_student_pass_at(new_state(train__target_steps=4, train__target_strength=strength), 7)
+        for strength in (1.0, 0.5, 0.0)
+    ]
+    assert all(torch.equal(one.pictures.latents, passes[0].pictures.latents) for one in passes)
+    distances = [float((one.target - one.pictures.latents.detach()).square().mean()) for one in passes]
+    assert distances[0] > distances[1] > distances[2] > 0
+    plain = draw_student_pass_at(new_state(train__target_steps=4), 7)
+    assert torch.equal(plain.target, passes[0].target)
+
+
 def draw_student_pass_at(state: TrainingState, seed: int) -> StudentPass:
     state.generator.manual_seed(seed)
     return draw_student_pass(state)
@@ -664,6 +677,22 @@ def test_the_teachers_head_start_comes_before_the_first_joint_step_only(
     monkeypatch.setattr(training, "teacher_step", lambda run: (taken.append(run.step), step(run))[1])
     steps(state, 2)
     assert taken == [0, 0, 0, 0, 1]
+
+
+def test_the_head_start_ends_at_the_mean_of_its_second_half(new_state: NewState) -> None:
+    state = new_state(train__head_start=4)
+    after: list[list[torch.Tensor]] = []
+    for _ in range(4):
+        head_start_step(state)
+        after.append([weight.detach().clone() for weight in trained_weights(state, ["teacher", "text"])])
+    alone = new_state(train__head_start=5)  # its fourth step is an inner one, where nothing is moved
+    for _ in range(4):
+        head_start_step(alone)
+    last = [weight.detach() for weight in trained_weights(alone, ["teacher", "text"])]
+    assert any(not torch.equal(mean, weight) for mean, weight in zip(after[3], last, strict=True))
+    for mean, third, fourth in zip(after[3], after[2], last, strict=True):
+        torch.testing.assert_close(mean, (third + fourth) / 2)
+    assert state.head_start_mean.count == 0
 
 
 def test_the_student_may_begin_with_what_the_teacher_has_learned(new_state: NewState) -> None:

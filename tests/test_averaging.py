@@ -1,0 +1,51 @@
+"""The running mean of weights: by hand, through a checkpoint, and in half precision."""
+
+from __future__ import annotations
+
+import torch
+
+from echodistill_cli.averaging import WeightMean
+
+CPU = torch.device("cpu")
+
+
+def test_the_mean_is_that_of_all_moments_and_is_forgotten_once_used() -> None:
+    weights = [torch.tensor([1.0, 2.0]), torch.tensor([[4.0]])]
+    mean = WeightMean()
+    mean.add(weights)
+    weights[0].add_(3)
+    mean.add(weights)
+    weights[0].add_(3)
+    weights[1].mul_(4)
+    mean.add(weights)
+    mean.move_into(weights)
+    torch.testing.assert_close(weights, [torch.tensor([4.0, 5.0]), torch.tensor([[8.0]])])
+    assert (mean.count, mean.means) == (0, [])
+
+
+def test_without_a_moment_weights_stay() -> None:
+    weight = torch.ones(2)
+    WeightMean().move_into([weight])
+    assert torch.equal(weight, torch.ones(2))
+
+
+def test_a_checkpoint_in_the_middle_changes_nothing() -> None:
+    first, second = torch.randn(3, generator=torch.Generator().manual_seed(0)), torch.ones(3)
+    whole, resumed = WeightMean(), WeightMean()
+    for weight in (first, second):
+        whole.add([weight])
+    before = WeightMean()
+    before.add([first])
+    resumed.load_state_dict(before.state_dict(), CPU)
+    resumed.add([second])
+    assert torch.equal(whole.means[0], resumed.means[0])
+
+
+def test_half_precision_weights_are_averaged_in_single() -> None:
+    weight = torch.tensor([1.0], dtype=torch.float16)
+    mean = WeightMean()
+    for step in range(1000):
+        weight.fill_(1 + (step % 2) * 2**-10)
+        mean.add([weight])
+    assert mean.means[0].dtype is torch.float32
+    torch.testing.assert_close(mean.means[0], torch.tensor([1 + 2**-11]), rtol=0, atol=1e-6)
