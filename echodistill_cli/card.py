@@ -48,7 +48,7 @@ pipe.load_lora_weights(".", weight_name="{file}")
 
 ## How it was made
 
-{steps} steps at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
+{steps} steps{head_start} at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
 Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
 Configuration `{digest}`; all of it is in `config.toml`, every step in `metrics.jsonl`.
 """
@@ -92,6 +92,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         side=config.model.resolution,
         guidance=config.train.guidance_scale,
         steps=state["step"],
+        head_start=f", after {alone} of the teacher alone," if (alone := state["head_start_step"]) else "",
         batch=config.train.batch_size,
         rank=config.adapter.rank,
         text=config.text.form,

@@ -14,9 +14,10 @@ from echodistill_cli.presets import build_config, config_hash
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
 
 
-def card(pool: int | None = 3, step: int = 700, **changes: Any) -> str:
+def card(pool: int | None = 3, step: int = 700, head_start: int = 0, **changes: Any) -> str:
     overrides = {"concept.class_name": "dog"} | {key.replace("__", "."): value for key, value in changes.items()}
-    state = {"photo_count": 5, "step": step, "pool": None if pool is None else {"prompts": ["a"] * pool}}
+    kept = None if pool is None else {"prompts": ["a"] * pool}
+    state = {"photo_count": 5, "step": step, "head_start_step": head_start, "pool": kept}
     return model_card(build_config("sd-turbo", overrides=overrides), state, LORA, "samples/step-000700.png")
 
 
@@ -40,6 +41,11 @@ def test_it_shows_the_pictures_and_how_to_draw_in_each_tool() -> None:
     assert "ComfyUI" in text
     assert "learned from 5 photos" in text
     assert "[stabilityai/sd-turbo](https://huggingface.co/stabilityai/sd-turbo)" in text
+
+
+def test_it_says_how_long_the_training_was_and_the_teachers_head_start() -> None:
+    assert "700 steps at 512 pixels" in card()
+    assert "700 steps, after 40 of the teacher alone, at 512 pixels" in card(head_start=40)
 
 
 def test_its_python_lines_are_python() -> None:
