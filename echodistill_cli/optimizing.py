@@ -52,12 +52,15 @@ def optimize(state: TrainingState, loss: Tensor, parts: Sequence[str]) -> Metric
 
 def trained_weights(state: TrainingState, parts: Sequence[str]) -> list[nn.Parameter]:
     """All that the optimizers of the named parts of the run move, in a fixed order."""
-    optimizers = [state.optimizers[name] for name in parts if name in state.optimizers]
-    return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    return [p for name in parts if name in state.optimizers for p in _parameters(state.optimizers[name])]
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _unscale_and_clip(optimizer: torch.optim.Optimizer, scale: float, state: TrainingState) -> float:
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.div_(scale)
