@@ -94,15 +94,21 @@ def load_lora_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def without_lora(module: Any) -> Iterator[None]:
-    """Inside, the module is its frozen base; a module that never got a LoRA always is.
+    """Inside, the module is its frozen base, one-step if a LoRA made it so; without a LoRA to train it always is.
 
     Not to be entered with gradient checkpointing on: the backward pass recomputes with the adapter, outside.
     """
     if not getattr(module, "_hf_peft_config_loaded", False):
         yield
         return
-    module.disable_adapters()
+    if is_distilled(module):
+        activate(module, 0.0)
+    else:
+        module.disable_adapters()
     try:
         yield
     finally:
-        module.enable_adapters()
+        if is_distilled(module):
+            activate(module)
+        else:
+            module.enable_adapters()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from echodistill_cli.adapters import without_lora
+from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.dataset import prompt_for, scene_prompt
 from echodistill_cli.diffusion import add_noise
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, Pictures, TeacherBackbone
@@ -145,11 +148,11 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     photo_like = math.ceil(batch * (1 - settings.scene_share)) or 1
     prompts = [_photo_prompt(state) for _ in range(photo_like)]
     prompts += [_scene_prompt(state) for _ in range(batch - photo_like)]
-    with torch.no_grad():
-        conditioning, null = pair.encoder.encode(prompts), pair.encoder.encode_null()
+    wanted = encode_for_student(state, prompts)
+    conditioning, null = wanted.detach(), pair.encoder.encode_null().detach()
     noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
     with torch.set_grad_enabled(not pair.alternating):
-        x0 = student_x0(pair.student, noise, conditioning)
+        x0 = student_x0(pair.student, noise, wanted)
     renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
     signal, scale = teacher.schedule.signal(timesteps), settings.guidance_scale
     if settings.target_steps > 1:
@@ -172,27 +175,56 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
             noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
             target = teacher_x0(teacher, noisy, timesteps, conditioning, null, scale)
     if pair.alternating:  # the graph is made only now, when the teacher is done
-        x0 = student_x0(pair.student, noise, conditioning)
+        x0 = student_x0(pair.student, noise, wanted)
     pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
     return StudentPass(state, pictures, target, signal, photo_like)
 
 
-def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
-    """Noise and targets [B, C, h, w] and B prompts: remembered targets, and the class as the untouched student drew it.
+def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:
+    """Prompts encoded; with gradient where the student's losses train the text side too."""
+    with torch.set_grad_enabled(state.config.text.trained_by == "both"):
+        return state.pair.encoder.encode(prompts)
 
-    Which of the two is drawn for each sample by itself, so that the shares are right in the long run.
+
+def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
+    """Noise and targets [B, C, h, w] and B prompts: remembered targets, and the class as the untouched student has it.
+
+    The class is shown in pictures of its own (`train.class_share`), and from a target's very noise, asked for in the
+    same words but for the subject's (`train.pair_share`): then nothing but that word can tell the two apart. Each
+    sample is chosen by itself, so that the shares are right in the long run.
     """
-    settings = state.config.train
+    settings, class_name = state.config.train, state.config.concept.class_name
     noise, target, prompts = state.targets.take(state.randint(len(state.targets), settings.batch_size).tolist())
-    if state.prior is None or not settings.class_share:
-        return noise, target, prompts
-    drawn = torch.rand(settings.batch_size, generator=state.generator)
-    chosen = (drawn < settings.class_share).nonzero().flatten().tolist()
-    rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
-    noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
-    for index, row in zip(chosen, rows, strict=True):
-        prompts[index] = state.prior.prompts[row]
+    if state.prior is not None and settings.class_share:
+        chosen = _chosen(state, settings.class_share)
+        rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
+        noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
+        for index, row in zip(chosen, rows, strict=True):
+            prompts[index] = state.prior.prompts[row]
+    if class_name is not None and settings.pair_share:
+        subject = state.config.subject
+        paired = [index for index in _chosen(state, settings.pair_share) if subject in prompts[index]]
+        for index in paired:
+            prompts[index] = prompts[index].replace(subject, class_name)
+        if paired:
+            target[paired] = untouched_x0(state, noise[paired], [prompts[index] for index in paired])
     return noise, target, prompts
+
+
+def _chosen(state: TrainingState, share: float) -> list[int]:
+    """A share of a batch's rows, each drawn by itself."""
+    drawn = torch.rand(state.config.train.batch_size, generator=state.generator)
+    return [int(row) for row in (drawn < share).nonzero().flatten()]
+
+
+@torch.no_grad()
+def untouched_x0(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+    """What student and text encoder made of some noise and prompts before they were trained, [B, C, h, w]."""
+    with ExitStack() as untrained:
+        for name, module in state.trained_modules().items():
+            if name != "teacher":
+                untrained.enter_context(without_lora(module))
+        return student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts))
 
 
 def _photo_prompt(state: TrainingState) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.settings import check_section, setting
+from echodistill_cli.settings import check_section, setting, share
 
 _PREDICTIONS = ("auto", "epsilon", "v_prediction")
 
@@ -36,11 +36,8 @@ class ConceptConfig:
         "of the teacher's views. custom-diffusion: pasted small or zoomed into, as in the paper; plain: as they are",
         choices=("custom-diffusion", "plain"),
     )
-    recolour: float = setting(
-        0.0,
-        "share of the teacher's views with the subject in another colour, which the prompt names; needs a class name",
-        minimum=0.0,
-        maximum=1.0,
+    recolour: float = share(
+        0.0, "share of the teacher's views with the subject in another colour, named in the prompt; needs a class name"
     )
     scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
     class_prompts: tuple[str, ...] = setting(
@@ -93,12 +90,17 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text side that teacher and student share; trained by the teacher's denoising loss alone."""
+    """The text side that teacher and student share."""
 
     form: str = setting(
         "lora",
         "lora: on the text encoder's attention; token: one learned vector; frozen: nothing",
         choices=("lora", "token", "frozen"),
+    )
+    trained_by: str = setting(
+        "teacher",
+        "teacher: its denoising loss alone, as in the paper; both: the student's losses too",
+        choices=("teacher", "both"),
     )
     rank: int = setting(8, "rank of the text encoder's LoRA", minimum=1)
     initializer: str | None = setting(None, "word whose vector a learned token starts from; unset: the class name")
@@ -128,21 +130,17 @@ class TrainConfig:
         "so many steps, with the student's own noise",
         minimum=1,
     )
-    target_strength: float = setting(
-        1.0, "share of --target-steps: 1 from the noise, less from the picture renoised", minimum=0.0, maximum=1.0
-    )
+    target_strength: float = share(1.0, "share of --target-steps: 1 from the noise, less from the picture renoised")
     replays: int = setting(0, "extra student updates a step on remembered targets of --target-steps", minimum=0)
-    class_share: float = setting(
-        0.0,
-        "share of the replays that show the class as the untouched student drew it; needs a class name",
-        minimum=0.0,
-        maximum=1.0,
+    class_share: float = share(
+        0.0, "share of the replays that show the class as the untouched student drew it; needs a class name"
+    )
+    pair_share: float = share(
+        0.0, "share of the replays that ask for the class alone and keep what was drawn of it; needs a class name"
     )
     head_start: int = setting(0, "teacher's steps alone before the first joint step, averaged at its end", minimum=0)
     carry_over: bool = setting(False, "start the student's LoRA from the teacher's, after its head start")
-    scene_share: float = setting(
-        0.0, "share of the student's samples asked for in a scene instead of as in the photos", minimum=0.0, maximum=1.0
-    )
+    scene_share: float = share(0.0, "share of the student's samples asked for in a scene instead of as in the photos")
     guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
     gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
@@ -195,7 +193,7 @@ class EchoConfig:
     max_similarity: float = setting(
         0.98, "cosine to a photo or to a kept picture above which a picture is a copy", maximum=1.0
     )
-    teacher_share: float = setting(0.25, "share of the teacher's samples drawn from the pool", minimum=0.0, maximum=1.0)
+    teacher_share: float = share(0.25, "share of the teacher's samples drawn from the pool")
     teacher_noise: float = setting(
         0.0,
         "least noise at which the teacher learns from the pool, as a share of the schedule",

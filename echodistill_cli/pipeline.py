@@ -227,6 +227,7 @@ def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
         "--recolour": config.concept.recolour,
         "--prior-weight": config.loss.prior,
         "--class-share": config.train.replays and config.train.class_share,
+        "--pair-share": config.train.replays and config.train.pair_share,
     }
     if config.concept.class_name is None and any(wanting.values()):
         yield f"Without --class-name nothing comes of {', '.join(flag for flag, on in wanting.items() if on)}."

@@ -26,6 +26,11 @@ def setting(
     return field(default=default, metadata=bounds)
 
 
+def share(default: float, about: str) -> Any:
+    """A setting from 0 to 1."""
+    return setting(default, about, minimum=0.0, maximum=1.0)
+
+
 def nearest(word: str, known: Sequence[str]) -> str | None:
     """The one of `known` that `word` was most likely meant to be, if any is near."""
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)

@@ -25,6 +25,7 @@ from echodistill_cli.batches import (
     draw_student_pass,
     draw_teacher_batch,
     draw_timesteps,
+    encode_for_student,
 )
 from echodistill_cli.dataset import scene_prompt
 from echodistill_cli.diffusion import add_noise, prediction_target
@@ -85,7 +86,7 @@ def head_start_step(state: TrainingState) -> Metrics:
 
 
 def teacher_step(state: TrainingState) -> Metrics:
-    """Concept in: the teacher's denoising loss on photos, which alone also trains the shared text side."""
+    """Concept in: the teacher's denoising loss on photos, which also trains the shared text side."""
     teacher = state.pair.role("teacher")
     batch = draw_teacher_batch(state)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
@@ -131,7 +132,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
             values = values * student_pass.signal if term.by_signal else values
             metrics[term.name] = float(values.detach().mean())
             total = total + getattr(state.config.loss, term.name) * values.mean()
-        metrics |= optimize(state, total, ["student"])
+        metrics |= optimize(state, total, student_parts(state))
     return student_pass, metrics
 
 
@@ -141,11 +142,15 @@ def replay_step(state: TrainingState) -> Metrics:
     A few pictures of the class, in other colours say, keep such words alive that no photo of the subject obeys.
     """
     noise, target, prompts = draw_replay(state)
-    with torch.no_grad():
-        conditioning = state.pair.encoder.encode(prompts)
-    loss = losses.latent_alignment(student_x0(state.pair.student, noise, conditioning), target).mean()
-    moved = optimize(state, state.config.loss.latent * loss, ["student"])
+    drawn = student_x0(state.pair.student, noise, encode_for_student(state, prompts))
+    loss = losses.latent_alignment(drawn, target).mean()
+    moved = optimize(state, state.config.loss.latent * loss, student_parts(state))
     return {"replay": float(loss.detach())} | {key: value for key, value in moved.items() if key.startswith("skipped")}
+
+
+def student_parts(state: TrainingState) -> list[str]:
+    """What the student's losses move: its LoRA and, if they shall, the text side that it shares with the teacher."""
+    return ["student", "text"] if state.config.text.trained_by == "both" else ["student"]
 
 
 def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metrics:
@@ -223,8 +228,7 @@ def _student_prior(student_pass: StudentPass) -> Tensor:
     state = student_pass.state
     assert state.prior is not None
     rows = prior_rows(state, state.prior)
-    with torch.no_grad():
-        conditioning = state.pair.encoder.encode([state.prior.prompts[row] for row in rows])
+    conditioning = encode_for_student(state, [state.prior.prompts[row] for row in rows])
     drawn = student_x0(state.pair.student, state.prior.noise[rows], conditioning)
     return losses.latent_alignment(drawn, state.prior.latents[rows])
 

@@ -371,6 +371,7 @@ def test_what_needs_a_class_name_is_said_to_be_off_without(photo_folder: Path) -
     (warning,) = [text for text in command(*line).result["warnings"] if "--class-name" in text]
     assert "--recolour" in warning
     assert "--class-share" in warning
+    assert "--pair-share" in warning
     assert not any("--class-name" in text for text in command(*line, "--class", "dog").result["warnings"])
 
 

@@ -15,6 +15,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from echodistill_cli.adapters import DISTILLED, UNET_TARGETS, add_lora, trainable_parameters
+from echodistill_cli.batches import untouched_x0
 from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.config import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
@@ -23,6 +24,7 @@ from echodistill_cli.models import ModelPair, load_pair
 from echodistill_cli.pair import Denoiser
 from echodistill_cli.pipeline import SampleRequest, sample, train
 from echodistill_cli.presets import build_config
+from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import build_state
 from echodistill_cli.training import training_step
 from tests.small import small_config, small_photos
@@ -168,6 +170,25 @@ def test_training_moves_both_roles_adapters_and_nothing_else(
         assert all(torch.equal(named[name], value) for name, value in kept.items())
         assert len(moved) == 2 * 2 * 17
         assert not any(torch.equal(a, b) for a, b in zip(moved, trainable_parameters(unet), strict=True))
+
+
+def test_untouched_a_distilled_base_still_draws_in_one_step(
+    small_sdxl_pair: Pair, distillation: Path, small_backbones: dict[str, Path]
+) -> None:
+    config = configure(small_sdxl_pair[1], distillation, small_backbones, train__lr=0.1)
+    state = build_state(config, small_photos())
+    noise = torch.randn(1, *state.photos.latents.shape[1:])
+
+    def drawn() -> torch.Tensor:
+        with torch.no_grad():
+            return student_x0(state.pair.student, noise, state.pair.encoder.encode(["a dog"]))
+
+    before = drawn()
+    training_step(state)
+    after = drawn()
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(untouched_x0(state, noise, ["a dog"]), before)
+    assert torch.equal(drawn(), after)
 
 
 def test_a_run_over_a_distilled_base_writes_files_that_are_read_back_and_drawn_with(

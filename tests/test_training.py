@@ -15,12 +15,20 @@ from torch import Tensor
 
 from echodistill_cli import training
 from echodistill_cli.adapters import lora_tensors
-from echodistill_cli.batches import StudentPass, draw_reals, draw_replay, draw_student_pass, draw_teacher_batch
+from echodistill_cli.batches import (
+    StudentPass,
+    draw_reals,
+    draw_replay,
+    draw_student_pass,
+    draw_teacher_batch,
+    untouched_x0,
+)
 from echodistill_cli.conditioning import PromptEncoder
 from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.losses import photo_distance
 from echodistill_cli.optimizing import count_skips, optimize, set_rates, trained_weights
+from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.training import (
     active_losses,
@@ -28,6 +36,7 @@ from echodistill_cli.training import (
     discriminator_step,
     echo_step,
     head_start_step,
+    replay_step,
     student_step,
     teacher_prior,
     teacher_step,
@@ -645,6 +654,48 @@ def test_replays_show_the_class_as_it_was_among_the_targets(new_state: NewState)
     assert 0.15 < sum("sks" not in prompt for prompt in drawn) / len(drawn) < 0.35
     assert all("sks" in prompt for prompt in some.targets.prompts)  # what is remembered is not written over
     assert "teacher_prior" not in steps(some, 1)[0]  # the prior's own losses have a weight of their own
+
+
+@each_text_form
+def test_pairs_ask_for_the_class_from_the_same_noise_and_keep_what_was_drawn_of_it(
+    new_state: NewState, form: str
+) -> None:
+    replayed = {"train__target_steps": 2, "train__replays": 1, "train__batch_size": 4, "train__lr": 0.05}
+    state = new_state(**replayed, train__pair_share=1.0, text__form=form, text__trained_by="both", train__text_lr=0.05)
+    before = torch.randn(4, *state.photos.latents.shape[1:], generator=torch.Generator().manual_seed(3))
+    drawn = student_x0(state.pair.student, before, state.pair.encoder.encode(["a dog"] * 4))
+    steps(state, 3)
+    now = student_x0(state.pair.student, before, state.pair.encoder.encode(["a dog"] * 4))
+    assert not torch.equal(now, drawn)
+    assert torch.equal(untouched_x0(state, before, ["a dog"] * 4), drawn)
+
+    remembered = [prompt.replace("sks dog", "dog") for prompt in state.targets.prompts]
+    noise, target, prompts = draw_replay(state)
+    assert set(prompts) <= set(remembered)
+    assert not any("sks" in prompt for prompt in prompts)
+    torch.testing.assert_close(target, untouched_x0(state, noise, prompts))
+    assert all("sks" in prompt for prompt in state.targets.prompts)  # what is remembered is not written over
+
+    some = new_state(**replayed, train__pair_share=0.25)
+    draw_student_pass(some)
+    drawn_prompts = [prompt for _ in range(100) for prompt in draw_replay(some)[2]]
+    assert 0.15 < sum("sks" not in prompt for prompt in drawn_prompts) / len(drawn_prompts) < 0.35
+
+
+@pytest.mark.parametrize("form", ["lora", "token"])
+@pytest.mark.parametrize(("trained_by", "moves"), [("teacher", {"student"}), ("both", {"student", "text"})])
+def test_the_students_losses_train_the_text_side_where_they_shall(
+    new_state: NewState, form: str, trained_by: str, moves: set[str]
+) -> None:
+    state = new_state(
+        text__form=form, text__trained_by=trained_by, train__target_steps=2, train__replays=1, loss__prior=1.0
+    )
+    before = trained(state)
+    student_step(state)
+    assert moved(before, state) == moves
+    before = trained(state)
+    replay_step(state)
+    assert moved(before, state) == moves
 
 
 def test_recoloured_views_are_the_teachers_alone_and_change_no_other_view(new_state: NewState) -> None:
