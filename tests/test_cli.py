@@ -367,7 +367,7 @@ def test_a_dry_run_is_a_table_or_json_and_writes_nothing(
 
 
 def test_what_needs_a_class_name_is_said_to_be_off_without(photo_folder: Path) -> None:
-    line = ("train", photo_folder, "--model", "mini", "--dry-run", "--json")
+    line = ("train", photo_folder, "--model", "mini", "--pair-share", "0.2", "--dry-run", "--json")
     (warning,) = [text for text in command(*line).result["warnings"] if "--class-name" in text]
     assert "--recolour" in warning
     assert "--class-share" in warning
