@@ -182,7 +182,7 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
 
 def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:
     """Prompts encoded; with gradient where the student's losses train the text side too."""
-    with torch.set_grad_enabled(state.config.text.trained_by == "both"):
+    with torch.set_grad_enabled("text" in state.student_parts):
         return state.pair.encoder.encode(prompts)
 
 

@@ -65,6 +65,11 @@ class TrainingState:
         planned = self.config.train.head_start if self.config.loss.denoising else 0
         return self.step == 0 and self.head_start_step < planned
 
+    @property
+    def student_parts(self) -> list[str]:
+        """What the student's losses move: its LoRA and, if they shall, the text side that it shares with the teacher."""
+        return ["student", "text"] if self.config.text.trained_by == "both" else ["student"]
+
     def randn_like(self, other: Tensor) -> Tensor:
         """Unit noise of another tensor's shape and device, drawn on the CPU from the run's generator."""
         return torch.randn(other.shape, generator=self.generator).to(other.device)

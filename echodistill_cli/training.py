@@ -132,7 +132,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
             values = values * student_pass.signal if term.by_signal else values
             metrics[term.name] = float(values.detach().mean())
             total = total + getattr(state.config.loss, term.name) * values.mean()
-        metrics |= optimize(state, total, student_parts(state))
+        metrics |= optimize(state, total, state.student_parts)
     return student_pass, metrics
 
 
@@ -144,13 +144,8 @@ def replay_step(state: TrainingState) -> Metrics:
     noise, target, prompts = draw_replay(state)
     drawn = student_x0(state.pair.student, noise, encode_for_student(state, prompts))
     loss = losses.latent_alignment(drawn, target).mean()
-    moved = optimize(state, state.config.loss.latent * loss, student_parts(state))
+    moved = optimize(state, state.config.loss.latent * loss, state.student_parts)
     return {"replay": float(loss.detach())} | {key: value for key, value in moved.items() if key.startswith("skipped")}
-
-
-def student_parts(state: TrainingState) -> list[str]:
-    """What the student's losses move: its LoRA and, if they shall, the text side that it shares with the teacher."""
-    return ["student", "text"] if state.config.text.trained_by == "both" else ["student"]
 
 
 def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metrics:
