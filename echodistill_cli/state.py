@@ -67,7 +67,7 @@ class TrainingState:
 
     @property
     def student_parts(self) -> list[str]:
-        """What the student's losses move: its LoRA and, if they shall, the text side that it shares with the teacher."""
+        """What the student's losses move: its LoRA and, if they shall, the text side it shares with the teacher."""
         return ["student", "text"] if self.config.text.trained_by == "both" else ["student"]
 
     def randn_like(self, other: Tensor) -> Tensor:
