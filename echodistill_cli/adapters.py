@@ -26,6 +26,8 @@ DISTILLED = "distilled"
 UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
     "cross-kv": ("attn2.to_k", "attn2.to_v"),
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    # Where a UNet has no attention, as on its finest level, the convolutions are all that can learn a subject's detail.
+    "attention-conv": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"),
 }
 
 # All four or none: A1111 applies a text encoder's attention block only when it is complete.

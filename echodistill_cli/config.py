@@ -83,8 +83,9 @@ class AdapterConfig:
     alpha: float | None = setting(None, "LoRA alpha; unset means alpha = rank", minimum=1e-6)
     targets: str = setting(
         "cross-kv",
-        "cross-kv: key and value of the cross-attention, as in the paper; attention: all attention projections",
-        choices=("cross-kv", "attention"),
+        "cross-kv: key and value of the cross-attention, as in the paper; attention: all attention projections; "
+        "attention-conv: and both convolutions of every residual block",
+        choices=("cross-kv", "attention", "attention-conv"),
     )
 
 

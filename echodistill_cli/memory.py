@@ -40,17 +40,17 @@ FAMILIES: Mapping[str, FamilySize] = {
     "sd": FamilySize(
         unet=865_910_724,
         text=340_387_840,
-        adapter={"cross-kv": 57_728, "attention": 207_488},
+        adapter={"cross-kv": 57_728, "attention": 207_488, "attention-conv": 697_088},
         text_adapter=188_416,
-        activations={"cross-kv": 0.66, "attention": 0.94},
+        activations={"cross-kv": 0.66, "attention": 0.94, "attention-conv": 1.08},
         checkpointed=0.11,
     ),
     "sdxl": FamilySize(
         unet=2_567_463_684,
         text=123_060_480 + 694_659_840,
-        adapter={"cross-kv": 453_120, "attention": 1_451_520},
+        adapter={"cross-kv": 453_120, "attention": 1_451_520, "attention-conv": 1_778_560},
         text_adapter=73_728 + 327_680,
-        activations={"cross-kv": 1.30, "attention": 1.90},
+        activations={"cross-kv": 1.30, "attention": 1.90, "attention-conv": 2.06},
         checkpointed=0.12,
     ),
 }

@@ -29,7 +29,7 @@ def load_unet(pair: tuple[Path, Path], dtype: torch.dtype = torch.float32) -> An
     return UNet2DConditionModel.from_pretrained(pair[0] / "unet", dtype=dtype)
 
 
-@pytest.fixture(params=["cross-kv", "attention", "text"])
+@pytest.fixture(params=["cross-kv", "attention", "attention-conv", "text"])
 def part(request: pytest.FixtureRequest, small_pair: tuple[Path, Path]) -> Part:
     """A module and its targets, before it has LoRA."""
     if request.param == "text":

@@ -75,7 +75,7 @@ def make_case(
                 "text__form": text,
                 "concept__token": word,
                 "adapter__alpha": 6.0,
-                "adapter__targets": "attention",
+                "adapter__targets": "attention-conv",
             }
             plain = {"critic__discriminators": (), "critic__identity": "none", "loss__adversarial": 0.0}
             output = str(tmp_path_factory.mktemp("runs") / "sks-dog")
@@ -97,7 +97,8 @@ def _strengthen(state: TrainingState) -> None:
     modules = (state.pair.student.unet, state.pair.role("teacher").unet, *state.pair.encoder.encoders)
     parameters = [parameter for module in modules for parameter in trainable_parameters(module)]
     for parameter in [*parameters, *(state.token.vectors if state.token else ())]:
-        parameter.data.add_(0.3 * torch.randn_like(parameter))
+        strength = 0.1 if parameter.dim() == 4 else 0.3  # a kernel has nine times the weights, whose rounding adds up
+        parameter.data.add_(strength * torch.randn_like(parameter))
 
 
 def draw(pair: ModelPair, prompt: str, role: Any = "student") -> np.ndarray:

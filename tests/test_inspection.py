@@ -65,9 +65,9 @@ def adapter(paths: list[str], context: int, component: str = "unet") -> LoraWeig
     return LoraWeights(component, tensors, rank=1, alpha=2.0)
 
 
-def attention_and_text(family: str) -> list[LoraWeights]:
-    """What `--adapter-targets attention --text lora` trains, at the true architecture."""
-    unet = [path for path in lora_keys.unet_paths(family) if ".attn" in path]
+def attention_and_text(family: str, also: tuple[str, ...] = ()) -> list[LoraWeights]:
+    """What `--targets attention --text lora` trains, and modules with other endings, at the true architecture."""
+    unet = [path for path in lora_keys.unet_paths(family) if ".attn" in path or path.endswith(also)]
     weights = [adapter(unet, lora_keys.ARCHITECTURES[family].context)]
     for component, layers in lora_keys.ARCHITECTURES[family].text_layers.items():
         text = [path for path in lora_keys.text_paths(layers) if path.endswith(TEXT_TARGETS)]
@@ -98,6 +98,15 @@ def test_every_reader_loads_our_kohya_file_completely(family: str, attention: in
     assert (found.modules["unet"], found.modules["text_encoder"]) == (attention, text)
     assert (found.ranks, found.alphas, found.scales) == ((1,), (1.0,), (1.0,))
     assert [verdict.reader for verdict in found.readers] == list(READERS)
+    for verdict in found.readers:
+        assert (verdict.loads, verdict.matched, verdict.unmatched) == ("fully", len(tensors), 0), verdict
+
+
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_every_reader_loads_the_convolutions_too(family: str, tmp_path: Path) -> None:
+    tensors = kohya_tensors(attention_and_text(family, ("conv1", "conv2")), card(family).family, torch.float16)
+    assert sum("in_layers" in key or "conv1" in key for key in tensors) == {"sd2": 22, "sdxl": 17}[family] * 3
+    found = inspect(tmp_path, tensors, header(card(family), tensors))
     for verdict in found.readers:
         assert (verdict.loads, verdict.matched, verdict.unmatched) == ("fully", len(tensors), 0), verdict
 

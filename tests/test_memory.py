@@ -51,8 +51,9 @@ def count(module: torch.nn.Module) -> int:
 
 def lora_size(module: torch.nn.Module, targets: tuple[str, ...]) -> int:
     """LoRA parameters per rank."""
-    layers = (layer for name, layer in module.named_modules() if name.endswith(targets))
-    return sum(layer.in_features + layer.out_features for layer in layers if isinstance(layer, torch.nn.Linear))
+    weights = [layer.weight for name, layer in module.named_modules() if name.endswith(targets)]
+    # A convolution's A has its kernel, and B is 1 × 1.
+    return sum(weight[0].numel() + weight.shape[0] for weight in weights)
 
 
 @pytest.fixture
