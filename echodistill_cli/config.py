@@ -117,6 +117,7 @@ class TrainConfig:
     lr: float = setting(1e-4, "learning rate of the student's LoRA", minimum=0.0)
     teacher_lr: float = setting(1e-4, "learning rate of the teacher's LoRA", minimum=0.0)
     text_lr: float = setting(5e-5, "learning rate of the text side", minimum=0.0)
+    joint_text_share: float = share(1.0, "share of text_lr that is left once the head start is over")
     discriminator_lr: float = setting(1e-4, "learning rate of the discriminator heads", minimum=0.0)
     lr_schedule: str = setting(
         "constant",
@@ -249,8 +250,9 @@ class Config:
 
     @property
     def name(self) -> str:
-        """Name of the run and its files."""
-        return self.run.name or self.subject.replace(" ", "-")
+        """Name of the run and its files; not the token alone if a learned word's file has that."""
+        alone = self.text.form == "token" and self.concept.class_name is None
+        return self.run.name or self.subject.replace(" ", "-") + "-lora" * alone
 
     @property
     def output(self) -> Path:

@@ -74,7 +74,7 @@ def check_name(config: Config) -> None:
     if config.text.form == "token" and config.name == config.concept.token:
         raise ConfigError(
             f"The LoRA and the learned word would both be {config.name}.safetensors.",
-            "Say what the subject is with --class-name, or choose another --name.",
+            "Choose another --name.",
         )
 
 

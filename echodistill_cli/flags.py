@@ -104,6 +104,7 @@ FLAGS: tuple[Flag, ...] = (
             "train.lr": "--lr --learning-rate",
             "train.teacher_lr": "--teacher-lr",
             "train.text_lr": "--text-lr --token-lr --text-encoder-lr",
+            "train.joint_text_share": "--joint-text-share",
             "train.discriminator_lr": "--discriminator-lr --disc-lr",
             "train.lr_schedule": "--lr-schedule --lr-scheduler",
             "train.weight_decay": "--weight-decay",

@@ -177,7 +177,7 @@ def test_off_and_none_and_lists_are_understood() -> None:
         ("train p --name none --dry-run", "Choose another --name"),
         ("train p --token a/b --dry-run", "--token 'a/b'"),
         ("train p --class-name a:b --dry-run", "--class-name 'a:b'"),
-        ("train p --text token --dry-run", "--class-name"),
+        ("train p --text token --name sks --dry-run", "Choose another --name"),
         ("train", "train PHOTOS --token"),
         ("train --resume", "There is no run under runs/"),
         ("train p --resume -o nowhere", "nowhere is not a run folder"),

@@ -224,6 +224,8 @@ def test_names_and_places_follow_from_the_subject() -> None:
     assert Config().subject == "sks"
     elsewhere = config_from_dict({"run": {"name": "mine", "output": "out"}})
     assert (elsewhere.name, elsewhere.output) == ("mine", Path("out"))
+    word = config_from_dict({"text": {"form": "token"}})
+    assert word.name == f"{word.concept.token}-lora"  # the word's own file is named after the token
 
 
 def test_alpha_is_the_rank_unless_it_is_set() -> None:

@@ -772,6 +772,15 @@ def test_learning_rates_stay_or_fall_to_0_over_the_steps(new_state: NewState) ->
     assert rates("cosine") == pytest.approx([2e-3, 1e-3 * (1 + half), 1e-3, 1e-3 * (1 - half), 0.0])
 
 
+def test_the_text_side_slows_down_once_the_head_start_is_over(new_state: NewState) -> None:
+    state = new_state(train__text_lr=2e-3, train__joint_text_share=0.25, train__head_start=1)
+    head_start_step(state)
+    assert state.optimizers["text"].param_groups[0]["lr"] == 2e-3
+    training_step(state)
+    assert state.optimizers["text"].param_groups[0]["lr"] == 5e-4
+    assert state.optimizers["student"].param_groups[0]["lr"] == state.config.train.lr
+
+
 def test_a_step_is_taken_at_the_rate_of_its_number(new_state: NewState) -> None:
     state = new_state(train__lr_schedule="cosine", train__steps=2)
     steps(state, 2)
