@@ -169,7 +169,7 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
         )
         signal = torch.ones_like(signal)
         if settings.replays:
-            state.targets.add(noise, target, prompts)
+            state.targets.add(noise, target, prompts, _as_class(state, noise, prompts))
     else:
         with torch.no_grad():
             noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
@@ -194,21 +194,28 @@ def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
     sample is chosen by itself, so that the shares are right in the long run.
     """
     settings, class_name = state.config.train, state.config.concept.class_name
-    noise, target, prompts = state.targets.take(state.randint(len(state.targets), settings.batch_size).tolist())
+    remembered = state.randint(len(state.targets), settings.batch_size).tolist()
+    noise, target, prompts = state.targets.take(remembered)
     if state.prior is not None and settings.class_share:
         chosen = _chosen(state, settings.class_share)
         rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
         noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
         for index, row in zip(chosen, rows, strict=True):
             prompts[index] = state.prior.prompts[row]
-    if class_name is not None and settings.pair_share:
-        subject = state.config.subject
-        paired = [index for index in _chosen(state, settings.pair_share) if subject in prompts[index]]
-        for index in paired:
-            prompts[index] = prompts[index].replace(subject, class_name)
-        if paired:
-            target[paired] = untouched_x0(state, noise[paired], [prompts[index] for index in paired])
+    if class_name is not None and state.targets.untouched is not None:
+        for index in _chosen(state, settings.pair_share):
+            if state.config.subject in prompts[index]:
+                prompts[index] = prompts[index].replace(state.config.subject, class_name)
+                target[index] = state.targets.untouched[remembered[index]]
     return noise, target, prompts
+
+
+def _as_class(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor | None:
+    """What the untouched student makes of a batch's noise with the class in the subject's place, if pairs are shown."""
+    class_name = state.config.concept.class_name
+    if class_name is None or not state.config.train.pair_share:
+        return None
+    return untouched_x0(state, noise, [prompt.replace(state.config.subject, class_name) for prompt in prompts])
 
 
 def _chosen(state: TrainingState, share: float) -> list[int]:

@@ -18,20 +18,21 @@ class TargetMemory:
 
     Args:
         noise, latents: [N, C, h, w], what the student began with and what the teacher made of it. prompts: N texts.
+        untouched: [N, C, h, w], what the untouched student made of that noise and the class; None if nobody asks.
     """
 
     noise: Tensor | None = None
     latents: Tensor | None = None
+    untouched: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def add(self, noise: Tensor, latents: Tensor, prompts: Sequence[str]) -> None:
+    def add(self, noise: Tensor, latents: Tensor, prompts: Sequence[str], untouched: Tensor | None = None) -> None:
         """Remember a batch; the oldest are forgotten."""
-        noises = noise if self.noise is None else torch.cat((self.noise, noise))
-        targets = latents if self.latents is None else torch.cat((self.latents, latents))
-        self.noise, self.latents = noises[-REMEMBERED:].detach(), targets[-REMEMBERED:].detach()
+        self.noise, self.latents = _newest(self.noise, noise), _newest(self.latents, latents)
+        self.untouched = None if untouched is None else _newest(self.untouched, untouched)
         self.prompts = [*self.prompts, *prompts][-REMEMBERED:]
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
@@ -46,6 +47,13 @@ class TargetMemory:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """What `state_dict` gave, on a device."""
-        tensors = {key: None if state[key] is None else state[key].to(device) for key in ("noise", "latents")}
-        self.noise, self.latents = tensors["noise"], tensors["latents"]
+        tensors = ("noise", "latents", "untouched")
+        self.noise, self.latents, self.untouched = (
+            None if state[key] is None else state[key].to(device) for key in tensors
+        )
         self.prompts = list(state["prompts"])
+
+
+def _newest(remembered: Tensor | None, more: Tensor) -> Tensor:
+    joined = more if remembered is None else torch.cat((remembered, more))
+    return joined[-REMEMBERED:].detach()

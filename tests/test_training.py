@@ -706,6 +706,7 @@ def test_recoloured_views_are_the_teachers_alone_and_change_no_other_view(new_st
     for index, colour in enumerate(colours):
         assert bool(colour) != torch.equal(plain.photos.latents[index], some.photos.latents[index])
     assert torch.equal(plain.photos.real_latents, some.photos.real_latents)
+    assert torch.equal(plain.photos.masks, some.photos.masks)
     assert not any(view.colour for view in new_state(concept__recolour=0.5, concept__class_name=None).photos.views)
 
 
