@@ -163,14 +163,14 @@ def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
 def test_the_budget_is_what_ours_costs_with_its_head_start_and_its_echo() -> None:
     costs = json.loads(proof.COSTS.read_text())
     assert proof.cost_of_ours(costs) == pytest.approx(costs["budget"], rel=0.001)
-    # With every cost 1: 200 steps alone, 42 joint ones, and the echoes after steps 14, 23, 32 and 41.
-    assert proof.cost_of_ours(dict.fromkeys(costs, 1.0)) == 246
+    # With every cost 1: 200 steps alone, 45 joint ones, and the echoes after steps 14, 23, 32 and 41.
+    assert proof.cost_of_ours(dict.fromkeys(costs, 1.0)) == 249
 
 
 def test_a_run_of_another_length_has_its_share_of_every_phase_and_its_own_pictures() -> None:
-    assert proof.Run("ours", "dev", "dog", 0).lengths == {"train.steps": 42, "train.head_start": 200, "echo.start": 14}
+    assert proof.Run("ours", "dev", "dog", 0).lengths == {"train.steps": 45, "train.head_start": 200, "echo.start": 14}
     quarter = proof.Run("ours", "dev", "dog", 0, scale=0.25)
-    assert quarter.lengths == {"train.steps": 10, "train.head_start": 50, "echo.start": 4}
+    assert quarter.lengths == {"train.steps": 11, "train.head_start": 50, "echo.start": 4}
     files = [proof.sheet_file("ours", "dog", 0, scale) for scale in (0.25, 0.5, 1.0)]
     assert len(set(files)) == 3
 
