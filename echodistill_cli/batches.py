@@ -190,8 +190,7 @@ def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
     """Noise and targets [B, C, h, w] and B prompts: remembered targets, and the class as the untouched student has it.
 
     The class is shown in pictures of its own (`train.class_share`), and from a target's very noise, asked for in the
-    same words but for the subject's (`train.pair_share`): then nothing but that word can tell the two apart. Each
-    sample is chosen by itself, so that the shares are right in the long run.
+    same words but for the subject's (`train.pair_share`): then nothing but that word can tell the two apart.
     """
     settings, class_name = state.config.train, state.config.concept.class_name
     remembered = state.randint(len(state.targets), settings.batch_size).tolist()
