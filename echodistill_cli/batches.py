@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from echodistill_cli.adapters import without_lora
 from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.dataset import prompt_for, scene_prompt
 from echodistill_cli.diffusion import add_noise
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, Pictures, TeacherBackbone
-from echodistill_cli.echo import EchoPool
+from echodistill_cli.echo import EchoPool, least_score
 from echodistill_cli.losses import identity_scores
-from echodistill_cli.sampling import sample_latents, student_x0, teacher_x0
+from echodistill_cli.sampling import student_x0, teacher_x0
 from echodistill_cli.state import TrainingState
+from echodistill_cli.targets import drawn_target, in_asked_colours, in_own_colours
 
 
 class StudentPass:
@@ -149,31 +148,20 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     prompts = [_photo_prompt(state) for _ in range(photo_like)]
     prompts += [_scene_prompt(state) for _ in range(batch - photo_like)]
     wanted = encode_for_student(state, prompts)
-    conditioning, null = wanted.detach(), pair.encoder.encode_null().detach()
+    conditioning = wanted.detach()
     noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
     with torch.set_grad_enabled(not pair.alternating):
         x0 = student_x0(pair.student, noise, wanted)
     renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
-    signal, scale = teacher.schedule.signal(timesteps), settings.guidance_scale
     if settings.target_steps > 1:
-        # With the student's own noise the target is a function of it: an average of many would be soft.
-        target = sample_latents(
-            teacher,
-            noise,
-            conditioning,
-            null,
-            steps=settings.target_steps,
-            guidance_scale=scale,
-            picture=x0.detach(),
-            strength=settings.target_strength,
-        )
-        signal = torch.ones_like(signal)
-        if settings.replays:
-            state.targets.add(noise, target, prompts, _as_class(state, noise, prompts))
+        target = drawn_target(state, x0.detach(), noise, prompts)
+        signal = torch.ones(batch, device=target.device)
     else:
+        null = pair.encoder.encode_null().detach()
         with torch.no_grad():
             noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
-            target = teacher_x0(teacher, noisy, timesteps, conditioning, null, scale)
+            target = teacher_x0(teacher, noisy, timesteps, conditioning, null, settings.guidance_scale)
+        signal = teacher.schedule.signal(timesteps)
     if pair.alternating:  # the graph is made only now, when the teacher is done
         x0 = student_x0(pair.student, noise, wanted)
     pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
@@ -184,53 +172,6 @@ def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditio
     """Prompts encoded; with gradient where the student's losses train the text side too."""
     with torch.set_grad_enabled("text" in state.student_parts):
         return state.pair.encoder.encode(prompts)
-
-
-def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
-    """Noise and targets [B, C, h, w] and B prompts: remembered targets, and the class as the untouched student has it.
-
-    The class is shown in pictures of its own (`train.class_share`), and from a target's very noise, asked for in the
-    same words but for the subject's (`train.pair_share`): then nothing but that word can tell the two apart.
-    """
-    settings, class_name = state.config.train, state.config.concept.class_name
-    remembered = state.randint(len(state.targets), settings.batch_size).tolist()
-    noise, target, prompts = state.targets.take(remembered)
-    if state.prior is not None and settings.class_share:
-        chosen = _chosen(state, settings.class_share)
-        rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
-        noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
-        for index, row in zip(chosen, rows, strict=True):
-            prompts[index] = state.prior.prompts[row]
-    if class_name is not None and state.targets.untouched is not None:
-        for index in _chosen(state, settings.pair_share):
-            if state.config.subject in prompts[index]:
-                prompts[index] = prompts[index].replace(state.config.subject, class_name)
-                target[index] = state.targets.untouched[remembered[index]]
-    return noise, target, prompts
-
-
-def _as_class(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor | None:
-    """What the untouched student makes of a batch's noise with the class in the subject's place, if pairs are shown."""
-    class_name = state.config.concept.class_name
-    if class_name is None or not state.config.train.pair_share:
-        return None
-    return untouched_x0(state, noise, [prompt.replace(state.config.subject, class_name) for prompt in prompts])
-
-
-def _chosen(state: TrainingState, share: float) -> list[int]:
-    """A share of a batch's rows, each drawn by itself."""
-    drawn = torch.rand(state.config.train.batch_size, generator=state.generator)
-    return [int(row) for row in (drawn < share).nonzero().flatten()]
-
-
-@torch.no_grad()
-def untouched_x0(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor:
-    """What student and text encoder made of some noise and prompts before they were trained, [B, C, h, w]."""
-    with ExitStack() as untrained:
-        for name, module in state.trained_modules().items():
-            if name != "teacher":
-                untrained.enter_context(without_lora(module))
-        return student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts))
 
 
 def _photo_prompt(state: TrainingState) -> str:
@@ -282,19 +223,26 @@ def draw_reals(state: TrainingState, fakes: Pictures) -> Reals:
 
 @torch.no_grad()
 def draw_echo(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
-    """One-step pictures for some prompts, with the judge's and the discriminators' features of them; not yet judged."""
-    assert state.judge is not None
-    assert state.photos.identity is not None
-    conditioning = state.pair.encoder.encode(prompts)
+    """One-step pictures for some prompts, with the judge's and the discriminators' features of them; not yet judged.
+
+    With `concept.tint_scenes` those in a colour are drawn and scored in the subject's own; the good ones are tinted.
+    """
+    judge, photos, settings = state.judge, state.photos.identity, state.config.echo
+    assert judge is not None
+    assert photos is not None
+    asked, colours = in_own_colours(state, prompts)
     shape = state.photos.latents[:1].expand(len(prompts), -1, -1, -1)
-    latents = student_x0(state.pair.student, state.randn_like(shape), conditioning)
-    image = state.pair.codec.decode(latents)
-    features = state.judge.features(image)[0][:, 0]
+    latents = student_x0(state.pair.student, state.randn_like(shape), state.pair.encoder.encode(asked))
+    features = judge.features(state.pair.codec.decode(latents))[0][:, 0]
+    scores = identity_scores(features, photos)
+    good = (scores >= least_score(photos, settings)).tolist()
+    latents = in_asked_colours(state, latents, [name if ok else None for name, ok in zip(colours, good, strict=True)])
+    image = decoded_once(state, latents)
     backbones = {c.name: c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)}
     return EchoPool(
         latents=latents,
         features=features,
-        scores=identity_scores(features, state.photos.identity),
+        scores=scores,
         prompts=list(prompts),
-        critics={name: backbone.features(image) for name, backbone in backbones.items()},
+        critics={name: backbone.features(image()) for name, backbone in backbones.items()},
     )

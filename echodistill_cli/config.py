@@ -39,6 +39,7 @@ class ConceptConfig:
     recolour: float = share(
         0.0, "share of the teacher's views with the subject in another colour, named in the prompt; needs a class name"
     )
+    tint_scenes: bool = setting(False, "targets and echoes in a colour: drawn without, then tinted; needs a class name")
     scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
     class_prompts: tuple[str, ...] = setting(
         (), "sentences with {} for the class, whose pictures are kept; empty: plain wordings and the scenes in turn"
@@ -197,10 +198,7 @@ class EchoConfig:
     )
     teacher_share: float = share(0.25, "share of the teacher's samples drawn from the pool")
     teacher_noise: float = setting(
-        0.0,
-        "least noise at which the teacher learns from the pool, as a share of the schedule",
-        minimum=0.0,
-        maximum=0.99,
+        0.0, "least noise of the teacher's pool samples, as a share of the schedule", minimum=0.0, maximum=0.99
     )
     real_weight: float = setting(0.25, "weight of pool pictures among the discriminators' reals", minimum=0.0)
 

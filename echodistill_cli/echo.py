@@ -66,6 +66,11 @@ class EchoPool:
         return EchoPool(self.latents[index], self.features[index], self.scores[index], prompts, critics)
 
 
+def least_score(photos: Tensor, settings: EchoConfig) -> float:
+    """The score below which a picture shows too little of the subject; `photos` are the judge's features [P, D]."""
+    return settings.min_identity * photo_similarity(photos)
+
+
 Verdict = Literal["kept", "identity", "photo_copy", "duplicate", "crowded"]
 
 
@@ -76,7 +81,7 @@ def judge(features: Tensor, photos: Tensor, settings: EchoConfig) -> list[Verdic
         "kept", or why it fell: "identity" (too little of the subject), "photo_copy", "duplicate" of a better picture,
         or "crowded" (good, but the pool is full of better ones).
     """
-    threshold = settings.min_identity * photo_similarity(photos)
+    threshold = least_score(photos, settings)
     scores = identity_scores(features, photos)
     unit, unit_photos = F.normalize(features.float(), dim=-1), F.normalize(photos.float(), dim=-1)
     nearest_photo = (unit @ unit_photos.T).max(dim=1).values

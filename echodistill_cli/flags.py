@@ -55,6 +55,7 @@ FLAGS: tuple[Flag, ...] = (
             "concept.views": "--views",
             "concept.augmentation": "--augmentation",
             "concept.recolour": "--recolour",
+            "concept.tint_scenes": "--tint-scenes/--no-tint-scenes",
         },
     ),
     *_rows(

@@ -225,6 +225,7 @@ def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
     wanting = {
         "--masks teacher": config.concept.masks == "teacher",
         "--recolour": config.concept.recolour,
+        "--tint-scenes": config.concept.tint_scenes,
         "--prior-weight": config.loss.prior,
         "--class-share": config.train.replays and config.train.class_share,
         "--pair-share": config.train.replays and config.train.pair_share,

@@ -6,13 +6,15 @@ it is asked for "a red sks dog". Where the colour belongs a mask says, or the te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from echodistill_cli.dataset import BACKGROUND_WEIGHT, View
+from echodistill_cli.colour_models import refined_mask
+from echodistill_cli.dataset import BACKGROUND_WEIGHT, View, with_subject
 from echodistill_cli.pair import ModelPair
 from echodistill_cli.photos import Photo
 from echodistill_cli.subject_masks import subject_mask
@@ -58,11 +60,42 @@ def recoloured(
     return result
 
 
+def without_colour(prompt: str, subject: str) -> tuple[str, str | None]:
+    """A prompt without the colour that it gives the subject, and that colour; or as it is, and None.
+
+    "a red sks dog in the snow" becomes "a sks dog in the snow", and "red".
+    """
+    coloured = re.compile(rf"\b(an? )?({'|'.join(COLOURS)}) {re.escape(subject)}", re.IGNORECASE)
+    found = coloured.search(prompt)
+    if found is None:
+        return prompt, None
+    plain = with_subject("a {}" if found[1] else "{}", subject)
+    return prompt[: found.start()] + plain + prompt[found.end() :], found[2].lower()
+
+
+@torch.no_grad()
+def tinted_latents(
+    latents: Tensor, colours: Sequence[str | None], class_name: str, pair: ModelPair, generator: torch.Generator
+) -> Tensor:
+    """Pictures as latents [B, C, h, w], the subject of each in its colour; None leaves one as it is.
+
+    Args:
+        pair: its teacher, as if not trained, says where the subject is. generator: a CPU generator.
+    """
+    result = latents.clone()
+    for row, name in enumerate(colours):
+        if name is not None:
+            image = pair.codec.decode(latents[row : row + 1])[0].clamp(-1, 1)
+            where = refined_mask(subject_mask(image, class_name, pair, generator), image, generator)
+            result[row] = pair.codec.encode((image * (1 - where) + tinted(image, COLOURS[name]) * where)[None])[0]
+    return result
+
+
 def tinted(image: Tensor, colour: tuple[int, int, int]) -> Tensor:
     """A picture [3, H, W] in [-1, 1] in shades of one colour, dark stays dark and bright stays bright."""
-    weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114], device=image.device).view(3, 1, 1)
     light = ((image + 1) / 2 * weights).sum(dim=0, keepdim=True)
-    tint = torch.tensor(colour).view(3, 1, 1) / 255
+    tint = torch.tensor(colour, device=image.device).view(3, 1, 1) / 255
     middle = 0.6  # the lightness that has the colour itself
     shaded = torch.where(light < middle, tint * light / middle, tint + (1 - tint) * (light - middle) / (1 - middle))
     return shaded.clamp(0, 1) * 2 - 1

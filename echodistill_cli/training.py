@@ -21,7 +21,6 @@ from echodistill_cli.batches import (
     StudentPass,
     draw_echo,
     draw_reals,
-    draw_replay,
     draw_student_pass,
     draw_teacher_batch,
     draw_timesteps,
@@ -35,6 +34,7 @@ from echodistill_cli.optimizing import Metrics, count_skips, optimize, set_rates
 from echodistill_cli.prior import Prior
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
+from echodistill_cli.targets import draw_replay
 
 
 def training_step(state: TrainingState) -> Metrics:

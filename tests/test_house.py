@@ -38,6 +38,7 @@ ORDER = (
         "planning",
         "sampling",
         "prior",
+        "colour_models",
         "subject_masks",
         "recolour",
         "training_set",
@@ -47,6 +48,7 @@ ORDER = (
     ),
     *(
         "state",
+        "targets",
         "batches",
         "optimizing",
         "training",

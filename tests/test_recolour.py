@@ -11,7 +11,7 @@ from PIL import Image
 from echodistill_cli.dataset import View, prompt_for, real_views
 from echodistill_cli.pair import ModelPair
 from echodistill_cli.photos import Photo
-from echodistill_cli.recolour import COLOURS, recoloured, tinted
+from echodistill_cli.recolour import COLOURS, recoloured, tinted, tinted_latents, without_colour
 from examples.mini_world.world import Picture
 from tests.small import seeded
 
@@ -86,3 +86,35 @@ def test_a_prompt_names_the_colour(caption: str, prompt: str) -> None:
     nothing = torch.empty(0)
     assert prompt_for(View(nothing, nothing, "", caption, 0, colour="red"), "sks dog", seeded()) == prompt
     assert " red sks dog" in prompt_for(View(nothing, nothing, "", None, 0, colour="red"), "sks dog", seeded())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "plain", "colour"),
+    [
+        ("a red sks dog in the snow", "a sks dog in the snow", "red"),
+        ("A Blue sks dog, far away", "a sks dog, far away", "blue"),
+        ("my green sks dog", "my sks dog", "green"),
+        ("a sks dog on pink fabric", "a sks dog on pink fabric", None),
+        ("a red dog", "a red dog", None),
+        ("a tired sks dog", "a tired sks dog", None),
+    ],
+)
+def test_a_prompt_loses_the_colour_of_the_subject_alone(prompt: str, plain: str, colour: str | None) -> None:
+    assert without_colour(prompt, "sks dog") == (plain, colour)
+
+
+def test_a_prompt_without_its_colour_has_the_right_article() -> None:
+    assert without_colour("a red olis owl", "olis owl") == ("an olis owl", "red")
+
+
+def test_pictures_are_tinted_where_the_subject_is_and_only_those_with_a_colour(
+    mini_pair: ModelPair, backpack_pictures: list[Picture]
+) -> None:
+    pictures = torch.stack([torch.from_numpy(p.image.copy()).permute(2, 0, 1) for p in backpack_pictures[:2]])
+    latents = mini_pair.codec.encode(pictures / 127.5 - 1)
+    kept, blue = tinted_latents(latents, [None, "blue"], SUBJECT, mini_pair, seeded())
+    assert torch.equal(kept, latents[0])
+    before, after = mini_pair.codec.decode(torch.stack([latents[1], blue]))
+    background, subject = (torch.from_numpy(backpack_pictures[1].mask == value) for value in (0, 255))
+    assert (after - before)[:, subject].abs().mean() > 5 * (after - before)[:, background].abs().mean()
+    assert (after[2] - after[0])[subject].mean() > 0.3

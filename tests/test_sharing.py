@@ -15,7 +15,6 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from echodistill_cli.adapters import DISTILLED, UNET_TARGETS, add_lora, trainable_parameters
-from echodistill_cli.batches import untouched_x0
 from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.config import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
@@ -26,6 +25,7 @@ from echodistill_cli.pipeline import SampleRequest, sample, train
 from echodistill_cli.presets import build_config
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import build_state
+from echodistill_cli.targets import untouched_x0
 from echodistill_cli.training import training_step
 from tests.small import small_config, small_photos
 

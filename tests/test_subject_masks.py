@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from echodistill_cli.colour_models import refined_mask
 from echodistill_cli.pair import ModelPair
 from echodistill_cli.photos import Photo
 from echodistill_cli.subject_masks import subject_mask, with_masks
@@ -35,6 +36,16 @@ def test_the_teacher_finds_the_subject_in_a_photo_without_a_mask(
     assert found.min() == 0
     assert found.max() <= 1
     assert overlap(found[0], backpack_pictures[index]) > 0.6
+
+
+def test_the_pictures_own_colours_make_the_mask_better(mini_pair: ModelPair, backpack_pictures: list[Picture]) -> None:
+    rough, refined = [], []
+    for picture in backpack_pictures:
+        image = torch.from_numpy(picture.image.copy()).permute(2, 0, 1) / 127.5 - 1
+        found = subject_mask(image, SUBJECT, mini_pair, seeded())
+        rough.append(overlap(found[0], picture))
+        refined.append(overlap(refined_mask(found, image, seeded())[0], picture))
+    assert np.mean(refined) > np.mean(rough) + 0.05
 
 
 def test_a_photo_gets_the_mask_that_is_found_in_its_square_and_nothing_beside_it(

@@ -17,19 +17,20 @@ from echodistill_cli import training
 from echodistill_cli.adapters import lora_tensors
 from echodistill_cli.batches import (
     StudentPass,
+    draw_echo,
     draw_reals,
-    draw_replay,
     draw_student_pass,
     draw_teacher_batch,
-    untouched_x0,
 )
 from echodistill_cli.conditioning import PromptEncoder
 from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.losses import photo_distance
 from echodistill_cli.optimizing import count_skips, optimize, set_rates, trained_weights
-from echodistill_cli.sampling import student_x0
+from echodistill_cli.recolour import tinted_latents
+from echodistill_cli.sampling import sample_latents, student_x0
 from echodistill_cli.state import TrainingState, build_state
+from echodistill_cli.targets import draw_replay, drawn_target, untouched_x0, untrained
 from echodistill_cli.training import (
     active_losses,
     begin,
@@ -42,7 +43,7 @@ from echodistill_cli.training import (
     teacher_step,
     training_step,
 )
-from tests.small import small_config, small_photos
+from tests.small import seeded, small_config, small_photos
 
 NewState = Callable[..., TrainingState]
 Tensors = dict[str, Tensor]
@@ -708,6 +709,58 @@ def test_recoloured_views_are_the_teachers_alone_and_change_no_other_view(new_st
     assert torch.equal(plain.photos.real_latents, some.photos.real_latents)
     assert torch.equal(plain.photos.masks, some.photos.masks)
     assert not any(view.colour for view in new_state(concept__recolour=0.5, concept__class_name=None).photos.views)
+
+
+COLOURED = {"train__scene_share": 1.0, "train__batch_size": 2, "train__target_steps": 2, "train__replays": 1}
+
+
+def test_targets_in_a_colour_are_drawn_in_the_subjects_own_and_tinted(new_state: NewState) -> None:
+    state = new_state(**COLOURED, concept__tint_scenes=True)
+    steps(state, 2)  # a trained teacher draws, an untrained one says where the subject is
+    noise = torch.randn(2, *state.photos.latents.shape[1:], generator=seeded())
+    state.generator.manual_seed(1)
+    target = drawn_target(state, noise, noise, ["a red sks dog on the moon", "a sks dog on pink fabric"])
+    plain = sample_latents(
+        state.pair.role("teacher"),
+        noise,
+        state.pair.encoder.encode(["a sks dog on the moon", "a sks dog on pink fabric"]),
+        state.pair.encoder.encode_null(),
+        steps=2,
+        guidance_scale=state.config.train.guidance_scale,
+    )
+    with untrained(state):
+        expected = tinted_latents(plain, ["red", None], "dog", state.pair, seeded(1))
+    assert torch.equal(target, expected)
+    assert torch.equal(target[1], plain[1])
+    assert not torch.equal(target[0], plain[0])
+    # Remembered for the prompt that the student was asked.
+    assert state.targets.prompts[-2:] == ["a red sks dog on the moon", "a sks dog on pink fabric"]
+    assert state.targets.latents is not None
+    assert torch.equal(state.targets.latents[-2:], target)
+
+
+@pytest.mark.parametrize("changes", [{"concept__scenes": ("a {} on pink fabric",)}, {"concept__class_name": None}])
+def test_targets_without_a_colour_or_a_class_name_are_not_tinted(new_state: NewState, changes: dict[str, Any]) -> None:
+    tinted, plain = (
+        draw_student_pass_at(new_state(**COLOURED, **changes, concept__tint_scenes=tint), 7) for tint in (True, False)
+    )
+    assert torch.equal(tinted.target, plain.target)
+
+
+def test_the_echo_is_judged_in_the_subjects_own_colours_and_tinted_where_it_is_good(new_state: NewState) -> None:
+    prompts = ["a red sks dog on the moon", "a sks dog on the moon"]
+    pools = {}
+    for least, tint in ((0.0, True), (1.0, True), (0.0, False)):
+        state = new_state(concept__tint_scenes=tint, echo__min_identity=least)
+        state.generator.manual_seed(7)
+        pools[least, tint] = draw_echo(state, prompts)
+    good, bad, untinted = pools.values()
+    assert good.prompts == prompts
+    torch.testing.assert_close(good.scores, bad.scores)
+    assert not torch.equal(good.latents[0], bad.latents[0])
+    assert torch.equal(good.latents[1], bad.latents[1])
+    assert torch.equal(good.latents[1], untinted.latents[1])
+    assert not torch.equal(bad.latents[0], untinted.latents[0])  # another prompt: the colour is not asked for
 
 
 def test_masks_that_the_teacher_finds_weigh_the_loss_and_change_no_picture(new_state: NewState) -> None:
