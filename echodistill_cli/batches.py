@@ -154,7 +154,7 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
         x0 = student_x0(pair.student, noise, wanted)
     renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
     if settings.target_steps > 1:
-        target = drawn_target(state, x0.detach(), noise, prompts)
+        target = drawn_target(state, x0.detach(), noise, prompts, conditioning)
         signal = torch.ones(batch, device=target.device)
     else:
         null = pair.encoder.encode_null().detach()
@@ -233,16 +233,19 @@ def draw_echo(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
     asked, colours = in_own_colours(state, prompts)
     shape = state.photos.latents[:1].expand(len(prompts), -1, -1, -1)
     latents = student_x0(state.pair.student, state.randn_like(shape), state.pair.encoder.encode(asked))
-    features = judge.features(state.pair.codec.decode(latents))[0][:, 0]
+    image = state.pair.codec.decode(latents)
+    features = judge.features(image)[0][:, 0]
     scores = identity_scores(features, photos)
     good = (scores >= least_score(photos, settings)).tolist()
-    latents = in_asked_colours(state, latents, [name if ok else None for name, ok in zip(colours, good, strict=True)])
-    image = decoded_once(state, latents)
+    tints = [name if ok else None for name, ok in zip(colours, good, strict=True)]
+    if any(tints):
+        latents = in_asked_colours(state, latents, tints)
+        image = state.pair.codec.decode(latents)
     backbones = {c.name: c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)}
     return EchoPool(
         latents=latents,
         features=features,
         scores=scores,
         prompts=list(prompts),
-        critics={name: backbone.features(image()) for name, backbone in backbones.items()},
+        critics={name: backbone.features(image) for name, backbone in backbones.items()},
     )

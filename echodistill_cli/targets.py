@@ -9,26 +9,32 @@ import torch
 from torch import Tensor
 
 from echodistill_cli.adapters import without_lora
+from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.recolour import tinted_latents, without_colour
 from echodistill_cli.sampling import sample_latents, student_x0
 from echodistill_cli.state import TrainingState
 
 
 @torch.no_grad()
-def drawn_target(state: TrainingState, x0: Tensor, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+def drawn_target(
+    state: TrainingState, x0: Tensor, noise: Tensor, prompts: Sequence[str], conditioning: Conditioning
+) -> Tensor:
     """What the teacher, guided, draws in several steps, [B, C, h, w]; with replays it is remembered.
 
     With the student's own noise the target is a function of it: an average of many would be soft.
 
     Args:
-        x0: [B, C, h, w], the student's pictures. noise: what they were drawn from. prompts: B texts.
+        x0: [B, C, h, w], the student's pictures. noise: what they were drawn from.
+        prompts: B texts. conditioning: what the encoder makes of them.
     """
     settings, encoder = state.config.train, state.pair.encoder
     asked, colours = in_own_colours(state, prompts)
+    if any(colours):
+        conditioning = encoder.encode(asked)
     target = sample_latents(
         state.pair.role("teacher"),
         noise,
-        encoder.encode(asked),
+        conditioning,
         encoder.encode_null(),
         steps=settings.target_steps,
         guidance_scale=settings.guidance_scale,

@@ -719,7 +719,8 @@ def test_targets_in_a_colour_are_drawn_in_the_subjects_own_and_tinted(new_state:
     steps(state, 2)  # a trained teacher draws, an untrained one says where the subject is
     noise = torch.randn(2, *state.photos.latents.shape[1:], generator=seeded())
     state.generator.manual_seed(1)
-    target = drawn_target(state, noise, noise, ["a red sks dog on the moon", "a sks dog on pink fabric"])
+    prompts = ["a red sks dog on the moon", "a sks dog on pink fabric"]
+    target = drawn_target(state, noise, noise, prompts, state.pair.encoder.encode(prompts).detach())
     plain = sample_latents(
         state.pair.role("teacher"),
         noise,
@@ -734,7 +735,7 @@ def test_targets_in_a_colour_are_drawn_in_the_subjects_own_and_tinted(new_state:
     assert torch.equal(target[1], plain[1])
     assert not torch.equal(target[0], plain[0])
     # Remembered for the prompt that the student was asked.
-    assert state.targets.prompts[-2:] == ["a red sks dog on the moon", "a sks dog on pink fabric"]
+    assert state.targets.prompts[-2:] == prompts
     assert state.targets.latents is not None
     assert torch.equal(state.targets.latents[-2:], target)
 
