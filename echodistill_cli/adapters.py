@@ -62,6 +62,21 @@ def activate(module: Any, scale: float = 1.0) -> None:
             parameter.requires_grad_(False)
 
 
+@contextmanager
+def at_strength(module: nn.Module, strength: float) -> Iterator[None]:
+    """Inside, the LoRA that is trained takes effect `strength` times as strongly; for drawing, not for training."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A]
+    for layer in layers:
+        layer.set_scale(ADAPTER, strength)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(ADAPTER, 1.0)
+
+
 def is_distilled(module: Any) -> bool:
     """Whether a LoRA made this module one-step."""
     return DISTILLED in getattr(module, "peft_config", {})

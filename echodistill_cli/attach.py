@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echodistill_cli.adapters import ADAPTER, activate, is_distilled, trainable_parameters
+from echodistill_cli.adapters import ADAPTER, activate, at_strength, is_distilled, trainable_parameters
 from echodistill_cli.errors import EchoDistillError, ModelError
 from echodistill_cli.lora_files import read_lora
 from echodistill_cli.models import ModelPair, Role
@@ -115,12 +115,15 @@ def read_token_file(file: Path) -> list[Tensor]:
 
 
 def check_same_pictures(
-    pair: ModelPair, role: Role, file: Path, prompts: Sequence[str], settings: SamplingSettings
+    pair: ModelPair, role: Role, file: Path, prompts: Sequence[str], settings: SamplingSettings, strength: float = 1.0
 ) -> None:
     """Take the trained adapters off, read `file` back in their place, and compare pictures; the file's stay on.
 
     The trained adapters are first rounded as a half-precision file and a reader of the base's precision round them, so
     that what remains to be seen is a module that was lost or scaled wrongly.
+
+    Args:
+        strength: that the file gives the UNet's LoRA, times as trained.
 
     Raises:
         EchoDistillError: the pictures differ by more than rounding.
@@ -130,7 +133,8 @@ def check_same_pictures(
     for module in (pair.role(role).unet, *pair.encoder.encoders):
         for parameter in trainable_parameters(module):
             parameter.data = parameter.data.half().to(pair.dtype).float()
-    before = list(generate(pair, prompts, seeds, settings))
+    with at_strength(pair.role(role).unet, strength):
+        before = list(generate(pair, prompts, seeds, settings))
     detach_lora(pair, role)
     attach_lora(pair, role, file)
     after = list(generate(pair, prompts, seeds, settings))

@@ -144,9 +144,7 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     """B one-step pictures of the concept, and what the current teacher, guided, makes of them."""
     pair, teacher, settings = state.pair, state.pair.role("teacher"), state.config.train
     batch = settings.batch_size
-    photo_like = math.ceil(batch * (1 - settings.scene_share)) or 1
-    prompts = [_photo_prompt(state) for _ in range(photo_like)]
-    prompts += [_scene_prompt(state) for _ in range(batch - photo_like)]
+    prompts, photo_like = _student_prompts(state)
     wanted = encode_for_student(state, prompts)
     conditioning = wanted.detach()
     noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
@@ -166,6 +164,23 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
         x0 = student_x0(pair.student, noise, wanted)
     pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
     return StudentPass(state, pictures, target, signal, photo_like)
+
+
+@torch.no_grad()
+def draw_first_targets(state: TrainingState) -> None:
+    """A batch of targets for the memory alone: what a student's pass would be pulled towards, without the pass."""
+    prompts, _ = _student_prompts(state)
+    conditioning = state.pair.encoder.encode(prompts)
+    noise = state.randn_like(state.photos.latents[:1].expand(len(prompts), -1, -1, -1))
+    drawn_target(state, student_x0(state.pair.student, noise, conditioning), noise, prompts, conditioning)
+
+
+def _student_prompts(state: TrainingState) -> tuple[list[str], int]:
+    """What a batch is asked for, and how many of it, the first, as the photos are; the others are scenes."""
+    settings = state.config.train
+    photo_like = math.ceil(settings.batch_size * (1 - settings.scene_share)) or 1
+    prompts = [_photo_prompt(state) for _ in range(photo_like)]
+    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - photo_like)], photo_like
 
 
 def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:
@@ -232,7 +247,8 @@ def draw_echo(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
     assert photos is not None
     asked, colours = in_own_colours(state, prompts)
     shape = state.photos.latents[:1].expand(len(prompts), -1, -1, -1)
-    latents = student_x0(state.pair.student, state.randn_like(shape), state.pair.encoder.encode(asked))
+    with state.drawing():
+        latents = student_x0(state.pair.student, state.randn_like(shape), state.pair.encoder.encode(asked))
     image = state.pair.codec.decode(latents)
     features = judge.features(image)[0][:, 0]
     scores = identity_scores(features, photos)

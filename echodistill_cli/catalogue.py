@@ -105,18 +105,24 @@ PRESETS: Mapping[str, Preset] = {
                 # Without, the teacher asked for "a red sks dog" forgot the dog: on dev its recognition was 0.78 after
                 # 150 steps, with it 0.87; of a quarter of the views 0.76.
                 "recolour": 0.15,
+                # Asked for red, a teacher that has seen one colour draws another dog: plain and tinted, targets in a
+                # colour were recognised in 0.83 on dev for 0.65.
+                "tint_scenes": True,
                 "scenes": _MINI_SCENES,
                 "class_prompts": _MINI_CLASS_PROMPTS,
             },
             # The toy's attention is on two small levels only: with its convolutions too recognition on dev was 0.89,
             # without 0.80, at less compute.
-            "adapter": {"targets": "attention-conv"},
+            # Pulled towards many pictures in few updates the student goes part of the way to each. Drawn somewhat
+            # more strongly than trained it was recognised in 0.915 on dev for 0.893 (eight runs, 1.2); the more, the
+            # sooner it forgets colours.
+            "adapter": {"targets": "attention-conv", "strength": 1.2},
             # A word of the subject's own, and pairs of subject and class (below), let the class keep its looks: drift
             # on dev 0.7 for 1.3. The student's losses move it too, else it cannot tell its two answers apart.
             "text": {"form": "token", "trained_by": "both"},
             "train": {
-                # Subject and class, told apart, take more steps than the subject alone: recognition on dev 0.86 at 30.
-                "steps": 45,
+                # What is left of 95 CPU seconds, to which the benchmark's other methods are held.
+                "steps": 36,
                 "batch_size": 4,
                 # The best of three on dev.
                 "lr": 4e-3,
@@ -141,11 +147,14 @@ PRESETS: Mapping[str, Preset] = {
                 "target_strength": 0.8,
                 # A hundred remembered targets serve hundreds of updates, at a third of what new ones would cost.
                 "replays": 12,
+                # Replays that begin with the few targets of the first steps fit those: on dev 0.94 with two dozen
+                # batches drawn before, 0.92 without (four runs each).
+                "first_targets": 20,
                 # Of the replays' samples, these are asked for the class with the subject's own noise.
                 "pair_share": 0.25,
-                # Without any "red" was soon ignored (prompt fidelity on dev 0.93, with a fifth 1.00).
-                # More of it costs recognition.
-                "class_share": 0.05,
+                # Without any "red" was soon ignored (prompt fidelity on dev 0.93, with a fifth 1.00), and a LoRA drawn
+                # more strongly forgets it sooner: with 0.05 it was 0.97. More of it costs recognition.
+                "class_share": 0.08,
                 # A teacher's step costs a twentieth of a joint one, and its LoRA fits the student as it is. With LoRA
                 # on the convolutions the teacher is as good after 200 as after 300 (0.92 on dev).
                 "head_start": 200,
@@ -164,8 +173,8 @@ PRESETS: Mapping[str, Preset] = {
                 "swd_projections": 32,
             },
             # The one-step pictures are soft: what is where is learned of them, detail of the photos.
-            "echo": {"start": 14, "every": 9, "min_identity": 0.85, "teacher_noise": 0.5},
-            "run": {"save_every": 14, "sample_every": 14},
+            "echo": {"start": 10, "every": 7, "min_identity": 0.85, "teacher_noise": 0.5},
+            "run": {"save_every": 10, "sample_every": 10},
         },
         family=None,
     ),

@@ -88,6 +88,7 @@ class AdapterConfig:
         "attention-conv: and both convolutions of every residual block",
         choices=("cross-kv", "attention", "attention-conv"),
     )
+    strength: float = setting(1.0, "how many times as strongly as trained the student's LoRA draws", minimum=0.1)
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ class TrainConfig:
     )
     target_strength: float = share(1.0, "share of --target-steps: 1 from the noise, less from the picture renoised")
     replays: int = setting(0, "extra student updates a step on remembered targets of --target-steps", minimum=0)
+    first_targets: int = setting(0, "batches of targets that are remembered before the first of --replays", minimum=0)
     class_share: float = share(
         0.0, "share of the replays that show the class as the untouched student drew it; needs a class name"
     )

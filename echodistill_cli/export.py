@@ -121,12 +121,17 @@ def token_vectors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def lora_weights(config: Config, state: Mapping[str, Any], role: Role) -> list[LoraWeights]:
     """The trained adapters of one role: its UNet's, and those of the shared text encoders."""
-    weights = [LoraWeights("unet", state["lora"][role], config.adapter.rank, config.lora_alpha)]
+    weights = [LoraWeights("unet", state["lora"][role], config.adapter.rank, written_alpha(config, role))]
     for component in ("text_encoder", "text_encoder_2"):
         if component in state["lora"]:
             tensors = state["lora"][component]
             weights.append(LoraWeights(component, tensors, config.text.rank, float(config.text.rank)))
     return weights
+
+
+def written_alpha(config: Config, role: Role) -> float:
+    """LoRA alpha of one role's UNet as its file has it: the student's says how strongly it is to draw."""
+    return config.lora_alpha * (config.adapter.strength if role == "student" else 1.0)
 
 
 def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> LoraCard:
@@ -146,7 +151,7 @@ def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, 
         class_name=config.concept.class_name,
         trigger=config.subject,
         rank=config.adapter.rank,
-        alpha=config.lora_alpha,
+        alpha=written_alpha(config, role),
         resolution=side,
         steps=state["step"],
         seed=config.run.seed,

@@ -120,7 +120,8 @@ def preview(state: TrainingState, run: Run) -> None:
         seeds * len(asked),
         SamplingSettings(size=config.model.resolution, batch_size=config.train.batch_size),
     )
-    sheet = grid([to_image(pixels) for pixels in drawn], columns=2 * len(seeds))
+    with state.drawing():
+        sheet = grid([to_image(pixels) for pixels in drawn], columns=2 * len(seeds))
     texts = {"prompts": " | ".join(asked), "seeds": ", ".join(map(str, seeds)), "step": str(state.step)}
     save_png(run.samples / f"step-{state.step:06d}.png", sheet, texts)
 

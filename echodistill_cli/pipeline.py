@@ -203,11 +203,12 @@ def _write_results(state: TrainingState, run: Run, started: float, say: Say) -> 
     token = export_token(config, saved, run.folder)
     write_text(run.folder / "README.md", model_card(config, saved, lora, f"samples/{preview.name}"))
     say("Reading the files back")
-    written: tuple[tuple[Role, Path], ...] = (("student", lora), ("teacher", teacher_lora))
-    for role, file in written:
+    strength = config.adapter.strength
+    written: tuple[tuple[Role, Path, float], ...] = (("student", lora, strength), ("teacher", teacher_lora, 1.0))
+    for role, file, times in written:
         # One step without guidance for both: more would only magnify rounding.
         sampling = SamplingSettings(role=role, size=config.model.resolution)
-        check_same_pictures(state.pair, role, file, [f"a photo of a {config.subject}"], sampling)
+        check_same_pictures(state.pair, role, file, [f"a photo of a {config.subject}"], sampling, times)
     return TrainResult(run.folder, lora, teacher_lora, token, state.step, finished - started)
 
 

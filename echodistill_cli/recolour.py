@@ -86,7 +86,8 @@ def tinted_latents(
     for row, name in enumerate(colours):
         if name is not None:
             image = pair.codec.decode(latents[row : row + 1])[0].clamp(-1, 1)
-            where = refined_mask(subject_mask(image, class_name, pair, generator), image, generator)
+            rough = subject_mask(image, class_name, pair, generator, contrasts=1)  # refining makes up for the others
+            where = refined_mask(rough, image, generator)
             result[row] = pair.codec.encode((image * (1 - where) + tinted(image, COLOURS[name]) * where)[None])[0]
     return result
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from echodistill_cli.adapters import (
     TEXT_TARGETS,
     UNET_TARGETS,
     add_lora,
+    at_strength,
     load_lora_tensors,
     lora_tensors,
     trainable_parameters,
@@ -77,6 +79,10 @@ class TrainingState:
     def randint(self, high: int, count: int) -> Tensor:
         """`count` whole numbers below `high`, on the CPU."""
         return torch.randint(high, (count,), generator=self.generator)
+
+    def drawing(self) -> AbstractContextManager[None]:
+        """Inside, the student draws as its file will, at `adapter.strength`; nothing is trained there."""
+        return at_strength(self.pair.student.unet, self.config.adapter.strength)
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """What carries a LoRA, by name."""

@@ -50,21 +50,23 @@ def with_masks(
 
 
 @torch.no_grad()
-def subject_mask(image: Tensor, class_name: str, pair: ModelPair, generator: torch.Generator) -> Tensor:
+def subject_mask(
+    image: Tensor, class_name: str, pair: ModelPair, generator: torch.Generator, contrasts: int = len(_CONTRASTS)
+) -> Tensor:
     """Where a picture shows the class, as soft values [1, H, W] in 0…1.
 
     After DiffEdit (Couairon et al. 2022), with two colours of the class in place of two classes: the subject is in the
     picture either way, and its colour is all that the two prompts disagree about.
 
     Args:
-        image: [3, H, W] in [-1, 1].
+        image: [3, H, W] in [-1, 1]. contrasts: pairs of colours to ask for, 1…3; more are surer, and as much slower.
     """
     teacher, levels = pair.role("teacher"), len(_NOISE_LEVELS)
     latents = pair.codec.encode(image.unsqueeze(0)).expand(levels, -1, -1, -1)
     steps = len(teacher.schedule.alphas_cumprod)
     timesteps = torch.tensor([int(level * steps) for level in _NOISE_LEVELS], device=latents.device)
     total = torch.zeros(1, 1, *latents.shape[2:], device=latents.device)
-    for pairing in _CONTRASTS:
+    for pairing in _CONTRASTS[:contrasts]:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         noisy = add_noise(teacher.schedule, latents, noise, timesteps)
         drawn = []

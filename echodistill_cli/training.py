@@ -20,6 +20,7 @@ from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lo
 from echodistill_cli.batches import (
     StudentPass,
     draw_echo,
+    draw_first_targets,
     draw_reals,
     draw_student_pass,
     draw_teacher_batch,
@@ -62,11 +63,17 @@ def training_step(state: TrainingState) -> Metrics:
 
 
 def begin(state: TrainingState) -> None:
-    """What is left of the teacher's head start; its LoRA is where the student begins, if that is asked for."""
+    """What is left of the teacher's head start; its LoRA is where the student begins, if that is asked for.
+
+    Then the first targets: replays that begin with a few would fit those few.
+    """
     while state.in_head_start:
         head_start_step(state)
     if state.config.train.carry_over:
         load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
+    settings = state.config.train
+    for _ in range(settings.first_targets if settings.replays and settings.target_steps > 1 else 0):
+        draw_first_targets(state)
 
 
 def head_start_step(state: TrainingState) -> Metrics:

@@ -15,6 +15,7 @@ from echodistill_cli.adapters import (
     TEXT_TARGETS,
     UNET_TARGETS,
     add_lora,
+    at_strength,
     load_lora_tensors,
     lora_tensors,
     trainable_parameters,
@@ -171,3 +172,16 @@ def test_the_start_depends_on_the_seed_alone_and_no_other_randomness_is_touched(
     assert torch.equal(started[0], started[1])
     assert not torch.equal(started[0], started[2])
     assert all("lora_A" in name or not value.any() for name, value in lora_tensors(unet).items())
+
+
+def test_at_strength_the_trained_lora_counts_as_many_times_and_then_as_before(part: Part) -> None:
+    module, targets = part
+    add_lora(module, targets, 4, 8.0, seed=0)
+    disturb(module)
+    trained, tensors = output(module).detach(), lora_tensors(module)
+    with at_strength(module, 1.5):
+        stronger = output(module).detach()
+    assert torch.equal(output(module), trained)
+    load_lora_tensors(module, {k: v * 1.5 if "lora_B" in k else v for k, v in tensors.items()})
+    torch.testing.assert_close(output(module), stronger, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(stronger, trained, atol=1e-2)

@@ -51,6 +51,11 @@ class Case:
     def prompt(self) -> str:
         return f"a photo of a {self.word} dog on the beach"
 
+    def picture(self, role: str = "student") -> np.ndarray:
+        """What the run draws for its prompt."""
+        with self.state.drawing():
+            return draw(self.state.pair, self.prompt, role)
+
 
 @pytest.fixture(scope="module")
 def sd2_pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
@@ -75,6 +80,7 @@ def make_case(
                 "text__form": text,
                 "concept__token": word,
                 "adapter__alpha": 6.0,
+                "adapter__strength": 0.5,
                 "adapter__targets": "attention-conv",
             }
             plain = {"critic__discriminators": (), "critic__identity": "none", "loss__adversarial": 0.0}
@@ -142,7 +148,7 @@ def test_every_form_draws_the_picture_of_the_run(
     make_case: Callable[..., Case], family: str, text: str, word: str, tmp_path: Path
 ) -> None:
     case = make_case(family, text, word)
-    ours = draw(case.state.pair, case.prompt)
+    ours = case.picture()
     assert np.abs(ours - draw_stock(stock(case), case.prompt)).mean() > 0.01  # what was learned shows
     layouts = ("kohya", "diffusers", "pipeline", "checkpoint")
     files = export(case.run.folder, layouts=layouts, output=tmp_path, dtype="fp32")
@@ -186,7 +192,7 @@ def test_a_new_word_becomes_a_row_of_the_merged_vocabulary(
     make_case: Callable[..., Case], family: str, tmp_path: Path
 ) -> None:
     case = make_case(family, "token", "zwx")
-    ours = draw(case.state.pair, case.prompt)
+    ours = case.picture()
     (folder,) = export(case.run.folder, layouts=("pipeline",), output=tmp_path, dtype="fp32")
     kind = StableDiffusionPipeline if family == "sd" else StableDiffusionXLPipeline
     merged = kind.from_pretrained(folder)
@@ -211,7 +217,7 @@ def test_the_teacher_can_be_merged_too(make_case: Callable[..., Case], tmp_path:
         case.run.folder, layouts=("pipeline", "checkpoint"), roles=("teacher",), output=tmp_path, dtype="fp32"
     )
     assert folder.name == "sks-dog-teacher-merged"
-    ours = draw(case.state.pair, case.prompt, "teacher")
+    ours = case.picture("teacher")
     merged = StableDiffusionPipeline.from_pretrained(folder)
     assert merged.scheduler.config.prediction_type == "v_prediction"
     assert np.abs(draw_stock(merged, case.prompt) - ours).max() < CLOSE
@@ -228,7 +234,7 @@ def test_half_precision_halves_a_merged_model_and_changes_little(
     wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     stored = [*load_file(checkpoint).values(), *load_file(folder / "unet/diffusion_pytorch_model.safetensors").values()]
     assert {value.dtype for value in stored if value.is_floating_point()} == {wanted}
-    ours = draw(case.state.pair, case.prompt)
+    ours = case.picture()
     assert np.abs(draw(load(folder), case.prompt) - ours).mean() < 0.02
 
 
@@ -395,7 +401,7 @@ def test_a_lora_file_is_merged_into_the_model_that_is_named(make_case: Callable[
     overrides = {"device": "cpu", "offline": True, "resolution": 64}
     (folder,) = export(lora, layouts=("pipeline",), dtype="fp32", model=str(case.pair[0]), model_overrides=overrides)
     merged = StableDiffusionPipeline.from_pretrained(folder)
-    assert np.abs(draw_stock(merged, case.prompt) - draw(case.state.pair, case.prompt)).max() < CLOSE
+    assert np.abs(draw_stock(merged, case.prompt) - case.picture()).max() < CLOSE
 
 
 # sidecars and the bundled word

@@ -37,8 +37,9 @@ def run(
 ) -> tuple[Path, str, Done]:
     """A finished run of four steps, the form of its text side, and what the command said; not to be written to."""
     folder = tmp_path_factory.mktemp(request.param)
-    # alpha is not the rank, so that a scale that gets lost shows.
-    file = small_toml(folder, small_pair, small_backbones, text__form=request.param, adapter__alpha=6)
+    # alpha is not the rank, nor the strength 1, so that a scale that gets lost shows.
+    scales = {"adapter__alpha": 6, "adapter__strength": 1.5}
+    file = small_toml(folder, small_pair, small_backbones, text__form=request.param, **scales)
     done = command("train", photo_folder, "--config", file, "--output", folder / "run", "--lr", "1e-2")
     assert done.code == 0, done.err
     return folder / "run", request.param, done

@@ -657,6 +657,26 @@ def test_replays_show_the_class_as_it_was_among_the_targets(new_state: NewState)
     assert "teacher_prior" not in steps(some, 1)[0]  # the prior's own losses have a weight of their own
 
 
+def test_the_first_targets_are_remembered_before_the_first_step_and_move_nothing(new_state: NewState) -> None:
+    replayed = {"train__target_steps": 2, "train__replays": 1, "train__first_targets": 3, "train__head_start": 1}
+    state = new_state(**replayed, train__carry_over=True)
+    batch = state.config.train.batch_size
+    begin(state)
+    assert len(state.targets) == 3 * batch
+    student, teacher = (lora_tensors(state.pair.role(role).unet) for role in ("student", "teacher"))
+    assert all(torch.equal(student[name], teacher[name]) for name in teacher)  # carried over, and not yet trained
+    joint = new_state(**replayed)
+    steps(joint, 2)
+    assert len(joint.targets) == (3 + 2) * batch
+
+
+@pytest.mark.parametrize("without", [{"train__replays": 0}, {"train__target_steps": 1}])
+def test_without_replays_there_are_no_first_targets(new_state: NewState, without: dict[str, Any]) -> None:
+    state = new_state(**{"train__target_steps": 2, "train__replays": 1, "train__first_targets": 3} | without)
+    begin(state)
+    assert len(state.targets) == 0
+
+
 @each_text_form
 def test_pairs_ask_for_the_class_from_the_same_noise_and_keep_what_was_drawn_of_it(
     new_state: NewState, form: str

@@ -116,7 +116,13 @@ _NO_ECHO = {"echo.start": None}
 # What others train on: the photos as they are.
 _PLAIN = {"concept.recolour": 0.0}
 # The best by recognition of three trials each, on two dev subjects at half of the preset's length (trials.json).
-_RATES = {"train.lr": 2e-3, "train.teacher_lr": 4e-3, "train.text_lr": 2e-3, "train.joint_text_share": 1.0}
+_RATES = {
+    "train.lr": 2e-3,
+    "train.teacher_lr": 4e-3,
+    "train.text_lr": 2e-3,
+    "train.joint_text_share": 1.0,
+    "adapter.strength": 1.0,
+}
 # A LoRA on the text encoder, which the denoising loss alone trains: what people do today.
 _TUNED = _RATES | {"text.form": "lora", "text.trained_by": "teacher"}
 
@@ -140,7 +146,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     ),
     "token-only": Contestant(
         "one learned word (textual inversion)",
-        _PLAIN | _NO_ECHO | {"train.text_lr": 2e-2, "train.joint_text_share": 1.0},
+        _PLAIN | _NO_ECHO | {"train.text_lr": 2e-2, "train.joint_text_share": 1.0, "adapter.strength": 1.0},
         token_step,
     ),
     "pso": Contestant(
@@ -169,4 +175,6 @@ CONTESTANTS: Mapping[str, Contestant] = {
     ),
     "ours-without-carry-over": Contestant("the student begins anew after the head start", {"train.carry_over": False}),
     "ours-without-echo": Contestant("no echo phase", _NO_ECHO),
+    "ours-without-first-targets": Contestant("replays begin with the first step's targets", {"train.first_targets": 0}),
+    "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),
 }

@@ -12,7 +12,7 @@ import json
 import platform
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from echodistill_cli import __version__
+from echodistill_cli.batches import draw_first_targets
 from echodistill_cli.config import Config
 from echodistill_cli.files import write_text
 from echodistill_cli.libraries import prepare_libraries
@@ -32,7 +33,7 @@ from echodistill_cli.photos import Photo, load_photos
 from echodistill_cli.presets import build_config, config_hash
 from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.training import echo_step
-from examples.benchmark.contestants import CONTESTANTS, Contestant, Step
+from examples.benchmark.contestants import CONTESTANTS, Contestant
 from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
 from examples.benchmark.subjects import PROMPTS, SEEDS, SPLITS, TOKEN, class_name, write_photos
 from examples.mini_world.judges import Examiner
@@ -66,10 +67,11 @@ class Run:
     def lengths(self) -> dict[str, int]:
         """The preset's numbers of steps, a share of them each, by dotted key."""
         preset = build_config("mini")
-        whole = {"train.steps": preset.train.steps, "train.head_start": preset.train.head_start}
+        train = preset.train
+        whole = {f"train.{key}": getattr(train, key) for key in ("steps", "head_start", "first_targets")}
         if preset.echo.start is not None:
             whole["echo.start"] = preset.echo.start
-        return {key: max(1, round(value * self.scale)) for key, value in whole.items()}
+        return {key: max(1, round(value * self.scale)) if value else 0 for key, value in whole.items()}
 
     def config(self, photos: Path, steps: int | None) -> Config:
         """The whole configuration; `steps` None keeps the preset's."""
@@ -137,9 +139,10 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
         yield from _teacher_row("teacher-after-echo", run, state, ruler)
     elif run.contestant == "ours-without-echo":
         yield from _teacher_row("teacher-without-echo", run, state, ruler)
-    pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
+    with state.drawing():
+        pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
+        drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))
     _keep(pictures, run)
-    drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))
     yield {
         "contestant": run.contestant,
         **ruler.scores(pictures),
@@ -199,7 +202,7 @@ def _photos(folder: Path) -> tuple[Photo, ...]:
 
 
 def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
-    """CPU seconds of one step of each main contestant and of one echo, on the first dev subject; and the budget."""
+    """CPU seconds of a step of each main contestant, an echo and a batch of targets, on a dev subject; the budget."""
     costs = {}
     for name in MAIN:
         run = Run(name, "dev", SPLITS["dev"][0], seed)
@@ -212,18 +215,24 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
         costs[name] = _cpu_seconds(run.entry.step, state, steps)
         if name == "ours":
             costs["echo"] = _cpu_seconds(echo_step, state, 3)
+            costs["targets"] = _cpu_seconds(draw_first_targets, state, 8)
     return costs | {"budget": cost_of_ours(costs)}
 
 
 def cost_of_ours(costs: dict[str, float]) -> float:
-    """CPU seconds of the whole of ours at the preset's length, head start and echo included."""
+    """CPU seconds of the whole of ours at the preset's length: head start, first targets, joint steps, echo."""
     preset = build_config("mini")
     joint, start = preset.train.steps, preset.echo.start
     echoes = 0 if start is None else len(range(start, joint + 1, preset.echo.every))
-    return preset.train.head_start * costs["teacher-lora"] + joint * costs["ours"] + echoes * costs["echo"]
+    return _before_the_first_step(costs, preset.train.head_start) + joint * costs["ours"] + echoes * costs["echo"]
 
 
-def _cpu_seconds(step: Step, state: TrainingState, repeats: int) -> float:
+def _before_the_first_step(costs: dict[str, float], head_start: int, scale: float = 1.0) -> float:
+    """CPU seconds of the teacher's head start, and of a share of the preset's first targets."""
+    return head_start * costs["teacher-lora"] + scale * build_config("mini").train.first_targets * costs["targets"]
+
+
+def _cpu_seconds(step: Callable[[TrainingState], object], state: TrainingState, repeats: int) -> float:
     """The median of some steps."""
     seconds = []
     for _ in range(repeats):
@@ -242,7 +251,7 @@ def equal_steps(name: str, costs: dict[str, float], scale: float, head_start: in
     method = CONTESTANTS[name].costs_as or name
     if method not in costs or method == "ours":
         return None
-    alone = head_start * costs["teacher-lora"] if method == "sequential" else 0.0
+    alone = _before_the_first_step(costs, head_start, scale) if method == "sequential" else 0.0
     return max(1, round((scale * costs["budget"] - alone) / costs[method]))
 
 
