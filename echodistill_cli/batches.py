@@ -104,6 +104,7 @@ class TeacherBatch:
 
     Args:
         latents: [B, C, h, w]. masks: [B, 1, h, w]. prompts, crops: B texts and (top, left) corners.
+        nulls: row numbers of the echoed pictures with the empty prompt: of these the teacher keeps its old answer.
         timesteps: [B], uniform; of echoed pictures only the noisier ones (`echo.teacher_noise`): they teach what is
             where, while detail comes from the photos.
     """
@@ -113,6 +114,7 @@ class TeacherBatch:
     prompts: list[str]
     crops: list[tuple[int, int]]
     timesteps: Tensor
+    nulls: list[int]
 
 
 def draw_teacher_batch(state: TrainingState) -> TeacherBatch:
@@ -121,6 +123,8 @@ def draw_teacher_batch(state: TrainingState) -> TeacherBatch:
     from_pool = torch.rand(batch, generator=state.generator) < state.config.echo.teacher_share
     timesteps = draw_timesteps(state, batch)
     latents, masks, prompts, crops = [], [], [], []
+    empty = state.chosen(state.config.echo.null_share) if state.pool else []
+    nulls = [row for row in empty if from_pool[row]]
     for index, echoed in enumerate(from_pool.tolist()):
         if echoed and state.pool:
             steps = len(state.pair.role("teacher").schedule.alphas_cumprod)
@@ -129,7 +133,7 @@ def draw_teacher_batch(state: TrainingState) -> TeacherBatch:
             row = int(state.randint(len(state.pool), 1))
             latents.append(state.pool.latents[row])
             masks.append(torch.ones_like(photos.masks[0]))
-            prompts.append(state.pool.prompts[row])
+            prompts.append("" if index in nulls else state.pool.prompts[row])
             crops.append((0, 0))
         else:
             row = int(state.randint(len(photos.latents), 1))
@@ -137,7 +141,7 @@ def draw_teacher_batch(state: TrainingState) -> TeacherBatch:
             masks.append(photos.masks[row])
             prompts.append(prompt_for(photos.views[row], subject, state.generator))
             crops.append(photos.views[row].crop)
-    return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, timesteps)
+    return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, timesteps, nulls)
 
 
 def draw_student_pass(state: TrainingState) -> StudentPass:

@@ -137,13 +137,10 @@ class TrainConfig:
     target_strength: float = share(1.0, "share of --target-steps: 1 from the noise, less from the picture renoised")
     replays: int = setting(0, "extra student updates a step on remembered targets of --target-steps", minimum=0)
     first_targets: int = setting(0, "batches of targets that are remembered before the first of --replays", minimum=0)
-    class_share: float = share(
-        0.0, "share of the replays that show the class as the untouched student drew it; needs a class name"
-    )
-    pair_share: float = share(
-        0.0, "share of the replays that ask for the class alone and keep what was drawn of it; needs a class name"
-    )
+    class_share: float = share(0.0, "share of the replays that show the class as it was drawn before; needs its name")
+    pair_share: float = share(0.0, "share of the replays that ask for the class and keep what it was; needs its name")
     head_start: int = setting(0, "teacher's steps alone before the first joint step, averaged at its end", minimum=0)
+    teacher_mean: bool = setting(False, "keep the teacher's rate, and end at the mean of its weights of the last half")
     carry_over: bool = setting(False, "start the student's LoRA from the teacher's, after its head start")
     scene_share: float = share(0.0, "share of the student's samples asked for in a scene instead of as in the photos")
     guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
@@ -202,6 +199,8 @@ class EchoConfig:
     teacher_noise: float = setting(
         0.0, "least noise of the teacher's pool samples, as a share of the schedule", minimum=0.0, maximum=0.99
     )
+    teacher_steps: int = setting(1, "teacher's steps a step once pictures have been kept", minimum=1)
+    null_share: float = share(0.0, "share of the teacher's pool samples that keep its answer to the empty prompt")
     real_weight: float = setting(0.25, "weight of pool pictures among the discriminators' reals", minimum=0.0)
 
 

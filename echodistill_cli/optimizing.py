@@ -18,7 +18,10 @@ _FP16_LOSS_SCALE = 1024.0
 
 
 def set_rates(state: TrainingState) -> None:
-    """Give every optimizer its learning rate for the coming joint step: `train.lr_schedule` over `train.steps`."""
+    """Give every optimizer its learning rate for the coming joint step: `train.lr_schedule` over `train.steps`.
+
+    A teacher that is averaged at the end (`train.teacher_mean`) keeps its own.
+    """
     settings = state.config.train
     done = min(1.0, state.step / settings.steps)
     share = 0.5 * (1 + math.cos(math.pi * done)) if settings.lr_schedule == "cosine" else 1.0
@@ -26,7 +29,7 @@ def set_rates(state: TrainingState) -> None:
     rates["text"] *= settings.joint_text_share
     for name, optimizer in state.optimizers.items():
         for group in optimizer.param_groups:
-            group["lr"] = share * rates[name]
+            group["lr"] = rates[name] * (1.0 if name == "teacher" and settings.teacher_mean else share)
 
 
 def optimize(state: TrainingState, loss: Tensor, parts: Sequence[str]) -> Metrics:

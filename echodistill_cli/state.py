@@ -39,8 +39,8 @@ from echodistill_cli.training_set import TrainingSet, encode_photos
 class TrainingState:
     """A run's models, trained parts and progress.
 
-    `step` counts finished steps, `head_start_step` those of the teacher before them, whose weights' mean
-    `head_start_mean` gathers; `prior` is what is to be kept.
+    `step` counts finished steps, `head_start_step` those of the teacher before them; `teacher_mean` gathers the mean
+    of its weights in either; `prior` is what is to be kept.
     """
 
     config: Config
@@ -59,7 +59,7 @@ class TrainingState:
     bad_steps_in_a_row: int = 0
     pool: EchoPool | None = None
     targets: TargetMemory = field(default_factory=TargetMemory)
-    head_start_mean: WeightMean = field(default_factory=WeightMean)
+    teacher_mean: WeightMean = field(default_factory=WeightMean)
 
     @property
     def in_head_start(self) -> bool:
@@ -79,6 +79,13 @@ class TrainingState:
     def randint(self, high: int, count: int) -> Tensor:
         """`count` whole numbers below `high`, on the CPU."""
         return torch.randint(high, (count,), generator=self.generator)
+
+    def chosen(self, share: float) -> list[int]:
+        """A share of a batch's rows, each drawn by itself; nothing is drawn for none."""
+        if not share:
+            return []
+        drawn = torch.rand(self.config.train.batch_size, generator=self.generator)
+        return [int(row) for row in (drawn < share).nonzero().flatten()]
 
     def drawing(self) -> AbstractContextManager[None]:
         """Inside, the student draws as its file will, at `adapter.strength`; nothing is trained there."""
@@ -109,7 +116,7 @@ class TrainingState:
             "generator": self.generator.get_state(),
             "pool": vars(self.pool) if self.pool else None,
             "targets": self.targets.state_dict(),
-            "head_start_mean": self.head_start_mean.state_dict(),
+            "teacher_mean": self.teacher_mean.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,7 +137,7 @@ class TrainingState:
         self.generator.set_state(state["generator"])
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
         self.targets.load_state_dict(state["targets"], self.pair.device)
-        self.head_start_mean.load_state_dict(state["head_start_mean"], self.pair.device)
+        self.teacher_mean.load_state_dict(state["teacher_mean"], self.pair.device)
 
 
 def text_name(index: int) -> str:

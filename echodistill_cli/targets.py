@@ -74,13 +74,13 @@ def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
     remembered = state.randint(len(state.targets), settings.batch_size).tolist()
     noise, target, prompts = state.targets.take(remembered)
     if state.prior is not None and settings.class_share:
-        chosen = _chosen(state, settings.class_share)
+        chosen = state.chosen(settings.class_share)
         rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
         noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
         for index, row in zip(chosen, rows, strict=True):
             prompts[index] = state.prior.prompts[row]
     if class_name is not None and state.targets.untouched is not None:
-        for index in _chosen(state, settings.pair_share):
+        for index in state.chosen(settings.pair_share):
             if state.config.subject in prompts[index]:
                 prompts[index] = prompts[index].replace(state.config.subject, class_name)
                 target[index] = state.targets.untouched[remembered[index]]
@@ -93,12 +93,6 @@ def _as_class(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Te
     if class_name is None or not state.config.train.pair_share:
         return None
     return untouched_x0(state, noise, [prompt.replace(state.config.subject, class_name) for prompt in prompts])
-
-
-def _chosen(state: TrainingState, share: float) -> list[int]:
-    """A share of a batch's rows, each drawn by itself."""
-    drawn = torch.rand(state.config.train.batch_size, generator=state.generator)
-    return [int(row) for row in (drawn < share).nonzero().flatten()]
 
 
 @torch.no_grad()

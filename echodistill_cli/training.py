@@ -19,6 +19,7 @@ from echodistill_cli import losses
 from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.batches import (
     StudentPass,
+    TeacherBatch,
     draw_echo,
     draw_first_targets,
     draw_reals,
@@ -35,7 +36,7 @@ from echodistill_cli.optimizing import Metrics, count_skips, optimize, set_rates
 from echodistill_cli.prior import Prior
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
-from echodistill_cli.targets import draw_replay
+from echodistill_cli.targets import draw_replay, untrained
 
 
 def training_step(state: TrainingState) -> Metrics:
@@ -47,7 +48,9 @@ def training_step(state: TrainingState) -> Metrics:
     if state.step == 0:
         begin(state)
     set_rates(state)
-    metrics = teacher_step(state) if settings.loss.denoising else {}
+    metrics: Metrics = {}
+    for _ in range((settings.echo.teacher_steps if state.pool else 1) if settings.loss.denoising else 0):
+        metrics |= teacher_step(state)
     student_pass, student_metrics = student_step(state)
     metrics |= student_metrics
     for _ in range(settings.train.replays if len(state.targets) else 0):
@@ -56,6 +59,8 @@ def training_step(state: TrainingState) -> Metrics:
         metrics |= discriminator_step(state, student_pass)
     count_skips(state, metrics)
     state.step += 1
+    if settings.train.teacher_mean:
+        average(state, ["teacher"], state.step, settings.train.steps)
     start, every = state.config.echo.start, state.config.echo.every
     if start is not None and state.step >= start and (state.step - start) % every == 0:
         metrics |= echo_step(state)
@@ -84,12 +89,17 @@ def head_start_step(state: TrainingState) -> Metrics:
     metrics = teacher_step(state)
     count_skips(state, metrics)
     state.head_start_step += 1
-    weights = trained_weights(state, ["teacher", "text"])
-    if 2 * state.head_start_step > state.config.train.head_start:
-        state.head_start_mean.add(weights)
-    if not state.in_head_start:
-        state.head_start_mean.move_into(weights)
+    average(state, ["teacher", "text"], state.head_start_step, state.config.train.head_start)
     return {"head_start_step": float(state.head_start_step)} | metrics
+
+
+def average(state: TrainingState, parts: Sequence[str], done: int, planned: int) -> None:
+    """Gather the weights of some parts in the second half of the planned steps; the last leaves their mean."""
+    weights = trained_weights(state, parts)
+    if 2 * done > planned:
+        state.teacher_mean.add(weights)
+    if done == planned:
+        state.teacher_mean.move_into(weights)
 
 
 def teacher_step(state: TrainingState) -> Metrics:
@@ -100,6 +110,8 @@ def teacher_step(state: TrainingState) -> Metrics:
     noise = state.randn_like(batch.latents)
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
+    if batch.nulls:
+        target[batch.nulls] = untouched_null(state, noisy, batch)
     loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
     metrics = {"denoising": float(loss.detach())}
     loss = state.config.loss.denoising * loss
@@ -108,6 +120,20 @@ def teacher_step(state: TrainingState) -> Metrics:
         metrics["teacher_prior"] = float(kept.detach())
         loss = loss + state.config.loss.prior * kept
     return metrics | optimize(state, loss, ["teacher", "text"])
+
+
+@torch.no_grad()
+def untouched_null(state: TrainingState, noisy: Tensor, batch: TeacherBatch) -> Tensor:
+    """What the teacher predicted for the empty prompt before training, of the rows `batch.nulls`, [N, C, h, w].
+
+    Guidance leads away from the empty prompt. Left to itself that learns the photos' colours too, and away from them
+    "a red sks dog" is redder than any.
+    """
+    teacher, rows = state.pair.role("teacher"), batch.nulls
+    with untrained(state):
+        crops = [batch.crops[row] for row in rows]
+        nothing = teacher.at_crops(state.pair.encoder.encode([""] * len(rows)), crops)
+        return teacher(noisy[rows], batch.timesteps[rows], nothing)
 
 
 def teacher_prior(state: TrainingState, prior: Prior) -> Tensor:

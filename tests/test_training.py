@@ -547,6 +547,35 @@ def test_the_teacher_draws_its_share_from_the_pool(new_state: NewState, share: f
         assert not is_echo or masks[row].min() == 1
 
 
+def test_on_echoed_pictures_the_teacher_keeps_its_answer_to_the_empty_prompt(new_state: NewState) -> None:
+    fast = {"train__batch_size": 4, "train__teacher_lr": 1e-2, "train__text_lr": 0.0, "echo__min_identity": 0.0}
+    state = new_state(echo__teacher_share=1.0, echo__null_share=1.0, **fast)
+    assert draw_teacher_batch(state).nulls == []  # nothing is kept yet
+    echo_step(state)
+    batch = draw_teacher_batch(state)
+    assert batch.prompts == [""] * 4
+    assert batch.nulls == [0, 1, 2, 3]
+    assert teacher_step(state)["denoising"] == pytest.approx(0, abs=1e-9)  # an untrained one predicts what it did
+
+    with torch.no_grad():
+        for weight in trained_weights(state, ["teacher"]):
+            weight.add_(0.1 * torch.randn(weight.shape, generator=state.generator))
+    strayed = teacher_step(state)["denoising"]
+    for _ in range(15):
+        teacher_step(state)
+    assert teacher_step(state)["denoising"] < 0.5 * strayed
+
+
+def test_once_pictures_are_kept_the_teacher_may_take_several_steps_a_step(new_state: NewState) -> None:
+    state = new_state(echo__start=2, echo__teacher_steps=3, echo__min_identity=0.0)
+    moved = trained_weights(state, ["teacher"])[0]
+    taken = []
+    for _ in range(4):
+        training_step(state)
+        taken.append(int(state.optimizers["teacher"].state[moved]["step"]))
+    assert taken == [1, 2, 5, 8]
+
+
 def test_a_real_weight_of_0_keeps_echoed_pictures_from_the_discriminators(new_state: NewState) -> None:
     state = new_state(echo__real_weight=0.0)
     echo_step(state)
@@ -818,7 +847,29 @@ def test_the_head_start_ends_at_the_mean_of_its_second_half(new_state: NewState)
     assert any(not torch.equal(mean, weight) for mean, weight in zip(after[3], last, strict=True))
     for mean, third, fourth in zip(after[3], after[2], last, strict=True):
         torch.testing.assert_close(mean, (third + fourth) / 2)
-    assert state.head_start_mean.count == 0
+    assert state.teacher_mean.count == 0
+
+
+def test_a_teacher_that_is_averaged_keeps_its_rate_and_ends_at_the_mean_of_the_second_half(new_state: NewState) -> None:
+    fast = {"train__steps": 4, "train__lr_schedule": "cosine", "train__teacher_lr": 1e-3}
+    state, last = (new_state(**fast, train__teacher_mean=mean) for mean in (True, False))
+    after = []
+    for _ in range(4):
+        training_step(state)
+        after.append([weight.detach().clone() for weight in trained_weights(state, ["teacher"])])
+    assert state.optimizers["teacher"].param_groups[0]["lr"] == 1e-3
+    assert state.optimizers["student"].param_groups[0]["lr"] < 0.2 * state.config.train.lr
+    steps(last, 4)
+    assert last.optimizers["teacher"].param_groups[0]["lr"] < 2e-4
+    again = new_state(**fast, train__teacher_mean=True)
+    steps(again, 3)
+    resumed = new_state(**fast, train__teacher_mean=True)
+    resumed.load_state_dict(saved(again))  # the sum so far is in the checkpoint
+    steps(resumed, 1)
+    for mean, third, weight in zip(after[3], after[2], trained_weights(resumed, ["teacher"]), strict=True):
+        assert torch.equal(mean, weight)
+        assert not torch.equal(mean, third)
+    assert state.teacher_mean.count == 0
 
 
 def test_the_student_may_begin_with_what_the_teacher_has_learned(new_state: NewState) -> None:
