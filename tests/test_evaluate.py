@@ -202,7 +202,9 @@ def test_pictures_are_reused_and_only_what_is_missing_is_drawn(flags: list[objec
     lost = next(file for file in (out / "pictures").glob("*/a-sks-dog-on-the-beach*_s1.png"))
     lost.unlink()
     third = command("evaluate", *flags, "--json", "-q")
-    assert (third.result, third.err) == (first.result, "")
+    assert third.err == ""
+    for name in ("clip_i", "dino", "clip_t"):  # of another batch: on some processors a pixel differs by one level
+        assert third.result[name] == pytest.approx(first.result[name], abs=1e-3)
     after = pictures(out)
     assert {name for name in before if after[name] != before[name]} == {n for n in before if "beach" in n}
 
