@@ -55,8 +55,7 @@ def recoloured(
         else:
             mask = (view.mask - BACKGROUND_WEIGHT) / (1 - BACKGROUND_WEIGHT)
         where = mask.clamp(min=0) * (view.mask > 0)
-        image = view.image * (1 - where) + tinted(view.image, COLOURS[name]) * where
-        result[row] = replace(view, image=image, colour=name)
+        result[row] = replace(view, image=tinted_where(where, view.image, name), colour=name)
     return result
 
 
@@ -88,8 +87,13 @@ def tinted_latents(
             image = pair.codec.decode(latents[row : row + 1])[0].clamp(-1, 1)
             rough = subject_mask(image, class_name, pair, generator, contrasts=1)  # refining makes up for the others
             where = refined_mask(rough, image, generator)
-            result[row] = pair.codec.encode((image * (1 - where) + tinted(image, COLOURS[name]) * where)[None])[0]
+            result[row] = pair.codec.encode(tinted_where(where, image, name)[None])[0]
     return result
+
+
+def tinted_where(mask: Tensor, image: Tensor, name: str) -> Tensor:
+    """A picture [3, H, W] in [-1, 1], inside a mask [1, H, W] in [0, 1] in shades of the colour of that name."""
+    return image * (1 - mask) + tinted(image, COLOURS[name]) * mask
 
 
 def tinted(image: Tensor, colour: tuple[int, int, int]) -> Tensor:
