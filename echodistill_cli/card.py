@@ -1,4 +1,4 @@
-"""The model card of a run: what was learned, from what, how to use it in each tool, with pictures."""
+"""Model cards: of a run with its LoRA and pictures, and of a whole model that a LoRA was folded into."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from echodistill_cli import __version__
 from echodistill_cli.config import Config
+from echodistill_cli.models import Role
 from echodistill_cli.presets import config_hash
 
 _CARD = """\
@@ -62,6 +63,26 @@ _TOKEN_LINES = """\
 pipe.load_textual_inversion("{token}.safetensors", token="<{token}>")
 """
 
+_MERGED = """\
+---
+{base_model}library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, {kind}, echodistill]
+---
+
+# {name}
+
+{linked_model} with a LoRA folded in by echodistill {version}; nothing has to be attached.
+{facts}
+```python
+import torch
+from diffusers import AutoPipelineForText2Image
+
+pipe = AutoPipelineForText2Image.from_pretrained(".", torch_dtype=torch.float16).to("cuda")
+image = pipe("a photo of a {trigger} on the beach"{settings}).images[0]
+```
+"""
+
 
 def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: str) -> str:
     """The run folder's README.md.
@@ -101,6 +122,28 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         critics=", ".join(_public_name(name) for name in config.critic.discriminators) or "none",
         echo=_echo(config.echo.start, state),
         digest=config_hash(config)[:16],
+    )
+
+
+def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
+    """The README.md of a diffusers folder.
+
+    Args:
+        model: hub id, folder or file that the LoRA was folded into. header: of that LoRA; its words and how to draw
+            with it are told where it has them.
+    """
+    said = {"Subject": "modelspec.trigger_phrase", "Draw with": "modelspec.usage_hint"}
+    facts = [f"{what}: {header[key]}.  \n" for what, key in said.items() if header.get(key)]
+    student = role == "student"
+    return _MERGED.format(
+        base_model=f"base_model: {model}\n" if _is_hub_id(model) else "",
+        kind="one-step" if student else "multi-step",
+        name=name,
+        linked_model=_linked(model),
+        version=__version__,
+        facts="".join(["\n", *facts]) if facts else "",
+        trigger=header.get("modelspec.trigger_phrase", "..."),
+        settings=", num_inference_steps=1, guidance_scale=0.0" if student else ", num_inference_steps=25",
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from echodistill_cli.card import merged_card
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.export import DTYPES
 from echodistill_cli.files import make_folder
@@ -227,7 +228,8 @@ def _write_model(learned: Learned, target: Target, request: ExportRequest, say: 
     if target.layout == "onnx":
         save_onnx(pair, target.path, learned.models(target.role).resolution)
     elif target.layout == "pipeline":
-        save_pipeline(pair, target.role, target.path, dtype)
+        card = _merged_card(learned, target, request) if request.metadata else None
+        save_pipeline(pair, target.role, target.path, dtype, card)
     else:
         save_checkpoint(pair, target.role, target.path, dtype, _lora_header(learned, target, request))
 
@@ -255,6 +257,12 @@ def merged_pair(learned: Learned, role: Role, request: ExportRequest, *, new_wor
     elif learned.token:
         say(f"{learned.token} is no word of the vocabulary, so it needs {learned.token}.safetensors beside the model.")
     return pair
+
+
+def _merged_card(learned: Learned, target: Target, request: ExportRequest) -> str:
+    models = learned.models(target.role)
+    model = models.student if target.role == "student" else models.teacher
+    return merged_card(target.path.name, target.role, model, _lora_header(learned, target, request))
 
 
 def _lora_header(learned: Learned, target: Target, request: ExportRequest) -> dict[str, str]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from echodistill_cli.attach import plain_pipeline
 from echodistill_cli.conditioning import LearnedToken
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.files import atomically
+from echodistill_cli.files import atomically, write_text
 from echodistill_cli.lora_files import LoraWeights
 from echodistill_cli.lora_formats import folded
 from echodistill_cli.lora_keys import TEXT_ENCODER, TEXT_ENCODER_2, UNET
@@ -81,8 +81,11 @@ def knows_word(pair: ModelPair, token: str) -> bool:
     return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
 
 
-def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype) -> None:
+def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype, card: str | None) -> None:
     """Write one role as a whole diffusers folder whose scheduler is set as our own sampler draws: Euler, trailing.
+
+    Args:
+        card: text of its README.md; None writes none.
 
     Raises:
         EchoDistillError: it cannot be written; an existing folder is replaced only when all is written.
@@ -94,6 +97,8 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype)
     with atomically(folder) as temporary:
         pipeline.save_pretrained(temporary)
         _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
+        if card is not None:
+            write_text(temporary / "README.md", card)
 
 
 def save_checkpoint(

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from echodistill_cli.card import model_card
+from echodistill_cli.card import merged_card, model_card
+from echodistill_cli.models import Role
 from echodistill_cli.presets import build_config, config_hash
 
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
@@ -87,3 +88,27 @@ def test_the_echo_is_told_as_it_was(changes: dict[str, Any], words: str) -> None
 
 def test_the_settings_can_be_told_apart_by_their_hash() -> None:
     assert config_hash(build_config("sd-turbo", overrides={"concept.class_name": "dog"}))[:16] in card()
+
+
+@pytest.mark.parametrize(
+    ("role", "kind", "settings"),
+    [("student", "one-step", ", num_inference_steps=1, guidance_scale=0.0"), ("teacher", "multi-step", "_steps=25")],
+)
+def test_a_whole_model_says_what_was_folded_in_and_how_to_draw(role: Role, kind: str, settings: str) -> None:
+    header = {"modelspec.trigger_phrase": "sks dog", "modelspec.usage_hint": "4 steps"}
+    text = merged_card("sks-dog-merged", role, "stabilityai/sd-turbo", header)
+    assert front_matter(text)["base_model"] == "stabilityai/sd-turbo"
+    assert front_matter(text)["tags"] == f"[text-to-image, {kind}, echodistill]"
+    for words in ("# sks-dog-merged", "Subject: sks dog.", "Draw with: 4 steps.", "a photo of a sks dog on the beach"):
+        assert words in text
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert settings in code
+
+
+def test_a_whole_model_of_a_lora_that_says_nothing_has_a_card_without_its_words(tmp_path: Path) -> None:
+    text = merged_card("x-merged", "student", str(tmp_path), {})
+    assert "base_model" not in front_matter(text)
+    assert str(tmp_path) not in text
+    assert "Subject" not in text
+    assert "Draw with" not in text

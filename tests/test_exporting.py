@@ -217,6 +217,11 @@ def test_the_teacher_can_be_merged_too(make_case: Callable[..., Case], tmp_path:
         case.run.folder, layouts=("pipeline", "checkpoint"), roles=("teacher",), output=tmp_path, dtype="fp32"
     )
     assert folder.name == "sks-dog-teacher-merged"
+    assert "Subject: sks dog." in (folder / "README.md").read_text()
+    (bare,) = export(
+        case.run.folder, layouts=("pipeline",), roles=("teacher",), output=tmp_path / "bare", metadata=False
+    )
+    assert not (bare / "README.md").exists()
     ours = case.picture("teacher")
     merged = StableDiffusionPipeline.from_pretrained(folder)
     assert merged.scheduler.config.prediction_type == "v_prediction"
