@@ -116,7 +116,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         head_start=f", after {alone} of the teacher alone," if (alone := state["head_start_step"]) else "",
         batch=config.train.batch_size,
         rank=config.adapter.rank,
-        text=config.text.form,
+        text=_text_side(config),
         seed=config.run.seed,
         losses=", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
         critics=", ".join(_public_name(name) for name in config.critic.discriminators) or "none",
@@ -145,6 +145,13 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
         trigger=header.get("modelspec.trigger_phrase", "..."),
         settings=", num_inference_steps=1, guidance_scale=0.0" if student else ", num_inference_steps=25",
     )
+
+
+def _text_side(config: Config) -> str:
+    if config.text.form == "frozen":
+        return "frozen"
+    by = "teacher and student" if config.text.trained_by == "both" else "the teacher"
+    return f"{config.text.form}, trained by {by}"
 
 
 def _echo(start: int | None, state: Mapping[str, Any]) -> str:

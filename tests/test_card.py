@@ -86,6 +86,12 @@ def test_the_echo_is_told_as_it_was(changes: dict[str, Any], words: str) -> None
     assert words in card(**changes)
 
 
+def test_it_says_what_the_words_learned_from() -> None:
+    assert "text side: lora, trained by the teacher, seed" in card()
+    assert "text side: token, trained by teacher and student," in card(text__form="token", text__trained_by="both")
+    assert "text side: frozen, seed" in card(text__form="frozen")
+
+
 def test_the_settings_can_be_told_apart_by_their_hash() -> None:
     assert config_hash(build_config("sd-turbo", overrides={"concept.class_name": "dog"}))[:16] in card()
 
