@@ -75,3 +75,13 @@ def small_toml(folder: Path, pair: tuple[Path, Path], backbones: dict[str, Path]
 def files_below(folder: Path) -> set[str]:
     """The relative paths of all files below a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def trained_run(
+    folder: Path, pair: tuple[Path, Path], backbones: dict[str, Path], photos: Path, **changes: Any
+) -> Path:
+    """The folder of a finished run of two steps in `folder`/runs, with other settings than `small_config`'s."""
+    file = small_toml(folder, pair, backbones, train__steps=2, echo__start="off", **changes)
+    output = folder / "runs" / "first"
+    assert command("train", photos, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
+    return output

@@ -15,7 +15,7 @@ from PIL import Image
 from echodistill_cli.encoders import CLIP, DINO, ClipJudge, DinoJudge
 from echodistill_cli.evaluation import TEMPLATES, fill, judge_names
 from examples.benchmark.small_pair import small_tokenizer
-from tests.commands import command, files_below, small_toml
+from tests.commands import command, files_below, trained_run
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]
@@ -70,11 +70,7 @@ def run(
     tmp_path_factory: pytest.TempPathFactory, small_pair: Pair, small_backbones: Backbones, photo_folder: Path
 ) -> Path:
     """A finished run; not to be written to."""
-    folder = tmp_path_factory.mktemp("work")
-    file = small_toml(folder, small_pair, small_backbones, train__steps=2, echo__start="off")
-    output = folder / "runs" / "first"
-    assert command("train", photo_folder, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
-    return output
+    return trained_run(tmp_path_factory.mktemp("work"), small_pair, small_backbones, photo_folder)
 
 
 @pytest.fixture

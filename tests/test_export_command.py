@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tests.commands import command, files_below, small_toml
+from tests.commands import command, files_below, trained_run
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]
@@ -20,12 +20,8 @@ def run(
     tmp_path_factory: pytest.TempPathFactory, small_pair: Pair, small_backbones: Backbones, photo_folder: Path
 ) -> Path:
     """A finished run with a learned word, alpha not its rank, and two checkpoints; not to be written to."""
-    folder = tmp_path_factory.mktemp("work")
-    changes = {"train__steps": 2, "run__save_every": 1, "echo__start": "off", "text__form": "token"}
-    file = small_toml(folder, small_pair, small_backbones, **changes, adapter__alpha=6)
-    output = folder / "runs" / "first"
-    assert command("train", photo_folder, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
-    return output
+    changes = {"run__save_every": 1, "text__form": "token", "adapter__alpha": 6}
+    return trained_run(tmp_path_factory.mktemp("work"), small_pair, small_backbones, photo_folder, **changes)
 
 
 def names(folder: Path) -> set[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.commands import Done, command, files_below, small_toml
+from tests.commands import Done, command, files_below, trained_run
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]
@@ -22,11 +22,7 @@ def run(
     tmp_path_factory: pytest.TempPathFactory, small_pair: Pair, small_backbones: Backbones, photo_folder: Path
 ) -> Path:
     """A finished run in a folder named runs/; not to be written to."""
-    folder = tmp_path_factory.mktemp("work")
-    file = small_toml(folder, small_pair, small_backbones, train__steps=2, echo__start="off")
-    output = folder / "runs" / "first"
-    assert command("train", photo_folder, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
-    return output
+    return trained_run(tmp_path_factory.mktemp("work"), small_pair, small_backbones, photo_folder)
 
 
 def sample(folder: Path, *arguments: object) -> Done:
