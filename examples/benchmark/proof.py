@@ -188,7 +188,7 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner) -> 
         "trial": ", ".join(f"{key}={value}" for key, value in run.trial),
         "settings": settings,
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "versions": {"echodistill": __version__, "torch": torch.__version__},
     }
     for scores in train(run, state, Ruler(run.noun, examiner)):
