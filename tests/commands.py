@@ -80,7 +80,7 @@ def files_below(folder: Path) -> set[str]:
 def trained_run(
     folder: Path, pair: tuple[Path, Path], backbones: dict[str, Path], photos: Path, **changes: Any
 ) -> Path:
-    """The folder of a finished run of two steps in `folder`/runs, with other settings than `small_config`'s."""
+    """The folder of a finished run of two steps, below `folder`/runs; `changes` as in `small_toml`."""
     file = small_toml(folder, pair, backbones, train__steps=2, echo__start="off", **changes)
     output = folder / "runs" / "first"
     assert command("train", photos, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
