@@ -120,7 +120,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         seed=config.run.seed,
         losses=", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
         critics=", ".join(_public_name(name) for name in config.critic.discriminators) or "none",
-        echo=_echo(config.echo.start, state),
+        echo=_echo(config, state),
         digest=config_hash(config)[:16],
     )
 
@@ -154,13 +154,15 @@ def _text_side(config: Config) -> str:
     return f"{config.text.form}, trained by {by}"
 
 
-def _echo(start: int | None, state: Mapping[str, Any]) -> str:
+def _echo(config: Config, state: Mapping[str, Any]) -> str:
+    start, steps = config.echo.start, config.echo.carry_back
     if start is None:
         return "off"
     if state["step"] < start:
         return f"not reached (it starts at step {start})"
     kept = len(state["pool"]["prompts"]) if state["pool"] else 0
-    return f"from step {start}, {kept or 'no'} {'picture' if kept == 1 else 'pictures'} kept at the end"
+    back = f"; then {steps} steps of the teacher alone, begun with the student's LoRA" if steps and kept else ""
+    return f"from step {start}, {kept or 'no'} {'picture' if kept == 1 else 'pictures'} kept at the end{back}"
 
 
 def _linked(source: str) -> str:

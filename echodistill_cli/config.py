@@ -189,19 +189,14 @@ class EchoConfig:
     every: int = setting(100, "steps between two refreshes of the pool", minimum=1)
     candidates: int = setting(32, "pictures drawn at each refresh", minimum=1)
     pool_size: int = setting(32, "most pictures kept", minimum=1)
-    min_identity: float = setting(
-        0.75, "least similarity to the photos, as a share of the photos' own mutual similarity", minimum=0.0
-    )
-    max_similarity: float = setting(
-        0.98, "cosine to a photo or to a kept picture above which a picture is a copy", maximum=1.0
-    )
+    min_identity: float = setting(0.75, "least similarity to the photos, as a share of their mutual one", minimum=0.0)
+    max_similarity: float = setting(0.98, "cosine to a photo or kept picture above which one is a copy", maximum=1.0)
     teacher_share: float = share(0.25, "share of the teacher's samples drawn from the pool")
-    teacher_noise: float = setting(
-        0.0, "least noise of the teacher's pool samples, as a share of the schedule", minimum=0.0, maximum=0.99
-    )
+    teacher_noise: float = setting(0.0, "least noise of the teacher's pool samples, 0 to 1", minimum=0.0, maximum=0.99)
     teacher_steps: int = setting(1, "teacher's steps a step once pictures have been kept", minimum=1)
     null_share: float = share(0.0, "share of the teacher's pool samples that keep its answer to the empty prompt")
     real_weight: float = setting(0.25, "weight of pool pictures among the discriminators' reals", minimum=0.0)
+    carry_back: int = setting(0, "teacher's steps after the last, begun with the student's LoRA; 0: none", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -270,6 +265,11 @@ def _check_together(config: Config) -> None:
         raise ConfigError(
             "The echo phase judges pictures with the identity encoder, but critic.identity is none.",
             "Choose an encoder with --identity, or turn the echo off with --no-echo.",
+        )
+    if config.echo.start is not None and config.echo.carry_back and not config.train.carry_over:
+        raise ConfigError(
+            "echo.carry_back gives the teacher the student's LoRA, which fits it only if it began as the teacher's.",
+            "Add --carry-over with a --head-start, or leave it at 0.",
         )
     if config.text.form == "frozen" and config.text.initializer is not None:
         raise ConfigError(

@@ -158,6 +158,7 @@ FLAGS: tuple[Flag, ...] = (
             "echo.teacher_steps": "--echo-teacher-steps",
             "echo.null_share": "--echo-null-share",
             "echo.real_weight": "--echo-real-weight",
+            "echo.carry_back": "--carry-back",
         },
     ),
     *_rows(

@@ -16,33 +16,32 @@ import torch
 from torch import Tensor
 
 from echodistill_cli import losses
-from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lora
+from echodistill_cli.adapters import load_lora_tensors, lora_tensors
 from echodistill_cli.batches import (
     StudentPass,
-    TeacherBatch,
     draw_echo,
     draw_first_targets,
     draw_reals,
     draw_student_pass,
-    draw_teacher_batch,
-    draw_timesteps,
     encode_for_student,
 )
 from echodistill_cli.dataset import scene_prompt
-from echodistill_cli.diffusion import add_noise, prediction_target
 from echodistill_cli.discriminators import Discriminator
 from echodistill_cli.echo import EchoPool, refresh
 from echodistill_cli.optimizing import Metrics, count_skips, optimize, set_rates, trained_weights
-from echodistill_cli.prior import Prior
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
-from echodistill_cli.targets import draw_replay, untrained
+from echodistill_cli.targets import draw_replay
+from echodistill_cli.teaching import prior_rows, teacher_step
+
+# Of the teacher's own: what the student found, its LoRA carried back, is to be cleaned up, not learned over.
+CARRY_BACK_RATE = 0.25
 
 
 def training_step(state: TrainingState) -> Metrics:
     """One step of the joint phase, and of the echo phase once it has begun. Returns every loss by name.
 
-    The first step begins with the teacher's head start, if there is one.
+    The first step begins with the teacher's head start, if there is one; the last may end with the carry back.
     """
     settings = state.config
     if state.step == 0:
@@ -64,6 +63,8 @@ def training_step(state: TrainingState) -> Metrics:
     start, every = state.config.echo.start, state.config.echo.every
     if start is not None and state.step >= start and (state.step - start) % every == 0:
         metrics |= echo_step(state)
+    if settings.echo.carry_back and state.pool and state.step == settings.train.steps:
+        metrics |= carry_back(state)
     return metrics
 
 
@@ -102,56 +103,22 @@ def average(state: TrainingState, parts: Sequence[str], done: int, planned: int)
         state.teacher_mean.move_into(weights)
 
 
-def teacher_step(state: TrainingState) -> Metrics:
-    """Concept in: the teacher's denoising loss on photos, which also trains the shared text side."""
-    teacher = state.pair.role("teacher")
-    batch = draw_teacher_batch(state)
-    conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
-    noise = state.randn_like(batch.latents)
-    noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
-    target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
-    if batch.nulls:
-        target[batch.nulls] = untouched_null(state, noisy, batch)
-    loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
-    metrics = {"denoising": float(loss.detach())}
-    loss = state.config.loss.denoising * loss
-    if state.prior is not None and state.config.loss.prior:
-        kept = teacher_prior(state, state.prior)
-        metrics["teacher_prior"] = float(kept.detach())
-        loss = loss + state.config.loss.prior * kept
-    return metrics | optimize(state, loss, ["teacher", "text"])
+def carry_back(state: TrainingState) -> Metrics:
+    """The end of the echo: the teacher begins anew with the student's LoRA, as the student began with its own.
 
-
-@torch.no_grad()
-def untouched_null(state: TrainingState, noisy: Tensor, batch: TeacherBatch) -> Tensor:
-    """What the teacher predicted for the empty prompt before training, of the rows `batch.nulls`, [N, C, h, w].
-
-    Guidance leads away from the empty prompt. Left to itself that learns the photos' colours too, and away from them
-    "a red sks dog" is redder than any.
+    Then it looks at the photos again, at a low rate, and ends at the mean of the second half of these steps. The text
+    side rests, for the student is done.
     """
-    teacher, rows = state.pair.role("teacher"), batch.nulls
-    with untrained(state):
-        crops = [batch.crops[row] for row in rows]
-        nothing = teacher.at_crops(state.pair.encoder.encode([""] * len(rows)), crops)
-        return teacher(noisy[rows], batch.timesteps[rows], nothing)
-
-
-def teacher_prior(state: TrainingState, prior: Prior) -> Tensor:
-    """Distance of the teacher's output for the class, renoised, from what it was before training; a scalar."""
-    teacher = state.pair.role("teacher")
-    rows = prior_rows(state, prior)
-    latents = prior.latents[rows]
-    timesteps = draw_timesteps(state, len(rows))
-    noisy = add_noise(teacher.schedule, latents, state.randn_like(latents), timesteps)
-    with torch.no_grad(), without_lora(teacher.unet):
-        before = teacher(noisy, timesteps, prior.conditioning.take(rows))
-    conditioning = state.pair.encoder.encode([prior.prompts[row] for row in rows])
-    return losses.latent_alignment(teacher(noisy, timesteps, conditioning), before).mean()
-
-
-def prior_rows(state: TrainingState, prior: Prior) -> list[int]:
-    """Half a batch of the class's pictures, as row numbers."""
-    return state.randint(len(prior.prompts), max(1, state.config.train.batch_size // 2)).tolist()
+    teacher, steps = state.pair.role("teacher"), state.config.echo.carry_back
+    load_lora_tensors(teacher.unet, lora_tensors(state.pair.student.unet))
+    for group in state.optimizers["teacher"].param_groups:
+        group["lr"] = CARRY_BACK_RATE * state.config.train.teacher_lr
+    metrics: Metrics = {}
+    for done in range(1, steps + 1):
+        metrics = teacher_step(state, parts=["teacher"])
+        count_skips(state, metrics)
+        average(state, ["teacher"], done, steps)
+    return {f"carry_back_{name}": value for name, value in metrics.items()}
 
 
 def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:

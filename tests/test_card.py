@@ -80,6 +80,11 @@ def test_of_a_model_on_this_machine_only_its_name_is_told(tmp_path: Path) -> Non
         ({"pool": 0}, "no pictures kept"),
         ({"pool": None, "step": 500}, "not reached"),
         ({"echo__start": None}, "Echo phase: off."),
+        (
+            {"echo__carry_back": 9, "train__carry_over": True},
+            "kept at the end; then 9 steps of the teacher alone, begun with the student's LoRA.",
+        ),
+        ({"echo__carry_back": 9, "train__carry_over": True, "pool": 0}, "no pictures kept at the end."),
     ],
 )
 def test_the_echo_is_told_as_it_was(changes: dict[str, Any], words: str) -> None:

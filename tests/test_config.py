@@ -134,6 +134,7 @@ def test_a_value_of_the_wrong_kind_is_refused(tables: dict[str, Any], message: s
         ({"text": {"form": "frozen", "initializer": "dog"}}, "learns no token"),
         ({"concept": {"class_prompts": ["a dog"]}}, "class_prompts: 'a dog' does not say once, with {}"),
         ({"train": {"lr": 0.0, "teacher_lr": 0.0}}, "nothing would be trained"),
+        ({"echo": {"carry_back": 5}}, "only if it began as the teacher's.*--carry-over"),
         ({"model": {"resolution": 16}, "critic": {"swd_patch": 17}}, "swd_patch is larger"),
         ({"critic": {"discriminators": ["dino", "dino"]}}, "each may come once"),
     ],
@@ -145,6 +146,10 @@ def test_settings_that_contradict_each_other_are_refused(tables: dict[str, Any],
 
 def test_no_judge_is_fine_without_the_echo() -> None:
     config_from_dict({"critic": {"identity": "none"}, "echo": {"start": "off"}})
+
+
+def test_carrying_back_needs_no_carry_over_without_the_echo() -> None:
+    config_from_dict({"echo": {"start": "off", "carry_back": 5}})
 
 
 def test_flags_go_over_the_file_the_file_over_the_preset_and_the_preset_over_the_defaults(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ ORDER = (
         "targets",
         "batches",
         "optimizing",
+        "teaching",
         "training",
         "runs",
         "pictures",

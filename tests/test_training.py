@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from echodistill_cli import training
-from echodistill_cli.adapters import lora_tensors
+from echodistill_cli.adapters import load_lora_tensors, lora_tensors
 from echodistill_cli.batches import (
     StudentPass,
     draw_echo,
@@ -31,7 +31,9 @@ from echodistill_cli.recolour import tinted_latents
 from echodistill_cli.sampling import sample_latents, student_x0
 from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.targets import draw_replay, drawn_target, untouched_x0, untrained
+from echodistill_cli.teaching import teacher_prior, teacher_step
 from echodistill_cli.training import (
+    CARRY_BACK_RATE,
     active_losses,
     begin,
     discriminator_step,
@@ -39,8 +41,6 @@ from echodistill_cli.training import (
     head_start_step,
     replay_step,
     student_step,
-    teacher_prior,
-    teacher_step,
     training_step,
 )
 from tests.small import seeded, small_config, small_photos
@@ -881,6 +881,41 @@ def test_the_student_may_begin_with_what_the_teacher_has_learned(new_state: NewS
     fresh = new_state(train__head_start=2)
     begin(fresh)
     assert not any(v.any() for name, v in lora_tensors(fresh.pair.student.unet).items() if "lora_B" in name)
+
+
+def test_the_teacher_ends_with_the_students_lora_and_a_look_at_the_photos(new_state: NewState) -> None:
+    settings = {"train__carry_over": True, "train__head_start": 1, "train__steps": 2, "echo__min_identity": 0.0}
+    state = new_state(**settings, echo__start=1, echo__carry_back=4)
+    kept = new_state(**settings, echo__start=1)
+    for run in (state, kept):
+        training_step(run)
+    assert same(trained(state), trained(kept))  # only the last step carries back
+    metrics = training_step(state)
+    training_step(kept)
+    after, without = trained(state), trained(kept)
+    assert metrics["carry_back_denoising"] > 0
+    for part in ("student", "text", "discriminators"):  # the student is done
+        assert same({part: after[part]}, {part: without[part]})
+    assert state.optimizers["teacher"].param_groups[0]["lr"] == CARRY_BACK_RATE * state.config.train.teacher_lr
+
+    # The same by hand: the student's LoRA, four steps, the mean of the last two.
+    load_lora_tensors(kept.pair.role("teacher").unet, lora_tensors(kept.pair.student.unet))
+    for group in kept.optimizers["teacher"].param_groups:
+        group["lr"] = CARRY_BACK_RATE * kept.config.train.teacher_lr
+    moments = []
+    for _ in range(4):
+        teacher_step(kept, parts=["teacher"])
+        moments.append(lora_tensors(kept.pair.role("teacher").unet))
+    assert state.teacher_mean.count == 0
+    for name, value in lora_tensors(state.pair.role("teacher").unet).items():
+        torch.testing.assert_close(value, (moments[2][name] + moments[3][name]) / 2)
+    assert any(not torch.equal(moments[0][name], moments[3][name]) for name in moments[0])
+
+
+def test_nothing_is_carried_back_without_an_echo_that_kept_something(new_state: NewState) -> None:
+    for settings in ({"echo__start": None}, {"echo__start": 1, "echo__min_identity": 10.0}):
+        state = new_state(train__carry_over=True, train__steps=1, echo__carry_back=2, **settings)
+        assert not any(name.startswith("carry_back") for name in training_step(state))
 
 
 def test_learning_rates_stay_or_fall_to_0_over_the_steps(new_state: NewState) -> None:

@@ -19,14 +19,8 @@ from echodistill_cli.diffusion import add_noise, prediction_target
 from echodistill_cli.optimizing import Metrics, optimize
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
-from echodistill_cli.training import (
-    begin,
-    discriminator_step,
-    replay_step,
-    student_step,
-    teacher_step,
-    training_step,
-)
+from echodistill_cli.teaching import teacher_step
+from echodistill_cli.training import begin, discriminator_step, replay_step, student_step, training_step
 
 Step = Callable[[TrainingState], Metrics]
 PSO_BETA = 100.0
@@ -173,7 +167,9 @@ CONTESTANTS: Mapping[str, Contestant] = {
         _NO_ECHO,
         distillation_step,
     ),
-    "ours-without-carry-over": Contestant("the student begins anew after the head start", {"train.carry_over": False}),
+    "ours-without-carry-over": Contestant(
+        "the student begins anew after the head start", {"train.carry_over": False, "echo.carry_back": 0}
+    ),
     "ours-without-echo": Contestant("no echo phase", _NO_ECHO),
     "ours-without-first-targets": Contestant("replays begin with the first step's targets", {"train.first_targets": 0}),
     "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),

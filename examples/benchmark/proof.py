@@ -70,7 +70,7 @@ class Run:
         train = preset.train
         whole = {f"train.{key}": getattr(train, key) for key in ("steps", "head_start", "first_targets")}
         if preset.echo.start is not None:
-            whole["echo.start"] = preset.echo.start
+            whole |= {"echo.start": preset.echo.start, "echo.carry_back": preset.echo.carry_back}
         return {key: max(1, round(value * self.scale)) if value else 0 for key, value in whole.items()}
 
     def config(self, photos: Path, steps: int | None) -> Config:

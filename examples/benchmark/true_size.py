@@ -42,7 +42,8 @@ from echodistill_cli.photos import load_photos
 from echodistill_cli.presets import build_config
 from echodistill_cli.sampling import SamplingSettings, generate
 from echodistill_cli.state import TrainingState, build_state
-from echodistill_cli.training import active_losses, frozen, teacher_step, training_step
+from echodistill_cli.teaching import teacher_step
+from echodistill_cli.training import active_losses, frozen, training_step
 from examples.benchmark.small_pair import small_tokenizer
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "configurations"
