@@ -172,8 +172,14 @@ PRESETS: Mapping[str, Preset] = {
                 "swd_patch": 7,
                 "swd_projections": 32,
             },
-            # The one-step pictures are soft: what is where is learned of them, detail of the photos.
-            "echo": {"start": 10, "every": 7, "min_identity": 0.85, "teacher_noise": 0.5},
+            "echo": {
+                "start": 10,
+                "every": 7,
+                "min_identity": 0.85,
+                # The one-step pictures are soft: what is where is learned of them, detail of the photos.
+                "teacher_noise": 0.5,
+                "carry_back": 40,
+            },
             "run": {"save_every": 10, "sample_every": 10},
         },
         family=None,

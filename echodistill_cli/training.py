@@ -2,7 +2,7 @@
 
 One step of the joint phase: the teacher learns the concept from the photos; the student learns it from the teacher
 (alignment) and from the photos (adversarial); the discriminators learn to tell. In the echo phase the student's own
-best pictures join the photos for both.
+best pictures join the photos for both; at its end the teacher may take the student's LoRA over.
 """
 
 from __future__ import annotations

@@ -169,10 +169,11 @@ def test_the_budget_is_what_ours_costs_with_its_head_start_and_its_echo() -> Non
 
 
 def test_a_run_of_another_length_has_its_share_of_every_phase_and_its_own_pictures() -> None:
-    whole = {"train.steps": 36, "train.head_start": 200, "train.first_targets": 20, "echo.start": 10}
-    assert proof.Run("ours", "dev", "dog", 0).lengths == whole
+    whole = {"train.steps": 36, "train.head_start": 200, "train.first_targets": 20}
+    echo = {"echo.start": 10, "echo.carry_back": 40}
+    assert proof.Run("ours", "dev", "dog", 0).lengths == whole | echo
     quarter = proof.Run("ours", "dev", "dog", 0, scale=0.25)
-    assert list(quarter.lengths.values()) == [9, 50, 5, 2]
+    assert list(quarter.lengths.values()) == [9, 50, 5, 2, 10]
     files = [proof.sheet_file("ours", "dog", 0, scale) for scale in (0.25, 0.5, 1.0)]
     assert len(set(files)) == 3
 

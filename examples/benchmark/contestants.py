@@ -171,6 +171,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         "the student begins anew after the head start", {"train.carry_over": False, "echo.carry_back": 0}
     ),
     "ours-without-echo": Contestant("no echo phase", _NO_ECHO),
+    "ours-without-carry-back": Contestant("the teacher keeps its own LoRA at the end", {"echo.carry_back": 0}),
     "ours-without-first-targets": Contestant("replays begin with the first step's targets", {"train.first_targets": 0}),
     "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),
 }

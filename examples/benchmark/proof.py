@@ -44,6 +44,12 @@ PICTURES = Path("runs/benchmark")
 RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
 SMALL = ("untouched", "teacher-lora", "denoising", "sequential", "ours")
 MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
+# Whose teacher is drawn too, when training has ended.
+TEACHERS = {
+    "ours": "teacher-after-echo",
+    "ours-without-echo": "teacher-without-echo",
+    "ours-without-carry-back": "teacher-without-carry-back",
+}
 Row = dict[str, Any]
 
 
@@ -135,10 +141,8 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
             measuring += time.process_time() - paused
     seconds, cpu = time.perf_counter() - began, time.process_time() - busy - measuring
     run.entry.finish(state)
-    if echo:
-        yield from _teacher_row("teacher-after-echo", run, state, ruler)
-    elif run.contestant == "ours-without-echo":
-        yield from _teacher_row("teacher-without-echo", run, state, ruler)
+    if teacher := TEACHERS.get(run.contestant):
+        yield from _teacher_row(teacher, run, state, ruler)
     with state.drawing():
         pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
         drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))
@@ -220,7 +224,10 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
 
 
 def cost_of_ours(costs: dict[str, float]) -> float:
-    """CPU seconds of the whole of ours at the preset's length: head start, first targets, joint steps, echo."""
+    """CPU seconds of the whole of ours at the preset's length: head start, first targets, joint steps, echo.
+
+    The carry back is not counted: the student, which competes, is done before it.
+    """
     preset = build_config("mini")
     joint, start = preset.train.steps, preset.echo.start
     echoes = 0 if start is None else len(range(start, joint + 1, preset.echo.every))

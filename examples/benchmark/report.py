@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from examples.benchmark.contestants import CONTESTANTS
-from examples.benchmark.proof import RESULTS, sheet_file
+from examples.benchmark.proof import RESULTS, TEACHERS, sheet_file
 from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 
@@ -26,7 +26,7 @@ SCORES = (
     *("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift"),
     *("steps", "seconds"),
 )
-ORDER = (*CONTESTANTS, "teacher-before-echo", "teacher-after-echo", "teacher-without-echo")
+ORDER = (*CONTESTANTS, "teacher-before-echo", *TEACHERS.values())
 SHEET_SUBJECTS = TEST[:6]
 
 
@@ -94,7 +94,8 @@ def margins(rows: Sequence[Row], split: str) -> str:
     others = [name for name in of_split(rows, split) if name in CONTESTANTS and name != "ours"]
     lines = ["| recognition, paired | ahead by | pairs |", "|---|---|---|"]
     contests = [("ours", name) for name in others]
-    contests += [("teacher-after-echo", other) for other in ("teacher-before-echo", "teacher-without-echo")]
+    after, *without = TEACHERS.values()
+    contests += [(after, other) for other in ("teacher-before-echo", *without)]
     own = [row for row in rows if row["split"] == split]
     for first, second in contests:
         if found := margin(own, first, second):
@@ -115,7 +116,7 @@ def figure(rows: Sequence[Row], split: str, path: Path) -> None:
         across, up = summary(own, "prompt_fidelity"), summary(own, "subject_fidelity")
         if across is None or up is None:
             continue
-        kind = "s" if name.startswith("teacher-") and name.endswith("echo") else "^" if "without" in name else "o"
+        kind = "s" if name not in CONTESTANTS else "^" if "without" in name else "o"
         for axes in (whole, corner):
             axes.errorbar(
                 *(across[0], up[0], up[1], across[1]),
