@@ -111,8 +111,8 @@ def train(
         plan = pipeline.plan(config)
         print_table(plan, plan_table(plan), as_json=as_json)
         return
-    lengths = {"steps": config.train.steps, "head_start": config.train.head_start}
-    with TrainingProgress(stderr_console(), **lengths, quiet=quiet) as progress:
+    alone = {"head_start": config.train.head_start, "carry_back": config.echo.carry_back}
+    with TrainingProgress(stderr_console(), config.train.steps, **alone, quiet=quiet) as progress:
         result = pipeline.train(
             config,
             overwrite=overwrite,

@@ -16,11 +16,16 @@ from echodistill_cli.pictures import grid, save_png, to_image
 from echodistill_cli.runs import Run
 from echodistill_cli.sampling import SamplingSettings, generate
 from echodistill_cli.signals import StopRequest
-from echodistill_cli.state import TrainingState
+from echodistill_cli.state import Phase, TrainingState
 from echodistill_cli.trackers import tracking
-from echodistill_cli.training import head_start_step, training_step
+from echodistill_cli.training import carry_back_step, head_start_step, training_step
 
 Observer = Callable[[Mapping[str, float]], None]
+_STEPS: Mapping[Phase, Callable[[TrainingState], dict[str, float]]] = {
+    "head start": head_start_step,
+    "training": training_step,
+    "carry back": carry_back_step,
+}
 
 
 def train_to_end(
@@ -41,21 +46,23 @@ def train_to_end(
     with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce) as stop:
         if state.step in (0, last):
             preview(state, run)
-        while state.step < last:
-            alone = state.in_head_start
+        while state.step < last or state.in_carry_back:
+            phase = state.phase
+            joint = phase == "training"
             metrics = timed_step(state)
-            if not alone:
+            if joint:
                 run.log(metrics)
                 track(metrics)
             observe(metrics)
-            done, number = state.step == last, state.head_start_step if alone else state.step
-            if done or (not alone and number % every.sample_every == 0):
+            student_done, number = joint and state.step == last, state.finished_in(phase)
+            done = state.step == last and not state.in_carry_back
+            if student_done or (joint and number % every.sample_every == 0):
                 preview(state, run)
             signal_number = stop.received  # read once: it may come between any two lines
-            if done or signal_number or number % every.save_every == 0:
+            if done or student_done or signal_number or number % every.save_every == 0:
                 saved = run.save_checkpoint(state.step, state.state_dict())
             if signal_number and not done:
-                message = f"Stopped at step {state.step} of {last}, saved in {saved}."
+                message = f"Stopped at {state.place}, saved in {saved}."
                 raise Interrupted(f"{message} Go on: echodistill train --resume -o {run.folder}", signal_number)
 
 
@@ -80,10 +87,10 @@ def memory_watched(state: TrainingState) -> Iterator[None]:
 def timed_step(state: TrainingState) -> dict[str, float]:
     """One step's metrics, with its number, its seconds, the learning rates and the peak memory in MiB.
 
-    It is the teacher's alone while its head start lasts, with a number of its own, and step 0.
+    A step of the teacher alone, in its head start or in the carry back, has a number of its own besides.
     """
     started = time.perf_counter()
-    metrics = (head_start_step if state.in_head_start else training_step)(state)
+    metrics = _STEPS[state.phase](state)
     rates = {f"lr_{name}": optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
     timing = {
         "step_seconds": time.perf_counter() - started,

@@ -117,9 +117,8 @@ def train(
         if saved:
             state.load_state_dict(saved)
         run.rewind(state.step)
-    done = f"step {state.step}" if state.step else f"step {state.head_start_step} of the head start"
     begun = state.step or state.head_start_step
-    say(f"Training in {run.folder}, {f'on from {done}' if begun else 'from the start'}")
+    say(f"Training in {run.folder}, {f'on from {state.place}' if begun else 'from the start'}")
     train_to_end(state, run, observe, say)
     return _write_results(state, run, started, say)
 

@@ -16,6 +16,9 @@ from rich.text import Text
 
 _PLAIN_LINES = 20  # lines that a whole run prints where there is no terminal
 
+# What is called what; each has a count of its own.
+_PHASES = {"step": "training", "head_start_step": "head start", "carry_back_step": "carry back"}
+
 # Shown beside the bar, in this order; the names are those of `metrics.jsonl`.
 _SHOWN = ("denoising", "latent", "identity", "adversarial", "echo_pool")
 
@@ -42,12 +45,13 @@ class TrainingProgress:
     """A context that shows a training run's progress.
 
     Args:
-        console: of stderr. steps: of the whole run. head_start: the teacher's steps before them. quiet: show nothing.
+        console: of stderr. steps: of the whole run. head_start, carry_back: the teacher's before and after them.
+        quiet: show nothing.
     """
 
-    def __init__(self, console: Console, steps: int, *, quiet: bool, head_start: int = 0) -> None:
+    def __init__(self, console: Console, steps: int, *, quiet: bool, head_start: int = 0, carry_back: int = 0) -> None:
         self.console, self.quiet = console, quiet
-        self.lengths = {"training": steps, "head start": head_start}
+        self.lengths = {"step": steps, "head_start_step": head_start, "carry_back_step": carry_back}
         self.phase, self.steps = "", steps
         self.say = say_to(console, quiet=quiet)
         self.bar: Progress | None = None
@@ -65,13 +69,13 @@ class TrainingProgress:
             self.live.stop()
 
     def observe(self, metrics: Mapping[str, float]) -> None:
-        """Show one finished step, of the run or of the teacher's head start."""
+        """Show one finished step, of the run or of the teacher alone."""
         if self.quiet:
             return
-        alone = "head_start_step" in metrics
-        step = int(metrics["head_start_step" if alone else "step"])
-        if self.phase != (phase := "head start" if alone else "training"):
-            self._start(phase, step, metrics.get("step_seconds", 0.0))
+        counted = next((name for name in ("head_start_step", "carry_back_step") if name in metrics), "step")
+        step, phase = int(metrics[counted]), _PHASES[counted]
+        if self.phase != phase:
+            self._start(phase, self.lengths[counted], step, metrics.get("step_seconds", 0.0))
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
         skipped = [name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")]
         if skipped:
@@ -81,12 +85,12 @@ class TrainingProgress:
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step)
         elif step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps:
-            name = "step" if phase == "training" else phase
+            name = "step" if counted == "step" else phase
             self.say(f"{name} {step}/{self.steps}  {self._remaining(step)}  {self._losses()}")
 
-    def _start(self, phase: str, step: int, seconds: float) -> None:
+    def _start(self, phase: str, steps: int, step: int, seconds: float) -> None:
         """Begin a phase: its own bar, its own clock."""
-        self.phase, self.steps = phase, self.lengths[phase]
+        self.phase, self.steps = phase, steps
         self.started, self.first_step = time.monotonic() - seconds, step - 1
         if not self.console.is_terminal:
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +34,15 @@ from echodistill_cli.randomness import Stream, generator_for, seed_for
 from echodistill_cli.replay import TargetMemory
 from echodistill_cli.training_set import TrainingSet, encode_photos
 
+Phase = Literal["head start", "training", "carry back"]
+
 
 @dataclass
 class TrainingState:
     """A run's models, trained parts and progress.
 
-    `step` counts finished steps, `head_start_step` those of the teacher before them; `teacher_mean` gathers the mean
-    of its weights in either; `prior` is what is to be kept.
+    `step` counts finished steps, `head_start_step` and `carry_back_step` those of the teacher alone before and after
+    them; `teacher_mean` gathers the mean of its weights in each; `prior` is what is to be kept.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class TrainingState:
     prior: Prior | None = None
     step: int = 0
     head_start_step: int = 0
+    carry_back_step: int = 0
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     pool: EchoPool | None = None
@@ -66,6 +69,30 @@ class TrainingState:
         """Whether the teacher is still to learn alone before the first joint step."""
         planned = self.config.train.head_start if self.config.loss.denoising else 0
         return self.step == 0 and self.head_start_step < planned
+
+    @property
+    def in_carry_back(self) -> bool:
+        """Whether the echo has still to end in steps of the teacher alone; one that kept no picture has none."""
+        planned = self.config.echo.carry_back if self.config.loss.denoising and self.pool else 0
+        return self.step == self.config.train.steps and self.carry_back_step < planned
+
+    @property
+    def phase(self) -> Phase:
+        """What the coming step belongs to; the teacher is alone in the first and the last of the three."""
+        return "head start" if self.in_head_start else "carry back" if self.in_carry_back else "training"
+
+    def finished_in(self, phase: Phase) -> int:
+        """How many steps of a phase are finished."""
+        return {"head start": self.head_start_step, "training": self.step, "carry back": self.carry_back_step}[phase]
+
+    @property
+    def place(self) -> str:
+        """The last finished step, in words."""
+        if self.carry_back_step:
+            return f"step {self.carry_back_step} of the carry back"
+        if self.step or not self.head_start_step:
+            return f"step {self.step} of {self.config.train.steps}"
+        return f"step {self.head_start_step} of the head start"
 
     @property
     def student_parts(self) -> list[str]:
@@ -108,6 +135,7 @@ class TrainingState:
             "photo_count": self.photo_count,
             "step": self.step,
             "head_start_step": self.head_start_step,
+            "carry_back_step": self.carry_back_step,
             "bad_steps": self.bad_steps,
             "lora": {name: lora_tensors(module) for name, module in self.trained_modules().items()},
             "token": self.token.state_dict() if self.token else None,
@@ -121,8 +149,8 @@ class TrainingState:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict` of a run with the same configuration, but for the learning rates."""
-        self.step, self.head_start_step = state["step"], state["head_start_step"]
-        self.bad_steps = state["bad_steps"]
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        self.head_start_step, self.carry_back_step = state["head_start_step"], state["carry_back_step"]
         for name, module in self.trained_modules().items():
             load_lora_tensors(module, state["lora"][name])
         if self.token:

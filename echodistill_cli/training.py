@@ -17,6 +17,7 @@ from torch import Tensor
 
 from echodistill_cli import losses
 from echodistill_cli.adapters import load_lora_tensors, lora_tensors
+from echodistill_cli.averaging import WeightMean
 from echodistill_cli.batches import (
     StudentPass,
     draw_echo,
@@ -41,7 +42,7 @@ CARRY_BACK_RATE = 0.25
 def training_step(state: TrainingState) -> Metrics:
     """One step of the joint phase, and of the echo phase once it has begun. Returns every loss by name.
 
-    The first step begins with the teacher's head start, if there is one; the last may end with the carry back.
+    The first begins with what is left of the teacher's head start; the carry back comes after the last, by itself.
     """
     settings = state.config
     if state.step == 0:
@@ -63,8 +64,7 @@ def training_step(state: TrainingState) -> Metrics:
     start, every = state.config.echo.start, state.config.echo.every
     if start is not None and state.step >= start and (state.step - start) % every == 0:
         metrics |= echo_step(state)
-    if settings.echo.carry_back and state.pool and state.step == settings.train.steps:
-        metrics |= carry_back(state)
+    state.carry_back_step = 0  # of a shorter run, if this one goes on from its end
     return metrics
 
 
@@ -103,22 +103,22 @@ def average(state: TrainingState, parts: Sequence[str], done: int, planned: int)
         state.teacher_mean.move_into(weights)
 
 
-def carry_back(state: TrainingState) -> Metrics:
-    """The end of the echo: the teacher begins anew with the student's LoRA, as the student began with its own.
+def carry_back_step(state: TrainingState) -> Metrics:
+    """A step of the echo's end: the teacher begins anew with the student's LoRA, as the student began with its own.
 
     Then it looks at the photos again, at a low rate, and ends at the mean of the second half of these steps. The text
-    side rests, for the student is done.
+    side rests, for the student is done. Returns the teacher's losses, and the step's own number.
     """
-    teacher, steps = state.pair.role("teacher"), state.config.echo.carry_back
-    load_lora_tensors(teacher.unet, lora_tensors(state.pair.student.unet))
+    if state.carry_back_step == 0:
+        state.teacher_mean = WeightMean()  # one cut short by a longer run may have left its own
+        load_lora_tensors(state.pair.role("teacher").unet, lora_tensors(state.pair.student.unet))
     for group in state.optimizers["teacher"].param_groups:
         group["lr"] = CARRY_BACK_RATE * state.config.train.teacher_lr
-    metrics: Metrics = {}
-    for done in range(1, steps + 1):
-        metrics = teacher_step(state, parts=["teacher"])
-        count_skips(state, metrics)
-        average(state, ["teacher"], done, steps)
-    return {f"carry_back_{name}": value for name, value in metrics.items()}
+    metrics = teacher_step(state, parts=["teacher"])
+    count_skips(state, metrics)
+    state.carry_back_step += 1
+    average(state, ["teacher"], state.carry_back_step, state.config.echo.carry_back)
+    return {"carry_back_step": float(state.carry_back_step)} | metrics
 
 
 def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:

@@ -315,24 +315,30 @@ def test_without_a_terminal_there_are_about_twenty_plain_lines() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_teachers_head_start_has_its_own_count_and_clock(terminal: bool) -> None:
+def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) -> None:
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
-    with TrainingProgress(console, 5, quiet=False, head_start=40) as progress:
+    with TrainingProgress(console, 5, quiet=False, head_start=40, carry_back=20) as progress:
         for step in range(1, 41):
             progress.observe({"step": 0, "head_start_step": step, "denoising": 0.5})
         if terminal:
             progress.live.refresh()
         progress.observe({"step": 1, **LOSSES, "step_seconds": 2.0})
+        if terminal:
+            progress.live.refresh()
+        for step in range(1, 21):
+            progress.observe({"step": 5, "carry_back_step": step, "denoising": 0.25})
     shown = text.getvalue()
     if terminal:
         assert re.search(r"head start ━+ 40/40", shown)
         assert re.search(r"training ━+.* 1/5", shown)
+        assert re.search(r"carry back ━+ 20/20", shown)
     else:
         lines = shown.splitlines()
-        assert len(lines) == 21
-        assert lines[-2].startswith("head start 40/40  0 s left  denoising 0.5")
-        assert lines[-1].startswith("step 1/5  8 s left  denoising 0.279")
+        assert len(lines) == 41
+        assert lines[19].startswith("head start 40/40  0 s left  denoising 0.5")
+        assert lines[20].startswith("step 1/5  8 s left  denoising 0.279")
+        assert lines[-1].startswith("carry back 20/20  0 s left  denoising 0.25")
 
 
 def test_an_echo_and_a_skipped_step_are_told() -> None:

@@ -129,13 +129,40 @@ def test_a_signal_in_the_teachers_head_start_saves_that_too(unbroken: tuple[Path
             os.kill(os.getpid(), signal.SIGTERM)
 
     pipeline.train(config("whole"))
-    with pytest.raises(Interrupted, match="step 0 of 1"):
+    with pytest.raises(Interrupted, match="Stopped at step 3 of the head start, saved"):
         pipeline.train(config("stopped"), observe=stop)
     stopped = open_run(tmp_path / "stopped")
     assert (stopped.load_checkpoint()["head_start_step"], stopped.read_metrics()) == (3, [])
     said: list[str] = []
     pipeline.train(config("stopped"), resume=True, say=said.append)
     assert any("on from step 3 of the head start" in line for line in said)
+    assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
+
+
+def test_a_signal_in_the_carry_back_saves_that_too(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    def config(name: str) -> Config:
+        changes = {
+            "run.output": str(tmp_path / name),
+            "train.carry_over": True,
+            "train.steps": 2,
+            "echo.start": 1,
+            "echo.min_identity": 0.0,
+            "echo.carry_back": 4,
+        }
+        return build_config(None, unbroken[0], changes)
+
+    def stop(metrics: Mapping[str, float]) -> None:
+        if metrics.get("carry_back_step") == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pipeline.train(config("whole"))
+    with pytest.raises(Interrupted, match="Stopped at step 3 of the carry back, saved"):
+        pipeline.train(config("stopped"), observe=stop)
+    stopped = open_run(tmp_path / "stopped")
+    assert (stopped.load_checkpoint()["carry_back_step"], len(stopped.read_metrics())) == (3, 2)
+    said: list[str] = []
+    pipeline.train(config("stopped"), resume=True, say=said.append)
+    assert any("on from step 3 of the carry back" in line for line in said)
     assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
 
 

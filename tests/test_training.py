@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from echodistill_cli.training import (
     CARRY_BACK_RATE,
     active_losses,
     begin,
+    carry_back_step,
     discriminator_step,
     echo_step,
     head_start_step,
@@ -889,11 +891,16 @@ def test_the_teacher_ends_with_the_students_lora_and_a_look_at_the_photos(new_st
     kept = new_state(**settings, echo__start=1)
     for run in (state, kept):
         training_step(run)
-    assert same(trained(state), trained(kept))  # only the last step carries back
-    metrics = training_step(state)
-    training_step(kept)
+        assert not run.in_carry_back
+        training_step(run)
+    assert same(trained(state), trained(kept))
+    numbers = []
+    while state.in_carry_back:
+        metrics = carry_back_step(state)
+        assert metrics["denoising"] > 0
+        numbers.append(metrics["carry_back_step"])
+    assert (numbers, kept.in_carry_back) == ([1, 2, 3, 4], False)
     after, without = trained(state), trained(kept)
-    assert metrics["carry_back_denoising"] > 0
     for part in ("student", "text", "discriminators"):  # the student is done
         assert same({part: after[part]}, {part: without[part]})
     assert state.optimizers["teacher"].param_groups[0]["lr"] == CARRY_BACK_RATE * state.config.train.teacher_lr
@@ -912,10 +919,32 @@ def test_the_teacher_ends_with_the_students_lora_and_a_look_at_the_photos(new_st
     assert any(not torch.equal(moments[0][name], moments[3][name]) for name in moments[0])
 
 
-def test_nothing_is_carried_back_without_an_echo_that_kept_something(new_state: NewState) -> None:
-    for settings in ({"echo__start": None}, {"echo__start": 1, "echo__min_identity": 10.0}):
+def test_nothing_is_carried_back_without_kept_pictures_or_a_loss_of_the_teachers_own(new_state: NewState) -> None:
+    keeps = {"echo__start": 1, "echo__min_identity": 0.0}
+    for settings, expected in (
+        (keeps, True),
+        ({"echo__start": None}, False),
+        ({"echo__start": 1, "echo__min_identity": 10.0}, False),
+        (keeps | {"loss__denoising": 0.0}, False),
+    ):
         state = new_state(train__carry_over=True, train__steps=1, echo__carry_back=2, **settings)
-        assert not any(name.startswith("carry_back") for name in training_step(state))
+        training_step(state)
+        assert state.in_carry_back == expected
+
+
+def test_a_carry_back_cut_short_begins_anew_after_more_steps(new_state: NewState) -> None:
+    settings = {"train__carry_over": True, "train__steps": 1, "echo__min_identity": 0.0, "echo__start": 1}
+    state = new_state(**settings, echo__carry_back=4)
+    training_step(state)
+    for _ in range(3):
+        carry_back_step(state)
+    assert state.teacher_mean.count == 1
+    state.config = dataclasses.replace(state.config, train=dataclasses.replace(state.config.train, steps=2))
+    assert not state.in_carry_back
+    training_step(state)
+    assert (state.in_carry_back, state.finished_in("carry back")) == (True, 0)
+    carry_back_step(state)
+    assert state.teacher_mean.count == 0
 
 
 def test_learning_rates_stay_or_fall_to_0_over_the_steps(new_state: NewState) -> None:

@@ -32,7 +32,7 @@ from echodistill_cli.optimizing import set_rates
 from echodistill_cli.photos import Photo, load_photos
 from echodistill_cli.presets import build_config, config_hash
 from echodistill_cli.state import TrainingState, build_state
-from echodistill_cli.training import echo_step
+from echodistill_cli.training import carry_back_step, echo_step
 from examples.benchmark.contestants import CONTESTANTS, Contestant
 from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
 from examples.benchmark.subjects import PROMPTS, SEEDS, SPLITS, TOKEN, class_name, write_photos
@@ -140,6 +140,8 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
             yield from _teacher_row("teacher-before-echo", run, state, ruler)
             measuring += time.process_time() - paused
     seconds, cpu = time.perf_counter() - began, time.process_time() - busy - measuring
+    while state.in_carry_back:
+        carry_back_step(state)
     run.entry.finish(state)
     if teacher := TEACHERS.get(run.contestant):
         yield from _teacher_row(teacher, run, state, ruler)
