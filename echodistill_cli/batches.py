@@ -117,23 +117,24 @@ class TeacherBatch:
     nulls: list[int]
 
 
-def draw_teacher_batch(state: TrainingState) -> TeacherBatch:
-    """Augmented photos, and echoed pictures if there are any."""
+def draw_teacher_batch(state: TrainingState, *, echoes: bool = True) -> TeacherBatch:
+    """Augmented photos, and echoed pictures if there are any and they are wanted."""
     batch, photos, subject = state.config.train.batch_size, state.photos, state.config.subject
     from_pool = torch.rand(batch, generator=state.generator) < state.config.echo.teacher_share
     timesteps = draw_timesteps(state, batch)
     latents, masks, prompts, crops = [], [], [], []
-    empty = state.chosen(state.config.echo.null_share) if state.pool else []
+    pool = state.pool if echoes else None
+    empty = state.chosen(state.config.echo.null_share) if pool else []
     nulls = [row for row in empty if from_pool[row]]
     for index, echoed in enumerate(from_pool.tolist()):
-        if echoed and state.pool:
+        if echoed and pool:
             steps = len(state.pair.role("teacher").schedule.alphas_cumprod)
             least = state.config.echo.teacher_noise
             timesteps[index] = int(least * steps + (1 - least) * int(timesteps[index]))
-            row = int(state.randint(len(state.pool), 1))
-            latents.append(state.pool.latents[row])
+            row = int(state.randint(len(pool), 1))
+            latents.append(pool.latents[row])
             masks.append(torch.ones_like(photos.masks[0]))
-            prompts.append("" if index in nulls else state.pool.prompts[row])
+            prompts.append("" if index in nulls else pool.prompts[row])
             crops.append((0, 0))
         else:
             row = int(state.randint(len(photos.latents), 1))

@@ -17,10 +17,10 @@ from echodistill_cli.state import TrainingState
 from echodistill_cli.targets import untrained
 
 
-def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text")) -> Metrics:
-    """Concept in: the teacher's denoising loss on photos, which also trains the shared text side."""
+def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"), *, echoes: bool = True) -> Metrics:
+    """Concept in: the teacher's denoising loss on photos and `echoes`, which also trains the shared text side."""
     teacher = state.pair.role("teacher")
-    batch = draw_teacher_batch(state)
+    batch = draw_teacher_batch(state, echoes=echoes)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)

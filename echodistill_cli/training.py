@@ -106,7 +106,7 @@ def average(state: TrainingState, parts: Sequence[str], done: int, planned: int)
 def carry_back_step(state: TrainingState) -> Metrics:
     """A step of the echo's end: the teacher begins anew with the student's LoRA, as the student began with its own.
 
-    Then it looks at the photos again, at a low rate, and ends at the mean of the second half of these steps. The text
+    Then it looks at the photos alone, at a low rate, and ends at the mean of the second half of these steps. The text
     side rests, for the student is done. Returns the teacher's losses, and the step's own number.
     """
     if state.carry_back_step == 0:
@@ -114,7 +114,7 @@ def carry_back_step(state: TrainingState) -> Metrics:
         load_lora_tensors(state.pair.role("teacher").unet, lora_tensors(state.pair.student.unet))
     for group in state.optimizers["teacher"].param_groups:
         group["lr"] = CARRY_BACK_RATE * state.config.train.teacher_lr
-    metrics = teacher_step(state, parts=["teacher"])
+    metrics = teacher_step(state, parts=["teacher"], echoes=False)
     count_skips(state, metrics)
     state.carry_back_step += 1
     average(state, ["teacher"], state.carry_back_step, state.config.echo.carry_back)

@@ -547,6 +547,7 @@ def test_the_teacher_draws_its_share_from_the_pool(new_state: NewState, share: f
     for row, is_echo in enumerate(echoed):
         assert (latents[row] == state.pool.latents).flatten(1).all(dim=1).any() == is_echo
         assert not is_echo or masks[row].min() == 1
+    assert "ECHO" not in draw_teacher_batch(state, echoes=False).prompts
 
 
 def test_on_echoed_pictures_the_teacher_keeps_its_answer_to_the_empty_prompt(new_state: NewState) -> None:
@@ -886,9 +887,9 @@ def test_the_student_may_begin_with_what_the_teacher_has_learned(new_state: NewS
 
 
 def test_the_teacher_ends_with_the_students_lora_and_a_look_at_the_photos(new_state: NewState) -> None:
-    settings = {"train__carry_over": True, "train__head_start": 1, "train__steps": 2, "echo__min_identity": 0.0}
-    state = new_state(**settings, echo__start=1, echo__carry_back=4)
-    kept = new_state(**settings, echo__start=1)
+    settings = {"train__carry_over": True, "train__head_start": 1, "train__steps": 2}
+    settings |= {"echo__start": 1, "echo__min_identity": 0.0, "echo__teacher_share": 1.0}
+    state, kept = new_state(**settings, echo__carry_back=4), new_state(**settings)
     for run in (state, kept):
         training_step(run)
         assert not run.in_carry_back
@@ -911,7 +912,7 @@ def test_the_teacher_ends_with_the_students_lora_and_a_look_at_the_photos(new_st
         group["lr"] = CARRY_BACK_RATE * kept.config.train.teacher_lr
     moments = []
     for _ in range(4):
-        teacher_step(kept, parts=["teacher"])
+        teacher_step(kept, parts=["teacher"], echoes=False)
         moments.append(lora_tensors(kept.pair.role("teacher").unet))
     assert state.teacher_mean.count == 0
     for name, value in lora_tensors(state.pair.role("teacher").unet).items():
