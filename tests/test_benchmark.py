@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from echodistill_cli.adapters import lora_tensors
+from echodistill_cli.adapters import lora_tensors, trainable_parameters
 from echodistill_cli.dataset import SCENES, TEMPLATES
 from echodistill_cli.presets import build_config
 from echodistill_cli.state import TrainingState, build_state
 from examples.benchmark import proof, report
-from examples.benchmark.contestants import CONTESTANTS
+from examples.benchmark.contestants import CONTESTANTS, carry_back, end_echo, more_steps
 from examples.benchmark.measure import JUDGE, Ruler, nearest_distance, spread
 from examples.benchmark.subjects import DEV, PROMPTS, SEEDS, TEST, TOKEN, reference_pictures, write_photos
 from examples.mini_world.judges import Examiner
@@ -135,6 +137,25 @@ def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set
         entry.finish(state)
         teacher, student = (lora_tensors(state.pair.role(role).unet) for role in ("teacher", "student"))
         assert all(torch.equal(teacher[key], student[key]) for key in teacher)
+
+
+def test_the_ways_in_which_the_teacher_may_end(state: TrainingState) -> None:
+    teacher, student = (state.pair.role(role).unet for role in ("teacher", "student"))
+    state.config = replace(
+        state.config,
+        train=replace(state.config.train, teacher_lr=0.0),  # what a way begins with stays
+        echo=replace(state.config.echo, carry_back=2),
+    )
+    for weight in trainable_parameters(student):
+        torch.nn.init.constant_(weight, 0.01)
+    own, students, ended = lora_tensors(teacher), lora_tensors(student), copy.deepcopy(state.state_dict())
+    for ending, expected, steps in ((end_echo, own, 0), (more_steps, own, 2), (carry_back, students, 2)):
+        ending(state)
+        assert state.carry_back_step == steps
+        assert all(torch.allclose(expected[key], value) for key, value in lora_tensors(teacher).items())
+        state.load_state_dict(copy.deepcopy(ended))
+        assert all(torch.equal(own[key], value) for key, value in lora_tensors(teacher).items())
+        assert all(torch.equal(students[key], value) for key, value in lora_tensors(student).items())
 
 
 def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,14 @@ from echodistill_cli.optimizing import Metrics, optimize
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
 from echodistill_cli.teaching import teacher_step
-from echodistill_cli.training import begin, discriminator_step, replay_step, student_step, training_step
+from echodistill_cli.training import (
+    begin,
+    carry_back_step,
+    discriminator_step,
+    replay_step,
+    student_step,
+    training_step,
+)
 
 Step = Callable[[TrainingState], Metrics]
 PSO_BETA = 100.0
@@ -106,6 +113,24 @@ def carry_over(state: TrainingState) -> None:
     load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
 
 
+def end_echo(state: TrainingState) -> None:
+    """The carry back, if the echo kept anything."""
+    while state.in_carry_back:
+        carry_back_step(state)
+
+
+def carry_back(state: TrainingState) -> None:
+    """The steps that would end an echo, whatever was echoed."""
+    for _ in range(state.config.echo.carry_back):
+        carry_back_step(state)
+
+
+def more_steps(state: TrainingState) -> None:
+    """As many steps as the carry back's, at its rate and to their mean, from the teacher's own LoRA."""
+    load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
+    carry_back(state)
+
+
 _NO_ECHO = {"echo.start": None}
 # What others train on: the photos as they are.
 _PLAIN = {"concept.recolour": 0.0}
@@ -170,8 +195,17 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "ours-without-carry-over": Contestant(
         "the student begins anew after the head start", {"train.carry_over": False, "echo.carry_back": 0}
     ),
-    "ours-without-echo": Contestant("no echo phase", _NO_ECHO),
-    "ours-without-carry-back": Contestant("the teacher keeps its own LoRA at the end", {"echo.carry_back": 0}),
+    "ours-without-echo": Contestant("no echo phase, and none of what ends it", _NO_ECHO),
     "ours-without-first-targets": Contestant("replays begin with the first step's targets", {"train.first_targets": 0}),
     "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),
+}
+
+# Whose teacher is drawn too when training has ended: row by row what is done first, each from where training ended.
+TEACHERS: Mapping[str, Mapping[str, Callable[[TrainingState], None]]] = {
+    "ours": {"teacher-without-carry-back": lambda _state: None, "teacher-after-echo": end_echo},
+    "ours-without-echo": {
+        "teacher-without-echo": lambda _state: None,
+        "teacher-with-more-steps": more_steps,
+        "teacher-without-pictures": carry_back,
+    },
 }

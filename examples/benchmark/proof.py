@@ -7,6 +7,7 @@ stopped run goes on. `--set` tries other settings on the `dev` subjects, into `t
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import platform
@@ -32,8 +33,8 @@ from echodistill_cli.optimizing import set_rates
 from echodistill_cli.photos import Photo, load_photos
 from echodistill_cli.presets import build_config, config_hash
 from echodistill_cli.state import TrainingState, build_state
-from echodistill_cli.training import carry_back_step, echo_step
-from examples.benchmark.contestants import CONTESTANTS, Contestant
+from echodistill_cli.training import echo_step
+from examples.benchmark.contestants import CONTESTANTS, TEACHERS, Contestant
 from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
 from examples.benchmark.subjects import PROMPTS, SEEDS, SPLITS, TOKEN, class_name, write_photos
 from examples.mini_world.judges import Examiner
@@ -44,12 +45,6 @@ PICTURES = Path("runs/benchmark")
 RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
 SMALL = ("untouched", "teacher-lora", "denoising", "sequential", "ours")
 MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
-# Whose teacher is drawn too, when training has ended.
-TEACHERS = {
-    "ours": "teacher-after-echo",
-    "ours-without-echo": "teacher-without-echo",
-    "ours-without-carry-back": "teacher-without-carry-back",
-}
 Row = dict[str, Any]
 
 
@@ -140,11 +135,12 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
             yield from _teacher_row("teacher-before-echo", run, state, ruler)
             measuring += time.process_time() - paused
     seconds, cpu = time.perf_counter() - began, time.process_time() - busy - measuring
-    while state.in_carry_back:
-        carry_back_step(state)
     run.entry.finish(state)
-    if teacher := TEACHERS.get(run.contestant):
+    ended = copy.deepcopy(state.state_dict())
+    for teacher, ending in TEACHERS.get(run.contestant, {}).items():
+        ending(state)
         yield from _teacher_row(teacher, run, state, ruler)
+        state.load_state_dict(copy.deepcopy(ended))  # optimizers go on with the very tensors they are given
     with state.drawing():
         pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
         drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from examples.benchmark.contestants import CONTESTANTS
-from examples.benchmark.proof import RESULTS, TEACHERS, sheet_file
+from examples.benchmark.contestants import CONTESTANTS, TEACHERS
+from examples.benchmark.proof import RESULTS, sheet_file
 from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 
@@ -26,7 +26,8 @@ SCORES = (
     *("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift"),
     *("steps", "seconds"),
 )
-ORDER = (*CONTESTANTS, "teacher-before-echo", *TEACHERS.values())
+BEFORE, AFTER = "teacher-before-echo", "teacher-after-echo"
+ORDER = (*CONTESTANTS, BEFORE, AFTER, *(name for rows in TEACHERS.values() for name in rows if name != AFTER))
 SHEET_SUBJECTS = TEST[:6]
 
 
@@ -94,8 +95,7 @@ def margins(rows: Sequence[Row], split: str) -> str:
     others = [name for name in of_split(rows, split) if name in CONTESTANTS and name != "ours"]
     lines = ["| recognition, paired | ahead by | pairs |", "|---|---|---|"]
     contests = [("ours", name) for name in others]
-    after, *without = TEACHERS.values()
-    contests += [(after, other) for other in ("teacher-before-echo", *without)]
+    contests += [(AFTER, other) for other in ORDER[len(CONTESTANTS) :] if other != AFTER]
     own = [row for row in rows if row["split"] == split]
     for first, second in contests:
         if found := margin(own, first, second):
