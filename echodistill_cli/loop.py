@@ -16,16 +16,11 @@ from echodistill_cli.pictures import grid, save_png, to_image
 from echodistill_cli.runs import Run
 from echodistill_cli.sampling import SamplingSettings, generate
 from echodistill_cli.signals import StopRequest
-from echodistill_cli.state import Phase, TrainingState
+from echodistill_cli.state import TrainingState
 from echodistill_cli.trackers import tracking
 from echodistill_cli.training import carry_back_step, head_start_step, training_step
 
 Observer = Callable[[Mapping[str, float]], None]
-_STEPS: Mapping[Phase, Callable[[TrainingState], dict[str, float]]] = {
-    "head start": head_start_step,
-    "training": training_step,
-    "carry back": carry_back_step,
-}
 
 
 def train_to_end(
@@ -90,7 +85,8 @@ def timed_step(state: TrainingState) -> dict[str, float]:
     A step of the teacher alone, in its head start or in the carry back, has a number of its own besides.
     """
     started = time.perf_counter()
-    metrics = _STEPS[state.phase](state)
+    steps = {"head start": head_start_step, "training": training_step, "carry back": carry_back_step}
+    metrics = steps[state.phase](state)
     rates = {f"lr_{name}": optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
     timing = {
         "step_seconds": time.perf_counter() - started,
