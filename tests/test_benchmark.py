@@ -15,7 +15,7 @@ import torch
 from echodistill_cli.adapters import lora_tensors, trainable_parameters
 from echodistill_cli.dataset import SCENES, TEMPLATES
 from echodistill_cli.presets import build_config
-from echodistill_cli.state import TrainingState, build_state
+from echodistill_cli.state import TrainingState, build_state, learning_rates
 from examples.benchmark import proof, report
 from examples.benchmark.contestants import CONTESTANTS, carry_back, end_echo, more_steps
 from examples.benchmark.measure import JUDGE, Ruler, nearest_distance, spread
@@ -128,8 +128,12 @@ def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set
     assert entry.step is not None
     entry.step(state)
     assert changed(state, before) == moved
+    state.step = 1  # half of the way
+    if name != "sequential":
+        entry.step(state)
+    for part, rate in learning_rates(state.config.train).items():
+        assert name == "sequential" or state.optimizers[part].param_groups[0]["lr"] == pytest.approx(rate / 2)
     if name == "sequential":  # and from its second step on
-        state.step = 1
         before = {part: lora_tensors(module) for part, module in state.trained_modules().items()}
         entry.step(state)
         assert changed(state, before) == {"student"}

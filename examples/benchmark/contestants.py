@@ -16,7 +16,7 @@ from echodistill_cli import losses
 from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.batches import draw_teacher_batch
 from echodistill_cli.diffusion import add_noise, prediction_target
-from echodistill_cli.optimizing import Metrics, optimize
+from echodistill_cli.optimizing import Metrics, optimize, set_rates
 from echodistill_cli.sampling import student_x0
 from echodistill_cli.state import TrainingState
 from echodistill_cli.teaching import teacher_step
@@ -39,7 +39,7 @@ class Contestant:
 
     Args:
         about: what it is, in words. settings: overrides of the `mini` preset by dotted key.
-        step: one training step; None for a model that is not trained. finish: what is done when training has ended.
+        step: one training step, at the rates of its number; None for a model that is not trained. finish: what is done when training has ended.
         costs_as: the contestant whose step costs the same, where its own is not measured.
     """
 
@@ -50,8 +50,15 @@ class Contestant:
     costs_as: str = ""
 
 
+def teacher_lora_step(state: TrainingState) -> Metrics:
+    """The teacher's own step, alone."""
+    set_rates(state)
+    return teacher_step(state)
+
+
 def denoising_step(state: TrainingState) -> Metrics:
     """DreamBooth-LoRA on the one-step model: its denoising loss on the photos at every timestep, text side included."""
+    set_rates(state)
     student = state.pair.student
     batch = draw_teacher_batch(state)
     conditioning = student.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
@@ -64,6 +71,7 @@ def denoising_step(state: TrainingState) -> Metrics:
 
 def token_step(state: TrainingState) -> Metrics:
     """Textual inversion: one learned vector through the teacher's denoising loss; no UNet moves."""
+    set_rates(state)
     teacher, batch = state.pair.role("teacher"), draw_teacher_batch(state)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
@@ -79,6 +87,7 @@ def pso_step(state: TrainingState) -> Metrics:
     The likelihood ratio of a picture is that of Gaussians around the two models' one-step pictures of it, renoised to
     the last timestep: tuned model over untouched one.
     """
+    set_rates(state)
     student, batch = state.pair.student, state.config.train.batch_size
     latents, prompts = (drawn := draw_teacher_batch(state)).latents, drawn.prompts
     conditioning = state.pair.encoder.encode(prompts)
@@ -102,6 +111,7 @@ def distillation_step(state: TrainingState) -> Metrics:
     """Teacher first: it learns alone before the first step and rests from then on, while the student is distilled."""
     if state.step == 0:
         begin(state)
+    set_rates(state)
     student_pass, metrics = student_step(state)
     for _ in range(state.config.train.replays):
         metrics |= replay_step(state)
@@ -139,7 +149,6 @@ _RATES = {
     "train.lr": 2e-3,
     "train.teacher_lr": 4e-3,
     "train.text_lr": 2e-3,
-    "train.joint_text_share": 1.0,
     "adapter.strength": 1.0,
 }
 # A LoRA on the text encoder, which the denoising loss alone trains: what people do today.
@@ -150,13 +159,13 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "teacher-lora": Contestant(
         "the teacher's LoRA (denoising loss), loaded into the student",
         _TUNED | _PLAIN | _NO_ECHO,
-        teacher_step,
+        teacher_lora_step,
         carry_over,
     ),
     "teacher-lora-recoloured": Contestant(
         "the same with ours' recoloured views",
         _TUNED | _NO_ECHO,
-        teacher_step,
+        teacher_lora_step,
         carry_over,
         costs_as="teacher-lora",
     ),
@@ -165,7 +174,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     ),
     "token-only": Contestant(
         "one learned word (textual inversion)",
-        _PLAIN | _NO_ECHO | {"train.text_lr": 2e-2, "train.joint_text_share": 1.0, "adapter.strength": 1.0},
+        _PLAIN | _NO_ECHO | {"train.text_lr": 2e-2, "adapter.strength": 1.0},
         token_step,
     ),
     "pso": Contestant(

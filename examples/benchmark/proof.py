@@ -29,7 +29,6 @@ from echodistill_cli.batches import draw_first_targets
 from echodistill_cli.config import Config
 from echodistill_cli.files import write_text
 from echodistill_cli.libraries import prepare_libraries
-from echodistill_cli.optimizing import set_rates
 from echodistill_cli.photos import Photo, load_photos
 from echodistill_cli.presets import build_config, config_hash
 from echodistill_cli.state import TrainingState, build_state
@@ -127,7 +126,6 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
         return
     while state.step < state.config.train.steps:
         step = state.step
-        set_rates(state)
         run.entry.step(state)
         state.step = step + 1
         if state.step == echo:
