@@ -39,7 +39,8 @@ class Contestant:
 
     Args:
         about: what it is, in words. settings: overrides of the `mini` preset by dotted key.
-        step: one training step, at the rates of its number; None for a model that is not trained. finish: what is done when training has ended.
+        step: one training step, at the rates of its number; None for a model that is not trained.
+        finish: what is done when training has ended.
         costs_as: the contestant whose step costs the same, where its own is not measured.
     """
 
