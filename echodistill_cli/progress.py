@@ -16,8 +16,8 @@ from rich.text import Text
 
 _PLAIN_LINES = 20  # lines that a whole run prints where there is no terminal
 
-# What is called what; each has a count of its own.
-_PHASES = {"step": "training", "head_start_step": "head start", "carry_back_step": "carry back"}
+# What is counted in which phase; a step of the teacher alone has the joint ones' number besides, which stands last.
+_PHASES = {"head_start_step": "head start", "carry_back_step": "carry back", "step": "training"}
 
 # Shown beside the bar, in this order; the names are those of `metrics.jsonl`.
 _SHOWN = ("denoising", "latent", "identity", "adversarial", "echo_pool")
@@ -72,7 +72,7 @@ class TrainingProgress:
         """Show one finished step, of the run or of the teacher alone."""
         if self.quiet:
             return
-        counted = next((name for name in ("head_start_step", "carry_back_step") if name in metrics), "step")
+        counted = next(name for name in _PHASES if name in metrics)
         step, phase = int(metrics[counted]), _PHASES[counted]
         if self.phase != phase:
             self._start(phase, self.lengths[counted], step, metrics.get("step_seconds", 0.0))

@@ -114,55 +114,34 @@ def test_a_signal_saves_the_run_and_it_goes_on_to_the_same_bits(
     assert_same_run(run, unbroken[1])
 
 
-def test_a_signal_in_the_teachers_head_start_saves_that_too(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "changes", "joint_steps"),
+    [
+        ("head start", {"train.head_start": 4, "train.steps": 1}, 0),
+        ("carry back", {"train.steps": 2, "echo.start": 1, "echo.min_identity": 0.0, "echo.carry_back": 4}, 2),
+    ],
+)
+def test_a_signal_while_the_teacher_is_alone_saves_that_too(
+    unbroken: tuple[Path, Path], phase: str, changes: dict[str, Any], joint_steps: int, tmp_path: Path
+) -> None:
+    counted = f"{phase.replace(' ', '_')}_step"
+
     def config(name: str) -> Config:
-        changes = {
-            "run.output": str(tmp_path / name),
-            "train.head_start": 4,
-            "train.carry_over": True,
-            "train.steps": 1,
-        }
-        return build_config(None, unbroken[0], changes)
+        places = {"run.output": str(tmp_path / name), "train.carry_over": True}
+        return build_config(None, unbroken[0], places | changes)
 
     def stop(metrics: Mapping[str, float]) -> None:
-        if metrics.get("head_start_step") == 3:
+        if metrics.get(counted) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
     pipeline.train(config("whole"))
-    with pytest.raises(Interrupted, match="Stopped at step 3 of the head start, saved"):
+    with pytest.raises(Interrupted, match=f"Stopped at step 3 of the {phase}, saved"):
         pipeline.train(config("stopped"), observe=stop)
     stopped = open_run(tmp_path / "stopped")
-    assert (stopped.load_checkpoint()["head_start_step"], stopped.read_metrics()) == (3, [])
+    assert (stopped.load_checkpoint()[counted], len(stopped.read_metrics())) == (3, joint_steps)
     said: list[str] = []
     pipeline.train(config("stopped"), resume=True, say=said.append)
-    assert any("on from step 3 of the head start" in line for line in said)
-    assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
-
-
-def test_a_signal_in_the_carry_back_saves_that_too(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
-    def config(name: str) -> Config:
-        changes = {
-            "run.output": str(tmp_path / name),
-            "train.carry_over": True,
-            "train.steps": 2,
-            "echo.start": 1,
-            "echo.min_identity": 0.0,
-            "echo.carry_back": 4,
-        }
-        return build_config(None, unbroken[0], changes)
-
-    def stop(metrics: Mapping[str, float]) -> None:
-        if metrics.get("carry_back_step") == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    pipeline.train(config("whole"))
-    with pytest.raises(Interrupted, match="Stopped at step 3 of the carry back, saved"):
-        pipeline.train(config("stopped"), observe=stop)
-    stopped = open_run(tmp_path / "stopped")
-    assert (stopped.load_checkpoint()["carry_back_step"], len(stopped.read_metrics())) == (3, 2)
-    said: list[str] = []
-    pipeline.train(config("stopped"), resume=True, say=said.append)
-    assert any("on from step 3 of the carry back" in line for line in said)
+    assert any(f"on from step 3 of the {phase}" in line for line in said)
     assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
 
 

@@ -138,7 +138,7 @@ def carry_back(state: TrainingState) -> None:
 
 def more_steps(state: TrainingState) -> None:
     """As many steps as the carry back's, at its rate and to their mean, from the teacher's own LoRA."""
-    load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
+    carry_over(state)
     carry_back(state)
 
 
