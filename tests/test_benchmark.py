@@ -16,8 +16,9 @@ from echodistill_cli.adapters import lora_tensors, trainable_parameters
 from echodistill_cli.dataset import SCENES, TEMPLATES
 from echodistill_cli.presets import build_config
 from echodistill_cli.state import TrainingState, build_state, learning_rates
+from echodistill_cli.training import echo_step
 from examples.benchmark import proof, report
-from examples.benchmark.contestants import CONTESTANTS, carry_back, end_echo, more_steps
+from examples.benchmark.contestants import CONTESTANTS, end_echo, more_steps
 from examples.benchmark.measure import JUDGE, Ruler, nearest_distance, spread
 from examples.benchmark.subjects import DEV, PROMPTS, SEEDS, TEST, TOKEN, reference_pictures, write_photos
 from examples.mini_world.judges import Examiner
@@ -140,17 +141,23 @@ def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set
         assert all(torch.equal(teacher[key], student[key]) for key in teacher)
 
 
-def test_the_ways_in_which_the_teacher_may_end(state: TrainingState) -> None:
+@pytest.mark.parametrize("kept", [False, True])
+def test_the_ways_in_which_the_teacher_may_end(state: TrainingState, kept: bool) -> None:
     teacher, student = (state.pair.role(role).unet for role in ("teacher", "student"))
     state.config = replace(
         state.config,
         train=replace(state.config.train, teacher_lr=0.0),  # what a way begins with stays
-        echo=replace(state.config.echo, carry_back=2),
+        echo=replace(state.config.echo, carry_back=2, min_identity=0.0, max_similarity=1.0, candidates=4),
     )
     for weight in trainable_parameters(student):
         torch.nn.init.constant_(weight, 0.01)
+    if kept:
+        echo_step(state)
+        assert state.pool
+    state.step = state.config.train.steps
     own, students, ended = lora_tensors(teacher), lora_tensors(student), copy.deepcopy(state.state_dict())
-    for ending, expected, steps in ((end_echo, own, 0), (more_steps, own, 2), (carry_back, students, 2)):
+    after_echo = (students, 2) if kept else (own, 0)
+    for ending, (expected, steps) in ((end_echo, after_echo), (more_steps, (own, 2))):
         ending(state)
         assert state.carry_back_step == steps
         assert all(torch.allclose(expected[key], value) for key, value in lora_tensors(teacher).items())

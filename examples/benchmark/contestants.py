@@ -130,19 +130,16 @@ def end_echo(state: TrainingState) -> None:
         carry_back_step(state)
 
 
-def carry_back(state: TrainingState) -> None:
-    """The steps that would end an echo, whatever was echoed."""
+def more_steps(state: TrainingState) -> None:
+    """As many steps as the carry back's, at its rate and to their mean, from the teacher's own LoRA."""
+    carry_over(state)
     for _ in range(state.config.echo.carry_back):
         carry_back_step(state)
 
 
-def more_steps(state: TrainingState) -> None:
-    """As many steps as the carry back's, at its rate and to their mean, from the teacher's own LoRA."""
-    carry_over(state)
-    carry_back(state)
-
-
 _NO_ECHO = {"echo.start": None}
+# As in the paper: the kept pictures are examples for both models; soft as they are, of what is where, not of detail.
+_PICTURES = {"echo.teacher_share": 0.25, "echo.teacher_noise": 0.5, "echo.real_weight": 0.25}
 # What others train on: the photos as they are.
 _PLAIN = {"concept.recolour": 0.0}
 # The best by recognition of three trials each, on two dev subjects at half of the preset's length (trials.json).
@@ -206,16 +203,17 @@ CONTESTANTS: Mapping[str, Contestant] = {
         "the student begins anew after the head start", {"train.carry_over": False, "echo.carry_back": 0}
     ),
     "ours-without-echo": Contestant("no echo phase, and none of what ends it", _NO_ECHO),
+    "ours-with-pictures": Contestant("the echo's pictures are examples for teacher and discriminators", _PICTURES),
     "ours-without-first-targets": Contestant("replays begin with the first step's targets", {"train.first_targets": 0}),
     "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),
 }
 
 # Whose teacher is drawn too when training has ended: row by row what is done first, each from where training ended.
 TEACHERS: Mapping[str, Mapping[str, Callable[[TrainingState], None]]] = {
-    "ours": {"teacher-without-carry-back": lambda _state: None, "teacher-after-echo": end_echo},
-    "ours-without-echo": {
-        "teacher-without-echo": lambda _state: None,
+    "ours": {
+        "teacher-without-carry-back": lambda _state: None,
         "teacher-with-more-steps": more_steps,
-        "teacher-without-pictures": carry_back,
+        "teacher-after-echo": end_echo,
     },
+    "ours-with-pictures": {"teacher-with-pictures-alone": lambda _state: None, "teacher-with-pictures": end_echo},
 }
