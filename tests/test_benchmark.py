@@ -99,6 +99,7 @@ def state(tmp_path: Path) -> TrainingState:
             ("concept.views", 4),
             ("train.batch_size", 1),
             ("train.head_start", 2),
+            ("train.first_targets", 1),
             ("text.form", "lora"),
             ("text.trained_by", "teacher"),
         ),

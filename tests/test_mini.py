@@ -76,22 +76,28 @@ def test_a_run_on_the_example_photos_needs_nothing_but_the_package(tmp_path: Pat
     arguments = ["train", str(PHOTOS), "--class-name", "dog", "--model", "mini", "-o", str(run), "--offline", "--json"]
     short = [
         "--steps",
-        "6",
+        "4",
         "--head-start",
         "2",
+        "--first-targets",
+        "1",
+        "--replays",
+        "2",
         "--echo-start",
-        "4",
+        "3",
+        "--carry-back",
+        "2",
         "--echo-candidates",
         "8",
         "--views",
         "8",
         "--sample-every",
-        "6",
+        "4",
     ]
     result = CliRunner().invoke(app, [*arguments, *short])
     assert result.exit_code == 0, result.output
     assert "64-pixel toy" in result.stderr
-    assert json.loads(result.stdout)["steps"] == 6
+    assert json.loads(result.stdout)["steps"] == 4
     drawn = CliRunner().invoke(
         app, ["sample", "--lora", str(run), "--prompt", "a sks dog in the snow", "-o", str(tmp_path / "out"), "--json"]
     )
@@ -103,7 +109,7 @@ def test_evaluate_uses_the_embedded_encoders(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", str(PHOTOS), "--class-name", "dog", "--model", "mini", "-o", str(run), "--steps", "2"]
     trained = CliRunner().invoke(
-        app, [*arguments, "--no-echo", "--views", "8", "--batch-size", "1", "--head-start", "0"]
+        app, [*arguments, "--no-echo", "--views", "8", "--batch-size", "1", "--head-start", "0", "--first-targets", "0"]
     )
     assert trained.exit_code == 0, trained.output
     prompts = tmp_path / "prompts.txt"
