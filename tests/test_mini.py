@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -74,26 +75,8 @@ def test_the_teacher_draws_them_in_many(mini_pair: ModelPair) -> None:
 def test_a_run_on_the_example_photos_needs_nothing_but_the_package(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", str(PHOTOS), "--class-name", "dog", "--model", "mini", "-o", str(run), "--offline", "--json"]
-    short = [
-        "--steps",
-        "4",
-        "--head-start",
-        "2",
-        "--first-targets",
-        "1",
-        "--replays",
-        "2",
-        "--echo-start",
-        "3",
-        "--carry-back",
-        "2",
-        "--echo-candidates",
-        "8",
-        "--views",
-        "8",
-        "--sample-every",
-        "4",
-    ]
+    short = shlex.split("--steps 4 --head-start 2 --first-targets 1 --replays 2")
+    short += shlex.split("--echo-start 3 --carry-back 2 --echo-candidates 8 --views 8 --sample-every 4")
     result = CliRunner().invoke(app, [*arguments, *short])
     assert result.exit_code == 0, result.output
     assert "64-pixel toy" in result.stderr
@@ -108,9 +91,8 @@ def test_a_run_on_the_example_photos_needs_nothing_but_the_package(tmp_path: Pat
 def test_evaluate_uses_the_embedded_encoders(tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = ["train", str(PHOTOS), "--class-name", "dog", "--model", "mini", "-o", str(run), "--steps", "2"]
-    trained = CliRunner().invoke(
-        app, [*arguments, "--no-echo", "--views", "8", "--batch-size", "1", "--head-start", "0", "--first-targets", "0"]
-    )
+    short = shlex.split("--no-echo --views 8 --batch-size 1 --head-start 0 --first-targets 0 --replays 0")
+    trained = CliRunner().invoke(app, [*arguments, *short])
     assert trained.exit_code == 0, trained.output
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a {} on the beach\na photo of a {} in the snow\n")
