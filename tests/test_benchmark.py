@@ -240,6 +240,20 @@ def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
     assert report.margin(rows, "ours", "pso") is None
     assert "| ours over pso | +0.200 ± 0.100 | 2 |" in report.margins([*rows, *other], "test")
 
+    scores = dict.fromkeys(report.PARTS, 0.5)
+    whole = [row | scores for row in rows]
+    less = [row | {"contestant": "ours-without-pairs", "drift": 0.4 + 0.2 * row["training_seed"]} for row in whole]
+    assert "+0.000 ± 0.000 | +0.000 ± 0.058 | 4 |" in report.parts([*whole, *less], "test")
+    assert "pairs" not in report.margins([*whole, *less], "test").replace("| pairs |", "")
+
+
+def test_the_page_has_the_tables_that_the_report_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    report.main([])
+    page = (proof.HERE / "README.md").read_text()
+    printed = capsys.readouterr().out.strip().split("\n\n")
+    assert len(printed) == 3
+    assert all(table in page for table in printed)
+
 
 def test_only_runs_of_one_length_stand_in_a_table() -> None:
     rows = [{"scale": scale, "trial": ""} for scale in (0.25, 0.5, 0.5)] + [{"scale": 1.0, "trial": "x=1"}]

@@ -91,6 +91,20 @@ def test_every_flag_that_the_documents_name_exists() -> None:
     assert {flag.replace("_", "-") for flag in ours} <= known
 
 
-def test_what_the_readme_links_to_is_there() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
-    assert [link for link in links if not (ROOT / link).exists()] == []
+PAGES = [file for file in DOCUMENTS if file.suffix == ".md"]
+
+
+def anchors(file: Path) -> set[str]:
+    """What a link may name after `#`: headings as GitHub has them, lower case, `-` for spaces, no other punctuation."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", PAGES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_what_a_page_links_to_is_there(file: Path) -> None:
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", file.read_text(encoding="utf-8")):
+        name, _, anchor = link.partition("#")
+        target = file.parent / name if name else file
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link

@@ -283,7 +283,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", help="of the split; all of them unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a trial with other settings")
-    parser.add_argument("--scale", type=float, default=0.5, help="share of the preset's steps, for every method")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the preset's steps, for every method")
     parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five methods")
     parser.add_argument("--results", type=Path, help="file of rows; unset: results.json, or trials.json with --set")
     parser.add_argument("--calibrate", action="store_true", help="measure anew what a step of each method costs")

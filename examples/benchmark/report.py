@@ -1,4 +1,4 @@
-"""`python -m examples.benchmark.report`: the benchmark's rows as a table, and as one figure.
+"""`python -m examples.benchmark.report`: the benchmark's rows as tables, and as one figure.
 
 A contestant's mean is over subjects and training seeds; its spread is the standard deviation of the training seeds'
 means, or, of a single seed, of the subjects divided by the square root of their number.
@@ -26,6 +26,7 @@ SCORES = (
     *("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift"),
     *("steps", "seconds"),
 )
+PARTS = ("recognition", "subject_fidelity", "prompt_fidelity", "sharpness", "drift")
 BEFORE, AFTER = "teacher-before-echo", "teacher-after-echo"
 ORDER = (*CONTESTANTS, BEFORE, AFTER, *(name for rows in TEACHERS.values() for name in rows if name != AFTER))
 SHEET_SUBJECTS = TEST[:6]
@@ -91,15 +92,32 @@ def margin(rows: Sequence[Row], first: str, second: str, score: str = "recogniti
 
 
 def margins(rows: Sequence[Row], split: str) -> str:
-    """Ours against every other one-step contestant, and the teacher after the echo against before, in Markdown."""
-    others = [name for name in of_split(rows, split) if name in CONTESTANTS and name != "ours"]
-    lines = ["| recognition, paired | ahead by | pairs |", "|---|---|---|"]
+    """Ours against every other method, and the ends of the teacher against each other, in Markdown."""
+    others = [name for name in of_split(rows, split) if name in CONTESTANTS and not name.startswith("ours")]
+    ends = [name for name in ORDER if name not in CONTESTANTS]
     contests = [("ours", name) for name in others]
-    contests += [(AFTER, other) for other in ORDER[len(CONTESTANTS) :] if other != AFTER]
+    contests += [(AFTER, name) for name in ends if name != AFTER]
+    contests += [(name, BEFORE) for name in ends if name not in (BEFORE, AFTER)]
     own = [row for row in rows if row["split"] == split]
+    lines = ["| recognition, paired | ahead by | pairs |", "|---|---|---|"]
     for first, second in contests:
         if found := margin(own, first, second):
             lines.append(f"| {first} over {second} | {found[0]:+.3f} ± {found[1]:.3f} | {found[2]} |")
+    return "\n".join(lines)
+
+
+def parts(rows: Sequence[Row], split: str) -> str:
+    """What changes when a part of ours is left out or put in, paired, in Markdown."""
+    own = [row for row in rows if row["split"] == split]
+    lines = [
+        "| minus ours, paired | " + " | ".join(PARTS).replace("_", " ") + " | pairs |",
+        "|---" * (2 + len(PARTS)) + "|",
+    ]
+    for name in [name for name in of_split(rows, split) if name.startswith("ours-")]:
+        found = [pair for score in PARTS if (pair := margin(own, name, "ours", score))]
+        if found:
+            cells = " | ".join(f"{ahead:+.3f} ± {error:.3f}" for ahead, error, _ in found)
+            lines.append(f"| {name} | {cells} | {found[0][2]} |")
     return "\n".join(lines)
 
 
@@ -153,7 +171,7 @@ def subjects_sheet(path: Path, scale: float, contestant: str = "ours") -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the table; draw the figure and the sheet if asked."""
+    """Print the tables; draw the figure and the sheet if asked."""
     parser = argparse.ArgumentParser(prog="python -m examples.benchmark.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--split", choices=["dev", "test"], default="test")
@@ -162,7 +180,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
     rows = of_length(json.loads(options.results.read_text()), options.scale)
-    print(table(rows, options.split), margins(rows, options.split), sep="\n\n")
+    print(*(part(rows, options.split) for part in (table, margins, parts)), sep="\n\n")
     if options.figure:
         figure(rows, options.split, options.figure)
     if options.sheet:
