@@ -181,6 +181,15 @@ def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch:
     assert 0 <= row["drift"] < 1
 
 
+def test_the_untouched_model_stands_below_real_pictures(state: TrainingState, ruler: Ruler) -> None:
+    real, untouched = proof.train(proof.Run("untouched", "dev", "dog", 0), state, ruler)
+    assert (real["contestant"], untouched["contestant"]) == (proof.REAL, "untouched")
+    assert real["recognition"] > 0.95 > 0.2 > untouched["recognition"]
+    assert real["subject_fidelity"] > untouched["subject_fidelity"] + 0.1
+    assert (real["drift"], untouched["drift"]) == (None, 0.0)
+    assert "real-renders dog 0: recognition" in proof._line(real | {"subject": "dog", "training_seed": 0, "trial": ""})
+
+
 def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
     costs = {"ours": 0.5, "denoising": 0.1, "teacher-lora": 0.2, "sequential": 0.5, "targets": 0.25, "budget": 175.0}
     assert proof.equal_steps("denoising", costs, 1.0, 100) == 1750

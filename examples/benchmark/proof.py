@@ -43,6 +43,7 @@ HERE = Path(__file__).parent
 PICTURES = Path("runs/benchmark")
 RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
 SMALL = ("untouched", "teacher-lora", "denoising", "sequential", "ours")
+REAL = "real-renders"  # of the subject under the same prompts: the judge's own ceiling
 MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
 Row = dict[str, Any]
 
@@ -122,6 +123,7 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
     began, busy, measuring = time.perf_counter(), time.process_time(), 0.0
     echo = state.config.echo.start if run.contestant == "ours" else None
     if run.entry.step is None:
+        yield {"contestant": REAL, **ruler.scores(ruler.real), "drift": None, "steps": None, "seconds": None}
         yield {"contestant": run.contestant, **ruler.scores(untouched), "drift": 0.0, "steps": 0, "seconds": 0.0}
         return
     while state.step < state.config.train.steps:

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from examples.benchmark.contestants import CONTESTANTS, TEACHERS
-from examples.benchmark.proof import RESULTS, sheet_file
+from examples.benchmark.proof import REAL, RESULTS, sheet_file
 from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 
@@ -28,7 +28,8 @@ SCORES = (
 )
 PARTS = ("recognition", "subject_fidelity", "prompt_fidelity", "sharpness", "drift")
 BEFORE, AFTER = "teacher-before-echo", "teacher-after-echo"
-ORDER = (*CONTESTANTS, BEFORE, AFTER, *(name for rows in TEACHERS.values() for name in rows if name != AFTER))
+ENDS = (BEFORE, AFTER, *(name for rows in TEACHERS.values() for name in rows if name != AFTER))
+ORDER = (REAL, *CONTESTANTS, *ENDS)
 SHEET_SUBJECTS = TEST[:6]
 
 
@@ -94,10 +95,9 @@ def margin(rows: Sequence[Row], first: str, second: str, score: str = "recogniti
 def margins(rows: Sequence[Row], split: str) -> str:
     """Ours against every other method, and the ends of the teacher against each other, in Markdown."""
     others = [name for name in of_split(rows, split) if name in CONTESTANTS and not name.startswith("ours")]
-    ends = [name for name in ORDER if name not in CONTESTANTS]
     contests = [("ours", name) for name in others]
-    contests += [(AFTER, name) for name in ends if name != AFTER]
-    contests += [(name, BEFORE) for name in ends if name not in (BEFORE, AFTER)]
+    contests += [(AFTER, name) for name in ENDS if name != AFTER]
+    contests += [(name, BEFORE) for name in ENDS if name not in (BEFORE, AFTER)]
     own = [row for row in rows if row["split"] == split]
     lines = ["| recognition, paired | ahead by | pairs |", "|---|---|---|"]
     for first, second in contests:
