@@ -217,6 +217,18 @@ def test_a_run_of_another_length_has_its_share_of_every_phase_and_its_own_pictur
     assert len(set(files)) == 3
 
 
+def test_processes_share_the_subjects_of_one_command(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--small", "--contestants", "ours", "pso", "--calibrate"]
+    options = [proof.parse(one) for one in proof.shares(asked, proof.parse(asked).subjects, 3)]
+    assert [one.subjects for one in options] == [["cat", "automobile"], ["teapot"], ["alarm-clock"]]
+    for one in options:
+        assert (one.contestants, one.scale, one.calibrate, one.processes) == (["ours"], 0.25, False, 1)
+    assert len(proof.shares([], TEST, 20)) == len(TEST)
+    with pytest.raises(SystemExit):
+        proof.parse(["--subjects", "cat", "dog"])
+    assert "dog is no subject of test; there are cat, " in capsys.readouterr().err
+
+
 def test_the_recoloured_baseline_has_as_many_steps_as_the_plain_one() -> None:
     costs = json.loads(proof.COSTS.read_text())
     plain, recoloured = (proof.equal_steps(f"teacher-lora{more}", costs, 0.5, 150) for more in ("", "-recoloured"))

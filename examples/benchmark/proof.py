@@ -10,10 +10,13 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import platform
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -288,13 +291,36 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="share of the preset's steps, for every method")
     parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five methods")
     parser.add_argument("--results", type=Path, help="file of rows; unset: results.json, or trials.json with --set")
-    parser.add_argument("--calibrate", action="store_true", help="measure anew what a step of each method costs")
+    parser.add_argument("--processes", type=int, default=1, help="as many at once, of one thread each, a share each")
+    parser.add_argument(
+        "--calibrate", action=argparse.BooleanOptionalAction, help="measure anew what a step of each method costs"
+    )
     options = parser.parse_args(arguments)
     if options.set and options.split == "test":
         parser.error("--set tries settings; trials are made on --split dev")
+    known = SPLITS[options.split]
+    options.subjects = options.subjects or known[: 4 if options.small else None]
+    if strange := [noun for noun in options.subjects if noun not in known]:
+        parser.error(f"{strange[0]} is no subject of {options.split}; there are {', '.join(known)}")
     if options.small:
         options.contestants = [name for name in options.contestants if name in SMALL]
+        options.scale = 0.25
     return options
+
+
+def shares(arguments: Sequence[str], subjects: Sequence[str], processes: int) -> list[list[str]]:
+    """The arguments with which each of some processes does its share of the subjects; all write the same file."""
+    parts = [subjects[first::processes] for first in range(min(processes, len(subjects)))]
+    return [[*arguments, "--no-calibrate", "--processes", "1", "--subjects", *part] for part in parts]
+
+
+def at_once(shared: Sequence[Sequence[str]]) -> None:
+    """Run this module with each of these arguments, a process of one thread each, until all have ended."""
+    command, alone = [sys.executable, "-m", "examples.benchmark.proof"], os.environ | {"OMP_NUM_THREADS": "1"}
+    running = [subprocess.Popen([*command, *arguments], env=alone) for arguments in shared]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise SystemExit("a process failed, see above; the same command goes on from the rows that are there")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -302,17 +328,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     if options.calibrate or not COSTS.exists():
         write_text(COSTS, json.dumps({name: round(cost, 4) for name, cost in measure_costs().items()}, indent=2) + "\n")
+    if options.processes > 1:
+        at_once(shares(sys.argv[1:] if arguments is None else arguments, options.subjects, options.processes))
+        return
     costs = json.loads(COSTS.read_text())
     trial = tuple((key, json.loads(value)) for key, _, value in (text.partition("=") for text in options.set))
     rows = Rows(options.results or (TRIALS if trial else RESULTS))
     examiner = Examiner(JUDGE)
-    scale = 0.25 if options.small else options.scale
-    subjects = options.subjects or SPLITS[options.split][: 4 if options.small else None]
     for seed in options.seeds:
-        for noun in subjects:
+        for noun in options.subjects:
             for name in options.contestants:
-                run = Run(name, options.split, noun, seed, trial, scale)
-                measure_run(run, equal_steps(name, costs, scale, run.lengths["train.head_start"]), rows, examiner)
+                run = Run(name, options.split, noun, seed, trial, options.scale)
+                steps = equal_steps(name, costs, run.scale, run.lengths["train.head_start"])
+                measure_run(run, steps, rows, examiner)
 
 
 if __name__ == "__main__":
