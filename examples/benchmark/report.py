@@ -134,19 +134,19 @@ def figure(rows: Sequence[Row], split: str, path: Path) -> None:
         across, up = summary(own, "prompt_fidelity"), summary(own, "subject_fidelity")
         if across is None or up is None:
             continue
-        kind = "s" if name not in CONTESTANTS else "^" if "without" in name else "o"
+        kind = "*" if name == REAL else "s" if name in ENDS else "^" if name.startswith("ours-") else "o"
         for axes in (whole, corner):
             axes.errorbar(
                 *(across[0], up[0], up[1], across[1]),
                 fmt=kind,
-                color=colours[index % len(colours)],
+                color="black" if name == REAL else colours[index % len(colours)],
                 elinewidth=0.8,
                 capsize=2,
                 markersize=11 if name == "ours" else 6,
                 label=name if axes is corner else None,
             )
     corner.set_xlim(0.84, 1.02)
-    corner.set_ylim(0.44, 0.66)
+    corner.set_ylim(0.54, 0.68)
     whole.set_ylabel("subject fidelity (mean cosine to the references)")
     drawing.supxlabel("prompt fidelity (share of pictures with place and colour as asked)", fontsize="medium")
     drawing.suptitle(f"One-step personalization on the mini world, {split} subjects, equal compute")
