@@ -254,6 +254,11 @@ class Config:
         return Path(self.run.output) if self.run.output else Path("runs") / self.name
 
     @property
+    def replays(self) -> int:
+        """Student updates a step on remembered targets: none where nothing is remembered, or no loss looks at it."""
+        return self.train.replays if self.train.target_steps > 1 and self.loss.latent else 0
+
+    @property
     def lora_alpha(self) -> float:
         """LoRA alpha of the UNets; the effective scale is alpha / rank."""
         return float(self.adapter.rank) if self.adapter.alpha is None else self.adapter.alpha

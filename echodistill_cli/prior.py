@@ -49,7 +49,7 @@ def class_prompts(config: Config, count: int) -> list[str]:
 @torch.no_grad()
 def build_prior(config: Config, pair: ModelPair, generator: torch.Generator) -> Prior | None:
     """The class as the models have it before anything is trained; None without a class name or a use for it."""
-    replayed = config.train.class_share and config.train.replays
+    replayed = config.train.class_share and config.replays
     if not (config.loss.prior or replayed) or config.concept.class_name is None:
         return None
     prompts = class_prompts(config, PRIOR_PICTURES)

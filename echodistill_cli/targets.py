@@ -42,7 +42,7 @@ def drawn_target(
         strength=settings.target_strength,
     )
     target = in_asked_colours(state, target, colours)
-    if settings.replays:
+    if state.config.replays:
         state.targets.add(noise, target, prompts, _as_class(state, noise, prompts))
     return target
 

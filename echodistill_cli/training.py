@@ -53,7 +53,7 @@ def training_step(state: TrainingState) -> Metrics:
         metrics |= teacher_step(state)
     student_pass, student_metrics = student_step(state)
     metrics |= student_metrics
-    for _ in range(settings.train.replays if len(state.targets) else 0):
+    for _ in range(settings.replays):
         metrics |= replay_step(state)
     if state.critics:
         metrics |= discriminator_step(state, student_pass)
@@ -77,8 +77,7 @@ def begin(state: TrainingState) -> None:
         head_start_step(state)
     if state.config.train.carry_over:
         load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
-    settings = state.config.train
-    for _ in range(settings.first_targets if settings.replays and settings.target_steps > 1 else 0):
+    for _ in range(state.config.train.first_targets if state.config.replays else 0):
         draw_first_targets(state)
 
 

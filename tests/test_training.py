@@ -702,11 +702,12 @@ def test_the_first_targets_are_remembered_before_the_first_step_and_move_nothing
     assert len(joint.targets) == (3 + 2) * batch
 
 
-@pytest.mark.parametrize("without", [{"train__replays": 0}, {"train__target_steps": 1}])
+@pytest.mark.parametrize("without", [{"train__replays": 0}, {"train__target_steps": 1}, {"loss__latent": 0.0}])
 def test_without_replays_there_are_no_first_targets(new_state: NewState, without: dict[str, Any]) -> None:
     state = new_state(**{"train__target_steps": 2, "train__replays": 1, "train__first_targets": 3} | without)
     begin(state)
     assert len(state.targets) == 0
+    assert "replay" not in training_step(state)
 
 
 @each_text_form

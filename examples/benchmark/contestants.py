@@ -114,7 +114,7 @@ def distillation_step(state: TrainingState) -> Metrics:
         begin(state)
     set_rates(state)
     student_pass, metrics = student_step(state)
-    for _ in range(state.config.train.replays):
+    for _ in range(state.config.replays):
         metrics |= replay_step(state)
     return metrics | discriminator_step(state, student_pass)
 
