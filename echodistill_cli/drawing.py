@@ -101,7 +101,7 @@ def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sa
         if made_for != request.role:
             say(f"{found.lora.name} was made for the {made_for}, which draws with --role {made_for}")
         attach_lora(pair, request.role, found.lora, request.lora_scale)
-    if found.token_file:
+    if found.token_file and request.lora_scale:  # at 0 it is the base model that draws, word and all
         _attach_token(pair, found.token_file)
     started = time.perf_counter()
     for prompt, seed, base, pixels in zip(prompts, seeds, bases, generate(pair, prompts, seeds, settings), strict=True):

@@ -93,6 +93,17 @@ def test_a_scale_of_0_draws_the_base_models_picture_and_compare_shows_it_beside(
     assert np.abs(full - zero).mean() > 0.5
 
 
+def test_a_scale_of_0_leaves_a_learned_word_out_too(
+    tmp_path: Path, small_pair: Pair, small_backbones: Backbones, photo_folder: Path
+) -> None:
+    changes: dict[str, Any] = {"text__form": "token", "train__text_lr": 0.5}
+    learned = trained_run(tmp_path, small_pair, small_backbones, photo_folder, **changes)
+    sample(tmp_path / "zero", "--lora", learned, "-p", PROMPT, "--lora-scale", 0)
+    sample(tmp_path / "pair", "--lora", learned, "-p", PROMPT, "--compare")
+    zero, pair = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair"))
+    assert (pair[:, :64] == zero).all()
+
+
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_the_number_of_steps_can_be_chosen(run: Path, tmp_path: Path, steps: int) -> None:
     done = sample(tmp_path, "--lora", run, "-p", PROMPT, "--steps", steps)
