@@ -66,11 +66,12 @@ class Run:
                 shutil.rmtree(later)
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint whole or not at all, then drop the oldest beyond `run.keep`."""
+        """Write a checkpoint whole or not at all, then drop the oldest beyond `run.keep`.
+
+        One of the same step stays until then: the teacher's steps alone, before and after the joint ones, share one.
+        """
         make_folder(self.checkpoints)
         target = self.checkpoints / f"step-{step:06d}"
-        if target.exists():
-            shutil.rmtree(target)  # of an earlier attempt at the same step
         import torch
 
         with atomically(target) as folder:

@@ -135,6 +135,8 @@ def test_a_checkpoint_that_fails_in_its_middle_leaves_nothing_behind(run: Run) -
     before = everything_in(run.folder)
     with pytest.raises(KeyboardInterrupt):
         run.save_checkpoint(10, state(10) | {"more": Unsavable()})
+    with pytest.raises(KeyboardInterrupt):  # of the same step, as the teacher's steps alone have
+        run.save_checkpoint(5, state(5) | {"more": Unsavable()})
     assert everything_in(run.folder) == before
     assert run.load_checkpoint()["step"] == 5
 
