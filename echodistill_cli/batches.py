@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -183,9 +182,9 @@ def draw_first_targets(state: TrainingState) -> None:
 def _student_prompts(state: TrainingState) -> tuple[list[str], int]:
     """What a batch is asked for, and how many of it, the first, as the photos are; the others are scenes."""
     settings = state.config.train
-    photo_like = math.ceil(settings.batch_size * (1 - settings.scene_share)) or 1
-    prompts = [_photo_prompt(state) for _ in range(photo_like)]
-    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - photo_like)], photo_like
+    prompts = [_photo_prompt(state) for _ in range(settings.photo_like)]
+    scenes = [_scene_prompt(state) for _ in range(settings.batch_size - settings.photo_like)]
+    return prompts + scenes, settings.photo_like
 
 
 def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:

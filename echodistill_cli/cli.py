@@ -94,25 +94,24 @@ def train(
         raise ConfigError("--resume and --overwrite contradict each other.", "Use one of them.")
     if from_step is not None and not resume:
         raise ConfigError("--from-step says where to --resume.", "Use both, or neither.")
-    overrides = dict(flags) | echo_setting(echo, flags)
-    if photos is not None:
-        overrides["concept.photos"] = str(photos)
+    overrides = dict(flags) | ({} if photos is None else {"concept.photos": str(photos)})
     own = resume and model is None and config_file is None
-    build = functools.partial(build_config, model, config_file, overrides)
-    config = resumed_config(overrides) if own else build()
+    build = functools.partial(build_config, model, config_file)
+    layered = resumed_config if own else build
+    overrides |= echo_setting(echo, flags, lambda: layered(overrides))
+    config = layered(overrides)
     if not config.concept.photos:
         raise ConfigError("No photos were named.", "echodistill train PHOTOS --token sks --class-name dog")
     prepare_libraries(offline=config.model.offline, quiet=quiet)
     from echodistill_cli import pipeline
 
     if vram is not None and not own:
-        config = pipeline.suited(build, vram, say_to(stderr_console(), quiet=quiet))
+        config = pipeline.suited(functools.partial(build, overrides), vram, say_to(stderr_console(), quiet=quiet))
     if dry_run:
         plan = pipeline.plan(config)
         print_table(plan, plan_table(plan), as_json=as_json)
         return
-    alone = {"head_start": config.train.head_start, "carry_back": config.echo.carry_back}
-    with TrainingProgress(stderr_console(), config.train.steps, **alone, quiet=quiet) as progress:
+    with TrainingProgress(stderr_console(), config, quiet=quiet) as progress:
         result = pipeline.train(
             config,
             overwrite=overwrite,

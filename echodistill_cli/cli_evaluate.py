@@ -163,7 +163,7 @@ def _benchmark(
     output: Path,
     drawing: Mapping[str, Any],
     settings: Mapping[str, Any],
-    watch: Callable[[int], TrainingProgress],
+    watch: Callable[[Config], TrainingProgress],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     from echodistill_cli import dreambench, pipeline

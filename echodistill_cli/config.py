@@ -7,6 +7,7 @@ its reason stands beside it. `presets` layers model presets, TOML files and flag
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -146,6 +147,11 @@ class TrainConfig:
     guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
     gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
+
+    @property
+    def photo_like(self) -> int:
+        """How many of a batch of the student's are asked for as the photos are, at least 1; the others are scenes."""
+        return math.ceil(self.batch_size * (1 - self.scene_share)) or 1
 
 
 @dataclass(frozen=True)

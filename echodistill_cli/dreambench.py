@@ -142,12 +142,12 @@ def read_prompts(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def run_benchmark(
-    request: BenchmarkRequest, watch: Callable[[int], AbstractContextManager[Watch]], say: Say = lambda _line: None
+    request: BenchmarkRequest, watch: Callable[[Config], AbstractContextManager[Watch]], say: Say = lambda _line: None
 ) -> dict[str, Any]:
     """Train, draw and measure every subject that has no result yet; returns what is in `results.json`.
 
     Args:
-        watch: makes what shows a training run of so many steps.
+        watch: makes what shows the training run of a configuration.
 
     Raises:
         as `read_subjects`, `train` and `evaluate`. Interrupted: the same call goes on from there.
@@ -193,7 +193,7 @@ def _train(
     subject: Subject,
     config: Config,
     place: str,
-    watch: Callable[[int], AbstractContextManager[Watch]],
+    watch: Callable[[Config], AbstractContextManager[Watch]],
     say: Say,
 ) -> None:
     """Train a subject's run to its end, from where it stands."""
@@ -203,7 +203,7 @@ def _train(
         return
     say(f"{place}: {'going on with its training' if begun else 'training'}")
     try:
-        with watch(config.train.steps) as progress:
+        with watch(config) as progress:
             train(config, resume=begun, observe=progress.observe, say=progress.say)
     except Interrupted as stopped:
         again = f"{subject.name} was stopped and saved. The same command goes on with it."

@@ -68,18 +68,22 @@ def understanding(aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
     return {"token_normalize_func": normalize}
 
 
-def echo_setting(echo: bool | None, flags: Mapping[str, Any]) -> dict[str, Any]:
+def echo_setting(echo: bool | None, flags: Mapping[str, Any], planned: Callable[[], Config]) -> dict[str, Any]:
     """What --echo and --no-echo override.
 
+    Args:
+        planned: the configuration without them: its echo, if it has one, begins when it says.
+
     Raises:
-        ConfigError: --no-echo contradicts --echo-start.
+        ConfigError: one of them contradicts --echo-start. What `planned` raises.
     """
     start = flags.get("echo.start")
+    if echo is not None and start is not None and echo is (start == OFF):
+        name = "--echo" if echo else "--no-echo"
+        raise ConfigError(f"{name} and --echo-start {start} contradict each other.", "Use one of them.")
     if echo is False:
-        if start not in (None, OFF):
-            raise ConfigError("--no-echo and --echo-start contradict each other.", "Use one of them.")
         return {"echo.start": None}
-    return {"echo.start": start or Config().echo.start} if echo else {}
+    return {"echo.start": Config().echo.start} if echo and planned().echo.start is None else {}
 
 
 def _place(parameter: inspect.Parameter) -> int:

@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from echodistill_cli.config import Config
+
 _PLAIN_LINES = 20  # lines that a whole run prints where there is no terminal
 
 # What is counted in which phase; a step of the teacher alone has the joint ones' number besides, which stands last.
@@ -45,14 +47,17 @@ class TrainingProgress:
     """A context that shows a training run's progress.
 
     Args:
-        console: of stderr. steps: of the whole run. head_start, carry_back: the teacher's before and after them.
-        quiet: show nothing.
+        console: of stderr. config: of the run, for its steps and the teacher's alone. quiet: show nothing.
     """
 
-    def __init__(self, console: Console, steps: int, *, quiet: bool, head_start: int = 0, carry_back: int = 0) -> None:
+    def __init__(self, console: Console, config: Config, *, quiet: bool) -> None:
         self.console, self.quiet = console, quiet
-        self.lengths = {"step": steps, "head_start_step": head_start, "carry_back_step": carry_back}
-        self.phase, self.steps = "", steps
+        self.lengths = {
+            "step": config.train.steps,
+            "head_start_step": config.train.head_start,
+            "carry_back_step": config.echo.carry_back,
+        }
+        self.phase, self.steps = "", config.train.steps
         self.say = say_to(console, quiet=quiet)
         self.bar: Progress | None = None
         self.live: Live | None = None

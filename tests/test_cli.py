@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from echodistill_cli import __version__
 from echodistill_cli.cli import app
-from echodistill_cli.config import Config
+from echodistill_cli.config import Config, EchoConfig, TrainConfig
 from echodistill_cli.flags import ALIASES, FLAGS, PANELS
 from echodistill_cli.libraries import prepare_libraries
 from echodistill_cli.presets import build_config
@@ -292,7 +292,7 @@ def shown(steps: int, *, terminal: bool, quiet: bool = False, first: int = 1, **
     """What a run's progress writes on a console of 80 columns."""
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
-    with TrainingProgress(console, steps, quiet=quiet) as progress:
+    with TrainingProgress(console, Config(train=TrainConfig(steps=steps)), quiet=quiet) as progress:
         for step in range(first, steps + 1):
             progress.observe({"step": step, **LOSSES, **(more if step == steps else {})})
     return text.getvalue()
@@ -318,7 +318,8 @@ def test_without_a_terminal_there_are_about_twenty_plain_lines() -> None:
 def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) -> None:
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
-    with TrainingProgress(console, 5, quiet=False, head_start=40, carry_back=20) as progress:
+    config = Config(train=TrainConfig(steps=5, head_start=40), echo=EchoConfig(start=None, carry_back=20))
+    with TrainingProgress(console, config, quiet=False) as progress:
         for step in range(1, 41):
             progress.observe({"step": 0, "head_start_step": step, "denoising": 0.5})
         if terminal:
@@ -379,6 +380,33 @@ def test_what_needs_a_class_name_is_said_to_be_off_without(photo_folder: Path) -
     assert "--class-share" in warning
     assert "--pair-share" in warning
     assert not any("--class-name" in text for text in command(*line, "--class", "dog").result["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--replays 2", "Without --target-steps above 1 nothing comes of --replays."),
+        ("--target-strength 0.5", "Without --target-steps above 1 nothing comes of --target-strength."),
+        ("--target-steps 2 --first-targets 2", "Without --replays nothing comes of --first-targets."),
+        ("--scene-share 0.5 --batch-size 1", "--scene-share 0.5 of --batch-size 1 is no whole sample: no scenes."),
+        ("--steps 500", "The echo would begin at step 600 of 500: there is none. --echo-start says when."),
+        ("--target-steps 2 --replays 1 --first-targets 2 --scene-share 0.5", None),
+    ],
+)
+def test_what_is_asked_for_in_vain_is_said(photo_folder: Path, flags: str, said: str | None) -> None:
+    line = ("train", photo_folder, "--class-name", "dog", "--steps", "700", *flags.split(), "--dry-run", "--json")
+    warnings = [text for text in command(*line).result["warnings"] if not text.startswith("photo-")]
+    assert warnings == ([] if said is None else [said])
+
+
+def test_echo_keeps_the_start_that_is_planned(photo_folder: Path, tmp_path: Path) -> None:
+    line = ("train", photo_folder, "--class-name", "dog", "--echo", "--dry-run", "--json")
+    assert command(*line).result["echo_from_step"] == Config().echo.start
+    assert command(*line, "--model", "mini").result["echo_from_step"] == build_config("mini").echo.start
+    (tmp_path / "off.toml").write_text("[echo]\nstart = 'off'\n")
+    assert command(*line, "--config", tmp_path / "off.toml").result["echo_from_step"] == Config().echo.start
+    assert command(*line, "--echo-start", 7).result["echo_from_step"] == 7
+    assert "--echo and --echo-start off contradict each other" in command(*line, "--echo-start", "off").err
 
 
 def test_a_dry_run_knows_what_would_have_to_be_fetched(photo_folder: Path) -> None:
