@@ -217,6 +217,14 @@ def test_a_run_of_another_length_has_its_share_of_every_phase_and_its_own_pictur
     assert len(set(files)) == 3
 
 
+def test_a_trial_of_a_length_has_that_length() -> None:
+    trial = proof.Run("sequential", "dev", "dog", 0, (("train.steps", 7), ("train.head_start", 50)))
+    assert trial.head_start == 50
+    assert trial.config(Path(), 30).train.steps == 7
+    assert proof.Run("sequential", "dev", "dog", 0).head_start == build_config("mini").train.head_start
+    assert proof.Run("sequential", "dev", "dog", 0).config(Path(), 30).train.steps == 30
+
+
 def test_processes_share_the_subjects_of_one_command(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--small", "--contestants", "ours", "pso", "--calibrate"]
     options = [proof.parse(one) for one in proof.shares(asked, proof.parse(asked).subjects, 3)]

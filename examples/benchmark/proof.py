@@ -77,8 +77,13 @@ class Run:
             whole |= {"echo.start": preset.echo.start, "echo.carry_back": preset.echo.carry_back}
         return {key: max(1, round(value * self.scale)) if value else 0 for key, value in whole.items()}
 
+    @property
+    def head_start(self) -> int:
+        """The teacher's steps alone, as its settings have them."""
+        return int((self.lengths | dict(self.entry.settings) | dict(self.trial))["train.head_start"])
+
     def config(self, photos: Path, steps: int | None) -> Config:
-        """The whole configuration; `steps` None keeps the preset's."""
+        """The whole configuration; `steps` None keeps the preset's, and a trial's own go before any."""
         settings: dict[str, Any] = {
             "concept.photos": str(photos),
             "concept.token": TOKEN,
@@ -86,10 +91,9 @@ class Run:
             "run.seed": self.seed,
             **self.lengths,
             **self.entry.settings,
+            **({} if steps is None else {"train.steps": steps}),
             **dict(self.trial),
         }
-        if steps is not None:
-            settings["train.steps"] = steps
         return build_config("mini", overrides=settings)
 
 
@@ -183,6 +187,7 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner) -> 
         config = run.config(write_photos(run.noun, Path(folder)), steps)
         settings = config_hash(config)[:12]
         if rows.has(run, settings):
+            print(f"{run.contestant} {run.noun} {run.seed}: is there already", flush=True)
             return
         state = build_state(config, _photos(Path(folder)))
     about: Row = {
@@ -339,7 +344,7 @@ def main(arguments: list[str] | None = None) -> None:
         for noun in options.subjects:
             for name in options.contestants:
                 run = Run(name, options.split, noun, seed, trial, options.scale)
-                steps = equal_steps(name, costs, run.scale, run.lengths["train.head_start"])
+                steps = equal_steps(name, costs, run.scale, run.head_start)
                 measure_run(run, steps, rows, examiner)
 
 
