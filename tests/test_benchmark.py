@@ -253,6 +253,8 @@ def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
             "subject": noun,
             "scale": 0.5,
             "recognition": value,
+            "date": f"2026-11-2{seed}",
+            "machine": "toaster",
         }
         for seed, noun, value in ((0, "cat", 0.2), (0, "car", 0.4), (1, "cat", 0.6), (1, "car", 0.8))
     ]
@@ -274,13 +276,25 @@ def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
     less = [row | {"contestant": "ours-without-pairs", "drift": 0.4 + 0.2 * row["training_seed"]} for row in whole]
     assert "+0.000 ± 0.000 | +0.000 ± 0.058 | 4 |" in report.parts([*whole, *less], "test")
     assert "pairs" not in report.margins([*whole, *less], "test").replace("| pairs |", "")
+    assert report.origins([*rows, rows[0] | {"machine": "abacus"}], "test").splitlines()[2:] == [
+        "| ours | 0 | 2026-11-20 | abacus |",
+        "| ours | 0, 1 | 2026-11-20 to 2026-11-21 | toaster |",
+    ]
+
+
+def test_a_sheet_of_pictures_that_are_not_there_is_an_error_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(proof, "PICTURES", tmp_path)
+    with pytest.raises(SystemExit, match=r"ours-cat-0\.png is missing"):
+        report.main(["--sheet", str(tmp_path / "sheet.png")])
 
 
 def test_the_page_has_the_tables_that_the_report_prints(capsys: pytest.CaptureFixture[str]) -> None:
     report.main([])
     page = (proof.HERE / "README.md").read_text()
     printed = capsys.readouterr().out.strip().split("\n\n")
-    assert len(printed) == 3
+    assert len(printed) == 4
     assert all(table in page for table in printed)
 
 

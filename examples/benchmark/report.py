@@ -30,6 +30,8 @@ PARTS = ("recognition", "subject_fidelity", "prompt_fidelity", "sharpness", "dri
 BEFORE, AFTER = "teacher-before-echo", "teacher-after-echo"
 ENDS = (BEFORE, AFTER, *(name for rows in TEACHERS.values() for name in rows if name != AFTER))
 ORDER = (REAL, *CONTESTANTS, *ENDS)
+# Rows of a preset that is ours no more: what they are a part of.
+WHOLE = {"ours-without-strength": "ours-with-pictures"}
 SHEET_SUBJECTS = TEST[:6]
 
 
@@ -114,10 +116,24 @@ def parts(rows: Sequence[Row], split: str) -> str:
         "|---" * (2 + len(PARTS)) + "|",
     ]
     for name in [name for name in of_split(rows, split) if name.startswith("ours-")]:
-        found = [pair for score in PARTS if (pair := margin(own, name, "ours", score))]
+        whole = WHOLE.get(name, "ours")
+        found = [pair for score in PARTS if (pair := margin(own, name, whole, score))]
         if found:
             cells = " | ".join(f"{ahead:+.3f} ± {error:.3f}" for ahead, error, _ in found)
-            lines.append(f"| {name} | {cells} | {found[0][2]} |")
+            shown = name if whole == "ours" else f"{name}, minus {whole}"
+            lines.append(f"| {shown} | {cells} | {found[0][2]} |")
+    return "\n".join(lines)
+
+
+def origins(rows: Sequence[Row], split: str) -> str:
+    """Where and when each contestant's training seeds were run, in Markdown."""
+    lines = ["| contestant | training seeds | date | machine |", "|---|---|---|---|"]
+    for name, own in of_split(rows, split).items():
+        for machine in sorted({row["machine"] for row in own}):
+            here = [row for row in own if row["machine"] == machine]
+            first, last = min(row["date"] for row in here), max(row["date"] for row in here)
+            seeds = ", ".join(map(str, _seeds(here)))
+            lines.append(f"| {name} | {seeds} | {first if first == last else f'{first} to {last}'} | {machine} |")
     return "\n".join(lines)
 
 
@@ -161,7 +177,11 @@ def subjects_sheet(path: Path, scale: float, contestant: str = "ours") -> None:
     """Per subject the references, then its first one-step picture of every other prompt; the first six by list."""
     tiles = []
     for noun in SHEET_SUBJECTS:
-        with Image.open(sheet_file(contestant, noun, 0, scale)) as opened:
+        if not (file := sheet_file(contestant, noun, 0, scale)).exists():
+            raise SystemExit(
+                f"{file} is missing: the sheet is of pictures that a run of {contestant} leaves, with seed 0"
+            )
+        with Image.open(file) as opened:
             drawn = np.asarray(opened.convert("RGB"))
         side = drawn.shape[0] // len(SEEDS)
         first = [drawn[:side, left : left + side] for left in range(0, drawn.shape[1], 2 * side)]
@@ -180,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
     rows = of_length(json.loads(options.results.read_text()), options.scale)
-    print(*(part(rows, options.split) for part in (table, margins, parts)), sep="\n\n")
+    print(*(part(rows, options.split) for part in (table, margins, parts, origins)), sep="\n\n")
     if options.figure:
         figure(rows, options.split, options.figure)
     if options.sheet:
