@@ -52,6 +52,16 @@ def add_lora(module: Any, targets: tuple[str, ...], rank: int, alpha: float, see
         parameter.data = parameter.data.float()
 
 
+def keep_on(device: torch.device, module: nn.Module) -> None:
+    """Put what is trained of a module on a device; its frozen weights may wait elsewhere, where its LoRA was made."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+            layer.lora_A[ADAPTER].to(device)
+            layer.lora_B[ADAPTER].to(device)
+
+
 def activate(module: Any, scale: float = 1.0) -> None:
     """Make a module's LoRA take effect at a strength, beside the one that made it one-step if there is that."""
     if not is_distilled(module):

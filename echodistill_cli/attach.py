@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echodistill_cli.adapters import ADAPTER, activate, at_strength, is_distilled, trainable_parameters
+from echodistill_cli.adapters import ADAPTER, activate, at_strength, is_distilled, keep_on, trainable_parameters
 from echodistill_cli.errors import EchoDistillError, ModelError
 from echodistill_cli.lora_files import read_lora
 from echodistill_cli.models import ModelPair, Role
@@ -87,6 +87,7 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
         )
     pipeline.set_adapters([ADAPTER], [scale])
     activate(pipeline.unet, scale)
+    keep_on(pair.device, pipeline.unet)
 
 
 def detach_lora(pair: ModelPair, role: Role) -> None:

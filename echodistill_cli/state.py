@@ -18,6 +18,7 @@ from echodistill_cli.adapters import (
     UNET_TARGETS,
     add_lora,
     at_strength,
+    keep_on,
     load_lora_tensors,
     lora_tensors,
     trainable_parameters,
@@ -218,6 +219,7 @@ def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
     for role, stream in ((pair.student, Stream.STUDENT), (pair.teacher, Stream.TEACHER)):
         if role is not None:
             add_lora(role.unet, targets, rank, config.lora_alpha, seed_for(config, stream))
+            keep_on(pair.device, role.unet)
             if config.train.gradient_checkpointing:
                 role.unet.enable_gradient_checkpointing()
     if config.text.form == "lora":

@@ -29,7 +29,7 @@ from echodistill_cli.models import Denoiser, ModelPair, load_pair
 from echodistill_cli.photos import Photo
 from echodistill_cli.pipeline import SampleRequest, TrainResult, export, sample, train
 from echodistill_cli.sampling import SamplingSettings, generate, seeded_noise
-from echodistill_cli.state import build_state
+from echodistill_cli.state import add_trained_parts, build_state
 from echodistill_cli.training import student_step, training_step
 from tests.small import small_config, small_photos
 
@@ -200,6 +200,18 @@ def test_with_offload_every_gradient_is_the_same(configure: Configure, tmp_path:
     assert len(plain) == len(offloaded) > 0
     for one, other in zip(plain, offloaded, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_with_offload_what_is_trained_stays_on_the_device_while_its_unet_waits(
+    configure: Configure, tmp_path: Path
+) -> None:
+    config = configure(tmp_path, critic__discriminators=(), text__form="frozen")
+    pair = load_pair(config.model)
+    pair.device = torch.device("meta")  # both UNets wait on the CPU, and any machine has this other device
+    add_trained_parts(config, pair)
+    for unet in (pair.student.unet, pair.role("teacher").unet):
+        assert {p.device.type for p in trainable_parameters(unet)} == {"meta"}
+        assert {p.device.type for p in unet.parameters() if not p.requires_grad} == {"cpu"}
 
 
 def test_the_teacher_is_no_critic_under_offload(configure: Configure, tmp_path: Path) -> None:
