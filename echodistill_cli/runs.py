@@ -24,6 +24,7 @@ from echodistill_cli.files import atomically, explained, make_folder, write_text
 from echodistill_cli.presets import build_config, config_from_dict, config_to_dict, config_to_toml, read_toml
 
 CONFIG_FILE = "config.toml"
+SAMPLES = "samples"
 
 # What may differ when a run goes on: how long, where and how it is watched, and what a run that diverged or ran out of
 # memory is told to change; not what else is computed.
@@ -40,7 +41,7 @@ class Run:
     def __init__(self, folder: Path, config: Config) -> None:
         self.folder, self.config = folder, config
         self.metrics_file = folder / "metrics.jsonl"
-        self.samples = folder / "samples"
+        self.samples = folder / SAMPLES
         self.checkpoints = folder / "checkpoints"
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -98,8 +99,9 @@ class Run:
         if step is not None:
             found = [path for path in found if path.name == f"step-{step:06d}"]
         if not found:
-            what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-            raise ConfigError(f"{self.folder} has {what} to resume from.", "Start anew with --overwrite.")
+            if there := ", ".join(str(int(path.name[5:])) for path in self.list_checkpoints()):
+                raise ConfigError(f"{self.folder} has no checkpoint of step {step}.", f"There is one of {there}.")
+            raise ConfigError(f"{self.folder} has no checkpoint yet.", "Start anew with train --overwrite.")
         return self._read_checkpoint(found[-1])
 
     def _read_checkpoint(self, folder: Path) -> dict[str, Any]:
@@ -112,9 +114,10 @@ class Run:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             earlier = [path for path in self.list_checkpoints() if path < folder]
-            remedy = "Start anew with --overwrite."
+            remedy = "Start anew with train --overwrite."
             if earlier:
-                remedy = f"Resume the one before it: --resume --from-step {int(earlier[-1].name[5:])}"
+                number = int(earlier[-1].name[5:])
+                remedy = f"Use the one before it: train --resume --from-step {number}, or export --step {number}."
             raise EchoDistillError(f"Checkpoint {folder} is damaged ({error}).", remedy) from error
         return dict(state)
 
@@ -132,8 +135,11 @@ def check_output(config: Config, *, overwrite: bool) -> None:
         raise ConfigError(
             f"{folder} exists already.", "Go on with --resume, replace it with --overwrite, or name another --output."
         )
-    if not (folder / CONFIG_FILE).is_file():
+    if not ((folder / CONFIG_FILE).is_file() and (folder / SAMPLES).is_dir()):
         raise ConfigError(f"{folder} is not a run folder, so it is not overwritten.", "Name another --output.")
+    for kept, what in ((Path(config.concept.photos), "the photos"), (Path(), "the working directory")):
+        if kept.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{folder} holds {what}, so it is not overwritten.", "Name another --output.")
 
 
 def create_run(config: Config, *, overwrite: bool) -> Run:

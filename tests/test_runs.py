@@ -67,10 +67,26 @@ def test_what_is_no_run_folder_is_never_overwritten(tmp_path: Path, overwrite: b
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("precious")
     (tmp_path / "file").write_text("precious")
-    for name in ("mine", "file"):
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "config.toml").write_text("[train]\nsteps = 7\n")
+    for name in ("mine", "file", "settings"):
         with pytest.raises(ConfigError):
             create_run(config_at(tmp_path / name), overwrite=overwrite)
+    assert (tmp_path / "settings" / "config.toml").exists()
     assert (tmp_path / "mine" / "thesis.tex").read_text() == (tmp_path / "file").read_text() == "precious"
+
+
+def test_a_run_folder_that_holds_the_photos_or_the_working_directory_is_not_overwritten(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos = run.folder / "photos"
+    photos.mkdir()
+    with pytest.raises(ConfigError, match="holds the photos, so it is not overwritten"):
+        create_run(config_at(run.folder, concept__photos=str(photos)), overwrite=True)
+    monkeypatch.chdir(photos)
+    with pytest.raises(ConfigError, match="holds the working directory, so it is not overwritten"):
+        create_run(config_at(run.folder, concept__photos=str(run.folder.parent)), overwrite=True)
+    assert photos.is_dir()
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
@@ -112,7 +128,7 @@ def test_only_the_newest_checkpoints_are_kept(run: Run) -> None:
     assert [path.name for path in run.list_checkpoints()] == ["step-000015", "step-000020"]
     assert run.load_checkpoint()["step"] == 20
     assert run.load_checkpoint(15)["step"] == 15
-    with pytest.raises(ConfigError, match="no checkpoint of step 10"):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 10\. There is one of 15, 20\."):
         run.load_checkpoint(10)
 
 
@@ -142,7 +158,7 @@ def test_a_checkpoint_that_fails_in_its_middle_leaves_nothing_behind(run: Run) -
 
 
 def test_without_a_checkpoint_there_is_nothing_to_resume(run: Run) -> None:
-    with pytest.raises(ConfigError, match=r"has no checkpoint to resume from.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"has no checkpoint yet.*train --overwrite"):
         run.load_checkpoint()
 
 
