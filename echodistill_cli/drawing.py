@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -162,8 +163,8 @@ def sample_to_folder(request: SampleRequest, folder: Path, say: Say = lambda _li
 
 def _next_number(folder: Path) -> int:
     """One above the highest number that a picture in the folder begins with."""
-    numbers = [int(path.name[:4]) for path in folder.glob("[0-9][0-9][0-9][0-9]_*.png")]
-    return max(numbers, default=-1) + 1
+    found = [re.match(r"\d{4,}(?=_)", path.name) for path in folder.glob("*_*.png")]
+    return max((int(number[0]) for number in found if number), default=-1) + 1
 
 
 @dataclass(frozen=True)
@@ -219,12 +220,18 @@ def _find_graphs(request: SampleRequest) -> FoundLora:
 def models_for(request: SampleRequest, model: ModelConfig) -> ModelConfig:
     """The models of a run, or those asked for, with what the request changes of them.
 
+    A run may have been trained with the tiny decoder, to save memory; pictures are drawn with the one that other tools
+    use. A revision is of one repository: another teacher has none.
+
     Raises:
         ConfigError: a changed value is wrong.
     """
     if request.model is not None:
         model = build_config(request.model).model
-    model = dataclasses.replace(model, **request.model_overrides)
+    changes = {"decoder": "full"} | dict(request.model_overrides)
+    if changes.get("teacher", model.teacher) != model.teacher:
+        changes.setdefault("teacher_revision", None)
+    model = dataclasses.replace(model, **changes)
     if request.size is not None:
         model = dataclasses.replace(model, resolution=request.size)
     check_section("model", model)

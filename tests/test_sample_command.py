@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from echodistill_cli.drawing import SampleRequest, _next_number, models_for
+from echodistill_cli.presets import build_config
 from tests.commands import Done, command, files_below, trained_run
 
 Pair = tuple[Path, Path]
@@ -102,6 +105,27 @@ def test_a_scale_of_0_leaves_a_learned_word_out_too(
     sample(tmp_path / "pair", "--lora", learned, "-p", PROMPT, "--compare")
     zero, pair = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair"))
     assert (pair[:, :64] == zero).all()
+
+
+def test_pictures_are_drawn_with_the_full_decoder_whatever_the_run_was_trained_with() -> None:
+    trained = dataclasses.replace(build_config("sdxl-turbo").model, decoder="tiny")
+    assert models_for(SampleRequest([PROMPT]), trained).decoder == "full"
+    assert models_for(SampleRequest([PROMPT], model_overrides={"decoder": "tiny"}), trained).decoder == "tiny"
+
+
+def test_another_teacher_has_not_the_revision_of_the_first() -> None:
+    model = build_config("sdxl-turbo").model
+    assert model.teacher_revision is not None
+    other = models_for(SampleRequest([PROMPT], model_overrides={"teacher": "someone/else"}), model)
+    assert (other.teacher, other.teacher_revision) == ("someone/else", None)
+    same = models_for(SampleRequest([PROMPT], model_overrides={"teacher": model.teacher}), model)
+    assert same.teacher_revision == model.teacher_revision
+
+
+def test_pictures_are_numbered_on_beyond_four_digits(tmp_path: Path) -> None:
+    for name in ("0007_s0.png", "9999_s3.png", "10000_s0.png", "0000-0001_grid.png", "notes_1.png"):
+        (tmp_path / name).touch()
+    assert _next_number(tmp_path) == 10001
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
