@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from echodistill_cli.conditioning import Conditioning
+from echodistill_cli.config import TrainConfig
 from echodistill_cli.dataset import prompt_for, scene_prompt
 from echodistill_cli.diffusion import add_noise
 from echodistill_cli.discriminators import Discriminator, ImageBackbone, Pictures, TeacherBackbone
@@ -182,9 +184,14 @@ def draw_first_targets(state: TrainingState) -> None:
 def _student_prompts(state: TrainingState) -> tuple[list[str], int]:
     """What a batch is asked for, and how many of it, the first, as the photos are; the others are scenes."""
     settings = state.config.train
-    prompts = [_photo_prompt(state) for _ in range(settings.photo_like)]
-    scenes = [_scene_prompt(state) for _ in range(settings.batch_size - settings.photo_like)]
-    return prompts + scenes, settings.photo_like
+    photo_like = count_photo_like(settings)
+    prompts = [_photo_prompt(state) for _ in range(photo_like)]
+    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - photo_like)], photo_like
+
+
+def count_photo_like(settings: TrainConfig) -> int:
+    """How many of a batch of the student's are asked for as the photos are, at least 1; the others are scenes."""
+    return math.ceil(settings.batch_size * (1 - settings.scene_share)) or 1
 
 
 def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:

@@ -7,7 +7,6 @@ its reason stands beside it. `presets` layers model presets, TOML files and flag
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,13 +37,11 @@ class ConceptConfig:
         choices=("custom-diffusion", "plain"),
     )
     recolour: float = share(
-        0.0, "share of the teacher's views with the subject in another colour, named in the prompt; needs a class name"
+        0.0, "share of the teacher's views with the subject in another, named colour; needs a class"
     )
     tint_scenes: bool = setting(False, "targets and echoes in a colour: drawn without, then tinted; needs a class name")
     scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
-    class_prompts: tuple[str, ...] = setting(
-        (), "sentences with {} for the class, whose pictures are kept; empty: plain wordings and the scenes in turn"
-    )
+    class_prompts: tuple[str, ...] = setting((), "the same for the class, to keep it; empty: plain ones and the scenes")
 
 
 @dataclass(frozen=True)
@@ -147,11 +144,6 @@ class TrainConfig:
     guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
     gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
-
-    @property
-    def photo_like(self) -> int:
-        """How many of a batch of the student's are asked for as the photos are, at least 1; the others are scenes."""
-        return math.ceil(self.batch_size * (1 - self.scene_share)) or 1
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from echodistill_cli.attach import check_same_pictures
+from echodistill_cli.batches import count_photo_like
 from echodistill_cli.card import model_card
 from echodistill_cli.config import Config
 from echodistill_cli.drawing import Sample, SampleRequest, Say, WrittenSamples, sample, sample_to_folder
@@ -247,7 +248,7 @@ def _settings_without_effect(config: Config) -> Iterator[str]:
         ("--replays", "--pair-share", train.pair_share and not train.replays),
     )
     yield from (f"Without {needed} nothing comes of {flag}." for needed, flag, vain in in_vain if vain)
-    if train.scene_share and train.photo_like == train.batch_size:
+    if train.scene_share and count_photo_like(train) == train.batch_size:
         yield f"--scene-share {train.scene_share:g} of --batch-size {train.batch_size} is no whole sample: no scenes."
     if start is not None and start > train.steps:
         yield f"The echo would begin at step {start} of {train.steps}: there is none. --echo-start says when."
