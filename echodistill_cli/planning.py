@@ -96,13 +96,13 @@ def suit_device(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Memo
             f"{config.model.student}: how much memory it needs is not known.",
             "Do without --vram: it knows models of the size of SD-Turbo and SDXL-Turbo.",
         )
-    if vram != "auto":
-        return plan_memory(build, family, _gib(vram), "bf16")
+    budget = None if vram == "auto" else _gib(vram)
     device = pick_device(config.model.device)
-    # A CPU computes in bf16 slowly, but may have no room for float32.
-    dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
-    precision = _PRECISIONS[dtype] if device.type != "cpu" else "bf16"
-    return plan_memory(build, family, memory_gib(device), precision)
+    precision = _PRECISIONS[str(pick_dtype("auto", device)).removeprefix("torch.")]
+    # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
+    if device.type == "cpu" or (budget is not None and precision == "fp32"):
+        precision = "bf16"
+    return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision)
 
 
 def _gib(text: str) -> float:

@@ -48,11 +48,12 @@ _FAMILIES = {1024: "sd2", 2048: "sdxl"}
 _MISFIT = (ValueError, KeyError, AttributeError, RuntimeError)
 
 
-def configuration_folder(source: str, parts: Sequence[str], *, offline: bool) -> Path:
+def configuration_folder(source: str, parts: Sequence[str], flag: str, *, offline: bool) -> Path:
     """The folder with the JSON files and vocabularies of some parts; of a hub id, no weights are downloaded.
 
     Args:
-        source: folder or hub id. parts: subfolders such as "unet" or "tokenizer". offline: only look into the cache.
+        source: folder or hub id. parts: subfolders such as "unet" or "tokenizer". flag: the option that named it.
+        offline: only look into the cache.
 
     Raises:
         ModelError: unknown, unreachable or incomplete.
@@ -60,13 +61,13 @@ def configuration_folder(source: str, parts: Sequence[str], *, offline: bool) ->
     without_weights = [part for part in parts if part.startswith(("tokenizer", "scheduler"))]
     folder = resolve(source, without_weights, offline=offline)
     if folder.is_file():
-        raise ModelError(f"{source} is a file; --single-file-config takes a folder or a hub id.")
+        raise ModelError(f"{source} is a file; {flag} of `train` takes a folder or a hub id.")
     files = [f"{part}/config.json" for part in parts if part not in without_weights]
     missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
         return folder
     if Path(source).expanduser().is_dir():
-        raise ModelError(f"{source}/{missing[0]} is missing.", "Point --single-file-config to a complete folder.")
+        raise ModelError(f"{source}/{missing[0]} is missing.", f"Train with {flag} naming a complete folder.")
     return _fetch(source, folder.name, missing, offline)
 
 
@@ -85,13 +86,18 @@ def shipped_configuration(file: Path, flag: str) -> Path:
     if width in _FAMILIES:
         return _SHIPPED / _FAMILIES[width]
     if width == 768:
-        raise ModelError(
-            f"{file.name} is a Stable Diffusion 1 model; the one-step models known here are of SD 2.1 and SDXL.",
-            "Use sd_turbo.safetensors or sd_xl_turbo_1.0_fp16.safetensors, or a fine-tune of them.",
-        )
+        raise stable_diffusion_1(file.name)
     raise ModelError(
         f"{file.name}: a single file does not say how its model is built, and its weights are of no known family.",
-        f"Name the folder or hub id with its configuration: {flag}",
+        f"Name the folder or hub id with its configuration, which only `train` takes: {flag}",
+    )
+
+
+def stable_diffusion_1(name: str) -> ModelError:
+    """The error about a model of Stable Diffusion 1, in whatever form: its files would be labelled as SD 2's."""
+    return ModelError(
+        f"{name} is a Stable Diffusion 1 model; the one-step models known here are of SD 2.1 and SDXL.",
+        "Use sd_turbo.safetensors or sd_xl_turbo_1.0_fp16.safetensors, or a fine-tune of them.",
     )
 
 
@@ -107,8 +113,11 @@ def prediction_in(file: Path) -> str | None:
     return "epsilon" if said.startswith("eps") else None
 
 
-def load_part(kind: Any, file: Path, part: str, configuration: Path, dtype: torch.dtype) -> Any:
+def load_part(kind: Any, file: Path, part: str, configuration: Path, flag: str, dtype: torch.dtype) -> Any:
     """A model of class `kind` with the weights of one part of the file: unet, vae, text_encoder or text_encoder_2.
+
+    Args:
+        configuration: folder with the part's JSON files. flag: the option that names another.
 
     Raises:
         ModelError: the file lacks the part or some of its weights, or they do not fit the configuration.
@@ -124,7 +133,7 @@ def load_part(kind: Any, file: Path, part: str, configuration: Path, dtype: torc
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"{file.name}: its {part} does not fit the configuration in {configuration} ({reason}).",
-            "Name the configuration of this very model with --single-file-config.",
+            f"Name the configuration of this very model when you train: {flag}",
         ) from error
     finally:
         log.disabled = False

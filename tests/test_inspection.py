@@ -154,6 +154,17 @@ def test_the_web_uis_hide_a_file_whose_header_does_not_name_its_family(tmp_path:
         assert by_reader(inspect(tmp_path, tensors, minimal))["A1111"].loads == "fully"
 
 
+def test_the_web_uis_hide_a_file_of_sd1_whose_header_says_sd2(tmp_path: Path) -> None:
+    tensors = kohya_pair("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 768)
+    verdicts = by_reader(inspect(tmp_path, tensors, {"ss_v2": "True", "ss_base_model_version": "sd_v2"}))
+    for reader in ("A1111", "Forge"):
+        assert verdicts[reader].loads == "hidden"
+        assert "hidden beside SD 1 models: the header says ss_v2 = True" in verdicts[reader].text
+    assert verdicts["ComfyUI"].loads == "fully"
+    verdicts = by_reader(inspect(tmp_path, tensors, {"ss_v2": "False", "ss_base_model_version": "sd_v1"}))
+    assert [verdicts[reader].loads for reader in ("A1111", "Forge")] == ["fully", "fully"]
+
+
 def test_forge_gives_up_above_twelve_unknown_keys_and_not_before(tmp_path: Path) -> None:
     good = kohya_tensors(
         [adapter(["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"], 1024)], "sd", torch.float16

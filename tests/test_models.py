@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.config import ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models import Denoiser, LatentCodec, load_pair, load_schedule, pick_device, pick_dtype
+from echodistill_cli.planning import suit_device
+from echodistill_cli.presets import build_config
 from echodistill_cli.sampling import to_uint8
 
 Pair = tuple[Path, Path]
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
 
 
 def settings(pair: Pair, **changes: Any) -> ModelConfig:
@@ -101,6 +105,25 @@ def test_a_teacher_of_another_family_is_refused_with_both_names(copied: Pair) ->
     assert "--teacher" in str(caught.value.hint)
 
 
+def test_a_folder_of_stable_diffusion_1_is_refused_by_name_before_its_weights_are_read(copied: Pair) -> None:
+    true_size = {"block_out_channels": [320, 640, 1280, 1280], "cross_attention_dim": 768}
+    change_json(copied[0] / "unet" / "config.json", **true_size)
+    for lora in (None, "lcm.safetensors"):
+        config = settings((copied[0], copied[0]), student_lora=lora)
+        with pytest.raises(
+            ModelError, match=r"student is a Stable Diffusion 1 model; .* SD 2\.1 and SDXL\. Use sd_turbo"
+        ):
+            load_pair(config)
+
+
+def test_a_small_model_that_reads_text_as_wide_as_stable_diffusion_1_does_is_no_such_model(copied: Pair) -> None:
+    for folder in copied:
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        other = {key: value for key, value in config.items() if not key.startswith("_")} | {"cross_attention_dim": 768}
+        UNet2DConditionModel(**other).save_pretrained(folder / "unet")
+    assert load_pair(settings(copied)).student.unet.config.cross_attention_dim == 768
+
+
 def test_a_resolution_that_the_unet_cannot_halve_is_refused(small_pair: Pair) -> None:
     with pytest.raises(ConfigError, match="--resolution 72"):
         load_pair(settings(small_pair, resolution=72))
@@ -137,6 +160,28 @@ def test_an_fp16_vae_that_would_overflow_is_raised_to_single_precision(copied: P
 def test_auto_precision_is_single_off_cuda_and_a_named_one_is_kept() -> None:
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
     assert pick_dtype("bf16", torch.device("cpu")) == torch.bfloat16
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_auto_precision_is_what_the_card_itself_computes_in() -> None:
+    # From compute capability 8.0 on; older cards only emulate bf16.
+    for index in range(torch.cuda.device_count()):
+        native = torch.cuda.get_device_capability(index) >= (8, 0)
+        assert pick_dtype("auto", torch.device("cuda", index)) == (torch.bfloat16 if native else torch.float16)
+
+
+def test_a_number_of_gib_is_planned_in_half_precision_where_there_is_no_card() -> None:
+    build = partial(build_config, "sd-turbo", None, {"model.device": "cpu"})
+    assert suit_device(build, "12").settings["model.precision"] == "bf16"
+
+
+@pytest.mark.gpu
+@needs_cuda
+def test_a_number_of_gib_is_planned_in_the_half_precision_of_the_card() -> None:
+    build = partial(build_config, "sd-turbo", None, {"model.device": "cuda"})
+    expected = {torch.bfloat16: "bf16", torch.float16: "fp16"}[pick_dtype("auto", torch.device("cuda"))]
+    assert suit_device(build, "12").settings["model.precision"] == expected
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])
@@ -272,5 +317,9 @@ def test_a_model_whose_own_vae_is_tiny_encodes_and_decodes_with_it(copied: Pair,
 def test_a_single_file_without_its_configuration_says_how_to_name_it(tmp_path: Path, small_pair: Pair) -> None:
     file = tmp_path / "model.safetensors"
     shutil.copy(small_pair[0] / "unet" / "diffusion_pytorch_model.safetensors", file)
-    with pytest.raises(ModelError, match=r"model\.safetensors: a single file .* --single-file-config"):
+    with pytest.raises(
+        ModelError, match=r"model\.safetensors: a single file .*only `train` takes: --single-file-config"
+    ):
         load_pair(settings(small_pair, student=str(file)), teacher=False)
+    with pytest.raises(ModelError, match=r"a single file .*only `train` takes: --teacher-single-file-config"):
+        load_pair(settings(small_pair, teacher=str(file)))

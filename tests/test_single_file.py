@@ -162,6 +162,22 @@ def test_without_a_configuration_the_flag_is_named(folders: tuple[Path, Path], t
     assert caught.value.exit_code == 4
 
 
+def test_of_a_teachers_file_the_teachers_own_flag_is_named(
+    folders: tuple[Path, Path], small_pair: tuple[Path, Path], settings: Path, tmp_path: Path
+) -> None:
+    file = write(tmp_path / "teacher.safetensors", sd2_state(folders[1]))
+    incomplete = without_weights(settings, tmp_path / "incomplete")
+    (incomplete / "unet" / "config.json").unlink()
+    cases = {
+        str(small_pair[0]): r"its unet does not fit .* when you train: --teacher-single-file-config",
+        str(incomplete): r"config\.json is missing\. Train with --teacher-single-file-config naming",
+        str(file): r"is a file; --teacher-single-file-config of `train` takes a folder or a hub id",
+    }
+    for named, said in cases.items():
+        with pytest.raises(ModelError, match=said):
+            load_pair(config(folders[0], file, teacher_single_file_config=named))
+
+
 def lacking(state: State, start: str) -> State:
     """The state without the first weight whose name starts so."""
     gone = next(name for name in state if name.startswith(start))
