@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from echodistill_cli.errors import EchoDistillError
 
+_CUT_SHORT = "The disk is probably full: free some space, or choose another place with --output."
 _REMEDIES = {
     errno.ENOSPC: "The disk is full: free some space, or choose another place with --output.",
     errno.EDQUOT: "Your disk quota is used up: free some space, or choose another place with --output.",
+    errno.EFBIG: "A file may not be that large there (see ulimit -f): choose another place with --output.",
     errno.EACCES: "You may not write there: choose another place with --output.",
     errno.EPERM: "You may not write there: choose another place with --output.",
     errno.EROFS: "That disk is read-only: choose another place with --output.",
@@ -21,20 +24,32 @@ _REMEDIES = {
     errno.ENOTDIR: "A file stands where a folder is needed: choose another place with --output.",
     errno.ENAMETOOLONG: "The name is too long: choose a shorter one with --output.",
 }
+# How libraries tell of a failed write where Python would raise an OSError with a number; by their words, since none of
+# them is imported here. Those written in Rust (safetensors, tokenizers) name the number in the text alone, those before
+# safetensors 0.6 as the second does; torch and numpy tell no more than that a part is missing.
+_NUMBERED = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
+_PARTLY_WRITTEN = re.compile(
+    r"unexpected pos \d+ vs|iostream error|PytorchStreamWriter failed .*: file |requested and \d+ written"
+)
 
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an `OSError` about `path` into one line with a remedy.
+    """Turn an `OSError` about `path`, and what libraries raise instead of one, into one line with a remedy.
 
     Raises:
-        EchoDistillError: whenever the block raises an `OSError`.
+        EchoDistillError: whenever the block raises an `OSError`, or a library could not write. Any other error of the
+            block passes unchanged.
     """
     try:
         yield
-    except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
-        raise EchoDistillError(f"{path} could not be written ({error.strerror or error}).", remedy) from error
+    except EchoDistillError:
+        raise
+    except Exception as error:
+        reason, remedy = _failed_write(error)
+        if reason is None:
+            raise
+        raise EchoDistillError(f"{path} could not be written ({reason}).", remedy) from error
 
 
 @contextlib.contextmanager
@@ -77,6 +92,20 @@ def make_folder(path: Path) -> Path:
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def _failed_write(error: Exception) -> tuple[str | None, str | None]:
+    """Why a file could not be written, and what to do about it; no reason if the error is about something else."""
+    text = str(error)
+    if numbered := _NUMBERED.search(text):
+        # On Windows the number is its own, and only as the fourth argument is it turned into one of errno's.
+        number = int(numbered[1] or numbered[2])
+        error = OSError(number, "", None, number)
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror or os.strerror(error.errno), _REMEDIES.get(error.errno)
+    if _PARTLY_WRITTEN.search(text):
+        return "not all of it was taken", _CUT_SHORT
+    return (text, None) if isinstance(error, OSError) else (None, None)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
