@@ -70,7 +70,7 @@ def evaluate(
     subject: Annotated[list[str] | None, option("NAME", "only this one; may come many times", panel=_WHOLE)] = None,
     config_file: Annotated[Path | None, option("FILE", "of the training, as TOML", "--config", panel=_WHOLE)] = None,
     train_steps: Annotated[int | None, option("N", "of each subject's training", panel=_WHOLE, min=1)] = None,
-    offline: Annotated[bool, switch("--offline", "open no socket")] = False,
+    offline: Annotated[bool | None, switch("--offline/--no-offline", "open no socket; unset: as in training")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -81,8 +81,8 @@ def evaluate(
     if photos is None and dreambench is None:
         raise ConfigError("No real photos were named to compare with.", "echodistill evaluate RUN --photos DIR")
     templates = () if prompts is None else _read_templates(prompts)
-    prepare_libraries(offline=offline, quiet=quiet)
-    given = {"teacher": teacher, "device": device, "precision": precision, "offline": offline or None}
+    prepare_libraries(offline=bool(offline), quiet=quiet)
+    given = {"teacher": teacher, "device": device, "precision": precision, "offline": offline}
     changed = {key: value for key, value in given.items() if value is not None}
     drawing: dict[str, Any] = {
         "prompts": templates,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from echodistill_cli import __version__
@@ -20,6 +20,8 @@ from echodistill_cli.sidecars import sidecar_paths
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_SEPARATOR = re.compile(r"[/\\]")
+_RELATIVE = re.compile(r"\.\.?[/\\]")
 
 Content = Path | bytes
 
@@ -100,8 +102,20 @@ def push(repository: str, files: Mapping[str, Content], *, private: bool | None 
 
 
 def _public(value: Any) -> Any:
-    """A path on this machine as its last part."""
+    """A path as its last part."""
     if isinstance(value, list):
         return [_public(item) for item in value]
-    is_path = isinstance(value, str) and ("/" in value or "\\" in value) and Path(value).expanduser().exists()
-    return Path(value).name if is_path else value
+    return _SEPARATOR.split(value.rstrip("/\\"))[-1] if isinstance(value, str) and _is_path(value) else value
+
+
+def _is_path(value: str) -> bool:
+    """Whether a setting is a path: by its form, as it may be gone by now or of another machine, or as it is here."""
+    if not _SEPARATOR.search(value):
+        return False
+    absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    if absolute or value.startswith(("~", "\\")) or _RELATIVE.match(value):
+        return True
+    try:
+        return Path(value).exists()
+    except OSError:  # such as a prompt that is longer than any name
+        return False

@@ -45,7 +45,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
         if not is_finite(tensor):
             raise EchoDistillError(
                 f"{name} holds NaN or infinity in {_short(tensor.dtype)}, so nothing was written.",
-                "Train with a lower --lr, or export with --precision fp32.",
+                "Train with a lower --lr. If only half precision overflowed: echodistill export --dtype fp32",
             )
     # Copies, because the library refuses views and tensors that share their memory.
     plain = {

@@ -135,7 +135,8 @@ def _not_black(images: Tensor) -> Tensor:
         return images
     raise EchoDistillError(
         "The picture is not finite: half precision overflowed in the VAE, or the LoRA had diverged.",
-        "Draw with --precision fp32. For fp16, use a VAE made for it, such as --vae madebyollin/sdxl-vae-fp16-fix.",
+        "Draw with --precision fp32, or train with a VAE made for fp16: "
+        "echodistill train --vae madebyollin/sdxl-vae-fp16-fix",
     )
 
 

@@ -126,8 +126,7 @@ def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: 
     """The snapshot folder: from the cache if it is whole there (no network is asked), else downloaded."""
     from huggingface_hub import constants
 
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
-        raise ModelError(f"{source}: no such folder or file, and not a hub id of the form owner/name.")
+    _check_id(source)
     cached = _cached(source, revision)
     if cached is not None and not any(_missing_from(cached / part) for part in parts):
         return cached
@@ -138,14 +137,30 @@ def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: 
     return cached
 
 
+def _check_id(source: str) -> None:
+    """See that what is no folder or file has the form of a hub id.
+
+    Raises:
+        ModelError: it has not.
+    """
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
+        raise _neither(source)
+
+
+def _neither(source: str) -> ModelError:
+    return ModelError(f"{source}: no such folder or file, and not a hub id of the form owner/name.")
+
+
 def _cached(source: str, revision: str | None) -> Path | None:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(source, revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
+    except HFValidationError as error:  # the hub has more rules than the form, such as no -- in a name
+        raise _neither(source) from error
 
 
 def _download(source: str, parts: Sequence[str], variant: str | None, revision: str | None) -> Path:
@@ -204,6 +219,9 @@ def downloads(
     """What `resolve` would fetch, without fetching it; whatever cannot be known is said without a size.
 
     Arguments are those of `resolve`.
+
+    Raises:
+        ModelError: the source is no folder or file, and cannot be a hub id either.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants, errors
@@ -211,6 +229,7 @@ def downloads(
     if is_embedded(source) or Path(source).expanduser().exists():
         return []
     source, revision = _split_revision(source, revision)
+    _check_id(source)
     cached = _cached(source, revision)
     missing = [part for part in parts if cached is None or _missing_from(cached / part)]
     unknown = [Download(f"{source}/{part}".rstrip("/"), None) for part in missing]

@@ -48,7 +48,8 @@ def find_vocabulary(*, offline: bool) -> Path:
     except ModelError as error:
         raise ModelError(
             f"A single file holds no vocabulary, and CLIP's is not in the cache. {error.message}",
-            f'Name a folder with it: --tokenizer DIR. Or fetch it: hf download {_OWNERS[0]} --include "tokenizer/*"',
+            f"A run can be given a folder with it: echodistill train --tokenizer DIR. For all commands, fetch it: "
+            f'hf download {_OWNERS[0]} --include "tokenizer/*"',
         ) from error
 
 

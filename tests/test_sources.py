@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import pytest
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.sources import resolve, wanted_files, weight_variant
+from echodistill_cli.sources import downloads, resolve, wanted_files, weight_variant
+from tests.commands import command
 
 PARTS = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
 HUB_ID = "somebody/tiny-turbo"
@@ -138,12 +139,28 @@ def test_a_model_of_which_one_shard_is_missing_is_incomplete(folder: Path) -> No
     resolve(str(folder), PARTS)
 
 
+@pytest.mark.parametrize("offline", [True, False])
 @pytest.mark.parametrize(
-    "source", ["nowhere", "a/b/c", "./missing/x", "/no/such", "~/none", "my models/sd turbo", "a/../b"]
+    "source",
+    [
+        *("nowhere", "a/b/c", "./missing/x", "/no/such", "/no/such.safetensors", "~/none", "my models/sd turbo"),
+        *("a/../b", "a--b/c", "a/b.git"),  # the last two by rules of the hub's own
+    ],
 )
-def test_what_is_neither_a_place_nor_a_hub_id_is_named(source: str) -> None:
-    with pytest.raises(ModelError, match="no such folder or file, and not a hub id of the form owner/name"):
-        resolve(source, PARTS, offline=True)
+def test_what_is_neither_a_place_nor_a_hub_id_is_named_by_a_run_and_by_a_dry_run_alike(
+    source: str, offline: bool
+) -> None:
+    for look in (resolve, downloads):
+        with pytest.raises(ModelError, match="no such folder or file, and not a hub id of the form owner/name") as told:
+            look(source, PARTS, offline=offline)
+        assert told.value.message.startswith(f"{source}: ")
+
+
+def test_a_dry_run_with_a_mistyped_model_ends_with_one_line(photo_folder: Path) -> None:
+    line = ("train", photo_folder, "--class-name", "dog", "--model", "./models/typo", "--offline", "--dry-run", "-q")
+    done = command(*line)
+    assert (done.code, done.out, done.err.count("\n")) == (4, "", 1), done.err
+    assert "./models/typo: no such folder or file" in done.err
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

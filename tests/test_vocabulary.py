@@ -22,6 +22,7 @@ from echodistill_cli.models import load_pair
 from echodistill_cli.single_file import prediction_in, shipped_configuration
 from echodistill_cli.vocabulary import find_vocabulary, vocabulary_in
 from tests.original_layout import build_sd2_pair, build_sdxl, sd2_state, sdxl_state, write
+from tests.test_sampling import missing_flags
 from tests.test_single_file import assert_equal, config, weights, without_weights
 
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
@@ -121,8 +122,10 @@ def test_the_vocabulary_is_found_in_the_cache_of_any_model_that_has_it(
 
 
 def test_without_a_vocabulary_both_ways_to_get_one_are_named() -> None:
-    with pytest.raises(ModelError, match=r"not in the cache.*--tokenizer DIR.*hf download stabilityai/sd-turbo"):
+    wanted = r"not in the cache.*--tokenizer DIR.*hf download stabilityai/sd-turbo"
+    with pytest.raises(ModelError, match=wanted) as told:
         find_vocabulary(offline=True)
+    assert not missing_flags(str(told.value.hint), "train", "sample", "evaluate", "export")
 
 
 def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
