@@ -22,8 +22,8 @@ tags: [text-to-image, lora, one-step, echodistill]
 
 # {name}
 
-A LoRA that draws *{subject}* with {linked_student} in **one step**, learned from {photos} photos with echodistill
-{version}.
+A LoRA that draws *{subject}* with {linked_student}{together} in **one step**, learned from {photos} photos with
+echodistill {version}.
 
 ![previews: with the word, and without it]({preview})
 
@@ -33,7 +33,7 @@ A LoRA that draws *{subject}* with {linked_student} in **one step**, learned fro
 |---|---|
 | echodistill | `echodistill sample --lora {file} --prompt "a photo of a {subject} on the beach"` |
 | ComfyUI, A1111, Forge | put `{file}` into `models/Lora` (`models/loras` in ComfyUI); 1 step, CFG 1, {side} x {side} |
-{token_row}| diffusers | see below |
+{distilled_row}{token_row}| diffusers | see below |
 
 ```python
 import torch
@@ -41,8 +41,9 @@ from diffusers import AutoPipelineForText2Image, EulerDiscreteScheduler
 
 pipe = AutoPipelineForText2Image.from_pretrained("{student}", torch_dtype=torch.float16).to("cuda")
 pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-pipe.load_lora_weights(".", weight_name="{file}")
-{token_lines}image = pipe("a photo of a {trigger} on the beach", num_inference_steps=1, guidance_scale=0.0).images[0]
+{lora_lines}{token_lines}
+settings = {{"num_inference_steps": 1, "guidance_scale": 0.0, "height": {side}, "width": {side}}}
+image = pipe("a photo of a {trigger} on the beach", **settings).images[0]
 ```
 
 `teacher/` holds the LoRA of its multi-step teacher, {linked_teacher}: 25 steps, guidance {guidance:g}.
@@ -58,9 +59,40 @@ _TOKEN_ROW = """\
 | the word in these | put `{token}.safetensors` into `embeddings`; ComfyUI wants `embedding:{token}` in the prompt |
 """
 
+_LORA_LINES = """\
+pipe.load_lora_weights(".", weight_name="{file}")
+"""
+
+# What makes the base a one-step model is no part of the student's LoRA: without it the same lines draw mush.
+_DISTILLED_ROW = """\
+| what all of these need | `{distilled}` too, which makes the base one-step: load both LoRAs, each at strength 1 \
+(echodistill takes it from where `config.toml` says) |
+"""
+
+_DISTILLED_LINES = """\
+# Two LoRAs: {distilled}, put beside the other, makes the base a one-step model.
+pipe.load_lora_weights(".", weight_name="{distilled}", adapter_name="one-step")
+pipe.load_lora_weights(".", weight_name="{file}", adapter_name="subject")
+pipe.set_adapters(["one-step", "subject"])
+"""
+
 _TOKEN_LINES = """\
 # The word has a learned vector. diffusers takes it under a word that its tokenizer does not know yet.
 pipe.load_textual_inversion("{token}.safetensors", token="<{token}>")
+"""
+
+# That method alone does not know files of two vectors. transformers takes the highest number in a prompt for the end of
+# it where a configuration has the old eos_token_id 2, as SDXL's has: a new word's number is higher.
+_SDXL_TOKEN_LINES = """\
+# The word has a learned vector for each text encoder. diffusers takes them under a word that is new to it.
+from safetensors.torch import load_file
+
+vectors, word = load_file("{token}.safetensors"), "<{token}>"
+first, second = (pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)
+for key, (encoder, tokenizer) in {{"clip_l": first, "clip_g": second}}.items():
+    pipe.load_textual_inversion(vectors[key], token=word, text_encoder=encoder, tokenizer=tokenizer)
+# The word's number is above that of a prompt's end, which the second encoder would then look for in the wrong place.
+pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 """
 
 _MERGED = """\
@@ -90,8 +122,6 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
     Args:
         state: `TrainingState.state_dict()`. lora: the student's LoRA file. preview: its picture, relative to the card.
     """
-    learned, token = config.text.form == "token", config.concept.token
-    trigger = config.subject.replace(token, f"<{token}>", 1) if learned else config.subject
     student = _public_name(config.model.student)
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
@@ -102,9 +132,8 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         linked_teacher=_linked(config.model.teacher),
         subject=config.subject,
         quoted_subject=json.dumps(config.subject, ensure_ascii=False),
-        trigger=trigger,
-        token_row=_TOKEN_ROW.format(token=token) if learned else "",
-        token_lines=_TOKEN_LINES.format(token=token) if learned else "",
+        **_word(config, str(state["family"])),
+        **_loras(config, lora.name),
         name=config.name,
         photos=state["photo_count"],
         version=__version__,
@@ -145,6 +174,31 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
         trigger=header.get("modelspec.trigger_phrase", "..."),
         settings=", num_inference_steps=1, guidance_scale=0.0" if student else ", num_inference_steps=25",
     )
+
+
+def _word(config: Config, family: str) -> dict[str, str]:
+    """The card's parts about the word: how it stands in diffusers' prompts, and where its file goes if it has one."""
+    token = config.concept.token
+    if config.text.form != "token":
+        return {"trigger": config.subject, "token_row": "", "token_lines": ""}
+    lines = _SDXL_TOKEN_LINES if family == "sdxl" else _TOKEN_LINES
+    return {
+        "trigger": config.subject.replace(token, f"<{token}>", 1),
+        "token_row": _TOKEN_ROW.format(token=token),
+        "token_lines": lines.format(token=token),
+    }
+
+
+def _loras(config: Config, file: str) -> dict[str, str]:
+    """The card's parts about the student's LoRA file and the one that made its base one-step, if there is such."""
+    if config.model.student_lora is None:
+        return {"together": "", "distilled_row": "", "lora_lines": _LORA_LINES.format(file=file)}
+    distilled = Path(config.model.student_lora).name
+    return {
+        "together": f" and `{distilled}`",
+        "distilled_row": _DISTILLED_ROW.format(distilled=distilled),
+        "lora_lines": _DISTILLED_LINES.format(file=file, distilled=distilled),
+    }
 
 
 def _text_side(config: Config) -> str:

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from echodistill_cli.card import merged_card
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.export import DTYPES
@@ -52,7 +50,7 @@ class ExportRequest:
 
     Args:
         source: run folder or LoRA file; None for the newest run. layouts: see the module.
-        roles: whose; of a LoRA file, which model it is folded into. step: of a run's checkpoint; None for the newest.
+        roles: whose; of a LoRA file, which models it is folded into. step: of a run's checkpoint; None for the newest.
         output: folder; None for `export/` in the run, or the file's own. overwrite: replace what is there.
         dtype: fp16, bf16 or fp32. metadata: False writes only what other tools need, and no sidecars.
         bundle_embedding: put the learned word into the LoRA file, as A1111 alone reads it.
@@ -143,7 +141,7 @@ def plan_export(request: ExportRequest) -> tuple[Learned, list[Target]]:
     )
     folder = request.output or learned.folder
     targets = [
-        Target(role, layout, folder / _name(learned, role, layout, bundled=request.bundle_embedding))
+        Target(role, layout, folder / _name(learned, role, layout, request))
         for role in request.roles
         for layout in request.layouts
     ]
@@ -152,6 +150,8 @@ def plan_export(request: ExportRequest) -> tuple[Learned, list[Target]]:
             "--bundle-embedding puts a learned word into a kohya file, and there is none.",
             "Use it for a run with --text token, with --format kohya.",
         )
+    if len(request.roles) > 1 and isinstance(learned, LearnedFile) and set(request.layouts) & set(LORA_LAYOUTS):
+        raise ConfigError(f"{request.source} is one LoRA, and --role both asks for two.", "Leave --role away.")
     if "onnx" in request.layouts:
         check_onnx("onnx", "onnxscript")
         if "teacher" in request.roles:
@@ -168,12 +168,13 @@ def plan_export(request: ExportRequest) -> tuple[Learned, list[Target]]:
     return learned, targets
 
 
-def _name(learned: Learned, role: Role, layout: str, *, bundled: bool) -> str:
-    if isinstance(learned, LearnedFile):  # its own name tells the role already
-        ending = "-kohya.safetensors" if layout == "kohya" else _ENDINGS[layout]
-        return learned.name + ("-a1111.safetensors" if bundled else ending)
-    stem = learned.name if role == "student" else f"{learned.name}-teacher"
-    return stem + ("-a1111.safetensors" if bundled else _ENDINGS[layout])
+def _name(learned: Learned, role: Role, layout: str, request: ExportRequest) -> str:
+    """The name of one thing to write; no two of a request have the same."""
+    # A file's own name tells its role already; only where it is folded into both models must theirs differ.
+    told = isinstance(learned, LearnedFile) and len(request.roles) == 1
+    stem = learned.name if role == "student" or told else f"{learned.name}-teacher"
+    ending = "-kohya.safetensors" if isinstance(learned, LearnedFile) and layout == "kohya" else _ENDINGS[layout]
+    return stem + ("-a1111.safetensors" if request.bundle_embedding else ending)
 
 
 def _check_free(target: Target, request: ExportRequest) -> None:
@@ -268,5 +269,6 @@ def _merged_card(learned: Learned, target: Target, request: ExportRequest) -> st
 def _lora_header(learned: Learned, target: Target, request: ExportRequest) -> dict[str, str]:
     if not request.metadata:
         return {}
-    tensors: dict[str, Tensor] = kohya_tensors(learned.weights(target.role), learned.family, DTYPES[request.dtype])
+    # Hashes of them are not a merged model's, and are left out there; so a LoRA that kohya's keys refuse will do.
+    tensors = diffusers_tensors(learned.weights(target.role), DTYPES[request.dtype])
     return learned.header(target.role, target.path, tensors, minimal=False)

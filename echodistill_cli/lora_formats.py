@@ -20,6 +20,7 @@ from torch import Tensor
 
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.lora_keys import (
+    ARCHITECTURES,
     KOHYA_PREFIXES,
     TEXT_ATTENTION,
     TEXT_ENCODER,
@@ -35,6 +36,8 @@ ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 # A token's file is named after it, on every system.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 TOKEN_KEYS = {TEXT_ENCODER: "clip_l", TEXT_ENCODER_2: "clip_g"}
+# The text encoder that web UIs build as OpenCLIP's, which has q, k and v in one weight.
+_OPEN_CLIP = {"sd": TEXT_ENCODER, "sdxl": TEXT_ENCODER_2}
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
         dtype: of A and B in the file; `.alpha` is always a float32 scalar.
 
     Raises:
-        ConfigError: an incomplete pair, a shape that contradicts the rank, a component that the family lacks, or a
-            text encoder's attention of which not all four projections are there (A1111 ignores such a layer).
+        ConfigError: an incomplete pair, a shape that contradicts the rank, a component that the family lacks, or an
+            OpenCLIP text encoder's attention of which not all four projections are there, whatever their ranks (A1111
+            ignores such a layer).
     """
     if family not in KOHYA_PREFIXES:
         raise ConfigError(f"There are no kohya keys for family {family!r}.", "Use sd or sdxl.")
     tensors: dict[str, Tensor] = {}
+    joined: set[str] = set()
     for part in weights:
         if part.component not in KOHYA_PREFIXES[family]:
             raise ConfigError(f"Family {family!r} has no {part.component}.")
@@ -79,6 +84,10 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
             tensors[f"{name}.lora_down.weight"] = down
             tensors[f"{name}.lora_up.weight"] = up
             tensors[f"{name}.alpha"] = torch.tensor(float(part.rank))
+            # SD 1's encoder goes by the same name as SD 2's, and is narrower; nothing is joined there.
+            if part.component == _OPEN_CLIP[family] and down.shape[1] != ARCHITECTURES["sd1"].context:
+                joined.add(path)
+    _check_attention(_OPEN_CLIP[family], joined)
     return tensors
 
 
@@ -89,7 +98,7 @@ def diffusers_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dic
     each component has one spelling.
 
     Raises:
-        ConfigError: as `kohya_tensors`.
+        ConfigError: as `folded`.
     """
     tensors: dict[str, Tensor] = {}
     for part in weights:
@@ -104,7 +113,7 @@ def adapter_metadata(weights: Sequence[LoraWeights]) -> dict[str, str]:
     """The header entry from which diffusers rebuilds peft's configuration; it goes with `diffusers_tensors` only.
 
     Raises:
-        ConfigError: two entries for one component.
+        ConfigError: two entries for one component; as `folded`.
     """
     fields: dict[str, object] = {}
     for part in weights:
@@ -157,13 +166,12 @@ def folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tens
     """Path, A and B α/r of every module, checked; text encoders with `text_model.`.
 
     Raises:
-        ConfigError: as `kohya_tensors`.
+        ConfigError: an incomplete pair, or a shape that contradicts the rank.
     """
     halves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.tensors.items():
         parsed = split_key(key)
         halves[canonical(weights.component, parsed.module)][parsed.part] = tensor
-    _check_attention(weights.component, halves)
     for path, pair in sorted(halves.items()):
         if pair.keys() != {"down", "up"}:
             raise ConfigError(f"{weights.component}: {path} needs lora_A.weight and lora_B.weight.")
@@ -174,13 +182,11 @@ def folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 
 
 def _check_attention(component: str, paths: Collection[str]) -> None:
-    if component == UNET:
-        return
-    for path in paths:
+    for path in sorted(paths):
         block, _, name = path.rpartition(".")
         missing = [other for other in TEXT_ATTENTION if f"{block}.{other}" not in paths]
         if name in TEXT_ATTENTION and missing:
             raise ConfigError(
                 f"{component}: {block} has no {', '.join(missing)}; A1111 would leave the whole layer out.",
-                "Train q_proj, k_proj, v_proj and out_proj, or none.",
+                "Train all four projections, or use --format diffusers, which A1111 does not read.",
             )

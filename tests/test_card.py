@@ -15,11 +15,18 @@ from echodistill_cli.presets import build_config, config_hash
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
 
 
-def card(pool: int | None = 3, step: int = 700, head_start: int = 0, **changes: Any) -> str:
+def card(
+    pool: int | None = 3,
+    step: int = 700,
+    head_start: int = 0,
+    model: str = "sd-turbo",
+    family: str = "sd",
+    **changes: Any,
+) -> str:
     overrides = {"concept.class_name": "dog"} | {key.replace("__", "."): value for key, value in changes.items()}
     kept = None if pool is None else {"prompts": ["a"] * pool}
-    state = {"photo_count": 5, "step": step, "head_start_step": head_start, "pool": kept}
-    return model_card(build_config("sd-turbo", overrides=overrides), state, LORA, "samples/step-000700.png")
+    state = {"photo_count": 5, "step": step, "head_start_step": head_start, "pool": kept, "family": family}
+    return model_card(build_config(model, overrides=overrides), state, LORA, "samples/step-000700.png")
 
 
 def front_matter(text: str) -> dict[str, str]:
@@ -61,6 +68,28 @@ def test_a_learned_word_is_loaded_and_used_under_a_new_name() -> None:
     assert 'pipe("a photo of a <sks> dog on the beach"' in text
     assert "embedding:sks" in text
     assert "textual_inversion" not in card()
+
+
+def test_a_word_of_two_vectors_is_given_to_both_text_encoders() -> None:
+    code = card(model="sdxl-turbo", family="sdxl", text__form="token").split("```python\n")[1].split("```")[0]
+    compile(code, "card", "exec")
+    assert 'load_file("sks.safetensors")' in code
+    assert "clip_g" in code
+    assert 'load_textual_inversion("sks.safetensors"' not in code
+    assert 'pipe("a photo of a <sks> dog on the beach"' in code
+
+
+def test_a_base_made_one_step_by_a_lora_is_used_with_both() -> None:
+    text = card(model="someone/base", family="sdxl", model__student_lora="/home/me/loras/hyper-sd.safetensors")
+    assert "/home/me" not in text
+    assert "with [someone/base](https://huggingface.co/someone/base) and `hyper-sd.safetensors` in **one step**" in text
+    table, code = text.split("```python\n")
+    assert "| what all of these need | `hyper-sd.safetensors` too, which makes the base one-step" in table
+    compile(code.split("```")[0], "card", "exec")
+    assert 'load_lora_weights(".", weight_name="hyper-sd.safetensors", adapter_name="one-step")' in code
+    assert 'set_adapters(["one-step", "subject"])' in code
+    assert "set_adapters" not in card()
+    assert "what all of these need" not in card()
 
 
 def test_of_a_model_on_this_machine_only_its_name_is_told(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from echodistill_cli.adapters import trainable_parameters
+from echodistill_cli.card import model_card
 from echodistill_cli.config import ModelConfig
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.export import ExportSettings, export_lora
@@ -32,6 +33,7 @@ from echodistill_cli.sampling import sample_latents, seeded_noise
 from echodistill_cli.state import TrainingState, build_state
 from tests.original_layout import build_sd2_pair, sd2_state, sdxl_state
 from tests.small import small_config, small_photos
+from tests.test_sharing import write_distillation
 
 Pair = tuple[Path, Path]
 SEED = 7
@@ -478,3 +480,51 @@ def test_what_is_said_of_a_bundled_word_is_what_inspect_finds(tmp_path: Path) ->
         "Forge": "partly",
         "sd-scripts": "partly",
     }
+
+
+# the lines in a run's card
+
+
+def draw_as_the_card_says(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """The picture of the card's own lines, run in a folder that the run's files lie in, on a CPU in full precision."""
+    export(case.run.folder, output=folder, dtype="fp32")
+    (folder / case.pair[0].name).symlink_to(case.pair[0])
+    card = model_card(case.run.config, case.state.state_dict(), Path("sks-dog.safetensors"), "preview.png")
+    code = card.split("```python\n")[1].split("```")[0]
+    # torch_dtype is what every release of diffusers takes; new ones warn that it will be `dtype`.
+    changes = {"torch_dtype=torch.float16": "dtype=torch.float32", '.to("cuda")': "", ").images": ", **more).images"}
+    for line, here in changes.items():
+        assert line in code
+        code = code.replace(line, here)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {"more": {"latents": seeded_noise([SEED], (4, 8, 8)), "output_type": "np"}}
+    exec(compile(code, "card", "exec"), names)
+    return np.asarray(names["image"])
+
+
+@every_kind
+def test_the_lines_in_the_card_draw_the_picture_of_the_run(
+    make_case: Callable[..., Case],
+    family: str,
+    text: str,
+    word: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    case = make_case(family, text, word)
+    assert np.abs(draw_as_the_card_says(case, tmp_path, monkeypatch) - case.picture()).max() < CLOSE
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # peft speaks of every second LoRA
+def test_the_lines_in_the_card_of_a_distilled_base_draw_its_picture_too(
+    small_sdxl_pair: Pair, small_backbones: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, lora = small_sdxl_pair[1], write_distillation(small_sdxl_pair[1], tmp_path / "one-step.safetensors")
+    plain = {"critic__discriminators": (), "critic__identity": "none", "loss__adversarial": 0.0, "loss__identity": 0.0}
+    run = {"model__student_lora": str(lora), "run__output": str(tmp_path / "run"), "run__name": "sks-dog"}
+    config = small_config((base, base), small_backbones, **plain, **run)
+    state = build_state(config, small_photos())
+    _strengthen(state)
+    case = Case(create_run(config, overwrite=False), state, (base, base), "sks")
+    case.run.save_checkpoint(3, state.state_dict())
+    assert np.abs(draw_as_the_card_says(case, tmp_path, monkeypatch) - case.picture()).max() < CLOSE

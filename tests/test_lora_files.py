@@ -33,6 +33,7 @@ from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelW
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
 from echodistill_cli import lora_keys
+from echodistill_cli.config import ModelConfig
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.lora_files import (
     LoraCard,
@@ -45,6 +46,9 @@ from echodistill_cli.lora_files import (
     token_tensors,
     write_safetensors,
 )
+from echodistill_cli.merge import fold_lora
+from echodistill_cli.models import load_pair
+from echodistill_cli.pipeline import export
 from echodistill_cli.safetensors_files import read_tensors, serialize
 
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -368,6 +372,47 @@ def test_an_incomplete_text_attention_is_refused_because_a1111_would_ignore_it()
     half = random_weights("text_encoder", dict.fromkeys(list(TEXT_LAYER)[:2], (8, 8)))
     with pytest.raises(ConfigError, match=r"layers\.0\.self_attn has no v_proj, out_proj"):
         kohya_tensors([half], "sd", torch.float16)
+
+
+def test_projections_of_several_ranks_are_whole_and_written_again_in_both_layouts(tmp_path: Path) -> None:
+    """As kohya's dynamic rank has them, which cuts each module by itself."""
+    layer = "lora_te_text_model_encoder_layers_0_self_attn"
+    tensors = {}
+    for name, rank in {"q_proj": 2, "k_proj": 3, "v_proj": 2, "out_proj": 4}.items():
+        tensors[f"{layer}_{name}.lora_down.weight"] = torch.randn(rank, 1024)
+        tensors[f"{layer}_{name}.lora_up.weight"] = torch.randn(1024, rank)
+    save_file(tensors, tmp_path / "a.safetensors")
+    for file in export(tmp_path / "a.safetensors", layouts=("kohya", "diffusers"), output=tmp_path / "b", dtype="fp32"):
+        found = read_lora(file)
+        assert sorted(module.rank for module in found.modules) == [2, 2, 3, 4]
+        assert {module.path.rpartition(".")[2] for module in found.modules} == set(TEXT_TARGETS)
+    written = load_file(tmp_path / "b" / "a-kohya.safetensors")
+    assert all(torch.equal(written[key], value) for key, value in tensors.items())
+
+
+def test_what_a1111_needs_is_asked_only_of_the_encoder_in_which_it_joins_the_projections() -> None:
+    two = dict.fromkeys(list(TEXT_LAYER)[:2], (8, 8))
+    first, second = (random_weights(component, two) for component in ("text_encoder", "text_encoder_2"))
+    assert len(kohya_tensors([first], "sdxl", torch.float16)) == 6
+    with pytest.raises(ConfigError, match=r"text_encoder_2: .* has no v_proj, out_proj; A1111 .* --format diffusers"):
+        kohya_tensors([first, second], "sdxl", torch.float16)
+    sd1 = random_weights("text_encoder", dict.fromkeys(two, (768, 8)))
+    assert len(kohya_tensors([sd1], "sd", torch.float16)) == 6
+    for part in (first, second):
+        assert len(diffusers_tensors([part], torch.float16)) == 4
+        assert adapter_metadata([part])
+
+
+def test_half_of_a_text_encoders_attention_is_folded_into_a_model(small_pair: tuple[Path, Path]) -> None:
+    student = str(small_pair[0])
+    config = ModelConfig(student=student, teacher=student, resolution=64, device="cpu", offline=True)
+    pair = load_pair(config, teacher=False)
+    part = random_weights("text_encoder", {"text_model.encoder.layers.0.self_attn.q_proj": (32, 32)})
+    layer = pair.encoder.encoders[0].get_submodule("encoder.layers.0.self_attn.q_proj")
+    before = layer.weight.clone()
+    fold_lora(pair, "student", [part])
+    down, up = part.tensors.values()
+    torch.testing.assert_close(layer.weight, before + up @ down)
 
 
 def test_a_missing_half_a_wrong_rank_and_a_foreign_component_are_refused() -> None:
