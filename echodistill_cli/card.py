@@ -10,6 +10,7 @@ from typing import Any
 from echodistill_cli import __version__
 from echodistill_cli.config import Config
 from echodistill_cli.models import Role
+from echodistill_cli.paths import is_path, last_part
 from echodistill_cli.presets import config_hash
 
 _CARD = """\
@@ -225,8 +226,8 @@ def _linked(source: str) -> str:
 
 def _public_name(source: str) -> str:
     """A hub id as it is; of a path on this machine, only the last part."""
-    return source if _is_hub_id(source) else Path(source).name
+    return source if _is_hub_id(source) else last_part(source)
 
 
 def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+    return source.count("/") == 1 and not is_path(source)

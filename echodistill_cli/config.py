@@ -36,9 +36,7 @@ class ConceptConfig:
         "of the teacher's views. custom-diffusion: pasted small or zoomed into, as in the paper; plain: as they are",
         choices=("custom-diffusion", "plain"),
     )
-    recolour: float = share(
-        0.0, "share of the teacher's views with the subject in another, named colour; needs a class"
-    )
+    recolour: float = share(0.0, "share of the teacher's views in another colour that the prompt names; needs a class")
     tint_scenes: bool = setting(False, "targets and echoes in a colour: drawn without, then tinted; needs a class name")
     scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
     class_prompts: tuple[str, ...] = setting((), "the same for the class, to keep it; empty: plain ones and the scenes")

@@ -20,6 +20,7 @@ from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder
 from echodistill_cli.models import ModelPair, Role, load_pair
 from echodistill_cli.onnx_backend import load_onnx, read_settings
+from echodistill_cli.paths import public_name
 from echodistill_cli.pictures import grid, save_png, to_image
 from echodistill_cli.presets import build_config
 from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
@@ -272,7 +273,7 @@ def _texts(
     return {
         "prompt": prompt,
         "seed": str(seed),
-        "model": Path(source).name if Path(source).exists() else source,
+        "model": public_name(source),
         "lora": found.lora.name,
         "lora_scale": f"{request.lora_scale:g}",
         "steps": str(settings.steps),

@@ -33,6 +33,7 @@ from echodistill_cli.files import make_folder, write_text
 from echodistill_cli.images import Notes, UnusableError, read_picture
 from echodistill_cli.metrics import own_similarity, prompt_fidelity, subject_fidelity
 from echodistill_cli.models import pick_device
+from echodistill_cli.paths import public_name
 from echodistill_cli.photos import load_photos
 from echodistill_cli.pictures import save_png
 from echodistill_cli.safetensors_files import read_header
@@ -235,7 +236,7 @@ def _drawing_settings(drawing: SampleRequest, found: FoundLora) -> dict[str, Any
     """What a picture depends on beside its prompt and seed; of paths the last part, of files the content."""
     elsewhere = {"device", "offline", "offload"}
     model = {key: value for key, value in dataclasses.asdict(found.model).items() if key not in elsewhere}
-    named = {key: Path(str(value)).name if Path(str(value)).exists() else value for key, value in model.items()}
+    named = {key: public_name(value) if isinstance(value, str) else value for key, value in model.items()}
     return {
         "lora": found.lora.name,
         "lora_sha256": _sha256(found.lora),

@@ -8,20 +8,19 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from echodistill_cli import __version__
 from echodistill_cli.config import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.paths import public_name
 from echodistill_cli.presets import config_from_dict, config_to_dict, config_to_toml
 from echodistill_cli.runs import CONFIG_FILE, Run
 from echodistill_cli.sidecars import sidecar_paths
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-_SEPARATOR = re.compile(r"[/\\]")
-_RELATIVE = re.compile(r"\.\.?[/\\]")
 
 Content = Path | bytes
 
@@ -105,17 +104,4 @@ def _public(value: Any) -> Any:
     """A path as its last part."""
     if isinstance(value, list):
         return [_public(item) for item in value]
-    return _SEPARATOR.split(value.rstrip("/\\"))[-1] if isinstance(value, str) and _is_path(value) else value
-
-
-def _is_path(value: str) -> bool:
-    """Whether a setting is a path: by its form, as it may be gone by now or of another machine, or as it is here."""
-    if not _SEPARATOR.search(value):
-        return False
-    absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
-    if absolute or value.startswith(("~", "\\")) or _RELATIVE.match(value):
-        return True
-    try:
-        return Path(value).exists()
-    except OSError:  # such as a prompt that is longer than any name
-        return False
+    return public_name(value) if isinstance(value, str) else value

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from echodistill_cli.config import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.paths import public_name
 from echodistill_cli.presets import config_to_dict
 from echodistill_cli.settings import nearest
 
@@ -71,4 +72,4 @@ def _flat(config: Config) -> dict[str, str | float]:
 def _public(value: str | list[str]) -> str:
     if isinstance(value, list):
         return ", ".join(map(_public, value))
-    return Path(value).name if Path(value).is_absolute() or Path(value).exists() else value
+    return public_name(value)

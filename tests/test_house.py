@@ -17,6 +17,7 @@ PACKAGE = Path(__file__).parent.parent / "echodistill_cli"
 ORDER = (
     *(
         "errors",
+        "paths",
         "embedded",
         "settings",
         "config",
