@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -47,6 +47,7 @@ PICTURES = Path("runs/benchmark")
 RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
 SMALL = ("untouched", "teacher-lora", "denoising", "sequential", "ours")
 REAL = "real-renders"  # of the subject under the same prompts: the judge's own ceiling
+SMALL_ENDS = ("teacher-after-echo",)
 MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
 Row = dict[str, Any]
 
@@ -124,8 +125,12 @@ class Rows:
             write_text(self.path, f"[\n{lines}\n]\n")
 
 
-def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
-    """Train a contestant and yield the scores of each model it stands for."""
+def train(run: Run, state: TrainingState, ruler: Ruler, *, ends: Collection[str] | None = None) -> Iterator[Row]:
+    """Train a contestant and yield the scores of each model it stands for.
+
+    Args:
+        ends: in which ways the teacher may end, by name; None for all that it has.
+    """
     untouched = draw(state.pair, run.noun, STUDENT, with_token=False)
     began, busy, measuring = time.perf_counter(), time.process_time(), 0.0
     echo = state.config.echo.start if run.contestant == "ours" else None
@@ -145,6 +150,8 @@ def train(run: Run, state: TrainingState, ruler: Ruler) -> Iterator[Row]:
     run.entry.finish(state)
     ended = copy.deepcopy(state.state_dict())
     for teacher, ending in TEACHERS.get(run.contestant, {}).items():
+        if ends is not None and teacher not in ends:
+            continue
         ending(state)
         yield from _teacher_row(teacher, run, state, ruler)
         state.load_state_dict(copy.deepcopy(ended))  # optimizers go on with the very tensors they are given
@@ -181,8 +188,10 @@ def _teacher_row(name: str, run: Run, state: TrainingState, ruler: Ruler) -> Ite
     yield {"contestant": name, **scores, "drift": None, "steps": state.step, "seconds": None}
 
 
-def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner) -> None:
-    """One run from photos to rows, unless its rows are there already."""
+def measure_run(
+    run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, ends: Collection[str] | None = None
+) -> None:
+    """One run from photos to rows, unless its rows are there already; `ends` as in `train`."""
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(write_photos(run.noun, Path(folder)), steps)
         settings = config_hash(config)[:12]
@@ -201,7 +210,7 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner) -> 
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "versions": {"echodistill": __version__, "torch": torch.__version__},
     }
-    for scores in train(run, state, Ruler(run.noun, examiner)):
+    for scores in train(run, state, Ruler(run.noun, examiner), ends=ends):
         row = scores | about
         rows.add({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(_line(row), flush=True)
@@ -345,7 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name in options.contestants:
                 run = Run(name, options.split, noun, seed, trial, options.scale)
                 steps = equal_steps(name, costs, run.scale, run.head_start)
-                measure_run(run, steps, rows, examiner)
+                measure_run(run, steps, rows, examiner, ends=SMALL_ENDS if options.small else None)
 
 
 if __name__ == "__main__":
