@@ -194,7 +194,7 @@ def _loras(config: Config, file: str) -> dict[str, str]:
     """The card's parts about the student's LoRA file and the one that made its base one-step, if there is such."""
     if config.model.student_lora is None:
         return {"together": "", "distilled_row": "", "lora_lines": _LORA_LINES.format(file=file)}
-    distilled = Path(config.model.student_lora).name
+    distilled = last_part(config.model.student_lora)
     return {
         "together": f" and `{distilled}`",
         "distilled_row": _DISTILLED_ROW.format(distilled=distilled),
