@@ -200,7 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
     rows = of_length(json.loads(options.results.read_text()), options.scale)
-    print(*(part(rows, options.split) for part in (table, margins, parts, origins)), sep="\n\n")
+    tables = [part(rows, options.split) for part in (table, margins, parts, origins)]
+    print(*(text for text in tables if text.count("\n") > 1), sep="\n\n")  # more than a head
     if options.figure:
         figure(rows, options.split, options.figure)
     if options.sheet:
