@@ -456,7 +456,7 @@ def test_offline_opens_no_socket(photo_folder: Path, small_line: tuple[object, .
         "from echodistill_cli.cli import main\n"
         "main(sys.argv[1:])"
     )
-    line = ["train", photo_folder, *small_line, "--steps", 1, "--offline"]
+    line = ["train", photo_folder, *small_line, "--steps", 1, "--no-echo", "--offline"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program, *map(str, line)],
         capture_output=True, text=True, cwd=ROOT, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"},
