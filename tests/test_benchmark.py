@@ -97,6 +97,7 @@ def state(tmp_path: Path) -> TrainingState:
         0,
         (
             ("concept.views", 4),
+            ("train.class_share", 0.0),  # whose pictures take seconds to draw, one by one
             ("train.batch_size", 1),
             ("train.head_start", 2),
             ("train.first_targets", 1),
@@ -170,14 +171,13 @@ def test_the_ways_in_which_the_teacher_may_end(state: TrainingState, kept: bool)
 def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof, "PICTURES", tmp_path)
     rows = proof.Rows(tmp_path / "rows.json")
-    run = proof.Run(
-        "denoising", "dev", "dog", 0, (("concept.views", 4), ("train.batch_size", 1), ("train.head_start", 2))
-    )
+    trial = (("concept.views", 4), ("train.batch_size", 1), ("train.head_start", 2), ("train.class_share", 0.0))
+    run = proof.Run("denoising", "dev", "dog", 0, trial)
     proof.measure_run(run, 1, rows, examiner)
     proof.measure_run(run, 1, proof.Rows(rows.path), examiner)
     (row,) = json.loads(rows.path.read_text())
     assert (row["contestant"], row["subject"], row["steps"], row["split"]) == ("denoising", "dog", 1, "dev")
-    assert row["trial"] == "concept.views=4, train.batch_size=1, train.head_start=2"
+    assert row["trial"] == "concept.views=4, train.batch_size=1, train.head_start=2, train.class_share=0.0"
     assert 0 <= row["drift"] < 1
 
 
