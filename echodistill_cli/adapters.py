@@ -52,14 +52,18 @@ def add_lora(module: Any, targets: tuple[str, ...], rank: int, alpha: float, see
         parameter.data = parameter.data.float()
 
 
-def keep_on(device: torch.device, module: nn.Module) -> None:
-    """Put what is trained of a module on a device; its frozen weights may wait elsewhere, where its LoRA was made."""
+def lora_layers(module: nn.Module, adapter: str = ADAPTER) -> list[Any]:
+    """The layers of a module that carry a LoRA of this name."""
     from peft.tuners.lora import LoraLayer
 
-    for layer in module.modules():
-        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
-            layer.lora_A[ADAPTER].to(device)
-            layer.lora_B[ADAPTER].to(device)
+    return [layer for layer in module.modules() if isinstance(layer, LoraLayer) and adapter in layer.lora_A]
+
+
+def keep_on(device: torch.device, module: nn.Module) -> None:
+    """Put what is trained of a module on a device; its frozen weights may wait elsewhere, where its LoRA was made."""
+    for layer in lora_layers(module):
+        layer.lora_A[ADAPTER].to(device)
+        layer.lora_B[ADAPTER].to(device)
 
 
 def activate(module: Any, scale: float = 1.0) -> None:
@@ -75,9 +79,7 @@ def activate(module: Any, scale: float = 1.0) -> None:
 @contextmanager
 def at_strength(module: nn.Module, strength: float) -> Iterator[None]:
     """Inside, the LoRA that is trained takes effect `strength` times as strongly; for drawing, not for training."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A]
+    layers = lora_layers(module)
     for layer in layers:
         layer.set_scale(ADAPTER, strength)
     try:

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from echodistill_cli.adapters import ADAPTER, activate, at_strength, is_distilled, keep_on, trainable_parameters
+from echodistill_cli.adapters import (
+    ADAPTER,
+    activate,
+    at_strength,
+    is_distilled,
+    keep_on,
+    lora_layers,
+    trainable_parameters,
+)
 from echodistill_cli.errors import EchoDistillError, ModelError
 from echodistill_cli.lora_files import read_lora
 from echodistill_cli.models import ModelPair, Role
@@ -80,7 +88,7 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
         raise ModelError(
             f"{file} does not fit this model ({first_line}).", "Name the model it was made for."
         ) from error
-    placed = sum(_adapted_layers(module) for module in (pipeline.unet, *pair.encoder.encoders))
+    placed = sum(len(lora_layers(module)) for module in (pipeline.unet, *pair.encoder.encoders))
     if placed != len(described.modules):
         raise ModelError(
             f"{file} does not fit this model: only {placed} of its {len(described.modules)} modules match."
@@ -95,10 +103,10 @@ def detach_lora(pair: ModelPair, role: Role) -> None:
     unet = pair.role(role).unet
     if is_distilled(unet):
         unet.delete_adapters(ADAPTER)
-    elif _adapted_layers(unet):
+    elif lora_layers(unet):
         unet.unload_lora()
     for encoder in pair.encoder.encoders:
-        if _adapted_layers(encoder):
+        if lora_layers(encoder):
             encoder.delete_adapter(ADAPTER)
 
 
@@ -147,9 +155,3 @@ def check_same_pictures(
 def _betas(alphas_cumprod: Tensor) -> Any:
     previous = torch.cat((torch.ones(1), alphas_cumprod[:-1]))
     return (1 - alphas_cumprod / previous).numpy()
-
-
-def _adapted_layers(module: Any) -> int:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return sum(isinstance(layer, BaseTunerLayer) and ADAPTER in layer.lora_A for layer in module.modules())

@@ -99,7 +99,7 @@ class Run:
         if step is not None:
             found = [path for path in found if path.name == f"step-{step:06d}"]
         if not found:
-            if there := ", ".join(str(int(path.name[5:])) for path in self.list_checkpoints()):
+            if there := ", ".join(str(_step_of(path)) for path in self.list_checkpoints()):
                 raise ConfigError(f"{self.folder} has no checkpoint of step {step}.", f"There is one of {there}.")
             raise ConfigError(f"{self.folder} has no checkpoint yet.", "Start anew with train --overwrite.")
         return self._read_checkpoint(found[-1])
@@ -116,10 +116,14 @@ class Run:
             earlier = [path for path in self.list_checkpoints() if path < folder]
             remedy = "Start anew with train --overwrite."
             if earlier:
-                number = int(earlier[-1].name[5:])
+                number = _step_of(earlier[-1])
                 remedy = f"Use the one before it: train --resume --from-step {number}, or export --step {number}."
             raise EchoDistillError(f"Checkpoint {folder} is damaged ({error}).", remedy) from error
         return dict(state)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def check_output(config: Config, *, overwrite: bool) -> None:

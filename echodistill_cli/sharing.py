@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from echodistill_cli.adapters import DISTILLED
+from echodistill_cli.adapters import DISTILLED, lora_layers
 from echodistill_cli.errors import ModelError
 from echodistill_cli.pair import Denoiser, Family, ModelPair
 from echodistill_cli.safetensors_files import read_header
@@ -43,7 +43,6 @@ def distil(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None
         ModelError: the file is missing, damaged, or made for other models.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
     read_header(file)
@@ -57,7 +56,7 @@ def distil(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{file} does not fit this model ({first_line}).", "Name the base it was made for.") from error
     held = {re.sub(r"\.lora.*", "", name) for name in state if name.startswith("unet.") and ".lora" in name}
-    placed = sum(isinstance(layer, BaseTunerLayer) and DISTILLED in layer.lora_A for layer in student.unet.modules())
+    placed = len(lora_layers(student.unet, DISTILLED))
     if not held or placed != len(held):
         raise ModelError(
             f"{file} does not fit this model: {placed} of its {len(held)} UNet modules match.",

@@ -6,12 +6,15 @@ import contextlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.cli import main
+import typer
+
+from echodistill_cli.cli import app, main
 from echodistill_cli.config import Config
 from echodistill_cli.presets import config_to_toml
 from tests.small import small_config
@@ -85,3 +88,15 @@ def trained_run(
     output = folder / "runs" / "first"
     assert command("train", photos, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
     return output
+
+
+def missing_flags(hint: str, *commands: str) -> set[str]:
+    """The flags in a hint that a person cannot give: none of the command named before them, else of all `commands`."""
+    app_commands: Any = typer.main.get_command(app)
+    missing: set[str] = set()
+    for part in re.split(r"\. |(?=echodistill [a-z])|(?=hf download)", hint):
+        named = re.match(r"echodistill ([a-z]+)", part)
+        for name in [named[1]] if named else commands if not part.startswith("hf ") else ():
+            options = {flag for one in app_commands.commands[name].params for flag in (*one.opts, *one.secondary_opts)}
+            missing |= set(re.findall(r"--[a-z][a-z-]*", part)) - options
+    return missing

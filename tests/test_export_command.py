@@ -17,8 +17,7 @@ from tokenizers.models import WordLevel
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.files import atomically, explained
 from echodistill_cli.safetensors_files import serialize
-from tests.commands import command, files_below, trained_run
-from tests.test_sampling import missing_flags
+from tests.commands import command, files_below, missing_flags, trained_run
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import typer
 from diffusers import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
-from echodistill_cli.cli import app
 from echodistill_cli.conditioning import Conditioning
 from echodistill_cli.config import ModelConfig
 from echodistill_cli.diffusion import add_noise, guide, predict_x0
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models import ModelPair, load_pair
 from echodistill_cli.sampling import SamplingSettings, generate, seeded_noise, student_x0, teacher_x0, to_uint8
+from tests.commands import missing_flags
 
 PROMPTS = ("a photo of a dog", "a cat in the snow", "a teapot on the beach", "", "a very small toy")
 SEEDS = (11, 12, 13, 14, 15)
@@ -84,18 +82,6 @@ def test_guidance_0_and_1_both_mean_without(pair: ModelPair) -> None:
 def test_pictures_of_another_size_can_be_drawn(pair: ModelPair) -> None:
     shapes = {tuple(pixels.shape) for pixels in generate(pair, PROMPTS[:1], SEEDS[:1], SamplingSettings(size=96))}
     assert shapes == {(96, 96, 3)}
-
-
-def missing_flags(hint: str, *commands: str) -> set[str]:
-    """The flags in a hint that a person cannot give: none of the command named before them, else of all `commands`."""
-    app_commands: Any = typer.main.get_command(app)
-    missing: set[str] = set()
-    for part in re.split(r"\. |(?=echodistill [a-z])|(?=hf download)", hint):
-        named = re.match(r"echodistill ([a-z]+)", part)
-        for name in [named[1]] if named else commands if not part.startswith("hf ") else ():
-            options = {flag for one in app_commands.commands[name].params for flag in (*one.opts, *one.secondary_opts)}
-            missing |= set(re.findall(r"--[a-z][a-z-]*", part)) - options
-    return missing
 
 
 def test_a_picture_that_overflows_is_an_error_whose_remedies_each_command_has(small_pair: tuple[Path, Path]) -> None:

@@ -21,8 +21,8 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models import load_pair
 from echodistill_cli.single_file import prediction_in, shipped_configuration
 from echodistill_cli.vocabulary import find_vocabulary, vocabulary_in
+from tests.commands import missing_flags
 from tests.original_layout import build_sd2_pair, build_sdxl, sd2_state, sdxl_state, write
-from tests.test_sampling import missing_flags
 from tests.test_single_file import assert_equal, config, weights, without_weights
 
 CROSS_ATTENTION = "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight"
