@@ -168,16 +168,19 @@ def test_the_ways_in_which_the_teacher_may_end(state: TrainingState, kept: bool)
         assert all(torch.equal(students[key], value) for key, value in lora_tensors(student).items())
 
 
-def test_a_run_writes_rows_once(tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_for(
+    tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(proof, "PICTURES", tmp_path)
     rows = proof.Rows(tmp_path / "rows.json")
-    trial = (("concept.views", 4), ("train.batch_size", 1), ("train.head_start", 2), ("train.class_share", 0.0))
-    run = proof.Run("denoising", "dev", "dog", 0, trial)
-    proof.measure_run(run, 1, rows, examiner)
-    proof.measure_run(run, 1, proof.Rows(rows.path), examiner)
+    short = {"concept.views": 4, "train.batch_size": 1, "train.head_start": 1, "train.class_share": 0.0}
+    short |= {"train.first_targets": 0, "train.replays": 0, "echo.start": None, "echo.carry_back": 0}
+    run = proof.Run("ours", "dev", "dog", 0, tuple(short.items()))
+    proof.measure_run(run, 1, rows, examiner, teachers=False)
+    proof.measure_run(run, 1, proof.Rows(rows.path), examiner, teachers=False)
     (row,) = json.loads(rows.path.read_text())
-    assert (row["contestant"], row["subject"], row["steps"], row["split"]) == ("denoising", "dog", 1, "dev")
-    assert row["trial"] == "concept.views=4, train.batch_size=1, train.head_start=2, train.class_share=0.0"
+    assert (row["contestant"], row["subject"], row["steps"], row["split"]) == ("ours", "dog", 1, "dev")
+    assert row["trial"].startswith("concept.views=4, train.batch_size=1, train.head_start=1, train.class_share=0.0")
     assert 0 <= row["drift"] < 1
 
 

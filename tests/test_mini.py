@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from echodistill_cli.cli import app
@@ -59,28 +60,36 @@ def shares(pictures: np.ndarray, asked: list[Asked]) -> tuple[float, float]:
 
 
 def test_the_student_draws_nouns_in_places_in_one_step(mini_pair: ModelPair) -> None:
-    asked = every_scene()[: len(CORE) * len(PLACES)]
+    asked = every_scene()[: len(CORE) * len(PLACES) : 2]
     noun, place = shares(drawn(mini_pair, asked, [*range(len(asked))], STUDENT), asked)
     assert noun >= 0.75
     assert place >= 0.9
 
 
 def test_the_teacher_draws_them_in_many(mini_pair: ModelPair) -> None:
-    asked = every_scene()[: len(CORE) * len(PLACES) : 5]
+    asked = every_scene()[: len(CORE) * len(PLACES) : 11]
     noun, place = shares(drawn(mini_pair, asked, [*range(len(asked))], TEACHER), asked)
     assert noun >= 0.85
     assert place >= 0.9
 
 
-def test_a_run_on_the_example_photos_needs_nothing_but_the_package(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """A run on the example photos with every phase of the preset, each as short as it can be; and what was said."""
+    run = tmp_path_factory.mktemp("runs") / "run"
     arguments = ["train", str(PHOTOS), "--class-name", "dog", "--model", "mini", "-o", str(run), "--offline", "--json"]
-    short = shlex.split("--steps 4 --head-start 2 --first-targets 1 --replays 2")
-    short += shlex.split("--echo-start 3 --carry-back 2 --echo-candidates 8 --views 8 --sample-every 4")
-    result = CliRunner().invoke(app, [*arguments, *short])
+    short = shlex.split("--steps 2 --head-start 1 --first-targets 1 --replays 1 --batch-size 1 --views 4")
+    short += shlex.split("--echo-start 1 --carry-back 1 --echo-candidates 4 --sample-every 2")
+    return run, CliRunner().invoke(app, [*arguments, *short])
+
+
+def test_a_run_on_the_example_photos_needs_nothing_but_the_package(
+    trained: tuple[Path, Result], tmp_path: Path
+) -> None:
+    run, result = trained
     assert result.exit_code == 0, result.output
     assert "64-pixel toy" in result.stderr
-    assert json.loads(result.stdout)["steps"] == 4
+    assert json.loads(result.stdout)["steps"] == 2
     drawn = CliRunner().invoke(
         app, ["sample", "--lora", str(run), "--prompt", "a sks dog in the snow", "-o", str(tmp_path / "out"), "--json"]
     )
@@ -88,16 +97,11 @@ def test_a_run_on_the_example_photos_needs_nothing_but_the_package(tmp_path: Pat
     assert len(json.loads(drawn.stdout)["files"]) == 1
 
 
-def test_evaluate_uses_the_embedded_encoders(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    arguments = ["train", str(PHOTOS), "--class-name", "dog", "--model", "mini", "-o", str(run), "--steps", "2"]
-    short = shlex.split("--no-echo --views 8 --batch-size 1 --head-start 0 --first-targets 0 --replays 0")
-    trained = CliRunner().invoke(app, [*arguments, *short])
-    assert trained.exit_code == 0, trained.output
+def test_evaluate_uses_the_embedded_encoders(trained: tuple[Path, Result], tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a photo of a {} on the beach\na photo of a {} in the snow\n")
     found = CliRunner().invoke(
-        app, ["evaluate", str(run), "--photos", str(PHOTOS), "--prompts", str(prompts), "--seeds", "1", "--json"]
+        app, ["evaluate", str(trained[0]), "--photos", str(PHOTOS), "--prompts", str(prompts), "--seeds", "1", "--json"]
     )
     assert found.exit_code == 0, found.output
     assert "mini:clip" in found.stdout

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -47,7 +47,6 @@ PICTURES = Path("runs/benchmark")
 RESULTS, TRIALS, COSTS = HERE / "results.json", HERE / "trials.json", HERE / "costs.json"
 SMALL = ("untouched", "teacher-lora", "denoising", "sequential", "ours")
 REAL = "real-renders"  # of the subject under the same prompts: the judge's own ceiling
-SMALL_ENDS = ("teacher-after-echo",)
 MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
 Row = dict[str, Any]
 
@@ -125,15 +124,15 @@ class Rows:
             write_text(self.path, f"[\n{lines}\n]\n")
 
 
-def train(run: Run, state: TrainingState, ruler: Ruler, *, ends: Collection[str] | None = None) -> Iterator[Row]:
+def train(run: Run, state: TrainingState, ruler: Ruler, *, teachers: bool = True) -> Iterator[Row]:
     """Train a contestant and yield the scores of each model it stands for.
 
     Args:
-        ends: in which ways the teacher may end, by name; None for all that it has.
+        teachers: the teacher too, before the echo and in every way in which it may end.
     """
     untouched = draw(state.pair, run.noun, STUDENT, with_token=False)
     began, busy, measuring = time.perf_counter(), time.process_time(), 0.0
-    echo = state.config.echo.start if run.contestant == "ours" else None
+    echo = state.config.echo.start if teachers and run.contestant == "ours" else None
     if run.entry.step is None:
         yield {"contestant": REAL, **ruler.scores(ruler.real), "drift": None, "steps": None, "seconds": None}
         yield {"contestant": run.contestant, **ruler.scores(untouched), "drift": 0.0, "steps": 0, "seconds": 0.0}
@@ -149,9 +148,7 @@ def train(run: Run, state: TrainingState, ruler: Ruler, *, ends: Collection[str]
     seconds, cpu = time.perf_counter() - began, time.process_time() - busy - measuring
     run.entry.finish(state)
     ended = copy.deepcopy(state.state_dict())
-    for teacher, ending in TEACHERS.get(run.contestant, {}).items():
-        if ends is not None and teacher not in ends:
-            continue
+    for teacher, ending in TEACHERS.get(run.contestant, {}).items() if teachers else ():
         ending(state)
         yield from _teacher_row(teacher, run, state, ruler)
         state.load_state_dict(copy.deepcopy(ended))  # optimizers go on with the very tensors they are given
@@ -188,10 +185,8 @@ def _teacher_row(name: str, run: Run, state: TrainingState, ruler: Ruler) -> Ite
     yield {"contestant": name, **scores, "drift": None, "steps": state.step, "seconds": None}
 
 
-def measure_run(
-    run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, ends: Collection[str] | None = None
-) -> None:
-    """One run from photos to rows, unless its rows are there already; `ends` as in `train`."""
+def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, teachers: bool = True) -> None:
+    """One run from photos to rows, unless its rows are there already; `teachers` as in `train`."""
     with tempfile.TemporaryDirectory() as folder:
         config = run.config(write_photos(run.noun, Path(folder)), steps)
         settings = config_hash(config)[:12]
@@ -210,7 +205,7 @@ def measure_run(
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
         "versions": {"echodistill": __version__, "torch": torch.__version__},
     }
-    for scores in train(run, state, Ruler(run.noun, examiner), ends=ends):
+    for scores in train(run, state, Ruler(run.noun, examiner), teachers=teachers):
         row = scores | about
         rows.add({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(_line(row), flush=True)
@@ -303,7 +298,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="a trial with other settings")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the preset's steps, for every method")
-    parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five methods")
+    parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five students")
     parser.add_argument("--results", type=Path, help="file of rows; unset: results.json, or trials.json with --set")
     parser.add_argument("--processes", type=int, default=1, help="as many at once, of one thread each, a share each")
     parser.add_argument(
@@ -354,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
             for name in options.contestants:
                 run = Run(name, options.split, noun, seed, trial, options.scale)
                 steps = equal_steps(name, costs, run.scale, run.head_start)
-                measure_run(run, steps, rows, examiner, ends=SMALL_ENDS if options.small else None)
+                measure_run(run, steps, rows, examiner, teachers=not options.small)
 
 
 if __name__ == "__main__":
