@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
+from echodistill_cli.paths import expanded
 from echodistill_cli.sources import resolve
 
 # The paper's: ViT-B/32 and ViT-S/16. The main branches of both repositories have only pickled weights, which are never
@@ -64,7 +65,7 @@ def _find(source: str, kinds: Sequence[str], wanted: str, offline: bool) -> Path
 
 
 def _shown(source: str) -> str:
-    path = Path(source).expanduser()
+    path = expanded(source)
     return path.resolve().name if path.is_dir() else source
 
 

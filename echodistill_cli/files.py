@@ -66,7 +66,7 @@ def atomically(path: Path) -> Iterator[Path]:
     try:
         with explained(path):
             yield temporary
-            _flush(temporary)
+            _finish(temporary)
             _put_in_place(temporary, path)
     finally:
         _remove(temporary)
@@ -123,12 +123,18 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     _remove(old)
 
 
-def _flush(path: Path) -> None:
-    """Have the operating system put a file, or the files of a folder, on the disk before it gets its final name."""
+def _finish(path: Path) -> None:
+    """Have the operating system put a file, or the files of a folder, on the disk before it gets its final name.
+
+    All get the usual permissions: safetensors 0.8 writes files that none but their owner may read.
+    """
+    os.umask(mask := os.umask(0))  # only by setting it can it be read
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
+            with contextlib.suppress(PermissionError):  # a file system that keeps none
+                file.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:

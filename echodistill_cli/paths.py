@@ -1,12 +1,18 @@
-"""What may be said of a path in files that others get to see: its last part, on any system."""
+"""Paths as people write them, and what may be said of them in files that others get to see: the last part."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 _SEPARATOR = re.compile(r"[/\\]")
 _RELATIVE = re.compile(r"\.\.?[/\\]")
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with `~` and `~user` replaced as a shell does it: those of an unknown user stay, where pathlib raises."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def public_name(value: str) -> str:

@@ -16,6 +16,7 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.memory import Estimate, MemoryPlan, backbones, estimate, plan_memory
 from echodistill_cli.models import TINY_DECODERS, memory_gib, pick_device, pick_dtype
 from echodistill_cli.pair import Family
+from echodistill_cli.paths import expanded
 from echodistill_cli.single_file import prediction_in, shipped_configuration
 from echodistill_cli.sources import Download, downloads, resolve
 
@@ -130,7 +131,7 @@ def assumptions(model: ModelConfig) -> Iterator[str]:
         if is_embedded(model.student) and preset.settings["model"]["student"] == model.student:
             yield f"{model.student}: {preset.about}"
     for role in ("student", "teacher"):
-        path = Path(getattr(model, role)).expanduser()
+        path = expanded(getattr(model, role))
         named = getattr(model, "single_file_config" if role == "student" else "teacher_single_file_config")
         if not path.is_file() or path.suffix != ".safetensors" or named:
             continue

@@ -19,6 +19,7 @@ import tomli_w
 from echodistill_cli.catalogue import PRESETS
 from echodistill_cli.config import Config
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.paths import expanded
 from echodistill_cli.settings import nearest
 
 OFF = "off"
@@ -81,7 +82,7 @@ def _settle_teacher(model: dict[str, Any], suggested: Mapping[str, Any], *, keep
 def _family_preset(student: str) -> str:
     """The preset whose teacher and sizes suit a student that a person named by itself."""
     by_name = (name for name, preset in PRESETS.items() if preset.settings["model"]["student"] == student)
-    return next(by_name, "sdxl-turbo" if _is_sdxl(Path(student).expanduser()) else "sd-turbo")
+    return next(by_name, "sdxl-turbo" if _is_sdxl(expanded(student)) else "sd-turbo")
 
 
 def _is_sdxl(student: Path) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
+from echodistill_cli.paths import expanded
 from echodistill_cli.safetensors_files import read_header, read_tensors
 from echodistill_cli.sources import resolve
 
@@ -66,7 +67,7 @@ def configuration_folder(source: str, parts: Sequence[str], flag: str, *, offlin
     missing = [file for file in files if not (folder / file).is_file()]
     if not missing:
         return folder
-    if Path(source).expanduser().is_dir():
+    if expanded(source).is_dir():
         raise ModelError(f"{source}/{missing[0]} is missing.", f"Train with {flag} naming a complete folder.")
     return _fetch(source, folder.name, missing, offline)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from echodistill_cli.embedded import embedded_folder, is_embedded
 from echodistill_cli.errors import ModelError
+from echodistill_cli.paths import expanded
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 
@@ -38,7 +39,7 @@ def resolve(
     Raises:
         ModelError: unknown, unreachable, incomplete, or without safetensors.
     """
-    path = embedded_folder(source) if is_embedded(source) else Path(source).expanduser()
+    path = embedded_folder(source) if is_embedded(source) else expanded(source)
     if path.is_file():
         return _checked_file(path)
     source, revision = _split_revision(source, revision)
@@ -54,7 +55,7 @@ def resolve(
 
 def _split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
     """A hub id and its revision: what stands after its @, unless another one is given."""
-    if Path(source).expanduser().exists():
+    if expanded(source).exists():
         return source, revision
     name, _, named = source.partition("@")
     return name, revision or named or None
@@ -72,7 +73,7 @@ def where(source: str) -> str:
     """Where a source's files are: "in the package", "on this disk", "in the cache" or "to be downloaded"."""
     if is_embedded(source):
         return "in the package"
-    if Path(source).expanduser().exists():
+    if expanded(source).exists():
         return "on this disk"
     return "in the cache" if is_cached(source) else "to be downloaded"
 
@@ -226,7 +227,7 @@ def downloads(
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants, errors
 
-    if is_embedded(source) or Path(source).expanduser().exists():
+    if is_embedded(source) or expanded(source).exists():
         return []
     source, revision = _split_revision(source, revision)
     _check_id(source)

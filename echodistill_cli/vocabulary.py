@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from echodistill_cli.errors import ModelError
+from echodistill_cli.paths import expanded
 from echodistill_cli.sources import resolve
 
 # Models that people have in their cache and that come with the vocabulary; the first is where it is fetched from.
@@ -24,7 +25,7 @@ def vocabulary_in(folder: Path) -> Path:
     Raises:
         ModelError: neither does.
     """
-    for place in (folder.expanduser(), folder.expanduser() / "tokenizer"):
+    for place in (expanded(folder), expanded(folder) / "tokenizer"):
         if _holds_vocabulary(place):
             return place
     raise ModelError(f"--tokenizer {folder}: it holds neither vocab.json with merges.txt nor tokenizer.json.")

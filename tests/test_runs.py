@@ -327,6 +327,14 @@ def test_a_folder_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {"folder", "folder/file"}
 
 
+def test_a_file_that_its_writer_closed_to_others_gets_the_usual_permissions(tmp_path: Path) -> None:
+    with atomically(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+        (temporary / "file").touch(mode=0o600)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "folder" / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_while_it_is_written_a_file_has_another_name_in_the_same_folder(tmp_path: Path) -> None:
     with atomically(tmp_path / "file") as temporary:
         temporary.write_text("x")

@@ -143,7 +143,16 @@ def test_a_model_of_which_one_shard_is_missing_is_incomplete(folder: Path) -> No
 @pytest.mark.parametrize(
     "source",
     [
-        *("nowhere", "a/b/c", "./missing/x", "/no/such", "/no/such.safetensors", "~/none", "my models/sd turbo"),
+        *(
+            "nowhere",
+            "a/b/c",
+            "./missing/x",
+            "/no/such",
+            "/no/such.safetensors",
+            "~/none",
+            "~no-such-user/none",
+            "my models/sd turbo",
+        ),
         *("a/../b", "a--b/c", "a/b.git"),  # the last two by rules of the hub's own
     ],
 )
