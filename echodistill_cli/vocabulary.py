@@ -25,7 +25,8 @@ def vocabulary_in(folder: Path) -> Path:
     Raises:
         ModelError: neither does.
     """
-    for place in (expanded(folder), expanded(folder) / "tokenizer"):
+    top = expanded(folder)
+    for place in (top, top / "tokenizer"):
         if _holds_vocabulary(place):
             return place
     raise ModelError(f"--tokenizer {folder}: it holds neither vocab.json with merges.txt nor tokenizer.json.")

@@ -180,7 +180,10 @@ def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_f
     proof.measure_run(run, 1, proof.Rows(rows.path), examiner, teachers=False)
     (row,) = json.loads(rows.path.read_text())
     assert (row["contestant"], row["subject"], row["steps"], row["split"]) == ("ours", "dog", 1, "dev")
-    assert row["trial"].startswith("concept.views=4, train.batch_size=1, train.head_start=1, train.class_share=0.0")
+    assert row["trial"] == (
+        "concept.views=4, train.batch_size=1, train.head_start=1, train.class_share=0.0, "
+        "train.first_targets=0, train.replays=0, echo.start=None, echo.carry_back=0"
+    )
     assert 0 <= row["drift"] < 1
 
 
