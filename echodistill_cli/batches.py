@@ -163,7 +163,9 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     else:
         null = pair.encoder.encode_null().detach()
         with torch.no_grad():
-            noisy = add_noise(teacher.schedule, x0.detach(), renoise, timesteps)
+            # The student's own noise: with fresh noise one picture has many targets, and regression ends in their
+            # blurred mean.
+            noisy = add_noise(teacher.schedule, x0.detach(), noise, timesteps)
             target = teacher_x0(teacher, noisy, timesteps, conditioning, null, settings.guidance_scale)
         signal = teacher.schedule.signal(timesteps)
     if pair.alternating:  # the graph is made only now, when the teacher is done

@@ -139,9 +139,9 @@ PRESETS: Mapping[str, Preset] = {
                 # In the photos' wordings the student is as good as ever; all it fails at are colours and sizes. On dev
                 # recognition was 0.89 for 0.85 at half of them.
                 "scene_share": 0.75,
-                # Towards the teacher's x0 of renoised pictures the toy student went soft: shapeless blobs of the
-                # right colours. What the teacher draws with the student's own noise keeps the shapes; begun with the
-                # student's picture it is nearer, and more of it is learned (on dev sharpness 0.62 for 0.57).
+                # What the teacher draws in several steps, begun with the student's picture, keeps the shapes. The
+                # paper's one-step target was measured here with fresh noise only, and left soft blobs; with the
+                # student's own noise, as the method has it, the comparison is still to be made again.
                 "target_steps": 5,
                 "target_strength": 0.8,
                 # A hundred remembered targets serve hundreds of updates, at a third of what new ones would cost.

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from echodistill_cli import training
@@ -662,6 +663,31 @@ def test_targets_may_begin_with_the_students_picture_and_stay_nearer_to_it(new_s
     assert distances[0] > distances[1] > distances[2] > 0
     plain = draw_student_pass_at(new_state(train__target_steps=4), 7)
     assert torch.equal(plain.target, passes[0].target)
+
+
+def test_the_one_step_target_is_renoised_with_the_noise_that_the_student_drew_from(new_state: NewState) -> None:
+    # What the networks were given says it: the student's input holds its noise, the teacher's the noise it was renoised
+    # with. The alphas are diffusers' own, not ours.
+    state = new_state()
+    assert state.pair.teacher is not None
+    given: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda _module, inputs, kwargs: given.setdefault(name, (inputs[0].float(), inputs[1])) and None
+
+    hooks = [
+        unet.register_forward_pre_hook(watch(name), with_kwargs=True)
+        for name, unet in (("student", state.pair.student.unet), ("teacher", state.pair.teacher.unet))
+    ]
+    student_pass = draw_student_pass(state)
+    for hook in hooks:
+        hook.remove()
+    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    drawn_from = given["student"][0] / (1 - alphas[999]).sqrt()
+    noisy, timesteps = given["teacher"][0].chunk(2)[0], given["teacher"][1].chunk(2)[0]
+    signal = alphas[timesteps].view(-1, 1, 1, 1)
+    renoised_with = (noisy - signal.sqrt() * student_pass.pictures.latents.detach()) / (1 - signal).sqrt()
+    torch.testing.assert_close(renoised_with, drawn_from, atol=1e-4, rtol=1e-4)
 
 
 def draw_student_pass_at(state: TrainingState, seed: int) -> StudentPass:
