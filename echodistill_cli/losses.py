@@ -105,9 +105,9 @@ def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tens
         directions: per scale [P, 3, K, K] from `patch_directions`; scales smaller than a patch are left out.
 
     Returns:
-        [B], in units of Lab / 100.
+        [B], in units of Lab, where L is 0…100.
     """
-    first, second = rgb_to_lab(images) / 100, rgb_to_lab(target) / 100
+    first, second = rgb_to_lab(images), rgb_to_lab(target)
     distances = []
     for kernels in directions:
         if min(first.shape[-2:]) < kernels.shape[-1]:
