@@ -673,10 +673,10 @@ def test_the_one_step_target_is_renoised_with_the_noise_that_the_student_drew_fr
     given: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:
-        return lambda _module, inputs, kwargs: given.setdefault(name, (inputs[0].float(), inputs[1])) and None
+        return lambda _module, inputs: given.update({name: (inputs[0].float(), inputs[1])})
 
     hooks = [
-        unet.register_forward_pre_hook(watch(name), with_kwargs=True)
+        unet.register_forward_pre_hook(watch(name))
         for name, unet in (("student", state.pair.student.unet), ("teacher", state.pair.teacher.unet))
     ]
     student_pass = draw_student_pass(state)
