@@ -14,12 +14,12 @@ import psutil
 import torch
 
 from echodistill_cli import __version__
-from echodistill_cli.catalogue import PRESETS
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.catalogue import PRESETS
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.models import pick_device
+from echodistill_cli.models.load import pick_device
+from echodistill_cli.models.sources import is_cached
 from echodistill_cli.planning import shown, suit_device
-from echodistill_cli.presets import build_config
-from echodistill_cli.sources import is_cached
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface-hub", "safetensors", "pillow")
 

@@ -14,21 +14,22 @@ from typing import Any
 
 from PIL import Image
 
-from echodistill_cli.attach import check_same_pictures
-from echodistill_cli.batches import count_photo_like
-from echodistill_cli.card import model_card
-from echodistill_cli.config import Config
-from echodistill_cli.drawing import Sample, SampleRequest, Say, WrittenSamples, sample, sample_to_folder
+from echodistill_cli.config.build import config_to_dict
+from echodistill_cli.config.schema import Config
+from echodistill_cli.data.photos import PhotoReport, check_photos, load_photos
+from echodistill_cli.data.pictures import png_bytes
+from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.evaluation import Evaluation, EvaluationRequest, evaluate
-from echodistill_cli.export import ExportSettings, check_name, export_lora, export_token
-from echodistill_cli.exporting import ExportRequest, ExportResult, export_request
+from echodistill_cli.evaluation.evaluate import Evaluation, EvaluationRequest, evaluate
 from echodistill_cli.files import write_text
-from echodistill_cli.inspection import Inspection, inspect_file
-from echodistill_cli.loop import Observer, train_to_end
-from echodistill_cli.models import Role
-from echodistill_cli.photos import PhotoReport, check_photos, load_photos
-from echodistill_cli.pictures import png_bytes
+from echodistill_cli.lora.inspect import Inspection, inspect_file
+from echodistill_cli.models.load import Role
+from echodistill_cli.models.sources import where
+from echodistill_cli.outputs.attach import check_same_pictures
+from echodistill_cli.outputs.card import model_card
+from echodistill_cli.outputs.export import ExportRequest, ExportResult, export_request
+from echodistill_cli.outputs.lora_export import ExportSettings, check_name, export_lora, export_token
+from echodistill_cli.outputs.sample import Sample, SampleRequest, Say, WrittenSamples, sample, sample_to_folder
 from echodistill_cli.planning import (
     assumptions,
     expected_memory,
@@ -37,12 +38,11 @@ from echodistill_cli.planning import (
     sources_of,
     suit_device,
 )
-from echodistill_cli.presets import config_to_dict
 from echodistill_cli.runs import Run, check_output, create_run, resume_run
-from echodistill_cli.sampling import SamplingSettings
-from echodistill_cli.sources import where
-from echodistill_cli.state import TrainingState, build_state
 from echodistill_cli.trackers import check_trackers
+from echodistill_cli.training.batches import count_photo_like
+from echodistill_cli.training.loop import Observer, train_to_end
+from echodistill_cli.training.state import TrainingState, build_state
 
 __all__ = [
     "Evaluation",

@@ -8,17 +8,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.catalogue import PRESETS
-from echodistill_cli.config import Config, ModelConfig
-from echodistill_cli.discriminators import IMAGE_BACKBONES
-from echodistill_cli.embedded import is_embedded
+from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.diffusion.pair import Family
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.memory import Estimate, MemoryPlan, backbones, estimate, plan_memory
-from echodistill_cli.models import TINY_DECODERS, memory_gib, pick_device, pick_dtype
-from echodistill_cli.pair import Family
+from echodistill_cli.models.device import Estimate, MemoryPlan, backbones, estimate, plan_memory
+from echodistill_cli.models.embedded import is_embedded
+from echodistill_cli.models.load import TINY_DECODERS, memory_gib, pick_device, pick_dtype
+from echodistill_cli.models.single_file import prediction_in, shipped_configuration
+from echodistill_cli.models.sources import Download, downloads, resolve
 from echodistill_cli.paths import expanded
-from echodistill_cli.single_file import prediction_in, shipped_configuration
-from echodistill_cli.sources import Download, downloads, resolve
+from echodistill_cli.training.critics import IMAGE_BACKBONES
 
 _UNET_PARTS = ("unet", "scheduler")
 _SHARED_PARTS = {

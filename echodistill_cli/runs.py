@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.config import Config
+from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, config_to_toml, read_toml
+from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import atomically, explained, make_folder, write_text
-from echodistill_cli.presets import build_config, config_from_dict, config_to_dict, config_to_toml, read_toml
 
 CONFIG_FILE = "config.toml"
 SAMPLES = "samples"

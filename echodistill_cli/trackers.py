@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from echodistill_cli.config import Config
+from echodistill_cli.config.build import config_to_dict
+from echodistill_cli.config.schema import Config
+from echodistill_cli.config.settings import nearest
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.paths import public_name
-from echodistill_cli.presets import config_to_dict
-from echodistill_cli.settings import nearest
 
 TRACKERS = ("tensorboard", "wandb")
 

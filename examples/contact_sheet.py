@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from echodistill_cli.libraries import prepare_libraries
+from echodistill_cli.cli.libraries import prepare_libraries
 from echodistill_cli.pipeline import Sample, SampleRequest, sample
 from echodistill_cli.runs import open_run
 

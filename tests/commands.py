@@ -14,9 +14,9 @@ from typing import Any
 
 import typer
 
-from echodistill_cli.cli import app, main
-from echodistill_cli.config import Config
-from echodistill_cli.presets import config_to_toml
+from echodistill_cli.cli.app import app, main
+from echodistill_cli.config.build import config_to_toml
+from echodistill_cli.config.schema import Config
 from tests.small import small_config
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.models import load_pair
-from echodistill_cli.pair import ModelPair
-from echodistill_cli.presets import build_config
+from echodistill_cli.config.build import build_config
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.models.load import load_pair
 from examples.benchmark.small_pair import build_small_backbones, build_small_pair, build_small_sdxl_pair
 from examples.benchmark.subjects import references
 from examples.mini_world.world import Picture

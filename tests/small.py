@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from echodistill_cli.config import Config
-from echodistill_cli.photos import Photo
-from echodistill_cli.presets import config_from_dict
+from echodistill_cli.config.build import config_from_dict
+from echodistill_cli.config.schema import Config
+from echodistill_cli.data.photos import Photo
 
 
 def seeded(seed: int = 0) -> torch.Generator:

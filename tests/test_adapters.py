@@ -11,7 +11,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from echodistill_cli.adapters import (
+from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.models.adapters import (
     TEXT_TARGETS,
     UNET_TARGETS,
     add_lora,
@@ -21,7 +22,6 @@ from echodistill_cli.adapters import (
     trainable_parameters,
     without_lora,
 )
-from echodistill_cli.errors import EchoDistillError
 
 Part = tuple[Any, tuple[str, ...]]
 

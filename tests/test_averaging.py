@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from echodistill_cli.averaging import WeightMean
+from echodistill_cli.training.averaging import WeightMean
 
 CPU = torch.device("cpu")
 

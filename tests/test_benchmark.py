@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from echodistill_cli.adapters import lora_tensors, trainable_parameters
-from echodistill_cli.dataset import SCENES, TEMPLATES
-from echodistill_cli.presets import build_config
-from echodistill_cli.state import TrainingState, build_state, learning_rates
-from echodistill_cli.training import echo_step
+from echodistill_cli.config.build import build_config
+from echodistill_cli.data.views import SCENES, TEMPLATES
+from echodistill_cli.models.adapters import lora_tensors, trainable_parameters
+from echodistill_cli.training.state import TrainingState, build_state, learning_rates
+from echodistill_cli.training.steps import echo_step
 from examples.benchmark import proof, report
 from examples.benchmark.contestants import CONTESTANTS, end_echo, more_steps
 from examples.benchmark.measure import JUDGE, Ruler, nearest_distance, spread

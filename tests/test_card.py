@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from echodistill_cli.card import merged_card, model_card
-from echodistill_cli.models import Role
-from echodistill_cli.presets import build_config, config_hash
+from echodistill_cli.config.build import build_config, config_hash
+from echodistill_cli.models.load import Role
+from echodistill_cli.outputs.card import merged_card, model_card
 
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
 

@@ -19,12 +19,12 @@ from rich.console import Console
 from typer.main import get_command
 
 from echodistill_cli import __version__
-from echodistill_cli.cli import app
-from echodistill_cli.config import Config, EchoConfig, TrainConfig
-from echodistill_cli.flags import ALIASES, FLAGS, PANELS
-from echodistill_cli.libraries import prepare_libraries
-from echodistill_cli.presets import build_config
-from echodistill_cli.progress import TrainingProgress
+from echodistill_cli.cli.app import app
+from echodistill_cli.cli.flags import ALIASES, FLAGS, PANELS
+from echodistill_cli.cli.libraries import prepare_libraries
+from echodistill_cli.cli.progress import TrainingProgress
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config, EchoConfig, TrainConfig
 from tests.commands import command, small_toml
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def seen_by_train(*arguments: str) -> Any:
 
 def test_the_help_names_every_command_and_imports_no_heavy_library() -> None:
     program = (
-        "import sys; from echodistill_cli.cli import main\n"
+        "import sys; from echodistill_cli.cli.app import main\n"
         "try: main(['train', '--help'])\n"
         "except SystemExit as ended: assert not ended.code\n"
         "try: main(['--help'])\n"

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from echodistill_cli.conditioning import Conditioning, LearnedToken, PromptEncoder, check_token
+from echodistill_cli.diffusion.text import Conditioning, LearnedToken, PromptEncoder, check_token
 from echodistill_cli.errors import ConfigError, ModelError
 
 PROMPTS = ("a photo of a sks dog", "", "a teapot")

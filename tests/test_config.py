@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 
-from echodistill_cli.catalogue import PRESETS
-from echodistill_cli.config import Config
-from echodistill_cli.errors import ConfigError
-from echodistill_cli.presets import (
+from echodistill_cli.config.build import (
     build_config,
     config_from_dict,
     config_hash,
@@ -20,6 +17,9 @@ from echodistill_cli.presets import (
     config_to_toml,
     read_toml,
 )
+from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.schema import Config
+from echodistill_cli.errors import ConfigError
 
 SETTINGS = [
     (section.name, entry)

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from echodistill_cli.dataset import (
+from echodistill_cli.data.photos import Photo
+from echodistill_cli.data.views import (
     BACKGROUND_WEIGHT,
     SCENES,
     SMALL_FRAMINGS,
@@ -26,7 +27,6 @@ from echodistill_cli.dataset import (
     teacher_views,
     with_subject,
 )
-from echodistill_cli.photos import Photo
 from tests.small import seeded
 
 SIDE = 48

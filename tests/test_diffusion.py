@@ -9,7 +9,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
-from echodistill_cli.diffusion import (
+from echodistill_cli.diffusion.schedule import (
     NoiseSchedule,
     PredictionType,
     add_noise,

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, ViTModel
 
-from echodistill_cli.adapters import UNET_TARGETS, add_lora, lora_tensors, trainable_parameters
-from echodistill_cli.conditioning import Conditioning
-from echodistill_cli.config import ModelConfig
-from echodistill_cli.diffusion import add_noise
-from echodistill_cli.discriminators import (
+from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.schedule import add_noise
+from echodistill_cli.diffusion.text import Conditioning
+from echodistill_cli.errors import ModelError
+from echodistill_cli.models.adapters import UNET_TARGETS, add_lora, lora_tensors, trainable_parameters
+from echodistill_cli.models.load import Denoiser, load_pair
+from echodistill_cli.training.critics import (
     Discriminator,
     ImageBackbone,
     Pictures,
@@ -26,8 +28,6 @@ from echodistill_cli.discriminators import (
     build_discriminators,
     load_image_backbone,
 )
-from echodistill_cli.errors import ModelError
-from echodistill_cli.models import Denoiser, load_pair
 
 CPU = torch.device("cpu")
 KINDS = ("dino", "dinov2", "clip")

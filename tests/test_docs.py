@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
-from echodistill_cli.cli import app
-from echodistill_cli.presets import build_config, config_from_dict
+from echodistill_cli.cli.app import app
+from echodistill_cli.config.build import build_config, config_from_dict
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), *sorted(ROOT.glob("examples/**/*.sh"))]

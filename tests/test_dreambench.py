@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from echodistill_cli.dreambench import TABLE, read_classes, read_prompts, read_subjects
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.evaluation.dreambench import TABLE, read_classes, read_prompts, read_subjects
 from tests.commands import Done, command, small_toml
 from tests.test_evaluate import build_judges, without_a_network
 

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echodistill_cli.config import EchoConfig
-from echodistill_cli.echo import EchoPool, judge, refresh
-from echodistill_cli.losses import identity_scores, photo_similarity
+from echodistill_cli.config.schema import EchoConfig
+from echodistill_cli.training.echo import EchoPool, judge, refresh
+from echodistill_cli.training.losses import identity_scores, photo_similarity
 
 
 def at(*degrees: float, tilt: float = 0.0) -> Tensor:

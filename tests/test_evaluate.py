@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.encoders import CLIP, DINO, ClipJudge, DinoJudge
-from echodistill_cli.evaluation import TEMPLATES, fill, judge_names
+from echodistill_cli.evaluation.evaluate import TEMPLATES, fill, judge_names
+from echodistill_cli.evaluation.vision import CLIP, DINO, ClipJudge, DinoJudge
 from examples.benchmark.small_pair import small_tokenizer
 from tests.commands import command, files_below, trained_run
 

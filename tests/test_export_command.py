@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.files import atomically, explained
-from echodistill_cli.safetensors_files import serialize
+from echodistill_cli.lora.safetensors_io import serialize
 from tests.commands import command, files_below, missing_flags, trained_run
 
 Pair = tuple[Path, Path]

@@ -17,20 +17,20 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from echodistill_cli.adapters import trainable_parameters
-from echodistill_cli.card import model_card
-from echodistill_cli.config import ModelConfig
+from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.data.pictures import png_bytes
+from echodistill_cli.diffusion.sampling import sample_latents, seeded_noise
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
-from echodistill_cli.export import ExportSettings, export_lora
-from echodistill_cli.inspection import inspect_file
-from echodistill_cli.lora_files import LoraWeights, kohya_tensors, read_lora, write_safetensors
-from echodistill_cli.lora_formats import bundled_tensors
-from echodistill_cli.models import ModelPair, load_pair
-from echodistill_cli.pictures import png_bytes
+from echodistill_cli.lora.inspect import inspect_file
+from echodistill_cli.lora.read import LoraWeights, kohya_tensors, read_lora, write_safetensors
+from echodistill_cli.lora.tensors import bundled_tensors
+from echodistill_cli.models.adapters import trainable_parameters
+from echodistill_cli.models.load import ModelPair, load_pair
+from echodistill_cli.outputs.card import model_card
+from echodistill_cli.outputs.lora_export import ExportSettings, export_lora
 from echodistill_cli.pipeline import export
 from echodistill_cli.runs import Run, create_run
-from echodistill_cli.sampling import sample_latents, seeded_noise
-from echodistill_cli.state import TrainingState, build_state
+from echodistill_cli.training.state import TrainingState, build_state
 from tests.original_layout import build_sd2_pair, sd2_state, sdxl_state
 from tests.small import small_config, small_photos
 from tests.test_sharing import write_distillation
@@ -317,8 +317,8 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_as_a_whole(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("echodistill_cli.merge.save_file", full)
-    monkeypatch.setattr("echodistill_cli.safetensors_files.save_file", full)
+    monkeypatch.setattr("echodistill_cli.outputs.merge.save_file", full)
+    monkeypatch.setattr("echodistill_cli.lora.safetensors_io.save_file", full)
     monkeypatch.setattr("diffusers.models.modeling_utils.ModelMixin.save_pretrained", full)
     for layout in ("pipeline", "checkpoint"):
         with pytest.raises(EchoDistillError, match="The disk is full"):

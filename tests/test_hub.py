@@ -16,14 +16,14 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from echodistill_cli import hub
-from echodistill_cli.card import model_card
-from echodistill_cli.cli import app
+from echodistill_cli.cli.app import app
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.export import ExportSettings, export_lora
+from echodistill_cli.outputs import hub
+from echodistill_cli.outputs.card import model_card
+from echodistill_cli.outputs.lora_export import ExportSettings, export_lora
 from echodistill_cli.pipeline import ExportRequest, export_request
 from echodistill_cli.runs import Run, create_run
-from echodistill_cli.state import build_state
+from echodistill_cli.training.state import build_state
 from tests.small import small_config, small_photos
 
 

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from echodistill_cli import lora_keys
 from echodistill_cli.errors import ModelError
-from echodistill_cli.inspection import Inspection, inspect_file
-from echodistill_cli.lora_files import (
+from echodistill_cli.lora import keys as lora_keys
+from echodistill_cli.lora.inspect import Inspection, inspect_file
+from echodistill_cli.lora.read import (
     LoraCard,
     LoraWeights,
     adapter_metadata,
@@ -26,7 +26,7 @@ from echodistill_cli.lora_files import (
     token_tensors,
     write_safetensors,
 )
-from echodistill_cli.lora_readers import Verdict
+from echodistill_cli.lora.readers import Verdict
 
 READERS = ("diffusers", "ComfyUI", "A1111", "Forge", "sd-scripts")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")

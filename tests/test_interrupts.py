@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from echodistill_cli import pipeline
-from echodistill_cli.config import Config
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import Interrupted
-from echodistill_cli.presets import build_config
 from echodistill_cli.runs import open_run
 from tests.commands import command, files_below, small_toml
 
@@ -191,7 +191,7 @@ def test_ctrl_c_while_models_are_loaded_leaves_nothing(unbroken: tuple[Path, Pat
 def start_and_stop(number: signal.Signals, after: str, *arguments: object) -> tuple[int, str, str]:
     """Run a command, send it a signal when a line on stderr begins with `after`; its exit code, stdout and stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-c", "from echodistill_cli.cli import main; main()", *map(str, arguments)],
+        [sys.executable, "-c", "from echodistill_cli.cli.app import main; main()", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -32,10 +32,10 @@ from transformers.models.clip.configuration_clip import CLIPTextConfig
 from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-from echodistill_cli import lora_keys
-from echodistill_cli.config import ModelConfig
+from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
-from echodistill_cli.lora_files import (
+from echodistill_cli.lora import keys as lora_keys
+from echodistill_cli.lora.read import (
     LoraCard,
     LoraWeights,
     adapter_metadata,
@@ -46,10 +46,10 @@ from echodistill_cli.lora_files import (
     token_tensors,
     write_safetensors,
 )
-from echodistill_cli.merge import fold_lora
-from echodistill_cli.models import load_pair
+from echodistill_cli.lora.safetensors_io import read_tensors, serialize
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.outputs.merge import fold_lora
 from echodistill_cli.pipeline import export
-from echodistill_cli.safetensors_files import read_tensors, serialize
 
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2", "conv1"]

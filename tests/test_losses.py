@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echodistill_cli.losses import (
+from echodistill_cli.training.losses import (
     adversarial_discriminator,
     adversarial_generator,
     denoising,

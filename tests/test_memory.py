@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from echodistill_cli import planning
-from echodistill_cli.adapters import TEXT_TARGETS, UNET_TARGETS
-from echodistill_cli.config import Config, ModelConfig
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.memory import BACKBONES, FAMILIES, TINY_DECODER, VAE, estimate, plan_memory
-from echodistill_cli.presets import build_config
+from echodistill_cli.models.adapters import TEXT_TARGETS, UNET_TARGETS
+from echodistill_cli.models.device import BACKBONES, FAMILIES, TINY_DECODER, VAE, estimate, plan_memory
 from tests.original_layout import build_sd2_pair, sd2_state, write
 
 CONFIGURATIONS = Path(planning.__file__).parent / "configurations"
@@ -248,7 +248,7 @@ def test_a_student_made_by_a_lora_needs_one_unet_and_the_lora(tmp_path: Path) ->
 
 def dry_run(photos: Path, cache: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """`train --dry-run` in a process of its own, with an empty cache and no network."""
-    words = [sys.executable, "-m", "echodistill_cli.cli", "train", str(photos), "--dry-run", "--offline", *options]
+    words = [sys.executable, "-m", "echodistill_cli.cli.app", "train", str(photos), "--dry-run", "--offline", *options]
     folders = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | folders)
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from echodistill_cli.embedded import embedded_folder
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ModelError
-from echodistill_cli.pair import ModelPair
-from echodistill_cli.sources import downloads, resolve, where
+from echodistill_cli.models.embedded import embedded_folder
+from echodistill_cli.models.sources import downloads, resolve, where
 from examples.benchmark.measure import JUDGE
 from examples.mini_world.judges import Examiner
 from examples.mini_world.nouns import CORE

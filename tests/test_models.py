@@ -17,13 +17,13 @@ from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-from echodistill_cli.conditioning import Conditioning
-from echodistill_cli.config import ModelConfig
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.sampling import to_uint8
+from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.models import Denoiser, LatentCodec, load_pair, load_schedule, pick_device, pick_dtype
+from echodistill_cli.models.load import Denoiser, LatentCodec, load_pair, load_schedule, pick_device, pick_dtype
 from echodistill_cli.planning import suit_device
-from echodistill_cli.presets import build_config
-from echodistill_cli.sampling import to_uint8
 
 Pair = tuple[Path, Path]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from echodistill_cli.cli import app
-from echodistill_cli.config import Config
+from echodistill_cli.cli.app import app
+from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.export import ExportSettings, export_lora, export_token
+from echodistill_cli.outputs.lora_export import ExportSettings, export_lora, export_token
 from echodistill_cli.pipeline import SampleRequest, export, sample
 from echodistill_cli.runs import Run, create_run
-from echodistill_cli.state import build_state
+from echodistill_cli.training.state import build_state
 from tests.small import small_config, small_photos
 
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFilter
 
+from echodistill_cli.data.photos import FileReport, Photo, PhotoReport, check_photos, load_photos, square_crop
 from echodistill_cli.errors import PhotoError
-from echodistill_cli.photos import FileReport, Photo, PhotoReport, check_photos, load_photos, square_crop
 
 REAL_PHOTOS = Path(__file__).parents[2] / "shared" / "photos"
 RED, GREEN, BLUE, WHITE = (220, 30, 30), (30, 200, 30), (30, 30, 220), (250, 250, 250)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from echodistill_cli.data.pictures import grid, png_bytes, save_png, to_image
 from echodistill_cli.errors import EchoDistillError
-from echodistill_cli.pictures import grid, png_bytes, save_png, to_image
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan"]
 

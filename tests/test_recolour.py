@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.dataset import View, prompt_for, real_views
-from echodistill_cli.pair import ModelPair
-from echodistill_cli.photos import Photo
-from echodistill_cli.recolour import COLOURS, recoloured, tinted, tinted_latents, without_colour
+from echodistill_cli.data.photos import Photo
+from echodistill_cli.data.recolour import COLOURS, recoloured, tinted, tinted_latents, without_colour
+from echodistill_cli.data.views import View, prompt_for, real_views
+from echodistill_cli.diffusion.pair import ModelPair
 from examples.mini_world.world import Picture
 from tests.small import seeded
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from echodistill_cli.config import Config
+from echodistill_cli.config.build import config_from_dict
+from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import atomically, explained, make_folder, write_bytes, write_text
-from echodistill_cli.presets import config_from_dict
 from echodistill_cli.runs import Run, create_run, newest_run, open_run, remove_leftovers, resume_run, resumed_config
 
 

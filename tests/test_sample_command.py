@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echodistill_cli.drawing import SampleRequest, _next_number, models_for
-from echodistill_cli.presets import build_config
+from echodistill_cli.config.build import build_config
+from echodistill_cli.outputs.sample import SampleRequest, _next_number, models_for
 from tests.commands import Done, command, files_below, trained_run
 
 Pair = tuple[Path, Path]

@@ -12,12 +12,19 @@ from diffusers import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from torch import Tensor
 
-from echodistill_cli.conditioning import Conditioning
-from echodistill_cli.config import ModelConfig
-from echodistill_cli.diffusion import add_noise, guide, predict_x0
+from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.sampling import (
+    SamplingSettings,
+    generate,
+    seeded_noise,
+    student_x0,
+    teacher_x0,
+    to_uint8,
+)
+from echodistill_cli.diffusion.schedule import add_noise, guide, predict_x0
+from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import EchoDistillError
-from echodistill_cli.models import ModelPair, load_pair
-from echodistill_cli.sampling import SamplingSettings, generate, seeded_noise, student_x0, teacher_x0, to_uint8
+from echodistill_cli.models.load import ModelPair, load_pair
 from tests.commands import missing_flags
 
 PROMPTS = ("a photo of a dog", "a cat in the snow", "a teapot on the beach", "", "a very small toy")

@@ -18,19 +18,19 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from PIL import Image
 
-from echodistill_cli.adapters import trainable_parameters
-from echodistill_cli.batches import draw_student_pass, draw_teacher_batch
-from echodistill_cli.conditioning import Conditioning
-from echodistill_cli.config import Config, ModelConfig
-from echodistill_cli.dataset import teacher_views
+from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.data.photos import Photo
+from echodistill_cli.data.views import teacher_views
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate, seeded_noise
+from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.lora_files import read_lora
-from echodistill_cli.models import Denoiser, ModelPair, load_pair
-from echodistill_cli.photos import Photo
+from echodistill_cli.lora.read import read_lora
+from echodistill_cli.models.adapters import trainable_parameters
+from echodistill_cli.models.load import Denoiser, ModelPair, load_pair
 from echodistill_cli.pipeline import SampleRequest, TrainResult, export, sample, train
-from echodistill_cli.sampling import SamplingSettings, generate, seeded_noise
-from echodistill_cli.state import add_trained_parts, build_state
-from echodistill_cli.training import student_step, training_step
+from echodistill_cli.training.batches import draw_student_pass, draw_teacher_batch
+from echodistill_cli.training.state import add_trained_parts, build_state
+from echodistill_cli.training.steps import student_step, training_step
 from tests.small import small_config, small_photos
 
 Pair = tuple[Path, Path]

@@ -14,19 +14,19 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
-from echodistill_cli.adapters import DISTILLED, UNET_TARGETS, add_lora, trainable_parameters
-from echodistill_cli.conditioning import Conditioning
-from echodistill_cli.config import Config, ModelConfig
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.sampling import student_x0
+from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.inspection import inspect_file
-from echodistill_cli.models import ModelPair, load_pair
-from echodistill_cli.pair import Denoiser
+from echodistill_cli.lora.inspect import inspect_file
+from echodistill_cli.models.adapters import DISTILLED, UNET_TARGETS, add_lora, trainable_parameters
+from echodistill_cli.models.load import ModelPair, load_pair
 from echodistill_cli.pipeline import SampleRequest, sample, train
-from echodistill_cli.presets import build_config
-from echodistill_cli.sampling import student_x0
-from echodistill_cli.state import build_state
-from echodistill_cli.targets import untouched_x0
-from echodistill_cli.training import training_step
+from echodistill_cli.training.state import build_state
+from echodistill_cli.training.steps import training_step
+from echodistill_cli.training.targets import untouched_x0
 from tests.small import small_config, small_photos
 
 Pair = tuple[Path, Path]

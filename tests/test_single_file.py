@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from echodistill_cli.config import ModelConfig
+from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ModelError
-from echodistill_cli.models import ModelPair, load_pair
+from echodistill_cli.models.load import ModelPair, load_pair
 from tests.original_layout import build_sd2_pair, build_sdxl, sd2_state, sdxl_state, write
 
 State = dict[str, Tensor]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import pytest
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.sources import downloads, resolve, wanted_files, weight_variant
+from echodistill_cli.models.sources import downloads, resolve, wanted_files, weight_variant
 from tests.commands import command
 
 PARTS = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")

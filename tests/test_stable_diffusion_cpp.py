@@ -22,10 +22,10 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import echodistill_cli
-from echodistill_cli.lora_files import LoraWeights, kohya_tensors, write_safetensors
-from echodistill_cli.lora_keys import TEXT_ATTENTION
-from echodistill_cli.original_layout import sd_checkpoint
-from echodistill_cli.safetensors_files import read_header, write_checkpoint
+from echodistill_cli.lora.keys import TEXT_ATTENTION
+from echodistill_cli.lora.read import LoraWeights, kohya_tensors, write_safetensors
+from echodistill_cli.lora.safetensors_io import read_header, write_checkpoint
+from echodistill_cli.models.original_layout import sd_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(

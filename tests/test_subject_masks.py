@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.colour_models import refined_mask
-from echodistill_cli.pair import ModelPair
-from echodistill_cli.photos import Photo
-from echodistill_cli.subject_masks import subject_mask, with_masks
+from echodistill_cli.data.colour_models import refined_mask
+from echodistill_cli.data.masks import subject_mask, with_masks
+from echodistill_cli.data.photos import Photo
+from echodistill_cli.diffusion.pair import ModelPair
 from examples.benchmark.subjects import REFERENCES
 from examples.mini_world.world import Picture
 from tests.small import seeded

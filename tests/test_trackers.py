@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.presets import build_config
 from echodistill_cli.trackers import check_trackers, tracking
 from tests.commands import command, small_toml
 

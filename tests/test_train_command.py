@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from echodistill_cli.diffusion.sampling import seeded_noise
 from echodistill_cli.runs import open_run
-from echodistill_cli.sampling import seeded_noise
 from tests.commands import Done, command, files_below, small_toml
 
 ROOT = Path(__file__).parent.parent
@@ -393,7 +393,7 @@ def test_an_exhausted_memory_ends_with_5_and_the_next_setting_to_try(
     def exhausted(_state: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("echodistill_cli.loop.training_step", exhausted)
+    monkeypatch.setattr("echodistill_cli.training.loop.training_step", exhausted)
     done = command("train", photo_folder, *small_line, *flags)
     fails(done, 5, "Out of memory", "MiB", remedy)
 
@@ -404,7 +404,7 @@ def test_an_exhausted_memory_while_models_are_loaded_ends_with_5(
     def exhausted(*_arguments: object, **_more: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("echodistill_cli.state.load_pair", exhausted)
+    monkeypatch.setattr("echodistill_cli.training.state.load_pair", exhausted)
     fails(command("train", photo_folder, *small_line), 5, "when asking for 2.00 GiB", "--batch-size")
     assert not (tmp_path / "run").exists()
 
@@ -453,7 +453,7 @@ def test_offline_opens_no_socket(photo_folder: Path, small_line: tuple[object, .
         "import socket, sys\n"
         "def refuse(*_arguments): raise AssertionError('a socket was opened')\n"
         "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse\n"
-        "from echodistill_cli.cli import main\n"
+        "from echodistill_cli.cli.app import main\n"
         "main(sys.argv[1:])"
     )
     line = ["train", photo_folder, *small_line, "--steps", 1, "--no-echo", "--offline"]

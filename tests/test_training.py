@@ -15,26 +15,24 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from echodistill_cli import training
-from echodistill_cli.adapters import load_lora_tensors, lora_tensors
-from echodistill_cli.batches import (
+from echodistill_cli.data.recolour import tinted_latents
+from echodistill_cli.diffusion.sampling import sample_latents, student_x0
+from echodistill_cli.diffusion.text import PromptEncoder
+from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors
+from echodistill_cli.training import steps as training
+from echodistill_cli.training.batches import (
     StudentPass,
     draw_echo,
     draw_reals,
     draw_student_pass,
     draw_teacher_batch,
 )
-from echodistill_cli.conditioning import PromptEncoder
-from echodistill_cli.discriminators import ImageBackbone, TeacherBackbone
-from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.losses import photo_distance
-from echodistill_cli.optimizing import count_skips, optimize, set_rates, trained_weights
-from echodistill_cli.recolour import tinted_latents
-from echodistill_cli.sampling import sample_latents, student_x0
-from echodistill_cli.state import TrainingState, build_state
-from echodistill_cli.targets import draw_replay, drawn_target, untouched_x0, untrained
-from echodistill_cli.teaching import teacher_prior, teacher_step
-from echodistill_cli.training import (
+from echodistill_cli.training.critics import ImageBackbone, TeacherBackbone
+from echodistill_cli.training.losses import photo_distance
+from echodistill_cli.training.optimizing import count_skips, optimize, set_rates, trained_weights
+from echodistill_cli.training.state import TrainingState, build_state
+from echodistill_cli.training.steps import (
     CARRY_BACK_RATE,
     active_losses,
     begin,
@@ -46,6 +44,8 @@ from echodistill_cli.training import (
     student_step,
     training_step,
 )
+from echodistill_cli.training.targets import draw_replay, drawn_target, untouched_x0, untrained
+from echodistill_cli.training.teaching import teacher_prior, teacher_step
 from tests.small import seeded, small_config, small_photos
 
 NewState = Callable[..., TrainingState]

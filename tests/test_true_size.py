@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from echodistill_cli.adapters import trainable_parameters
-from echodistill_cli.discriminators import ImageBackbone
-from echodistill_cli.state import build_state
-from echodistill_cli.training import training_step
+from echodistill_cli.models.adapters import trainable_parameters
+from echodistill_cli.training.critics import ImageBackbone
+from echodistill_cli.training.state import build_state
+from echodistill_cli.training.steps import training_step
 from examples.benchmark.true_size import SeenAnew, configuration, matmul_rate, measure, reference_step
 from tests.small import small_config, small_photos
 

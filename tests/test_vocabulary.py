@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
-from echodistill_cli.conditioning import RARE_WORDS, check_token
+from echodistill_cli.diffusion.text import RARE_WORDS, check_token
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.models import load_pair
-from echodistill_cli.single_file import prediction_in, shipped_configuration
-from echodistill_cli.vocabulary import find_vocabulary, vocabulary_in
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.models.single_file import prediction_in, shipped_configuration
+from echodistill_cli.models.vocabulary import find_vocabulary, vocabulary_in
 from tests.commands import missing_flags
 from tests.original_layout import build_sd2_pair, build_sdxl, sd2_state, sdxl_state, write
 from tests.test_single_file import assert_equal, config, weights, without_weights
@@ -152,8 +152,8 @@ def test_a_single_file_of_a_known_family_needs_nothing_but_a_vocabulary(
     shipped = without_weights(model, tmp_path / "shipped" / name)
     for part in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(shipped / part, ignore_errors=True)
-    monkeypatch.setattr("echodistill_cli.single_file._SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr("echodistill_cli.single_file._FAMILIES", {32: "sd2", 80: "sdxl"})
+    monkeypatch.setattr("echodistill_cli.models.single_file._SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr("echodistill_cli.models.single_file._FAMILIES", {32: "sd2", 80: "sdxl"})
     state = sd2_state(model) if folder == "sd2" else sdxl_state(model)
     file = write(tmp_path / "mine.safetensors", state)
     with pytest.raises(ModelError, match="holds no vocabulary"):

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from echodistill_cli import losses
-from echodistill_cli.adapters import load_lora_tensors, lora_tensors, without_lora
-from echodistill_cli.batches import draw_teacher_batch
-from echodistill_cli.diffusion import add_noise, prediction_target
-from echodistill_cli.optimizing import Metrics, optimize, set_rates
-from echodistill_cli.sampling import student_x0
-from echodistill_cli.state import TrainingState
-from echodistill_cli.teaching import teacher_step
-from echodistill_cli.training import (
+from echodistill_cli.diffusion.sampling import student_x0
+from echodistill_cli.diffusion.schedule import add_noise, prediction_target
+from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
+from echodistill_cli.training import losses
+from echodistill_cli.training.batches import draw_teacher_batch
+from echodistill_cli.training.optimizing import Metrics, optimize, set_rates
+from echodistill_cli.training.state import TrainingState
+from echodistill_cli.training.steps import (
     begin,
     carry_back_step,
     discriminator_step,
@@ -28,6 +27,7 @@ from echodistill_cli.training import (
     student_step,
     training_step,
 )
+from echodistill_cli.training.teaching import teacher_step
 
 Step = Callable[[TrainingState], Metrics]
 PSO_BETA = 100.0

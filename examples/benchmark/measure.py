@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from echodistill_cli.pair import ModelPair
-from echodistill_cli.sampling import SamplingSettings, generate
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from examples.benchmark.subjects import (
     DEV,
     PROMPTS,

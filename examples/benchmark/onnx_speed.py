@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from echodistill_cli.onnx_backend import load_onnx
-from echodistill_cli.onnx_export import save_onnx
-from echodistill_cli.pair import ModelPair
-from echodistill_cli.sampling import SamplingSettings, generate
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate
+from echodistill_cli.outputs.onnx_backend import load_onnx
+from echodistill_cli.outputs.onnx_export import save_onnx
 
 PROMPT = "a photo of a sks dog on the beach"
 
@@ -32,9 +32,9 @@ def mini_pair(folder: Path) -> ModelPair:
     """A student of the mini world's sizes with random weights."""
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    from echodistill_cli.conditioning import PromptEncoder
-    from echodistill_cli.diffusion import NoiseSchedule
-    from echodistill_cli.pair import Denoiser, LatentCodec
+    from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
+    from echodistill_cli.diffusion.schedule import NoiseSchedule
+    from echodistill_cli.diffusion.text import PromptEncoder
     from examples.benchmark.small_pair import small_tokenizer
     from examples.mini_world.models import build_text_encoder, build_unet, build_vae
 

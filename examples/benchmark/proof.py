@@ -28,14 +28,14 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from echodistill_cli import __version__
-from echodistill_cli.batches import draw_first_targets
-from echodistill_cli.config import Config
+from echodistill_cli.cli.libraries import prepare_libraries
+from echodistill_cli.config.build import build_config, config_hash
+from echodistill_cli.config.schema import Config
+from echodistill_cli.data.photos import Photo, load_photos
 from echodistill_cli.files import write_text
-from echodistill_cli.libraries import prepare_libraries
-from echodistill_cli.photos import Photo, load_photos
-from echodistill_cli.presets import build_config, config_hash
-from echodistill_cli.state import TrainingState, build_state
-from echodistill_cli.training import echo_step
+from echodistill_cli.training.batches import draw_first_targets
+from echodistill_cli.training.state import TrainingState, build_state
+from echodistill_cli.training.steps import echo_step
 from examples.benchmark.contestants import CONTESTANTS, TEACHERS, Contestant
 from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
 from examples.benchmark.subjects import PROMPTS, SEEDS, SPLITS, TOKEN, class_name, write_photos

@@ -233,10 +233,10 @@ def _time_steps(folder: Path, steps: int) -> list[dict[str, float]]:
     import numpy as np
     from PIL import Image
 
-    from echodistill_cli.loop import timed_step
-    from echodistill_cli.photos import load_photos
-    from echodistill_cli.presets import build_config
-    from echodistill_cli.state import build_state
+    from echodistill_cli.config.build import build_config
+    from echodistill_cli.data.photos import load_photos
+    from echodistill_cli.training.loop import timed_step
+    from echodistill_cli.training.state import build_state
 
     student, teacher = build_small_pair(folder)
     critics = build_small_backbones(folder / "critics")

@@ -29,21 +29,21 @@ import torch
 from torch import Tensor, nn
 
 import echodistill_cli
-from echodistill_cli import losses
-from echodistill_cli.batches import StudentPass, draw_student_pass
-from echodistill_cli.conditioning import PromptEncoder
-from echodistill_cli.config import Config
-from echodistill_cli.discriminators import ImageBackbone
-from echodistill_cli.memory import FAMILIES, VAE, estimate
-from echodistill_cli.models import as_denoiser, load_pair, load_schedule
-from echodistill_cli.optimizing import optimize
-from echodistill_cli.pair import Denoiser, Family, LatentCodec, ModelPair
-from echodistill_cli.photos import load_photos
-from echodistill_cli.presets import build_config
-from echodistill_cli.sampling import SamplingSettings, generate
-from echodistill_cli.state import TrainingState, build_state
-from echodistill_cli.teaching import teacher_step
-from echodistill_cli.training import active_losses, frozen, training_step
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config
+from echodistill_cli.data.photos import load_photos
+from echodistill_cli.diffusion.pair import Denoiser, Family, LatentCodec, ModelPair
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate
+from echodistill_cli.diffusion.text import PromptEncoder
+from echodistill_cli.models.device import FAMILIES, VAE, estimate
+from echodistill_cli.models.load import as_denoiser, load_pair, load_schedule
+from echodistill_cli.training import losses
+from echodistill_cli.training.batches import StudentPass, draw_student_pass
+from echodistill_cli.training.critics import ImageBackbone
+from echodistill_cli.training.optimizing import optimize
+from echodistill_cli.training.state import TrainingState, build_state
+from echodistill_cli.training.steps import active_losses, frozen, training_step
+from echodistill_cli.training.teaching import teacher_step
 from examples.benchmark.small_pair import small_tokenizer
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "configurations"
@@ -393,7 +393,7 @@ def single_file(folder: Path) -> None:
     """Write an SD student as one file in the original layout, load it with what this package ships, and compare."""
     from safetensors.torch import save_file
 
-    from echodistill_cli.original_layout import sd_checkpoint
+    from echodistill_cli.models.original_layout import sd_checkpoint
 
     torch.manual_seed(0)
     device = torch.device("cpu")

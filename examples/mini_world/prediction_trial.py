@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from echodistill_cli.pair import Denoiser
-from echodistill_cli.sampling import student_x0
+from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.sampling import student_x0
 from examples.mini_world.models import build_unet
 from examples.mini_world.sprites import default_work_directory
 from examples.mini_world.student import FrozenTeacher, PairSet, open_pairs

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from echodistill_cli import losses
-from echodistill_cli.conditioning import Conditioning
-from echodistill_cli.diffusion import NoiseSchedule, add_noise
-from echodistill_cli.pair import Denoiser
-from echodistill_cli.sampling import sample_latents, student_x0, teacher_x0
+from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.sampling import sample_latents, student_x0, teacher_x0
+from echodistill_cli.diffusion.schedule import NoiseSchedule, add_noise
+from echodistill_cli.diffusion.text import Conditioning
+from echodistill_cli.training import losses
 from examples.mini_world.latents import load_vae, open_latents
 from examples.mini_world.models import (
     LATENT_CHANNELS,

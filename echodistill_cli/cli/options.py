@@ -1,0 +1,173 @@
+"""Typer's options: those of `train` made from the flags, and short forms for those that a command declares itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from echodistill_cli.cli.flags import FLAGS, PANELS, Flag
+from echodistill_cli.config.build import OFF
+from echodistill_cli.config.schema import Config
+from echodistill_cli.errors import ConfigError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def option(metavar: str, about: str, *names: str, panel: str | None = None, **more: Any) -> Any:
+    """Typer's option with a value; its names are the parameter's own unless given."""
+    return typer.Option(*names, metavar=metavar, help=about, rich_help_panel=panel, **more)
+
+
+def switch(names: str, about: str, panel: str | None = None) -> Any:
+    """Typer's option for something to turn on or off."""
+    return typer.Option(*names.split(), metavar="", help=about, rich_help_panel=panel, show_default=False)
+
+
+Json = Annotated[bool, switch("--json", "print one JSON object on stdout")]
+Quiet = Annotated[bool, switch("--quiet -q", "no progress on stderr")]
+
+
+def with_flags(command: Command) -> Command:
+    """Give a command an option for each flag; it receives them as one `flags` mapping.
+
+    The mapping has dotted keys, as `presets.build_config` wants its overrides, and only flags that were given.
+    """
+
+    def wrapped(**given: Any) -> Any:
+        values = {flag.key: given.pop(flag.parameter) for flag in FLAGS}
+        return command(**given, flags={key: _tidy(value) for key, value in values.items() if value is not None})
+
+    named = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    options = [inspect.Parameter(flag.parameter, named, default=None, annotation=_option(flag)) for flag in FLAGS]
+    by_panel = sorted([*(p.replace(kind=named) for p in own), *options], key=_place)
+    wrapped.__signature__ = inspect.Signature(by_panel)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {p.name: p.annotation for p in by_panel}
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    return typing.cast(Command, wrapped)
+
+
+def understanding(aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Typer's context settings of a command that takes `--batch_size` as `--batch-size`, and aliases as what they mean.
+
+    Args:
+        aliases: from a name to the option's own, both with dashes.
+    """
+    known = {alias.lstrip("-"): name.lstrip("-") for alias, name in (aliases or {}).items()}
+
+    def normalize(name: str) -> str:
+        dashed = name.replace("_", "-") if len(name) > 1 else name
+        return known.get(dashed, dashed)
+
+    return {"token_normalize_func": normalize}
+
+
+def echo_setting(echo: bool | None, flags: Mapping[str, Any], planned: Callable[[], Config]) -> dict[str, Any]:
+    """What --echo and --no-echo override.
+
+    Args:
+        planned: the configuration without them: its echo, if it has one, begins when it says.
+
+    Raises:
+        ConfigError: one of them contradicts --echo-start. What `planned` raises.
+    """
+    start = flags.get("echo.start")
+    if echo is not None and start is not None and echo is (start == OFF):
+        name = "--echo" if echo else "--no-echo"
+        raise ConfigError(f"{name} and --echo-start {start} contradict each other.", "Use one of them.")
+    if echo is False:
+        return {"echo.start": None}
+    return {"echo.start": Config().echo.start} if echo and planned().echo.start is None else {}
+
+
+def _place(parameter: inspect.Parameter) -> int:
+    """Where a command's parameter stands in its help: arguments and options without a panel first."""
+    panel = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
+    return PANELS.index(panel) if panel in PANELS else -1
+
+
+def _option(flag: Flag) -> Any:
+    """Typer's annotation of a flag: its type, names, help and default, all from the configuration."""
+    section, _, name = flag.key.partition(".")
+    hints, fields = _section(section)
+    hint, entry = hints[name], fields[name]
+    parser, metavar = _parser(hint, flag)
+    choices = entry.metadata["choices"]
+    about = _about(entry.metadata["about"], choices) + _shown_default(entry.default)
+    settings: dict[str, Any] = {"help": about, "rich_help_panel": flag.panel, "metavar": metavar}
+    if parser is not None:
+        settings["parser"] = parser
+    if choices:
+        settings["autocompletion"] = _completing(choices)
+    kind: Any = list[str] if flag.repeated else bool if hint is bool else str
+    return Annotated[kind | None, typer.Option(*flag.shown, show_default=False, **settings)]
+
+
+def _completing(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
+
+
+def _about(about: str, choices: Sequence[str] | None) -> str:
+    """A setting's description, with its choices if it does not name them itself."""
+    return about if all(choice in about for choice in choices or ()) else f"{about}: {', '.join(choices or ())}"
+
+
+def _shown_default(default: Any) -> str:
+    """A setting's default for the help; nothing where there is none, as the description says what that means."""
+    if default in (None, ()):
+        return ""
+    words = {bool: "on" if default else "off", tuple: ",".join(map(str, default)) if type(default) is tuple else ""}
+    shown = words.get(type(default)) or (f"{default:g}" if type(default) is float else default)
+    return f" [dim]\\[{shown}][/dim]"
+
+
+@functools.cache
+def _section(name: str) -> tuple[Mapping[str, Any], Mapping[str, dataclasses.Field[Any]]]:
+    """The types and the fields of a section's settings."""
+    section = typing.get_type_hints(Config)[name]
+    return typing.get_type_hints(section), {entry.name: entry for entry in dataclasses.fields(section)}
+
+
+def _parser(hint: Any, flag: Flag) -> tuple[Callable[[str], Any] | None, str]:
+    """How a flag's text becomes a value, and what stands for it in the help; None where Typer's own way will do."""
+    if hint is bool:
+        return None, ""
+    if flag.repeated:
+        return None, "TEXT"
+    options = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is tuple:
+        return _parse_list, "A,B,..."
+    if int in options:
+        return _number(int, "a whole number"), "N"
+    if float in options:
+        return _number(float, "a number"), "X"
+    return None, "TEXT"
+
+
+def _number(kind: type[int] | type[float], words: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if text == OFF:
+            return OFF
+        try:
+            return kind(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is not {words}.") from error
+
+    return parse
+
+
+def _parse_list(text: str) -> tuple[str, ...]:
+    return () if text in ("none", OFF) else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _tidy(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,173 @@
+"""What a LoRA or token file is, how it is used, and who can load it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.lora.keys import locate, split_key
+from echodistill_cli.lora.read import LoraFile, read_lora
+from echodistill_cli.lora.readers import Verdict, judge
+
+_CHECKPOINT_MARKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
+MOST_TRIGGERS = 5
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that a file says about itself, and what follows from its keys.
+
+    Attributes:
+        file: the file's name, without its folder.
+        size: in bytes.
+        kind: "lora", "token", "checkpoint" (a whole model) or "unknown".
+        format: as in `LoraFile`.
+        family: "sd1", "sd2", "sdxl" or "unknown".
+        dtypes: of the tensors, as safetensors names them, such as "F16".
+        ranks: every rank that occurs.
+        alphas: every α that occurs; a module that says none has α = rank.
+        scales: every α / rank that occurs: the strength at weight 1.
+        modules: number of adapted modules by component.
+        tensors: number of tensors.
+        triggers: words for the prompt.
+        base_model: what it was trained on or for.
+        resolution: such as "512x512".
+        usage: how to draw with it, as its maker says.
+        made_by: "echodistill" and the version, if it was made here.
+        role: "student" or "teacher", if it was made here.
+        readers: each reader's verdict.
+        notes: what a person should know besides.
+    """
+
+    file: str
+    size: int
+    kind: str
+    format: str
+    family: str
+    dtypes: tuple[str, ...]
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    scales: tuple[float, ...]
+    modules: Mapping[str, int]
+    tensors: int
+    triggers: tuple[str, ...]
+    base_model: str | None
+    resolution: str | None
+    usage: str | None
+    made_by: str | None
+    role: str | None
+    readers: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def inspect_file(path: Path) -> Inspection:
+    """Say what a .safetensors file is, whoever made it.
+
+    Raises:
+        ConfigError: there is no such file. ModelError: it is damaged, or no safetensors file.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file.")
+    file = read_lora(path)
+    kind = _kind(file)
+    said = file.metadata.get
+    version = said("echodistill.version")
+    alphas = [float(module.rank) if module.alpha is None else module.alpha for module in file.modules]
+    return Inspection(
+        file=path.name,
+        size=path.stat().st_size,
+        kind=kind,
+        format=file.format,
+        family=file.family,
+        dtypes=tuple(sorted({dtype for key, (dtype, _) in file.table.items() if not key.endswith(".alpha")})),
+        ranks=tuple(sorted({module.rank for module in file.modules})),
+        alphas=tuple(sorted(set(alphas))),
+        scales=tuple(sorted({alpha / module.rank for alpha, module in zip(alphas, file.modules, strict=True)})),
+        modules=_modules(file),
+        tensors=len(file.table),
+        triggers=_triggers(file),
+        base_model=said("ss_sd_model_name"),
+        resolution=said("modelspec.resolution"),
+        usage=said("modelspec.usage_hint"),
+        made_by=f"echodistill {version}" if version else None,
+        role=said("echodistill.role"),
+        readers={"lora": judge, "token": _judge_token}.get(kind, _judge_nothing)(file),
+        notes=tuple(_notes(file, kind)),
+    )
+
+
+def _kind(file: LoraFile) -> str:
+    if file.format == "token":
+        return "token"
+    if file.modules or file.format == "lycoris":
+        return "lora"
+    return "checkpoint" if any(key.startswith(_CHECKPOINT_MARKS) for key in file.table) else "unknown"
+
+
+def _modules(file: LoraFile) -> dict[str, int]:
+    parsed = [split_key(key) for key in file.table]
+    spots = {locate(key.module) for key in parsed if key.part}
+    return dict(sorted(Counter(spot[0] for spot in spots if spot).items()))
+
+
+def _triggers(file: LoraFile) -> tuple[str, ...]:
+    if file.format == "token":
+        return (file.path.stem,)
+    phrase = file.metadata.get("modelspec.trigger_phrase") or file.metadata.get("ss_trigger_words")
+    if phrase:
+        return (phrase,)
+    try:
+        counts: Counter[str] = Counter()
+        for tags in json.loads(file.metadata.get("ss_tag_frequency", "{}")).values():
+            counts.update({tag.strip(): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError):
+        return ()
+    return tuple(tag for tag, _ in counts.most_common(MOST_TRIGGERS))
+
+
+def _notes(file: LoraFile, kind: str) -> list[str]:
+    notes = []
+    if kind == "checkpoint":
+        notes.append("This is a whole model, not a LoRA; use it with --model.")
+    parts = {split_key(key).part for key in file.table}
+    if parts & {"dora_scale", "lora_magnitude_vector"}:
+        notes.append("This is a DoRA; tools that know plain LoRA only draw something else with it.")
+    elif file.format == "lycoris":
+        notes.append("This is a LyCORIS file, not plain LoRA; echodistill itself cannot load it.")
+    if any(key.startswith("bundle_emb.") for key in file.table):
+        notes.append("A learned token is bundled in; only A1111 and SD.Next read it.")
+    if file.format == "diffusers" and any(module.alpha not in (None, module.rank) for module in file.modules):
+        notes.append("Its alpha stands in the header, where only diffusers looks; others apply it at strength 1.")
+    return notes
+
+
+def _judge_nothing(file: LoraFile) -> tuple[Verdict, ...]:
+    names = [verdict.reader for verdict in judge(file)]
+    return tuple(Verdict(name, "no", 0, len(file.table), "Not a LoRA or token file.") for name in names)
+
+
+def _judge_token(file: LoraFile) -> tuple[Verdict, ...]:
+    word, count = file.path.stem, len(file.table)
+    if count > 1:
+        diffusers = "partly", "Give load_textual_inversion clip_l and clip_g by themselves, each with its encoder."
+    else:
+        diffusers = "fully", "Loads completely with load_textual_inversion."
+    by_name = f"Loads from the embeddings folder; write {word}, the file's name."
+    texts = {
+        "diffusers": diffusers,
+        "ComfyUI": ("fully", f"Loads from models/embeddings; write embedding:{word}."),
+        "A1111": ("fully", by_name),
+        "Forge": ("fully", by_name),
+        "sd-scripts": ("fully", "Loads with --textual_inversion_embeddings of its image generators."),
+    }
+    return tuple(Verdict(reader, loads, count, 0, text) for reader, (loads, text) in texts.items())

@@ -1,0 +1,240 @@
+"""What each reader of LoRA files makes of a file's keys: sets of module names, and a verdict in one line.
+
+The rules are facts read in the readers' sources: ComfyUI `comfy/lora.py` and `comfy/utils.py`, A1111
+`extensions-builtin/Lora/networks.py`, Forge `extensions-builtin/sd_forge_lora/networks.py` (it vendors ComfyUI's
+names), kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_pipeline.py`. A reader knows a key if it
+knows the name of its module and its part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from echodistill_cli.lora.keys import (
+    ARCHITECTURES,
+    OTHER_PARTS,
+    TEXT_ATTENTION,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    split_key,
+    text_paths,
+    to_sgm,
+    unet_paths,
+)
+from echodistill_cli.lora.read import LoraFile
+
+FORGE_TOLERATES = 12
+_PLAIN = frozenset({"down", "up", "alpha"})
+_KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
+_PIPELINE_PREFIXES = (*_KOHYA, "unet.", "text_encoder.", "text_encoder_2.")
+_OUTSIDE_BLOCKS = ("conv_in", "conv_out", "time_embedding", "add_embedding")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one reader does with one file.
+
+    Attributes:
+        reader: its name.
+        loads: "fully", "partly", "hidden" (it would load, but is not listed) or "no".
+        matched: keys it applies.
+        unmatched: keys it does not.
+        text: one line for a person.
+    """
+
+    reader: str
+    loads: str
+    matched: int
+    unmatched: int
+    text: str
+
+
+def judge(file: LoraFile) -> tuple[Verdict, ...]:
+    """Every reader's verdict on a LoRA file; the readers load it onto a model of the file's own family."""
+    return tuple(_judge_one(file, reader) for reader in _READERS)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """One reader's rules: names and parts it knows, whether it serves models beyond SD and SDXL, its conclusion.
+
+    `bundles` says that it takes a learned word out of a LoRA file.
+    """
+
+    name: str
+    names: Callable[[str], frozenset[str]]
+    parts: frozenset[str]
+    any_model: bool
+    verdict: Callable[[LoraFile, int, int], tuple[str, str]]
+    bundles: bool = False
+
+
+def _judge_one(file: LoraFile, reader: _Reader) -> Verdict:
+    total = len(file.table)
+    if file.family == "unknown" and not reader.any_model:
+        text = "Cannot be judged: the file fits no SD 1, SD 2 or SDXL model."
+        return Verdict(reader.name, "no", 0, total, text)
+    parsed = [split_key(key) for key in file.table]
+    if file.family == "unknown":
+        matched = sum(key.part in reader.parts and key.module.startswith(_PIPELINE_PREFIXES) for key in parsed)
+    else:
+        names = reader.names(file.family)
+        matched = sum(key.part in reader.parts and key.module in names for key in parsed)
+    matched += sum(key.module.startswith("bundle_emb.") for key in parsed) if reader.bundles else 0
+    loads, text = reader.verdict(file, matched, total - matched)
+    return Verdict(reader.name, loads, matched, total - matched, text)
+
+
+def _comfy_verdict(_file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+    if matched == 0:
+        return "no", "Applies nothing: it knows none of the keys."
+    if unmatched:
+        return "partly", f'Applies {matched} keys and logs "lora key not loaded" for {unmatched}.'
+    return "fully", "Loads completely."
+
+
+def _forge_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+    if unmatched > FORGE_TOLERATES:
+        return "no", f"Applies nothing: {unmatched} keys are unknown to it, and it gives up above {FORGE_TOLERATES}."
+    sdxl = file.metadata.get("modelspec.architecture", "") == "stable-diffusion-xl-v1-base/lora"
+    if hidden := _hidden(file, also_sdxl=sdxl):
+        return "hidden", hidden
+    return _comfy_verdict(file, matched, unmatched)
+
+
+def _a1111_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+    if matched == 0:
+        return "no", "Applies nothing, and does not say so: it knows none of the keys."
+    if unmatched:
+        return "partly", f"Applies {matched} keys and drops {unmatched} without a word."
+    if incomplete := _incomplete_attention(file):
+        return "partly", f"Leaves out {incomplete} text-encoder layers that lack one of q, k, v and out."
+    if hidden := _hidden(file):
+        return "hidden", hidden
+    return "fully", "Loads completely."
+
+
+def _scripts_verdict(_file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+    if matched == 0:
+        return "no", "Applies nothing: it knows none of the keys."
+    if unmatched:
+        return "partly", f"Applies {matched} keys and ignores {unmatched}."
+    return "fully", "Loads completely."
+
+
+def _diffusers_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+    kohya = all(key.startswith(_KOHYA) for key in file.table)
+    # Of kohya's keys it must understand each; of its own it asks for a word. dora_scale it drops beforehand.
+    allowed = _PLAIN | {"dora_scale"}
+    foreign = [key for key in file.table if (split_key(key).part not in allowed if kohya else "lora" not in key)]
+    if foreign:
+        return "no", f"Refuses the file because of {len(foreign)} keys such as {foreign[0]}."
+    if matched == 0:
+        return "no", "Applies nothing: no key names a module of a pipeline."
+    if unmatched:
+        return "partly", f"Applies {matched} keys and ignores {unmatched}."
+    return "fully", "Loads completely with load_lora_weights."
+
+
+def _hidden(file: LoraFile, *, also_sdxl: bool = False) -> str:
+    """Both web UIs list a LoRA only beside models of the family that its header names."""
+    # A file without any header is shown everywhere.
+    if not file.metadata:
+        return ""
+    if file.family == "sd1":
+        says_sd2 = file.metadata.get("ss_v2") == "True"
+        return "Is hidden beside SD 1 models: the header says ss_v2 = True, which is SD 2." if says_sd2 else ""
+    sdxl = file.metadata.get("ss_base_model_version", "").startswith("sdxl_") or also_sdxl
+    if file.family == "sdxl" and not sdxl:
+        return "Is hidden beside SDXL models: the header lacks ss_base_model_version = sdxl_base_v1-0."
+    if file.family == "sd2" and file.metadata.get("ss_v2") != "True":
+        return "Is hidden beside SD 2 models: the header lacks ss_v2 = True."
+    return ""
+
+
+def _incomplete_attention(file: LoraFile) -> int:
+    # Only OpenCLIP joins q, k and v into one weight: SD 2's encoder and SDXL's second.
+    component = {"sd2": TEXT_ENCODER, "sdxl": TEXT_ENCODER_2}.get(file.family)
+    paths = {module.path for module in file.modules if module.component == component}
+    blocks = {path.rpartition(".")[0] for path in paths if path.endswith(TEXT_ATTENTION)}
+    return sum(any(f"{block}.{name}" not in paths for name in TEXT_ATTENTION) for block in blocks)
+
+
+def _text(family: str) -> Iterator[tuple[str, str]]:
+    for component, layers in ARCHITECTURES[family].text_layers.items():
+        yield from ((component, path) for path in text_paths(layers))
+
+
+def _sgm(family: str, path: str) -> str:
+    return to_sgm(path, first_upsampler=2 if family == "sdxl" else 1)
+
+
+def _processor(path: str) -> str:
+    """A path as diffusers had it while LoRA lived in attention processors."""
+    old = path.replace(".to_", ".processor.to_")
+    return old.removesuffix(".0") if old.endswith(".to_out.0") else old
+
+
+def _flat(prefix: str, path: str) -> str:
+    return prefix + path.replace(".", "_")
+
+
+@functools.cache
+def _comfy_names(family: str) -> frozenset[str]:
+    names: set[str] = set()
+    for path in unet_paths(family):
+        sgm, old = _sgm(family, path), _processor(path)
+        names |= {_flat("lora_unet_", path), _flat("lora_unet_", sgm), _flat("lycoris_", path)}
+        names |= {f"diffusion_model.{sgm}", old, f"unet.{old}"}
+    prefixes = {TEXT_ENCODER: ("lora_te_", "lora_te1_"), TEXT_ENCODER_2: ("lora_te2_",)}
+    for component, path in _text(family):
+        names |= {_flat(prefix, path) for prefix in prefixes[component]} | {f"{component}.{path}"}
+    return frozenset(names)
+
+
+@functools.cache
+def _a1111_names(family: str) -> frozenset[str]:
+    names: set[str] = set()
+    for path in unet_paths(family):
+        names.add(_flat("lora_unet_", _sgm(family, path)))
+        # Its rules for diffusers' names are SD 1's: they know no add_embedding, and misplace SDXL's first upsampler.
+        misplaced = family == "sdxl" and path.startswith(("add_embedding", "up_blocks.0.upsamplers"))
+        names |= set() if misplaced else {_flat("lora_unet_", path)}
+    first = {"sd1": ("lora_te_", "lora_te1_"), "sd2": ("lora_te_",), "sdxl": ("lora_te1_",)}[family]
+    prefixes = {TEXT_ENCODER: first, TEXT_ENCODER_2: ("lora_te2_",)}
+    return frozenset(
+        names | {_flat(prefix, path) for component, path in _text(family) for prefix in prefixes[component]}
+    )
+
+
+@functools.cache
+def _scripts_names(family: str) -> frozenset[str]:
+    paths = [path for path in unet_paths(family) if not path.startswith(_OUTSIDE_BLOCKS)]
+    names = {_flat("lora_unet_", path) for path in paths}
+    names |= {_flat("lora_unet_", to_sgm(path)) for path in paths if family == "sdxl"}
+    prefix = {TEXT_ENCODER: "lora_te1_" if family == "sdxl" else "lora_te_", TEXT_ENCODER_2: "lora_te2_"}
+    return frozenset(names | {_flat(prefix[component], path) for component, path in _text(family)})
+
+
+@functools.cache
+def _diffusers_names(family: str) -> frozenset[str]:
+    names: set[str] = set()
+    for path in unet_paths(family):
+        names |= {_flat("lora_unet_", path), f"unet.{path}", f"unet.{_processor(path)}"}
+        names |= {_flat("lora_unet_", to_sgm(path))} if family == "sdxl" else set()
+    prefixes = {TEXT_ENCODER: ("lora_te_", "lora_te1_"), TEXT_ENCODER_2: ("lora_te2_",)}
+    for component, path in _text(family):
+        names |= {_flat(prefix, path) for prefix in prefixes[component]}
+        names |= {f"{component}.{path}", f"{component}.{path.removeprefix('text_model.')}"}
+    return frozenset(names)
+
+
+_READERS = (
+    _Reader("diffusers", _diffusers_names, _PLAIN | {"lora_magnitude_vector"}, True, _diffusers_verdict),
+    _Reader("ComfyUI", _comfy_names, _PLAIN | OTHER_PARTS, False, _comfy_verdict),
+    _Reader("A1111", _a1111_names, _PLAIN | OTHER_PARTS, False, _a1111_verdict, bundles=True),
+    _Reader("Forge", _comfy_names, _PLAIN | OTHER_PARTS, False, _forge_verdict),
+    _Reader("sd-scripts", _scripts_names, _PLAIN, False, _scripts_verdict),
+)

@@ -1,0 +1,233 @@
+"""Model cards: of a run with its LoRA and pictures, and of a whole model that a LoRA was folded into."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from echodistill_cli import __version__
+from echodistill_cli.config.build import config_hash
+from echodistill_cli.config.schema import Config
+from echodistill_cli.models.load import Role
+from echodistill_cli.paths import is_path, last_part
+
+_CARD = """\
+---
+{base_model}instance_prompt: {quoted_subject}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, lora, one-step, echodistill]
+---
+
+# {name}
+
+A LoRA that draws *{subject}* with {linked_student}{together} in **one step**, learned from {photos} photos with
+echodistill {version}.
+
+![previews: with the word, and without it]({preview})
+
+## Use it
+
+| tool | how |
+|---|---|
+| echodistill | `echodistill sample --lora {file} --prompt "a photo of a {subject} on the beach"` |
+| ComfyUI, A1111, Forge | put `{file}` into `models/Lora` (`models/loras` in ComfyUI); 1 step, CFG 1, {side} x {side} |
+{distilled_row}{token_row}| diffusers | see below |
+
+```python
+import torch
+from diffusers import AutoPipelineForText2Image, EulerDiscreteScheduler
+
+pipe = AutoPipelineForText2Image.from_pretrained("{student}", torch_dtype=torch.float16).to("cuda")
+pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+{lora_lines}{token_lines}
+settings = {{"num_inference_steps": 1, "guidance_scale": 0.0, "height": {side}, "width": {side}}}
+image = pipe("a photo of a {trigger} on the beach", **settings).images[0]
+```
+
+`teacher/` holds the LoRA of its multi-step teacher, {linked_teacher}: 25 steps, guidance {guidance:g}.
+
+## How it was made
+
+{steps} steps{head_start} at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
+Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
+Configuration `{digest}`; all of it is in `config.toml`, every step in `metrics.jsonl`.
+"""
+
+_TOKEN_ROW = """\
+| the word in these | put `{token}.safetensors` into `embeddings`; ComfyUI wants `embedding:{token}` in the prompt |
+"""
+
+_LORA_LINES = """\
+pipe.load_lora_weights(".", weight_name="{file}")
+"""
+
+# What makes the base a one-step model is no part of the student's LoRA: without it the same lines draw mush.
+_DISTILLED_ROW = """\
+| what all of these need | `{distilled}` too, which makes the base one-step: load both LoRAs, each at strength 1 \
+(echodistill takes it from where `config.toml` says) |
+"""
+
+_DISTILLED_LINES = """\
+# Two LoRAs: {distilled}, put beside the other, makes the base a one-step model.
+pipe.load_lora_weights(".", weight_name="{distilled}", adapter_name="one-step")
+pipe.load_lora_weights(".", weight_name="{file}", adapter_name="subject")
+pipe.set_adapters(["one-step", "subject"])
+"""
+
+_TOKEN_LINES = """\
+# The word has a learned vector. diffusers takes it under a word that its tokenizer does not know yet.
+pipe.load_textual_inversion("{token}.safetensors", token="<{token}>")
+"""
+
+# That method alone does not know files of two vectors. transformers takes the highest number in a prompt for the end of
+# it where a configuration has the old eos_token_id 2, as SDXL's has: a new word's number is higher.
+_SDXL_TOKEN_LINES = """\
+# The word has a learned vector for each text encoder. diffusers takes them under a word that is new to it.
+from safetensors.torch import load_file
+
+vectors, word = load_file("{token}.safetensors"), "<{token}>"
+first, second = (pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)
+for key, (encoder, tokenizer) in {{"clip_l": first, "clip_g": second}}.items():
+    pipe.load_textual_inversion(vectors[key], token=word, text_encoder=encoder, tokenizer=tokenizer)
+# The word's number is above that of a prompt's end, which the second encoder would then look for in the wrong place.
+pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
+"""
+
+_MERGED = """\
+---
+{base_model}library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, {kind}, echodistill]
+---
+
+# {name}
+
+{linked_model} with a LoRA folded in by echodistill {version}; nothing has to be attached.
+{facts}
+```python
+import torch
+from diffusers import AutoPipelineForText2Image
+
+pipe = AutoPipelineForText2Image.from_pretrained(".", torch_dtype=torch.float16).to("cuda")
+image = pipe("a photo of a {trigger} on the beach"{settings}).images[0]
+```
+"""
+
+
+def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: str) -> str:
+    """The run folder's README.md.
+
+    Args:
+        state: `TrainingState.state_dict()`. lora: the student's LoRA file. preview: its picture, relative to the card.
+    """
+    student = _public_name(config.model.student)
+    weights = {"latent": config.loss.latent, "identity": config.loss.identity}
+    weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
+    return _CARD.format(
+        base_model=f"base_model: {student}\n" if _is_hub_id(config.model.student) else "",
+        student=student,
+        linked_student=_linked(config.model.student),
+        linked_teacher=_linked(config.model.teacher),
+        subject=config.subject,
+        quoted_subject=json.dumps(config.subject, ensure_ascii=False),
+        **_word(config, str(state["family"])),
+        **_loras(config, lora.name),
+        name=config.name,
+        photos=state["photo_count"],
+        version=__version__,
+        preview=preview,
+        file=lora.name,
+        side=config.model.resolution,
+        guidance=config.train.guidance_scale,
+        steps=state["step"],
+        head_start=f", after {alone} of the teacher alone," if (alone := state["head_start_step"]) else "",
+        batch=config.train.batch_size,
+        rank=config.adapter.rank,
+        text=_text_side(config),
+        seed=config.run.seed,
+        losses=", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
+        critics=", ".join(_public_name(name) for name in config.critic.discriminators) or "none",
+        echo=_echo(config, state),
+        digest=config_hash(config)[:16],
+    )
+
+
+def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
+    """The README.md of a diffusers folder.
+
+    Args:
+        model: hub id, folder or file that the LoRA was folded into. header: of that LoRA; its words and how to draw
+            with it are told where it has them.
+    """
+    said = {"Subject": "modelspec.trigger_phrase", "Draw with": "modelspec.usage_hint"}
+    facts = [f"{what}: {header[key]}.  \n" for what, key in said.items() if header.get(key)]
+    student = role == "student"
+    return _MERGED.format(
+        base_model=f"base_model: {model}\n" if _is_hub_id(model) else "",
+        kind="one-step" if student else "multi-step",
+        name=name,
+        linked_model=_linked(model),
+        version=__version__,
+        facts="".join(["\n", *facts]) if facts else "",
+        trigger=header.get("modelspec.trigger_phrase", "..."),
+        settings=", num_inference_steps=1, guidance_scale=0.0" if student else ", num_inference_steps=25",
+    )
+
+
+def _word(config: Config, family: str) -> dict[str, str]:
+    """The card's parts about the word: how it stands in diffusers' prompts, and where its file goes if it has one."""
+    token = config.concept.token
+    if config.text.form != "token":
+        return {"trigger": config.subject, "token_row": "", "token_lines": ""}
+    lines = _SDXL_TOKEN_LINES if family == "sdxl" else _TOKEN_LINES
+    return {
+        "trigger": config.subject.replace(token, f"<{token}>", 1),
+        "token_row": _TOKEN_ROW.format(token=token),
+        "token_lines": lines.format(token=token),
+    }
+
+
+def _loras(config: Config, file: str) -> dict[str, str]:
+    """The card's parts about the student's LoRA file and the one that made its base one-step, if there is such."""
+    if config.model.student_lora is None:
+        return {"together": "", "distilled_row": "", "lora_lines": _LORA_LINES.format(file=file)}
+    distilled = last_part(config.model.student_lora)
+    return {
+        "together": f" and `{distilled}`",
+        "distilled_row": _DISTILLED_ROW.format(distilled=distilled),
+        "lora_lines": _DISTILLED_LINES.format(file=file, distilled=distilled),
+    }
+
+
+def _text_side(config: Config) -> str:
+    if config.text.form == "frozen":
+        return "frozen"
+    by = "teacher and student" if config.text.trained_by == "both" else "the teacher"
+    return f"{config.text.form}, trained by {by}"
+
+
+def _echo(config: Config, state: Mapping[str, Any]) -> str:
+    start, steps = config.echo.start, config.echo.carry_back
+    if start is None:
+        return "off"
+    if state["step"] < start:
+        return f"not reached (it starts at step {start})"
+    kept = len(state["pool"]["prompts"]) if state["pool"] else 0
+    back = f"; then {steps} steps of the teacher alone, begun with the student's LoRA" if steps and kept else ""
+    return f"from step {start}, {kept or 'no'} {'picture' if kept == 1 else 'pictures'} kept at the end{back}"
+
+
+def _linked(source: str) -> str:
+    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else _public_name(source)
+
+
+def _public_name(source: str) -> str:
+    """A hub id as it is; of a path on this machine, only the last part."""
+    return source if _is_hub_id(source) else last_part(source)
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not is_path(source)

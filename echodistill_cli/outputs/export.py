@@ -1,0 +1,274 @@
+"""What `export` writes: LoRA files for other tools, or a model with what was learned folded in.
+
+layout       what                                                          name
+kohya        LoRA file that every tool reads, with preview and card         NAME.safetensors
+diffusers    LoRA file in diffusers' own layout                             NAME-diffusers.safetensors
+pipeline     whole diffusers folder, nothing to attach                      NAME-merged/
+checkpoint   whole model in one file, for ComfyUI, A1111 and Forge          NAME-merged.safetensors
+onnx         the one-step model for onnxruntime                             NAME-onnx/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import make_folder
+from echodistill_cli.lora.read import diffusers_tensors, kohya_tensors, write_safetensors
+from echodistill_cli.lora.sidecars import sidecar_paths, write_sidecars
+from echodistill_cli.lora.tensors import adapter_metadata, bundled_tensors, token_tensors
+from echodistill_cli.models.load import ModelPair, Role, load_pair
+from echodistill_cli.outputs.card import merged_card
+from echodistill_cli.outputs.hub import check_repository, in_repository, push, run_files
+from echodistill_cli.outputs.learned import Learned, LearnedFile, LearnedRun, find_learned
+from echodistill_cli.outputs.lora_export import DTYPES
+from echodistill_cli.outputs.merge import fold_lora, knows_word, place_token, save_checkpoint, save_pipeline
+from echodistill_cli.outputs.onnx_export import check_onnx, save_onnx
+
+Say = Callable[[str], None]
+
+LORA_LAYOUTS = ("kohya", "diffusers")
+MODEL_LAYOUTS = ("pipeline", "checkpoint", "onnx")
+_ENDINGS = {
+    "kohya": ".safetensors",
+    "diffusers": "-diffusers.safetensors",
+    "pipeline": "-merged",
+    "checkpoint": "-merged.safetensors",
+    "onnx": "-onnx",
+}
+# Their vocabularies take a new word; the other models' are what their readers have built in.
+_TAKE_ANY_WORD = {"pipeline", "onnx"}
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to write.
+
+    Args:
+        source: run folder or LoRA file; None for the newest run. layouts: see the module.
+        roles: whose; of a LoRA file, which models it is folded into. step: of a run's checkpoint; None for the newest.
+        output: folder; None for `export/` in the run, or the file's own. overwrite: replace what is there.
+        dtype: fp16, bf16 or fp32. metadata: False writes only what other tools need, and no sidecars.
+        bundle_embedding: put the learned word into the LoRA file, as A1111 alone reads it.
+        model, model_overrides: as in `SampleRequest`; for the layouts that hold a model.
+        push_to: repository on the Hugging Face hub to send a run with its card to; None sends nothing.
+        private: of a new repository; None for the account's own default. dry_run: only say what would be done.
+    """
+
+    source: Path | None = None
+    layouts: Sequence[str] = ("kohya",)
+    roles: Sequence[Role] = ("student",)
+    step: int | None = None
+    output: Path | None = None
+    overwrite: bool = False
+    dtype: str = "fp16"
+    metadata: bool = True
+    bundle_embedding: bool = False
+    model: str | None = None
+    model_overrides: Mapping[str, Any] = field(default_factory=dict)
+    push_to: str | None = None
+    private: bool | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to write: its role, its layout and its file or folder."""
+
+    role: Role
+    layout: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written (the learned word's file last), the names of what was sent, and where that is now.
+
+    After a dry run these are what would be; `address` is then None.
+    """
+
+    files: tuple[Path, ...]
+    sent: tuple[str, ...] = ()
+    address: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"files": [str(file) for file in self.files], "sent": list(self.sent), "address": self.address}
+
+
+def export_request(request: ExportRequest, say: Say = lambda _line: None) -> ExportResult:
+    """Write what a request asks for, and send it if that is asked too.
+
+    Raises:
+        ConfigError: there is no such run, or something is there already. ModelError: a model is missing, or the LoRA
+            is not for it. EchoDistillError: something cannot be written, or not be sent.
+    """
+    learned, targets = plan_export(request)
+    token = _token_path(learned, request)
+    files = (*(target.path for target in targets), *([token] if token else []))
+    own = run_files(learned.run) if request.push_to and isinstance(learned, LearnedRun) else {}
+    if request.dry_run:
+        names = {f"{path.name}{'' if path.suffix else '/'}" for path in files} if request.push_to else set()
+        return ExportResult(files, tuple(sorted({*own, *names})))
+    for target in targets:
+        make_folder(target.path.parent)
+        write = _write_lora if target.layout in LORA_LAYOUTS else _write_model
+        write(learned, target, request, say)
+    if token:
+        write_safetensors(token, token_tensors(token.stem, learned.vectors(), learned.family), {"format": "pt"})
+    if request.push_to is None:
+        return ExportResult(files)
+    for path in files:
+        beside = [other for other in sidecar_paths(path) if path.suffix == ".safetensors" and other.is_file()]
+        for one in (path, *beside):
+            own |= in_repository(one)
+    say(f"Sending {len(own)} files to {request.push_to}")
+    return ExportResult(files, tuple(sorted(own)), push(request.push_to, own, private=request.private))
+
+
+def plan_export(request: ExportRequest) -> tuple[Learned, list[Target]]:
+    """What was learned, and what a request would write of it; writes nothing.
+
+    Raises:
+        ConfigError: as `export_request`. ModelError: a LoRA file is damaged.
+    """
+    learned = find_learned(
+        request.source, step=request.step, model=request.model, model_overrides=request.model_overrides
+    )
+    folder = request.output or learned.folder
+    targets = [
+        Target(role, layout, folder / _name(learned, role, layout, request))
+        for role in request.roles
+        for layout in request.layouts
+    ]
+    if request.bundle_embedding and (learned.token is None or tuple(request.layouts) != ("kohya",)):
+        raise ConfigError(
+            "--bundle-embedding puts a learned word into a kohya file, and there is none.",
+            "Use it for a run with --text token, with --format kohya.",
+        )
+    if len(request.roles) > 1 and isinstance(learned, LearnedFile) and set(request.layouts) & set(LORA_LAYOUTS):
+        raise ConfigError(f"{request.source} is one LoRA, and --role both asks for two.", "Leave --role away.")
+    if "onnx" in request.layouts:
+        check_onnx("onnx", "onnxscript")
+        if "teacher" in request.roles:
+            raise ConfigError("--format onnx writes the one-step student only.", "Leave --role away.")
+    if request.push_to is not None:
+        check_repository(request.push_to)
+        if not isinstance(learned, LearnedRun):
+            raise ConfigError("--push-to-hub sends a run with its card.", "Name a run folder instead of a file.")
+    for target in targets:
+        _check_free(target, request)
+    token = _token_path(learned, request)
+    if token and token.exists() and not request.overwrite:
+        raise _taken(token)
+    return learned, targets
+
+
+def _name(learned: Learned, role: Role, layout: str, request: ExportRequest) -> str:
+    """The name of one thing to write; no two of a request have the same."""
+    # A file's own name tells its role already; only where it is folded into both models must theirs differ.
+    told = isinstance(learned, LearnedFile) and len(request.roles) == 1
+    stem = learned.name if role == "student" or told else f"{learned.name}-teacher"
+    ending = "-kohya.safetensors" if isinstance(learned, LearnedFile) and layout == "kohya" else _ENDINGS[layout]
+    return stem + ("-a1111.safetensors" if request.bundle_embedding else ending)
+
+
+def _check_free(target: Target, request: ExportRequest) -> None:
+    if request.overwrite:
+        return
+    beside = sidecar_paths(target.path) if target.layout == "kohya" and request.metadata else ()
+    for path in (target.path, *beside):
+        if path.exists():
+            raise _taken(path)
+
+
+def _taken(path: Path) -> ConfigError:
+    return ConfigError(f"{path} exists already.", "Replace it with --overwrite, or name another --output.")
+
+
+def _token_path(learned: Learned, request: ExportRequest) -> Path | None:
+    """Where the learned word's file goes; None if there is none, or the models hold it, or it is there already."""
+    if learned.token is None or not set(request.layouts) - _TAKE_ANY_WORD:
+        return None
+    if isinstance(learned, LearnedFile) and request.output in (None, learned.folder):
+        return None
+    return (request.output or learned.folder) / f"{learned.token}.safetensors"
+
+
+def _write_lora(learned: Learned, target: Target, request: ExportRequest, say: Say) -> None:
+    weights, dtype = learned.weights(target.role), DTYPES[request.dtype]
+    extra: dict[str, str] = {}
+    if target.layout == "kohya":
+        tensors = kohya_tensors(weights, learned.family, dtype)
+    else:
+        tensors = diffusers_tensors(weights, dtype)
+        one_rank_each = len({part.component for part in weights}) == len(weights)
+        extra = adapter_metadata(weights) if one_rank_each else {}
+    if request.bundle_embedding:
+        tensors |= bundled_tensors(str(learned.token), learned.vectors(), learned.family)
+        say(
+            f"{target.path.name} holds the word too: A1111 and SD.Next read that; diffusers refuses the file, ComfyUI "
+            "warns and leaves the word out, Forge leaves it out. Give others the two separate files."
+        )
+    metadata = learned.header(target.role, target.path, tensors, minimal=not request.metadata)
+    write_safetensors(target.path, tensors, metadata | extra)
+    if target.layout == "kohya" and request.metadata:
+        write_sidecars(target.path, metadata)
+
+
+def _write_model(learned: Learned, target: Target, request: ExportRequest, say: Say) -> None:
+    if target.layout == "onnx":
+        request = dataclasses.replace(request, dtype="fp32")
+    pair = merged_pair(learned, target.role, request, new_word=target.layout in _TAKE_ANY_WORD, say=say)
+    dtype = DTYPES[request.dtype]
+    say(f"Writing {target.path}")
+    if target.layout == "onnx":
+        save_onnx(pair, target.path, learned.models(target.role).resolution)
+    elif target.layout == "pipeline":
+        card = _merged_card(learned, target, request) if request.metadata else None
+        save_pipeline(pair, target.role, target.path, dtype, card)
+    else:
+        save_checkpoint(pair, target.role, target.path, dtype, _lora_header(learned, target, request))
+
+
+def merged_pair(learned: Learned, role: Role, request: ExportRequest, *, new_word: bool, say: Say) -> ModelPair:
+    """The models of what was learned, with it folded into one role and the text encoders.
+
+    Args:
+        new_word: whether the vocabularies may get a new row.
+
+    Raises:
+        ModelError: a model is missing, or the LoRA is not for it.
+    """
+    # Full precision would need twice the memory; the sum is made in float32 either way.
+    config = dataclasses.replace(
+        learned.models(role), device="cpu", precision=request.dtype, decoder="full", offload=False
+    )
+    say(f"Loading {config.student if role == 'student' else config.teacher}")
+    pair = load_pair(config, teacher=role == "teacher")
+    if pair.family != learned.family:
+        raise ConfigError(f"What was learned is for {learned.family}, and the model is {pair.family}.")
+    fold_lora(pair, role, learned.weights(role))
+    if learned.token and (new_word or knows_word(pair, learned.token)):
+        place_token(pair, learned.token, list(learned.vectors().values()))
+    elif learned.token:
+        say(f"{learned.token} is no word of the vocabulary, so it needs {learned.token}.safetensors beside the model.")
+    return pair
+
+
+def _merged_card(learned: Learned, target: Target, request: ExportRequest) -> str:
+    models = learned.models(target.role)
+    model = models.student if target.role == "student" else models.teacher
+    return merged_card(target.path.name, target.role, model, _lora_header(learned, target, request))
+
+
+def _lora_header(learned: Learned, target: Target, request: ExportRequest) -> dict[str, str]:
+    if not request.metadata:
+        return {}
+    # Hashes of them are not a merged model's, and are left out there; so a LoRA that kohya's keys refuse will do.
+    tensors = diffusers_tensors(learned.weights(target.role), DTYPES[request.dtype])
+    return learned.header(target.role, target.path, tensors, minimal=False)

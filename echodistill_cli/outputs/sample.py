@@ -1,0 +1,282 @@
+"""Drawing with what was trained: find a LoRA and its models, put it on, yield pictures that say how they were made."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from echodistill_cli import __version__
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import ModelConfig, TrainConfig
+from echodistill_cli.config.settings import check_section
+from echodistill_cli.data.pictures import grid, save_png, to_image
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate
+from echodistill_cli.diffusion.text import LearnedToken
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import make_folder
+from echodistill_cli.lora.safetensors_io import read_header
+from echodistill_cli.models.load import ModelPair, Role, load_pair
+from echodistill_cli.outputs.attach import attach_lora, read_token_file
+from echodistill_cli.outputs.onnx_backend import load_onnx, read_settings
+from echodistill_cli.paths import public_name
+from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
+
+Say = Callable[[str], None]
+
+_WIDEST = 8  # pictures of one prompt that stand in one row of the grid
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """What to draw.
+
+    Args:
+        prompts: one or more. count: pictures per prompt. seed: of a prompt's first picture; the next have the next.
+        lora: a LoRA file or a run folder; None for the newest run. lora_scale: its strength, 1 as trained.
+        role: who draws. steps, guidance_scale: None for the role's own (1 and 0; 25 and the run's guidance).
+        size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
+        model: a preset, hub id, folder or file to draw with instead of the run's own student; a LoRA file that lies in
+            no run folder needs it. model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
+        backend: "torch", or "onnx" for the graphs that `export --format onnx` wrote of a run; `model` may name them.
+    """
+
+    prompts: Sequence[str]
+    count: int = 1
+    seed: int = 0
+    lora: Path | None = None
+    lora_scale: float = 1.0
+    role: Role = "student"
+    steps: int | None = None
+    guidance_scale: float | None = None
+    size: int | None = None
+    batch_size: int = 4
+    compare: bool = False
+    model: str | None = None
+    model_overrides: Mapping[str, Any] = field(default_factory=dict)
+    backend: str = "torch"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One drawn picture, and the base model's of the same seed if that was asked for.
+
+    `texts` says how it was made, for the file's metadata; `seconds` is the time since the one before.
+    """
+
+    image: Image.Image
+    base: Image.Image | None
+    prompt: str
+    seed: int
+    texts: Mapping[str, str]
+    seconds: float
+
+
+def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sample]:
+    """Draw pictures with a trained LoRA, in the order of prompts, then seeds.
+
+    Raises:
+        ConfigError: there is no run or file to draw with. ModelError: a model is missing, or the file does not fit.
+    """
+    found = find_lora(request)
+    say(f"Loading {found.model.student if request.role == 'student' else found.model.teacher}")
+    on_graphs = request.backend == "onnx"
+    pair = load_onnx(found.lora) if on_graphs else load_pair(found.model, teacher=request.role == "teacher")
+    settings = SamplingSettings(
+        role=request.role,
+        steps=request.steps or (1 if request.role == "student" else 25),
+        guidance_scale=_guidance(request, found),
+        size=found.model.resolution,
+        batch_size=request.batch_size,
+    )
+    prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
+    seeds = [request.seed + index for _ in request.prompts for index in range(request.count)]
+    bases = list(generate(pair, prompts, seeds, settings)) if request.compare else [None] * len(prompts)
+    if not on_graphs:  # whose weights hold the LoRA and the word
+        made_for = read_header(found.lora)[0].get("echodistill.role", request.role)
+        if made_for != request.role:
+            say(f"{found.lora.name} was made for the {made_for}, which draws with --role {made_for}")
+        attach_lora(pair, request.role, found.lora, request.lora_scale)
+    if found.token_file and request.lora_scale:  # at 0 it is the base model that draws, word and all
+        _attach_token(pair, found.token_file)
+    started = time.perf_counter()
+    for prompt, seed, base, pixels in zip(prompts, seeds, bases, generate(pair, prompts, seeds, settings), strict=True):
+        seconds = time.perf_counter() - started
+        yield Sample(
+            image=to_image(pixels),
+            base=None if base is None else to_image(base),
+            prompt=prompt,
+            seed=seed,
+            texts=_texts(request, found, settings, prompt, seed),
+            seconds=seconds,
+        )
+        started = time.perf_counter()
+
+
+@dataclass(frozen=True)
+class WrittenSamples:
+    """The files of one `sample` call; the grid is None for a single picture."""
+
+    files: tuple[Path, ...]
+    grid: Path | None
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "files": [str(file) for file in self.files],
+            "grid": str(self.grid) if self.grid else None,
+            "images_per_second": round(self.images_per_second, 3),
+        }
+
+
+def sample_to_folder(request: SampleRequest, folder: Path, say: Say = lambda _line: None) -> WrittenSamples:
+    """Draw, and write one PNG per picture (with its making in its metadata) and a grid of all; nothing is overwritten.
+
+    Raises:
+        as `sample`; EchoDistillError: a file cannot be written.
+    """
+    first = _next_number(folder)
+    files: list[Path] = []
+    shown: list[Image.Image] = []
+    seconds = 0.0
+    for one in sample(request, say):
+        path = make_folder(folder) / f"{first + len(files):04d}_s{one.seed}.png"
+        picture = one.image if one.base is None else grid([one.base, one.image], columns=2)
+        save_png(path, picture, one.texts)
+        files.append(path)
+        shown.append(picture)
+        seconds += one.seconds
+    sheet = None
+    if len(shown) > 1:
+        sheet = folder / f"{first:04d}-{first + len(shown) - 1:04d}_grid.png"
+        save_png(sheet, grid(shown, columns=request.count if 1 < request.count <= _WIDEST else None))
+    rate = len(files) / max(seconds, 1e-9)
+    say(f"{len(files)} {'picture' if len(files) == 1 else 'pictures'}, {rate:.2f} images/s")
+    return WrittenSamples(tuple(files), sheet, rate)
+
+
+def _next_number(folder: Path) -> int:
+    """One above the highest number that a picture in the folder begins with."""
+    found = [re.match(r"\d{4,}(?=_)", path.name) for path in folder.glob("*_*.png")]
+    return max((int(number[0]) for number in found if number), default=-1) + 1
+
+
+@dataclass(frozen=True)
+class FoundLora:
+    """A LoRA file with the models it goes with, the token file that it needs, if any, and the teacher's guidance."""
+
+    lora: Path
+    model: ModelConfig
+    token_file: Path | None
+    teacher_guidance: float = TrainConfig.guidance_scale
+
+
+def find_lora(request: SampleRequest) -> FoundLora:
+    """The LoRA that a request means: of a run (the newest by default), or a file, in a run folder or anywhere.
+
+    Raises:
+        ConfigError: there is none, or its models are not known.
+    """
+    if request.backend == "onnx":
+        return _find_graphs(request)
+    if request.lora is None or request.lora.is_dir():
+        run = newest_run() if request.lora is None else open_run(request.lora)
+        return _of_run(run, _lora_path(run, request.role), request)
+    for folder in request.lora.resolve().parents[:2]:
+        if (folder / CONFIG_FILE).is_file():
+            return _of_run(open_run(folder), request.lora, request)
+    if not request.lora.is_file():
+        raise ConfigError(f"{request.lora}: no such LoRA file or run folder.")
+    if request.model is None:
+        raise ConfigError(f"{request.lora} lies in no run folder.", "Name the model it was made for with --model.")
+    guidance = build_config(request.model).train.guidance_scale
+    return FoundLora(request.lora, models_for(request, ModelConfig()), None, guidance)
+
+
+def _find_graphs(request: SampleRequest) -> FoundLora:
+    """The ONNX folder that a request means: the one it names as its model, or that of a run."""
+    if request.role == "teacher" or request.compare or request.lora_scale != 1:
+        raise ConfigError(
+            "--backend onnx draws with the student as trained: without --role teacher, --compare and --lora-scale."
+        )
+    if request.model is not None:
+        folder = Path(request.model)
+        model = dataclasses.replace(ModelConfig(), student=request.model)
+    else:
+        run = newest_run() if request.lora is None else open_run(request.lora)
+        folder, model = run.folder / "export" / f"{run.config.name}-onnx", run.config.model
+    size = int(read_settings(folder)["size"])
+    if request.size not in (None, size):
+        raise ConfigError(f"{folder} draws pictures of {size} pixels, not {request.size}.", "Leave --size away.")
+    return FoundLora(folder, dataclasses.replace(model, resolution=size), None)
+
+
+def models_for(request: SampleRequest, model: ModelConfig) -> ModelConfig:
+    """The models of a run, or those asked for, with what the request changes of them.
+
+    A run may have been trained with the tiny decoder, to save memory; pictures are drawn with the one that other tools
+    use. A revision is of one repository: another teacher has none.
+
+    Raises:
+        ConfigError: a changed value is wrong.
+    """
+    if request.model is not None:
+        model = build_config(request.model).model
+    changes = {"decoder": "full"} | dict(request.model_overrides)
+    if changes.get("teacher", model.teacher) != model.teacher:
+        changes.setdefault("teacher_revision", None)
+    model = dataclasses.replace(model, **changes)
+    if request.size is not None:
+        model = dataclasses.replace(model, resolution=request.size)
+    check_section("model", model)
+    return model
+
+
+def _lora_path(run: Run, role: Role) -> Path:
+    name = run.config.name
+    path = run.folder / (f"{name}.safetensors" if role == "student" else f"teacher/{name}-teacher.safetensors")
+    if not path.is_file():
+        raise ConfigError(
+            f"{run.folder} has no finished LoRA yet.", f"Finish it: echodistill train --resume -o {run.folder}"
+        )
+    return path
+
+
+def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
+    config = run.config
+    token_file = run.folder / f"{config.concept.token}.safetensors" if config.text.form == "token" else None
+    return FoundLora(lora, models_for(request, config.model), token_file, config.train.guidance_scale)
+
+
+def _attach_token(pair: ModelPair, file: Path) -> None:
+    LearnedToken(pair.encoder, file.stem, "a").to(pair.device).set_vectors(read_token_file(file))
+
+
+def _guidance(request: SampleRequest, found: FoundLora) -> float:
+    if request.guidance_scale is not None:
+        return request.guidance_scale
+    return 0.0 if request.role == "student" else found.teacher_guidance
+
+
+def _texts(
+    request: SampleRequest, found: FoundLora, settings: SamplingSettings, prompt: str, seed: int
+) -> dict[str, str]:
+    """What a picture's file says of its making; of paths only the last part."""
+    source = found.model.student if settings.role == "student" else found.model.teacher
+    return {
+        "prompt": prompt,
+        "seed": str(seed),
+        "model": public_name(source),
+        "lora": found.lora.name,
+        "lora_scale": f"{request.lora_scale:g}",
+        "steps": str(settings.steps),
+        "guidance_scale": f"{settings.guidance_scale:g}",
+        "software": f"echodistill {__version__}",
+    }

@@ -1,0 +1,143 @@
+"""The training loop: step, log, preview, save, and stop when asked; everything it decides stands on one page."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from echodistill_cli.data.pictures import grid, save_png, to_image
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate
+from echodistill_cli.errors import DeviceMemoryError, Interrupted, is_out_of_memory
+from echodistill_cli.runs import Run
+from echodistill_cli.trackers import tracking
+from echodistill_cli.training.signals import StopRequest
+from echodistill_cli.training.state import TrainingState
+from echodistill_cli.training.steps import carry_back_step, head_start_step, training_step
+
+Observer = Callable[[Mapping[str, float]], None]
+
+
+def train_to_end(
+    state: TrainingState, run: Run, observe: Observer, say: Callable[[str], None] = lambda _line: None
+) -> None:
+    """Take `state` to its last step, writing into `run` as its configuration says.
+
+    Args:
+        observe: called after each step with its metrics. say: called with a line when a signal came.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
+        DeviceMemoryError: the device ran out of memory; the hint names the next thing to try.
+        EchoDistillError: training diverged, or a file could not be written.
+    """
+    every, last = state.config.run, state.config.train.steps
+    announce = functools.partial(say, "Stopping after this step, to save it; Ctrl-C again stops at once, unsaved.")
+    with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce) as stop:
+        if state.step in (0, last):
+            preview(state, run)
+        while state.step < last or state.in_carry_back:
+            phase = state.phase
+            joint = phase == "training"
+            metrics = timed_step(state)
+            if joint:
+                run.log(metrics)
+                track(metrics)
+            observe(metrics)
+            student_done, number = joint and state.step == last, state.finished_in(phase)
+            done = state.step == last and not state.in_carry_back
+            if student_done or (joint and number % every.sample_every == 0):
+                preview(state, run)
+            signal_number = stop.received  # read once: it may come between any two lines
+            if done or student_done or signal_number or number % every.save_every == 0:
+                saved = run.save_checkpoint(state.step, state.state_dict())
+            if signal_number and not done:
+                message = f"Stopped at {state.place}, saved in {saved}."
+                raise Interrupted(f"{message} Go on: echodistill train --resume -o {run.folder}", signal_number)
+
+
+@contextmanager
+def memory_watched(state: TrainingState) -> Iterator[None]:
+    """Turn an exhausted memory into one line that names the peak and the next setting to try.
+
+    Raises:
+        DeviceMemoryError: the block ran out of memory.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        device = state.pair.device
+        raise DeviceMemoryError(
+            f"Out of memory on {device}, after a peak of {peak_memory_mib(device):,.0f} MiB.", _saving(state)
+        ) from error
+
+
+def timed_step(state: TrainingState) -> dict[str, float]:
+    """One step's metrics, with its number, its seconds, the learning rates and the peak memory in MiB.
+
+    A step of the teacher alone, in its head start or in the carry back, has a number of its own besides.
+    """
+    started = time.perf_counter()
+    steps = {"head start": head_start_step, "training": training_step, "carry back": carry_back_step}
+    metrics = steps[state.phase](state)
+    rates = {f"lr_{name}": optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
+    timing = {
+        "step_seconds": time.perf_counter() - started,
+        "peak_memory_mib": peak_memory_mib(state.pair.device),
+    }
+    return {"step": state.step, **metrics, **rates, **timing}
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory used so far, in MiB: on CUDA by tensors, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def preview(state: TrainingState, run: Run) -> None:
+    """Write one grid: a row per prompt; first with the concept's word, then without it, so that drift is seen."""
+    settings, config = state.config.run, state.config
+    without = config.concept.class_name or "object"
+    prompts = settings.sample_prompts or (
+        f"a photo of a {config.subject}",
+        f"a photo of a {config.subject} on the beach",
+    )
+    asked = [text for prompt in prompts for text in (prompt, prompt.replace(config.subject, without))]
+    seeds = list(range(settings.sample_seeds))
+    drawn = generate(
+        state.pair,
+        [prompt for prompt in asked for _ in seeds],
+        seeds * len(asked),
+        SamplingSettings(size=config.model.resolution, batch_size=config.train.batch_size),
+    )
+    with state.drawing():
+        sheet = grid([to_image(pixels) for pixels in drawn], columns=2 * len(seeds))
+    texts = {"prompts": " | ".join(asked), "seeds": ", ".join(map(str, seeds)), "step": str(state.step)}
+    save_png(run.samples / f"step-{state.step:06d}.png", sheet, texts)
+
+
+def _saving(state: TrainingState) -> str:
+    """The next setting that saves memory in this run."""
+    config = state.config
+    if config.train.batch_size > 1:
+        return "Try --batch-size 1."
+    if not config.train.gradient_checkpointing:
+        return "Try --gradient-checkpointing."
+    if config.model.decoder == "full":
+        return "Try --decoder tiny."
+    if set(config.critic.discriminators) - {"teacher"}:
+        return "Try --discriminators teacher."
+    return "Try a smaller --resolution, or a device with more memory."
