@@ -5,31 +5,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from echodistill_cli.config.build import config_to_dict
-from echodistill_cli.config.schema import Config
+from echodistill_cli.config.schema import Config, count_photo_like
 from echodistill_cli.data.photos import PhotoReport, check_photos, load_photos
-from echodistill_cli.data.pictures import png_bytes
-from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.evaluation.evaluate import Evaluation, EvaluationRequest, evaluate
-from echodistill_cli.files import write_text
 from echodistill_cli.lora.inspect import Inspection, inspect_file
-from echodistill_cli.models.load import Role
 from echodistill_cli.models.sources import where
-from echodistill_cli.outputs.attach import check_same_pictures
-from echodistill_cli.outputs.card import model_card
-from echodistill_cli.outputs.export import ExportRequest, ExportResult, export_request
-from echodistill_cli.outputs.lora_export import ExportSettings, check_name, export_lora, export_token
-from echodistill_cli.outputs.sample import Sample, SampleRequest, Say, WrittenSamples, sample, sample_to_folder
+from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.export import (
+    ExportRequest,
+    ExportResult,
+    TrainResult,
+    check_name,
+    export_request,
+    write_results,
+)
+from echodistill_cli.outputs.sample import Sample, WrittenSamples, sample, sample_to_folder
 from echodistill_cli.planning import (
     assumptions,
     expected_memory,
@@ -38,11 +35,9 @@ from echodistill_cli.planning import (
     sources_of,
     suit_device,
 )
-from echodistill_cli.runs import Run, check_output, create_run, resume_run
-from echodistill_cli.trackers import check_trackers
-from echodistill_cli.training.batches import count_photo_like
-from echodistill_cli.training.loop import Observer, train_to_end
-from echodistill_cli.training.state import TrainingState, build_state
+from echodistill_cli.runs import Observer, Run, Say, check_output, create_run, resume_run
+from echodistill_cli.training.loop import check_trackers, train_to_end
+from echodistill_cli.training.state import build_state
 
 __all__ = [
     "Evaluation",
@@ -64,22 +59,6 @@ __all__ = [
     "suited",
     "train",
 ]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run left: its folder, the student's and the teacher's LoRA, the token's file if there is one."""
-
-    run: Path
-    lora: Path
-    teacher_lora: Path
-    token: Path | None
-    steps: int
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
 
 def train(
@@ -121,7 +100,7 @@ def train(
     begun = state.step or state.head_start_step
     say(f"Training in {run.folder}, {f'on from {state.place}' if begun else 'from the start'}")
     train_to_end(state, run, observe, say)
-    return _write_results(state, run, started, say)
+    return write_results(state.pair, state.state_dict(), run, started, say)
 
 
 def suited(build: Callable[[Mapping[str, Any]], Config], vram: str, say: Say = lambda _line: None) -> Config:
@@ -189,33 +168,6 @@ def _saved_state(run: Run, step: int | None, photos: int) -> dict[str, Any] | No
             f"End it there with --steps {saved['step']}, or go back with --from-step.",
         )
     return saved
-
-
-def _write_results(state: TrainingState, run: Run, started: float, say: Say) -> TrainResult:
-    """Write what a person takes away, and read each file back with diffusers."""
-    config, saved = state.config, state.state_dict()
-    finished = time.time()
-    preview = run.samples / f"step-{state.step:06d}.png"
-    settings = ExportSettings(started_at=started, finished_at=finished, cover=_cover(preview, config.model.resolution))
-    lora = export_lora(config, saved, "student", run.folder / f"{config.name}.safetensors", settings)
-    teacher_path = run.folder / "teacher" / f"{config.name}-teacher.safetensors"
-    teacher_lora = export_lora(config, saved, "teacher", teacher_path, settings)
-    token = export_token(config, saved, run.folder)
-    write_text(run.folder / "README.md", model_card(config, saved, lora, f"samples/{preview.name}"))
-    say("Reading the files back")
-    strength = config.adapter.strength
-    written: tuple[tuple[Role, Path, float], ...] = (("student", lora, strength), ("teacher", teacher_lora, 1.0))
-    for role, file, times in written:
-        # One step without guidance for both: more would only magnify rounding.
-        sampling = SamplingSettings(role=role, size=config.model.resolution)
-        check_same_pictures(state.pair, role, file, [f"a photo of a {config.subject}"], sampling, times)
-    return TrainResult(run.folder, lora, teacher_lora, token, state.step, finished - started)
-
-
-def _cover(preview: Path, side: int) -> bytes:
-    """The first picture of the last preview, small enough for a header."""
-    with Image.open(preview) as sheet:
-        return png_bytes(sheet.convert("RGB").crop((0, 0, side, side)).resize((256, 256), Image.Resampling.LANCZOS))
 
 
 def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:

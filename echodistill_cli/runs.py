@@ -14,18 +14,21 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, config_to_toml, read_toml
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import atomically, explained, make_folder, write_text
 
+Observer = Callable[[Mapping[str, float]], None]
+Say = Callable[[str], None]
 CONFIG_FILE = "config.toml"
 SAMPLES = "samples"
-
 # What may differ when a run goes on: how long, where and how it is watched, and what a run that diverged or ran out of
 # memory is told to change; not what else is computed.
 _FREE_TO_CHANGE = {
@@ -73,7 +76,6 @@ class Run:
         """
         make_folder(self.checkpoints)
         target = self.checkpoints / f"step-{step:06d}"
-        import torch
 
         with atomically(target) as folder:
             folder.mkdir()
@@ -105,7 +107,6 @@ class Run:
         return self._read_checkpoint(found[-1])
 
     def _read_checkpoint(self, folder: Path) -> dict[str, Any]:
-        import torch
 
         try:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

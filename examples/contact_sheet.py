@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from echodistill_cli.cli.libraries import prepare_libraries
-from echodistill_cli.pipeline import Sample, SampleRequest, sample
+from echodistill_cli.cli.options import prepare_libraries
+from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.sample import Sample, sample
 from echodistill_cli.runs import open_run
 
 TILE, GAP, LINE = 128, 6, 18

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from echodistill_cli.training.averaging import WeightMean
+from echodistill_cli.training.optimizers import WeightMean
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from echodistill_cli.config.build import build_config
-from echodistill_cli.data.views import SCENES, TEMPLATES
+from echodistill_cli.data.prompts import SCENES, TEMPLATES
 from echodistill_cli.models.adapters import lora_tensors, trainable_parameters
 from echodistill_cli.training.state import TrainingState, build_state, learning_rates
 from echodistill_cli.training.steps import echo_step

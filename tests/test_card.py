@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from echodistill_cli.config.build import build_config, config_hash
-from echodistill_cli.models.load import Role
+from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.outputs.card import merged_card, model_card
 
 LORA = Path("runs/sks-dog/sks-dog.safetensors")

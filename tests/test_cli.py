@@ -20,9 +20,8 @@ from typer.main import get_command
 
 from echodistill_cli import __version__
 from echodistill_cli.cli.app import app
-from echodistill_cli.cli.flags import ALIASES, FLAGS, PANELS
-from echodistill_cli.cli.libraries import prepare_libraries
-from echodistill_cli.cli.progress import TrainingProgress
+from echodistill_cli.cli.options import ALIASES, FLAGS, PANELS, prepare_libraries
+from echodistill_cli.cli.show import TrainingProgress
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config, EchoConfig, TrainConfig
 from tests.commands import command, small_toml

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echodistill_cli.data.colour_models import refined_mask
+from echodistill_cli.data.masks import refined_mask
 from tests.small import seeded
 
 

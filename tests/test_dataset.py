@@ -14,18 +14,15 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli.data.photos import Photo
+from echodistill_cli.data.prompts import SCENES, TEMPLATES, scene_prompt, with_subject
 from echodistill_cli.data.views import (
     BACKGROUND_WEIGHT,
-    SCENES,
     SMALL_FRAMINGS,
-    TEMPLATES,
     ZOOMED_FRAMINGS,
     View,
     prompt_for,
     real_views,
-    scene_prompt,
     teacher_views,
-    with_subject,
 )
 from tests.small import seeded
 

@@ -15,19 +15,14 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, ViTModel
 
 from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.pair import Denoiser
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ModelError
 from echodistill_cli.models.adapters import UNET_TARGETS, add_lora, lora_tensors, trainable_parameters
-from echodistill_cli.models.load import Denoiser, load_pair
-from echodistill_cli.training.critics import (
-    Discriminator,
-    ImageBackbone,
-    Pictures,
-    TeacherBackbone,
-    build_discriminators,
-    load_image_backbone,
-)
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
+from echodistill_cli.training.critics import Discriminator, Pictures, TeacherBackbone, build_discriminators
 
 CPU = torch.device("cpu")
 KINDS = ("dino", "dinov2", "clip")

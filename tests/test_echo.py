@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echodistill_cli.config.schema import EchoConfig
-from echodistill_cli.training.echo import EchoPool, judge, refresh
 from echodistill_cli.training.losses import identity_scores, photo_similarity
+from echodistill_cli.training.pools import EchoPool, judge, refresh
 
 
 def at(*degrees: float, tilt: float = 0.0) -> Tensor:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.evaluation.evaluate import TEMPLATES, fill, judge_names
-from echodistill_cli.evaluation.vision import CLIP, DINO, ClipJudge, DinoJudge
+from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
+from echodistill_cli.evaluation.evaluate import fill, judge_names
+from echodistill_cli.models.vision import CLIP, DINO, ClipJudge, DinoJudge
 from examples.benchmark.small_pair import small_tokenizer
 from tests.commands import command, files_below, trained_run
 
@@ -276,8 +277,8 @@ def test_the_newest_run_is_meant_and_a_lora_file_needs_its_model(
 
 
 def test_our_own_prompts_have_a_place_for_the_subject_each() -> None:
-    assert len(set(TEMPLATES)) == 16
-    assert all(fill(template, "") != template for template in TEMPLATES)
+    assert len(set(EVALUATION_TEMPLATES)) == 16
+    assert all(fill(template, "") != template for template in EVALUATION_TEMPLATES)
     assert fill("a {} and {subject}", "sks dog") == "a sks dog and sks dog"
 
 

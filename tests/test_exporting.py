@@ -18,16 +18,19 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from echodistill_cli.config.schema import ModelConfig
-from echodistill_cli.data.pictures import png_bytes
+from echodistill_cli.data.images import png_bytes
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import sample_latents, seeded_noise
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
-from echodistill_cli.lora.read import LoraWeights, kohya_tensors, read_lora, write_safetensors
-from echodistill_cli.lora.tensors import bundled_tensors
+from echodistill_cli.lora.read import read_lora
+from echodistill_cli.lora.safetensors_io import write_safetensors
+from echodistill_cli.lora.tensors import LoraWeights, bundled_tensors, kohya_tensors
 from echodistill_cli.models.adapters import trainable_parameters
-from echodistill_cli.models.load import ModelPair, load_pair
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.card import model_card
-from echodistill_cli.outputs.lora_export import ExportSettings, export_lora
+from echodistill_cli.outputs.export import export_lora
 from echodistill_cli.pipeline import export
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import TrainingState, build_state
@@ -317,7 +320,7 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_as_a_whole(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("echodistill_cli.outputs.merge.save_file", full)
+    monkeypatch.setattr("echodistill_cli.outputs.apply.save_file", full)
     monkeypatch.setattr("echodistill_cli.lora.safetensors_io.save_file", full)
     monkeypatch.setattr("diffusers.models.modeling_utils.ModelMixin.save_pretrained", full)
     for layout in ("pipeline", "checkpoint"):

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from echodistill_cli.cli.app import app
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.outputs import hub
+from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.card import model_card
-from echodistill_cli.outputs.lora_export import ExportSettings, export_lora
-from echodistill_cli.pipeline import ExportRequest, export_request
+from echodistill_cli.outputs.export import ExportRequest, export_lora, export_request
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import build_state
 from tests.small import small_config, small_photos

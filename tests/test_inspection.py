@@ -14,19 +14,12 @@ from torch import Tensor
 
 from echodistill_cli.errors import ModelError
 from echodistill_cli.lora import keys as lora_keys
+from echodistill_cli.lora.header import LoraCard, header
 from echodistill_cli.lora.inspect import Inspection, inspect_file
-from echodistill_cli.lora.read import (
-    LoraCard,
-    LoraWeights,
-    adapter_metadata,
-    diffusers_tensors,
-    header,
-    kohya_tensors,
-    read_lora,
-    token_tensors,
-    write_safetensors,
-)
+from echodistill_cli.lora.read import read_lora
 from echodistill_cli.lora.readers import Verdict
+from echodistill_cli.lora.safetensors_io import write_safetensors
+from echodistill_cli.lora.tensors import LoraWeights, adapter_metadata, diffusers_tensors, kohya_tensors, token_tensors
 
 READERS = ("diffusers", "ComfyUI", "A1111", "Forge", "sd-scripts")
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -35,20 +35,12 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.lora import keys as lora_keys
-from echodistill_cli.lora.read import (
-    LoraCard,
-    LoraWeights,
-    adapter_metadata,
-    diffusers_tensors,
-    header,
-    kohya_tensors,
-    read_lora,
-    token_tensors,
-    write_safetensors,
-)
-from echodistill_cli.lora.safetensors_io import read_tensors, serialize
+from echodistill_cli.lora.header import LoraCard, header
+from echodistill_cli.lora.read import read_lora
+from echodistill_cli.lora.safetensors_io import read_tensors, serialize, write_safetensors
+from echodistill_cli.lora.tensors import LoraWeights, adapter_metadata, diffusers_tensors, kohya_tensors, token_tensors
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.merge import fold_lora
+from echodistill_cli.outputs.apply import fold_lora
 from echodistill_cli.pipeline import export
 
 TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]

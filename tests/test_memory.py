@@ -248,7 +248,7 @@ def test_a_student_made_by_a_lora_needs_one_unet_and_the_lora(tmp_path: Path) ->
 
 def dry_run(photos: Path, cache: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """`train --dry-run` in a process of its own, with an empty cache and no network."""
-    words = [sys.executable, "-m", "echodistill_cli.cli.app", "train", str(photos), "--dry-run", "--offline", *options]
+    words = [sys.executable, "-m", "echodistill_cli", "train", str(photos), "--dry-run", "--offline", *options]
     folders = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
     return subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | folders)
 

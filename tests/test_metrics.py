@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from echodistill_cli.evaluation.metrics import own_similarity, pairwise_cosine, prompt_fidelity, subject_fidelity
+from echodistill_cli.evaluation.evaluate import own_similarity, pairwise_cosine, prompt_fidelity, subject_fidelity
 
 DRAWN = torch.tensor([[3, 4], [1, 0]])
 PHOTOS = torch.tensor([[1, 0], [0, 2], [-1, 0]])

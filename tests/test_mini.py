@@ -10,8 +10,7 @@ import pytest
 
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ModelError
-from echodistill_cli.models.embedded import embedded_folder
-from echodistill_cli.models.sources import downloads, resolve, where
+from echodistill_cli.models.sources import downloads, embedded_folder, resolve, where
 from examples.benchmark.measure import JUDGE
 from examples.mini_world.judges import Examiner
 from examples.mini_world.nouns import CORE

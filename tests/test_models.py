@@ -19,10 +19,12 @@ from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
 from echodistill_cli.diffusion.sampling import to_uint8
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.models.load import Denoiser, LatentCodec, load_pair, load_schedule, pick_device, pick_dtype
+from echodistill_cli.models.device import pick_device, pick_dtype
+from echodistill_cli.models.load import load_pair, load_schedule
 from echodistill_cli.planning import suit_device
 
 Pair = tuple[Path, Path]

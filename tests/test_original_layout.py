@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import echodistill_cli
-from echodistill_cli.models.original_layout import sd_checkpoint, sdxl_checkpoint
+from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
 
 State = dict[str, torch.Tensor]
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "configurations"

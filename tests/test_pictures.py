@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.data.pictures import grid, png_bytes, save_png, to_image
+from echodistill_cli.data.images import grid, png_bytes, save_png, to_image
 from echodistill_cli.errors import EchoDistillError
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan"]

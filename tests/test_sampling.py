@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteSchedule
 from torch import Tensor
 
 from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import (
     SamplingSettings,
     generate,
@@ -24,7 +25,7 @@ from echodistill_cli.diffusion.sampling import (
 from echodistill_cli.diffusion.schedule import add_noise, guide, predict_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import EchoDistillError
-from echodistill_cli.models.load import ModelPair, load_pair
+from echodistill_cli.models.load import load_pair
 from tests.commands import missing_flags
 
 PROMPTS = ("a photo of a dog", "a cat in the snow", "a teapot on the beach", "", "a very small toy")

@@ -21,13 +21,17 @@ from PIL import Image
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.data.photos import Photo
 from echodistill_cli.data.views import teacher_views
+from echodistill_cli.diffusion.pair import Denoiser, ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate, seeded_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.adapters import trainable_parameters
-from echodistill_cli.models.load import Denoiser, ModelPair, load_pair
-from echodistill_cli.pipeline import SampleRequest, TrainResult, export, sample, train
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.export import TrainResult
+from echodistill_cli.outputs.sample import sample
+from echodistill_cli.pipeline import export, train
 from echodistill_cli.training.batches import draw_student_pass, draw_teacher_batch
 from echodistill_cli.training.state import add_trained_parts, build_state
 from echodistill_cli.training.steps import student_step, training_step

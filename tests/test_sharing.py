@@ -16,14 +16,16 @@ from peft.utils import get_peft_model_state_dict
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config, ModelConfig
-from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.pair import Denoiser, ModelPair
 from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.models.adapters import DISTILLED, UNET_TARGETS, add_lora, trainable_parameters
-from echodistill_cli.models.load import ModelPair, load_pair
-from echodistill_cli.pipeline import SampleRequest, sample, train
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.sample import sample
+from echodistill_cli.pipeline import train
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
 from echodistill_cli.training.targets import untouched_x0

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ModelError
-from echodistill_cli.models.load import ModelPair, load_pair
+from echodistill_cli.models.load import load_pair
 from tests.original_layout import build_sd2_pair, build_sdxl, sd2_state, sdxl_state, write
 
 State = dict[str, Tensor]

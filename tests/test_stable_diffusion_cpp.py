@@ -23,9 +23,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import echodistill_cli
 from echodistill_cli.lora.keys import TEXT_ATTENTION
-from echodistill_cli.lora.read import LoraWeights, kohya_tensors, write_safetensors
-from echodistill_cli.lora.safetensors_io import read_header, write_checkpoint
-from echodistill_cli.models.original_layout import sd_checkpoint
+from echodistill_cli.lora.safetensors_io import read_header, write_checkpoint, write_safetensors
+from echodistill_cli.lora.tensors import LoraWeights, kohya_tensors
+from echodistill_cli.models.single_file import sd_checkpoint
 
 pytestmark = [
     pytest.mark.skipif(

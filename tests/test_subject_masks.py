@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.data.colour_models import refined_mask
-from echodistill_cli.data.masks import subject_mask, with_masks
+from echodistill_cli.data.masks import refined_mask, subject_mask, with_masks
 from echodistill_cli.data.photos import Photo
 from echodistill_cli.diffusion.pair import ModelPair
 from examples.benchmark.subjects import REFERENCES

@@ -10,7 +10,7 @@ import pytest
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.trackers import check_trackers, tracking
+from echodistill_cli.training.loop import check_trackers, tracking
 from tests.commands import command, small_toml
 
 

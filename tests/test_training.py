@@ -20,17 +20,11 @@ from echodistill_cli.diffusion.sampling import sample_latents, student_x0
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors
+from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training import steps as training
-from echodistill_cli.training.batches import (
-    StudentPass,
-    draw_echo,
-    draw_reals,
-    draw_student_pass,
-    draw_teacher_batch,
-)
-from echodistill_cli.training.critics import ImageBackbone, TeacherBackbone
+from echodistill_cli.training.batches import StudentPass, draw_echo, draw_reals, draw_student_pass, draw_teacher_batch
+from echodistill_cli.training.critics import TeacherBackbone, look
 from echodistill_cli.training.losses import photo_distance
-from echodistill_cli.training.optimizing import count_skips, optimize, set_rates, trained_weights
 from echodistill_cli.training.state import TrainingState, build_state
 from echodistill_cli.training.steps import (
     CARRY_BACK_RATE,
@@ -42,10 +36,11 @@ from echodistill_cli.training.steps import (
     head_start_step,
     replay_step,
     student_step,
+    teacher_prior,
+    teacher_step,
     training_step,
 )
 from echodistill_cli.training.targets import draw_replay, drawn_target, untouched_x0, untrained
-from echodistill_cli.training.teaching import teacher_prior, teacher_step
 from tests.small import seeded, small_config, small_photos
 
 NewState = Callable[..., TrainingState]
@@ -340,7 +335,7 @@ def test_remembered_features_of_reals_are_those_of_now(new_state: NewState) -> N
     assert set(reals.cached) == {critic.name for critic in image_critics} == {"dino"}
     for critic in image_critics:
         with torch.no_grad():
-            now = critic.backbone.see(reals.pictures)
+            now = look(critic.backbone, reals.pictures)
         torch.testing.assert_close(reals.features(critic)[0], now[0], rtol=1e-4, atol=1e-5)
 
 
@@ -352,7 +347,7 @@ def test_remembered_features_of_echoed_pictures_are_those_of_now_too(new_state: 
     assert reals.weights.tolist() == [1.0, 1.0, 0.25, 0.25]
     for critic in state.critics:
         with torch.no_grad():
-            now = critic.backbone.see(reals.pictures)
+            now = look(critic.backbone, reals.pictures)
         for ours, theirs in zip(reals.features(critic), now, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
@@ -432,14 +427,14 @@ def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing(new_state: NewS
     before = trained(state)
     loss = (weight * 0).sum().sqrt()  # 0, with an infinite slope times 0
     assert float(loss.detach()) == 0
-    assert optimize(state, loss, ["teacher", "text"]) == {"skipped_teacher": 1.0, "skipped_text": 1.0}
+    assert state.optimizers.step(loss, ["teacher", "text"]) == {"skipped_teacher": 1.0, "skipped_text": 1.0}
     assert moved(before, state) == set()
 
 
 def test_good_steps_in_between_start_the_count_anew(new_state: NewState) -> None:
     state = new_state(train__max_bad_steps=2)
     for metrics in ({"skipped_teacher": 1.0}, {}, {"skipped_student": 1.0}, {}):
-        count_skips(state, metrics)
+        state.count_skips(metrics)
     assert (state.bad_steps, state.bad_steps_in_a_row) == (2, 0)
 
 
@@ -562,7 +557,7 @@ def test_on_echoed_pictures_the_teacher_keeps_its_answer_to_the_empty_prompt(new
     assert teacher_step(state)["denoising"] == pytest.approx(0, abs=1e-9)  # an untrained one predicts what it did
 
     with torch.no_grad():
-        for weight in trained_weights(state, ["teacher"]):
+        for weight in state.optimizers.weights(["teacher"]):
             weight.add_(0.1 * torch.randn(weight.shape, generator=state.generator))
     strayed = teacher_step(state)["denoising"]
     for _ in range(15):
@@ -572,7 +567,7 @@ def test_on_echoed_pictures_the_teacher_keeps_its_answer_to_the_empty_prompt(new
 
 def test_once_pictures_are_kept_the_teacher_may_take_several_steps_a_step(new_state: NewState) -> None:
     state = new_state(echo__start=2, echo__teacher_steps=3, echo__min_identity=0.0)
-    moved = trained_weights(state, ["teacher"])[0]
+    moved = state.optimizers.weights(["teacher"])[0]
     taken = []
     for _ in range(4):
         training_step(state)
@@ -620,7 +615,7 @@ def test_the_priors_gradient_reaches_the_teacher_and_the_text_side(new_state: Ne
     steps(state, 1)
     before = trained(state)
     loss = teacher_prior(state, state.prior)  # type: ignore[arg-type]
-    optimize(state, loss, ["teacher", "text"])
+    state.optimizers.step(loss, ["teacher", "text"])
     assert moved(before, state) == {"teacher", "text"}
 
 
@@ -869,11 +864,11 @@ def test_the_head_start_ends_at_the_mean_of_its_second_half(new_state: NewState)
     after: list[list[torch.Tensor]] = []
     for _ in range(4):
         head_start_step(state)
-        after.append([weight.detach().clone() for weight in trained_weights(state, ["teacher", "text"])])
+        after.append([weight.detach().clone() for weight in state.optimizers.weights(["teacher", "text"])])
     alone = new_state(train__head_start=5)  # its fourth step is an inner one, where nothing is moved
     for _ in range(4):
         head_start_step(alone)
-    last = [weight.detach() for weight in trained_weights(alone, ["teacher", "text"])]
+    last = [weight.detach() for weight in alone.optimizers.weights(["teacher", "text"])]
     assert any(not torch.equal(mean, weight) for mean, weight in zip(after[3], last, strict=True))
     for mean, third, fourth in zip(after[3], after[2], last, strict=True):
         torch.testing.assert_close(mean, (third + fourth) / 2)
@@ -886,7 +881,7 @@ def test_a_teacher_that_is_averaged_keeps_its_rate_and_ends_at_the_mean_of_the_s
     after = []
     for _ in range(4):
         training_step(state)
-        after.append([weight.detach().clone() for weight in trained_weights(state, ["teacher"])])
+        after.append([weight.detach().clone() for weight in state.optimizers.weights(["teacher"])])
     assert state.optimizers["teacher"].param_groups[0]["lr"] == 1e-3
     assert state.optimizers["student"].param_groups[0]["lr"] < 0.2 * state.config.train.lr
     steps(last, 4)
@@ -896,7 +891,7 @@ def test_a_teacher_that_is_averaged_keeps_its_rate_and_ends_at_the_mean_of_the_s
     resumed = new_state(**fast, train__teacher_mean=True)
     resumed.load_state_dict(saved(again))  # the sum so far is in the checkpoint
     steps(resumed, 1)
-    for mean, third, weight in zip(after[3], after[2], trained_weights(resumed, ["teacher"]), strict=True):
+    for mean, third, weight in zip(after[3], after[2], resumed.optimizers.weights(["teacher"]), strict=True):
         assert torch.equal(mean, weight)
         assert not torch.equal(mean, third)
     assert state.teacher_mean.count == 0
@@ -980,7 +975,7 @@ def test_learning_rates_stay_or_fall_to_0_over_the_steps(new_state: NewState) ->
         state = new_state(train__lr_schedule=schedule, train__steps=4, train__lr=2e-3, train__teacher_lr=1e-3)
         found = []
         for state.step in range(5):
-            set_rates(state)
+            state.set_rates()
             found.append(state.optimizers["student"].param_groups[0]["lr"])
             assert state.optimizers["teacher"].param_groups[0]["lr"] == pytest.approx(found[-1] / 2)
         return found

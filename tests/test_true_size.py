@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from echodistill_cli.models.adapters import trainable_parameters
-from echodistill_cli.training.critics import ImageBackbone
+from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
 from examples.benchmark.true_size import SeenAnew, configuration, matmul_rate, measure, reference_step

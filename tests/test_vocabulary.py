@@ -20,7 +20,7 @@ from echodistill_cli.diffusion.text import RARE_WORDS, check_token
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.single_file import prediction_in, shipped_configuration
-from echodistill_cli.models.vocabulary import find_vocabulary, vocabulary_in
+from echodistill_cli.models.sources import find_vocabulary, vocabulary_in
 from tests.commands import missing_flags
 from tests.original_layout import build_sd2_pair, build_sdxl, sd2_state, sdxl_state, write
 from tests.test_single_file import assert_equal, config, weights, without_weights

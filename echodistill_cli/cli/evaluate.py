@@ -5,23 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
-from echodistill_cli.cli.libraries import prepare_libraries
-from echodistill_cli.cli.options import Json, Quiet, option, switch
-from echodistill_cli.cli.progress import TrainingProgress, say_to, stderr_console
-from echodistill_cli.cli.report import print_table
+from echodistill_cli.cli.options import Json, Quiet, option, prepare_libraries, switch
+from echodistill_cli.cli.show import (
+    TrainingProgress,
+    benchmark_table,
+    evaluation_table,
+    print_table,
+    say_to,
+    stderr_console,
+)
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
-
-if TYPE_CHECKING:  # these import torch
-    from echodistill_cli.evaluation.evaluate import Evaluation
 
 _DRAWING = "How pictures are drawn"
 _JUDGES = "Encoders"
@@ -115,46 +114,12 @@ def evaluate(
         print_table(result, benchmark_table(result), as_json=as_json)
 
 
-def evaluation_table(found: Evaluation) -> RenderableType:
-    """A row per prompt, then all of them together, and the photos among themselves."""
-    table = _score_table("prompt")
-    for one in found.per_prompt:
-        _add(table, one.prompt, one.scores.clip_i, one.scores.dino, one.scores.clip_t)
-    table.add_section()
-    _add(table, f"all {found.pictures} pictures", found.scores.clip_i, found.scores.dino, found.scores.clip_t)
-    _add(table, f"the {found.photos} photos among themselves", found.photos_clip_i, found.photos_dino, None)
-    return Group(table, Text(), Text(str(found.file)))
-
-
-def benchmark_table(result: Mapping[str, Any]) -> RenderableType:
-    """A row per subject, then their mean, their photos' own, and what the paper reports."""
-    table = _score_table("subject")
-    for name, entry in result["subjects"].items():
-        _add(table, name, entry["clip_i"], entry["dino"], entry["clip_t"])
-    table.add_section()
-    mean, paper = result["mean"], result["paper_sd_turbo"]
-    _add(table, f"mean of {len(result['subjects'])}", mean["clip_i"], mean["dino"], mean["clip_t"])
-    _add(table, "photos among themselves", mean["photos_clip_i"], mean["photos_dino"], None)
-    _add(table, "paper: SD-Turbo, all 30", paper["clip_i"], paper["dino"], None)
-    return Group(table, Text(), Text(result["file"]))
-
-
-def _score_table(first: str) -> Table:
-    table = Table(first, box=None, pad_edge=False)
-    for name in ("CLIP-I", "DINO", "CLIP-T"):
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
-
-
-def _add(table: Table, name: str, *scores: float | None) -> None:
-    table.add_row(Text(name), *("" if score is None else f"{score:.3f}" for score in scores))
-
-
 def _measure(photos: Path, drawing: Mapping[str, Any], settings: Mapping[str, Any], say: Callable[[str], None]) -> Any:
     from echodistill_cli import pipeline
-    from echodistill_cli.evaluation.evaluate import TEMPLATES, EvaluationRequest
+    from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
+    from echodistill_cli.evaluation.evaluate import EvaluationRequest
 
-    asked = pipeline.SampleRequest(**{**drawing, "prompts": drawing["prompts"] or TEMPLATES})
+    asked = pipeline.SampleRequest(**{**drawing, "prompts": drawing["prompts"] or EVALUATION_TEMPLATES})
     return pipeline.evaluate(EvaluationRequest(photos, asked, **settings), say)
 
 
@@ -170,7 +135,8 @@ def _benchmark(
     from echodistill_cli.evaluation import dreambench
 
     asked = pipeline.SampleRequest(**drawing)
-    return dreambench.run_benchmark(dreambench.BenchmarkRequest(folder, output, drawing=asked, **settings), watch, say)
+    request = dreambench.BenchmarkRequest(folder, output, drawing=asked, **settings)
+    return dreambench.run_benchmark(request, pipeline.train, watch, say)
 
 
 def _build(model: str | None, file: Path | None, chosen: Mapping[str, Any], own: Mapping[str, Any]) -> Config:

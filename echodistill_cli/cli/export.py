@@ -7,10 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from echodistill_cli.cli.libraries import prepare_libraries
-from echodistill_cli.cli.options import Json, Quiet, option, switch
-from echodistill_cli.cli.progress import say_to, stderr_console
-from echodistill_cli.cli.report import print_paths
+from echodistill_cli.cli.options import Json, Quiet, option, prepare_libraries, switch
+from echodistill_cli.cli.show import print_paths, say_to, stderr_console
 from echodistill_cli.errors import ConfigError
 
 Layout = Literal["kohya", "diffusers", "both", "pipeline", "checkpoint", "onnx"]

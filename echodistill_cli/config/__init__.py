@@ -1,1 +1,1 @@
-"""config"""
+"""What decides a run: settings, their layers, and the families of models. No torch."""

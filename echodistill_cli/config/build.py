@@ -17,14 +17,12 @@ from typing import Any
 import tomli_w
 
 from echodistill_cli.config.catalogue import PRESETS
-from echodistill_cli.config.schema import Config
-from echodistill_cli.config.settings import nearest
+from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.paths import expanded
+from echodistill_cli.files import expanded
 
 OFF = "off"
 _LARGEST_HEADER = 100_000_000
-
 Tables = dict[str, dict[str, Any]]
 
 

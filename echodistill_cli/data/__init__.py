@@ -1,1 +1,1 @@
-"""data"""
+"""Photos in, augmented views and prompts out."""

@@ -13,10 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from echodistill_cli.data.colour_models import refined_mask
-from echodistill_cli.data.masks import subject_mask
+from echodistill_cli.data.masks import refined_mask, subject_mask
 from echodistill_cli.data.photos import Photo
-from echodistill_cli.data.views import BACKGROUND_WEIGHT, View, with_subject
+from echodistill_cli.data.prompts import with_subject
+from echodistill_cli.data.views import BACKGROUND_WEIGHT, View
 from echodistill_cli.diffusion.pair import ModelPair
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {

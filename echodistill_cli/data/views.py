@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli.data.photos import Photo
+from echodistill_cli.data.prompts import _UNFRAMED, TEMPLATES, with_subject
 
 PASTE_PROBABILITY = 0.66
 SMALL_SCALE = 0.6  # pasted below this scale, the prompt speaks of it
@@ -26,79 +27,6 @@ SMALL_FRAMINGS = ("far away", "very small")
 ZOOMED_FRAMINGS = ("zoomed in", "close up")
 # Outside the subject mask the loss keeps this weight: at 0 the adapters could put anything there, and would.
 BACKGROUND_WEIGHT = 0.1
-
-# Neutral wordings: what the photos share should attach to the subject's words, not to "photo" or "good".
-TEMPLATES = (
-    "a photo of a {}",
-    "a photo of the {}",
-    "a photo of one {}",
-    "a photo of my {}",
-    "a picture of a {}",
-    "a picture of the {}",
-    "an image of a {}",
-    "a snapshot of the {}",
-    "a good photo of a {}",
-    "a good photo of the {}",
-    "a nice photo of the {}",
-    "a cool photo of the {}",
-    "a clean photo of a {}",
-    "a bright photo of a {}",
-    "a bright photo of the {}",
-    "a dark photo of the {}",
-    "a detailed photo of a {}",
-    "a cropped photo of a {}",
-    "a cropped photo of the {}",
-    "a close-up photo of a {}",
-    "a close-up photo of the {}",
-    "a rendering of a {}",
-    "a rendition of the {}",
-    "a depiction of a {}",
-)
-# These speak of the framing themselves and would contradict or repeat a view's.
-_UNFRAMED = tuple(text for text in TEMPLATES if "cropped" not in text and "close-up" not in text)
-
-SCENES = (
-    "a {} in the snow",
-    "a {} on a sandy beach at noon",
-    "a {} in the jungle",
-    "a {} on a wooden floor",
-    "a {} in a city street at night",
-    "a {} on top of pink fabric",
-    "a {} on a purple rug in a forest",
-    "a {} with a mountain in the background",
-    "a {} on a brick street",
-    "a {} on a white background",
-    "a {} on a black background",
-    "a {} on a blue tablecloth",
-    "a {} in a green meadow",
-    "a {} in a wheat field at sunset",
-    "a {} among autumn leaves",
-    "a {} beside a lake in the morning mist",
-    "a {} at the foot of a waterfall",
-    "a {} on a rock by the sea",
-    "a {} in the desert under a clear sky",
-    "a {} under cherry blossoms",
-    "a {} in a garden full of flowers",
-    "a {} on a park bench",
-    "a {} on a stone staircase",
-    "a {} in front of a red brick wall",
-    "a {} in front of a yellow door",
-    "a {} on a marble table",
-    "a {} on a kitchen counter",
-    "a {} on a bookshelf",
-    "a {} on a grey sofa by a window",
-    "a {} on a straw mat",
-    "a {} on a metal workbench",
-    "a {} on wet asphalt in the rain",
-    "a {} in a subway station",
-    "a {} in a museum hall",
-    "a {} on a market stall",
-    "a {} next to a campfire at dusk",
-    "a {} seen from above",
-    "a {} seen from the side",
-    "a {} in soft studio light",
-    "a {} in dramatic evening light",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,20 +111,6 @@ def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
     else:
         text = f"{with_subject('a photo of a {}', named)}, {view.caption}"
     return f"{text}, {view.framing}" if view.framing else text
-
-
-def scene_prompt(subject: str, index: int, scenes: Sequence[str] = ()) -> str:
-    """Scene number `index`, starting over after the last, with the subject in it; of the built-in ones if none are."""
-    scenes = scenes or SCENES
-    return with_subject(scenes[index % len(scenes)], subject)
-
-
-def with_subject(template: str, subject: str) -> str:
-    """Put the subject's words into a template's `{}`; "a {}" becomes "an owl" before a vowel sound."""
-    # The exceptions sound like "you" or "one": a unicorn, a European, a used car, a one-eyed cat.
-    vowel = re.match(r"(?!uni[^mn]|eu|us[eu]|one\b)[aeiou]", subject, re.IGNORECASE)
-    article = r"\1n {}" if vowel else r"\1 {}"
-    return re.sub(r"\b([aA]) \{\}", article, template).replace("{}", subject)
 
 
 def _pasted(photo: Photo, index: int, flip: bool, resolution: int, generator: torch.Generator) -> View:

@@ -19,7 +19,6 @@ from echodistill_cli.errors import ModelError
 
 Family = Literal["sd", "sdxl"]
 Role = Literal["student", "teacher"]
-
 _LEVELS = {True: "block_out_channels", False: "encoder_block_out_channels"}
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echodistill_cli.diffusion.pair import Denoiser, ModelPair, Role
 from echodistill_cli.diffusion.schedule import add_noise, ddim_step, guide, predict_x0, trailing_timesteps
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import EchoDistillError
-from echodistill_cli.models.load import Denoiser, ModelPair, Role
 
 
 @dataclass(frozen=True)

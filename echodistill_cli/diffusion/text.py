@@ -17,7 +17,6 @@ from echodistill_cli.errors import ConfigError, ModelError
 
 # Single tokens of CLIP's vocabulary that mean next to nothing.
 RARE_WORDS = ("sks", "ohwx", "olis", "bnha", "hta", "phol", "ucd", "pll")
-
 # A byte-pair vocabulary lists its tokens from frequent to rare. In CLIP's, every everyday noun tried ("dog" 1,929,
 # "backpack" 14,894) lies below this share of the 49,408 and every rare word in use ("shs" 16,184) above.
 _COMMON_SHARE = 0.31

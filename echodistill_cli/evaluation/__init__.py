@@ -1,1 +1,1 @@
-"""evaluation"""
+"""CLIP-I, DINO and CLIP-T, of a run or of DreamBench."""

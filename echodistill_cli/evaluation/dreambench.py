@@ -19,22 +19,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from echodistill_cli.config.build import config_hash
-from echodistill_cli.config.schema import Config
-from echodistill_cli.config.settings import nearest
+from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError, EchoDistillError, Interrupted
-from echodistill_cli.evaluation.evaluate import AUTO, EvaluationRequest, Scores, judge_names
-from echodistill_cli.evaluation.vision import find_judges
+from echodistill_cli.evaluation.evaluate import AUTO, EvaluationRequest, Scores, evaluate, judge_names
 from echodistill_cli.files import make_folder, write_text
 from echodistill_cli.lora.safetensors_io import read_header
-from echodistill_cli.outputs.sample import SampleRequest, Say
-from echodistill_cli.pipeline import evaluate, train
-from echodistill_cli.runs import CONFIG_FILE, resume_run
-from echodistill_cli.training.loop import Observer
+from echodistill_cli.models.vision import find_judges
+from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.runs import CONFIG_FILE, Observer, Say, resume_run
 
 TABLE = "prompts_and_classes.txt"
 # What the paper (arXiv 2510.20512) reports for SD-Turbo over all 30 subjects, one step.
 PAPER = {"clip_i": 0.783, "dino": 0.637}
-
 _LIVE = {"cat", "dog"}  # "9 out of these subjects are live subjects (dogs and cats)", says its README
 _FETCH = "Get it: git clone https://github.com/google/dreambooth"
 
@@ -57,6 +53,12 @@ class Watch(Protocol):
     @property
     def observe(self) -> Observer:
         """Called after each step with its metrics."""
+
+
+class Train(Protocol):
+    """What trains a run: `pipeline.train`."""
+
+    def __call__(self, config: Config, *, resume: bool, observe: Observer, say: Say) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -142,12 +144,15 @@ def read_prompts(text: str) -> dict[str, tuple[str, ...]]:
 
 
 def run_benchmark(
-    request: BenchmarkRequest, watch: Callable[[Config], AbstractContextManager[Watch]], say: Say = lambda _line: None
+    request: BenchmarkRequest,
+    train: Train,
+    watch: Callable[[Config], AbstractContextManager[Watch]],
+    say: Say = lambda _line: None,
 ) -> dict[str, Any]:
     """Train, draw and measure every subject that has no result yet; returns what is in `results.json`.
 
     Args:
-        watch: makes what shows the training run of a configuration.
+        train: the façade's own. watch: makes what shows the training run of a configuration.
 
     Raises:
         as `read_subjects`, `train` and `evaluate`. Interrupted: the same call goes on from there.
@@ -166,7 +171,7 @@ def run_benchmark(
         if done.get(subject.name, {}).get("fingerprint") == key:
             say(f"{place}: has its result")
             continue
-        _train(subject, config, place, watch, say)
+        _train(subject, config, place, train, watch, say)
         say(f"{place}: drawing and measuring")
         done[subject.name] = {"fingerprint": key, **_measure(request, subject, config, say)}
         _write_results(file, done)
@@ -193,6 +198,7 @@ def _train(
     subject: Subject,
     config: Config,
     place: str,
+    train: Train,
     watch: Callable[[Config], AbstractContextManager[Watch]],
     say: Say,
 ) -> None:

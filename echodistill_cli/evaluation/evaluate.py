@@ -21,33 +21,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from echodistill_cli import __version__
-from echodistill_cli.data.images import Notes, UnusableError, read_picture
+from echodistill_cli.data.images import Notes, UnusableError, read_picture, save_png
 from echodistill_cli.data.photos import load_photos
-from echodistill_cli.data.pictures import save_png
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.evaluation.metrics import own_similarity, prompt_fidelity, subject_fidelity
-from echodistill_cli.evaluation.vision import CLIP, DINO, ClipJudge, DinoJudge, Judges, find_judges
-from echodistill_cli.files import make_folder, write_text
+from echodistill_cli.files import make_folder, public_name, write_text
 from echodistill_cli.lora.safetensors_io import read_header
-from echodistill_cli.models.embedded import is_embedded
-from echodistill_cli.models.load import pick_device
-from echodistill_cli.outputs.sample import FoundLora, SampleRequest, Say, find_lora, sample
-from echodistill_cli.paths import public_name
+from echodistill_cli.models.device import pick_device
+from echodistill_cli.models.sources import is_embedded
+from echodistill_cli.models.vision import CLIP, DINO, ClipJudge, DinoJudge, Judges, find_judges
+from echodistill_cli.outputs.artifact import FoundLora, SampleRequest, find_lora
+from echodistill_cli.outputs.sample import sample
+from echodistill_cli.runs import Say
 
 AUTO = "auto"
 _LIBRARIES = ("torch", "diffusers", "transformers", "pillow")
-
-# Our own, in the spirit of DreamBench: places, grounds, colours, sizes. DreamBench's come with its checkout.
-TEMPLATES = (
-    *("a photo of a {}", "a {} on a sandy beach", "a {} in deep snow", "a {} in a dense forest"),
-    *("a {} on a city street at night", "a {} in a kitchen", "a {} on a wooden table", "a {} on a red carpet"),
-    *("a {} in front of a lake and mountains", "a {} in a field of yellow flowers", "a {} in the rain", "a tiny {}"),
-    *("a huge {} seen from below", "a blue {}", "a golden {}", "a black and white photo of a {}"),
-)
 
 
 @dataclass(frozen=True)
@@ -294,3 +286,42 @@ def _opened(file: Path) -> Image.Image:
         return read_picture(file, Notes())[0]
     except UnusableError as error:
         raise EchoDistillError(f"{file} {error}.", "Delete it, and evaluate again.") from error
+
+
+def pairwise_cosine(first: Tensor, second: Tensor) -> Tensor:
+    """The cosine of every row of [N, D] with every row of [M, D]: [N, M]."""
+    return F.normalize(first.double(), dim=-1) @ F.normalize(second.double(), dim=-1).T
+
+
+def subject_fidelity(drawn: Tensor, photos: Tensor) -> float:
+    """CLIP-I or DINO, by whose embeddings they are: the mean cosine of all N x M pairs.
+
+    Args:
+        drawn: [N, D], of the drawn pictures. photos: [M, D], of the real ones.
+    """
+    return float(pairwise_cosine(drawn, photos).mean())
+
+
+def prompt_fidelity(drawn: Tensor, prompts: Tensor) -> float:
+    """CLIP-T: the mean cosine of each picture with its own prompt.
+
+    Args:
+        drawn: [N, D], CLIP's image embeddings. prompts: [N, D], its text embeddings; row i is what picture i shows.
+    """
+    return float(F.cosine_similarity(drawn.double(), prompts.double(), dim=-1).mean())
+
+
+def own_similarity(photos: Tensor) -> float | None:
+    """How alike the real pictures are: the mean cosine of the M (M - 1) / 2 pairs of different ones; None for M = 1.
+
+    DreamBooth's table has it as "real images". Drawn pictures that keep the subject and change its surroundings cannot
+    be expected above it.
+
+    Args:
+        photos: [M, D], of the real pictures.
+    """
+    count = len(photos)
+    if count < 2:
+        return None
+    cosines = pairwise_cosine(photos, photos)
+    return float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))

@@ -87,7 +87,6 @@ _WORDS = re.compile(
     r"|[qkv]_proj|out_proj|input_blocks|middle_block|output_blocks|in_layers|out_layers|emb_layers|skip_connection"
     r"|time_embed|label_emb)(?=_|$)|[^_]+"
 )
-
 _SGM_RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",

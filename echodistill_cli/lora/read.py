@@ -40,10 +40,8 @@ __all__ = [
     "token_tensors",
     "write_safetensors",
 ]
-
 _FAMILY_BY_CONTEXT = {shape.context: family for family, shape in ARCHITECTURES.items()}
 _CROSS_ATTENTION_INPUTS = ("attn2.to_k", "attn2.to_v")
-
 Table = Mapping[str, tuple[str, tuple[int, ...]]]
 
 

@@ -1,1 +1,1 @@
-"""models"""
+"""From hub ids, folders and single files into memory."""

@@ -21,7 +21,6 @@ from echodistill_cli.errors import EchoDistillError
 ADAPTER = "default"
 # The LoRA that makes a base model one-step, where the student is made so; it stays as it was loaded.
 DISTILLED = "distilled"
-
 # That the cross-attention's key and value carry a concept is Custom Diffusion's finding (Kumari et al. 2023).
 UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
     "cross-kv": ("attn2.to_k", "attn2.to_v"),
@@ -29,7 +28,6 @@ UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
     # Where a UNet has no attention, as on its finest level, the convolutions are all that can learn a subject's detail.
     "attention-conv": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"),
 }
-
 # All four or none: A1111 applies a text encoder's attention block only when it is complete.
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 

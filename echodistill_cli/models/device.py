@@ -7,13 +7,55 @@ the sums then lacked of a GPU's peak (README).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
+import torch
+
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a configured name; "auto" is CUDA, else MPS, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {name}: there is no such device here.", "Try --device auto.") from error
+    return device
+
+
+def memory_gib(device: torch.device) -> float:
+    """All memory of a device in GiB; of the CPU, what is free of it."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory) / _GIB
+    return float(psutil.virtual_memory().available) / _GIB
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Precision of the frozen weights; "auto" is bf16 where this CUDA device has it, fp16 on older ones, else fp32."""
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        # Older cards take bf16 too, but emulate it, many times slower than the fp16 that they have.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
 
 _GIB = 2**30
 
@@ -56,7 +98,6 @@ FAMILIES: Mapping[str, FamilySize] = {
 }
 VAE, TINY_DECODER = 83_653_863, 2_445_063
 BACKBONES: Mapping[str, int] = {"dino": 21_665_664, "dinov2": 304_368_640, "clip": 303_966_208}
-
 # GiB per sample; the first two grow with the picture, the backbones see 224 pixels whatever it is.
 _DECODER_ACTIVATIONS = {"full": 2.81, "tiny": 0.27}
 _SLICED_WASSERSTEIN = 1.45  # always in float32, and sorted beside indices of 8 bytes
@@ -170,3 +211,15 @@ def plan_memory(
         f"No plan for this model fits into {budget:.1f} GiB: the smallest needs about {expected.total:.1f}.",
         "Try a smaller --resolution, or --model sd-turbo." if family == "sdxl" else "Try a smaller --resolution.",
     )
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory used so far, in MiB: on CUDA by tensors, elsewhere by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -5,12 +5,15 @@ diffusers' models enter here only.
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import psutil
 import torch
 
 from echodistill_cli.config.schema import ModelConfig
@@ -18,7 +21,9 @@ from echodistill_cli.diffusion.pair import Denoiser, Family, LatentCodec, ModelP
 from echodistill_cli.diffusion.schedule import NoiseSchedule, PredictionType
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.models.sharing import distil, take_turns, twin
+from echodistill_cli.lora.safetensors_io import read_header
+from echodistill_cli.models.adapters import DISTILLED, lora_layers
+from echodistill_cli.models.device import memory_gib, pick_device, pick_dtype
 from echodistill_cli.models.single_file import (
     configuration_folder,
     load_part,
@@ -26,8 +31,7 @@ from echodistill_cli.models.single_file import (
     shipped_configuration,
     stable_diffusion_1,
 )
-from echodistill_cli.models.sources import resolve, weight_variant
-from echodistill_cli.models.vocabulary import find_vocabulary, vocabulary_in
+from echodistill_cli.models.sources import find_vocabulary, resolve, vocabulary_in, weight_variant
 
 __all__ = [
     "Denoiser",
@@ -40,49 +44,11 @@ __all__ = [
     "memory_gib",
     "pick_device",
 ]
-
 # The padding token of each tokenizer: it matters, as the text encoder attends to no mask.
 _PADDING = {("sd", "tokenizer"): "!", ("sdxl", "tokenizer"): "<|endoftext|>", ("sdxl", "tokenizer_2"): "!"}
 TINY_DECODERS = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
 # Of the UNet's first level, and of the text that it reads.
 _SD1_WIDTHS = (320, 768)
-_GIB = 2**30
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a configured name; "auto" is CUDA, else MPS, else the CPU.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: there is no such device here.", "Try --device auto.") from error
-    return device
-
-
-def memory_gib(device: torch.device) -> float:
-    """All memory of a device in GiB; of the CPU, what is free of it."""
-    if device.type == "cuda":
-        return float(torch.cuda.get_device_properties(device).total_memory) / _GIB
-    return float(psutil.virtual_memory().available) / _GIB
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Precision of the frozen weights; "auto" is bf16 where this CUDA device has it, fp16 on older ones, else fp32."""
-    if precision != "auto":
-        return _DTYPES[precision]
-    if device.type != "cuda":
-        return torch.float32
-    with torch.cuda.device(device):
-        # Older cards take bf16 too, but emulate it, many times slower than the fp16 that they have.
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
 
 
 def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
@@ -295,3 +261,69 @@ def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
                 f"Teacher {config.teacher} is of another family than {config.student}: {key} is {theirs}, not {ours}.",
                 "Name the base model that the student was distilled from with --teacher.",
             )
+
+
+def twin(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
+    """A second UNet over the very same frozen weights, to carry adapters of its own; it takes no memory to speak of.
+
+    Switching adapters on one module would do as well, but a forward pass under one adapter whose backward pass comes
+    under another has wrong gradients, silently. Two module trees over one set of weights cannot be mixed up.
+    """
+    tensors = (*denoiser.unet.parameters(), *denoiser.unet.buffers())
+    unet = copy.deepcopy(denoiser.unet, {id(tensor): tensor for tensor in tensors})
+    original, target = sizes
+    time_ids = None if denoiser.time_ids is None else (original, original, 0, 0, target, target)
+    return Denoiser(unet, denoiser.schedule, time_ids)
+
+
+def distil(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None:
+    """Put a LoRA such as Hyper-SD's, DMD2's or LCM's on the student, frozen: from now on it is a one-step model.
+
+    Args:
+        fold: add it to the weights, which then are not the base's any more; else it stays beside them.
+
+    Raises:
+        ModelError: the file is missing, damaged, or made for other models.
+    """
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    read_header(file)
+    try:
+        extra = {"unet_config": student.unet.config} if family == "sdxl" else {}
+        state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, **extra)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # what does not fit is counted below
+            kind.load_lora_into_unet(state, alphas, student.unet, adapter_name=DISTILLED, metadata=metadata)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{file} does not fit this model ({first_line}).", "Name the base it was made for.") from error
+    held = {re.sub(r"\.lora.*", "", name) for name in state if name.startswith("unet.") and ".lora" in name}
+    placed = len(lora_layers(student.unet, DISTILLED))
+    if not held or placed != len(held):
+        raise ModelError(
+            f"{file} does not fit this model: {placed} of its {len(held)} UNet modules match.",
+            "Name the base it was made for.",
+        )
+    if fold:
+        student.unet.fuse_lora(adapter_names=[DISTILLED])
+        student.unet.unload_lora()
+    student.unet.requires_grad_(False)
+
+
+def take_turns(pair: ModelPair) -> None:
+    """From now on only the UNet that is at work has its frozen weights on the device; the other's wait on the CPU."""
+    assert pair.teacher is not None
+    pair.alternating = True
+    roles = (pair.student, pair.teacher)
+    for role, other in (roles, roles[::-1]):
+        role.prepare = functools.partial(_exchange, role.unet, other.unet, pair.device)
+    _exchange(pair.student.unet, pair.teacher.unet, pair.device)
+
+
+def _exchange(wanted: Any, other: Any, device: torch.device) -> None:
+    """Adapters stay on the device, where the optimizer has them."""
+    for unet, place in ((other, torch.device("cpu")), (wanted, device)):
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            if not tensor.requires_grad and tensor.device.type != place.type:
+                tensor.data = tensor.data.to(place)

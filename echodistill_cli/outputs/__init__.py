@@ -1,1 +1,1 @@
-"""outputs"""
+"""What is done with a trained LoRA: sample, export, merge, publish."""

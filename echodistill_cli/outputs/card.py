@@ -10,8 +10,8 @@ from typing import Any
 from echodistill_cli import __version__
 from echodistill_cli.config.build import config_hash
 from echodistill_cli.config.schema import Config
-from echodistill_cli.models.load import Role
-from echodistill_cli.paths import is_path, last_part
+from echodistill_cli.diffusion.pair import Role
+from echodistill_cli.files import is_path, last_part
 
 _CARD = """\
 ---
@@ -55,33 +55,27 @@ image = pipe("a photo of a {trigger} on the beach", **settings).images[0]
 Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
 Configuration `{digest}`; all of it is in `config.toml`, every step in `metrics.jsonl`.
 """
-
 _TOKEN_ROW = """\
 | the word in these | put `{token}.safetensors` into `embeddings`; ComfyUI wants `embedding:{token}` in the prompt |
 """
-
 _LORA_LINES = """\
 pipe.load_lora_weights(".", weight_name="{file}")
 """
-
 # What makes the base a one-step model is no part of the student's LoRA: without it the same lines draw mush.
 _DISTILLED_ROW = """\
 | what all of these need | `{distilled}` too, which makes the base one-step: load both LoRAs, each at strength 1 \
 (echodistill takes it from where `config.toml` says) |
 """
-
 _DISTILLED_LINES = """\
 # Two LoRAs: {distilled}, put beside the other, makes the base a one-step model.
 pipe.load_lora_weights(".", weight_name="{distilled}", adapter_name="one-step")
 pipe.load_lora_weights(".", weight_name="{file}", adapter_name="subject")
 pipe.set_adapters(["one-step", "subject"])
 """
-
 _TOKEN_LINES = """\
 # The word has a learned vector. diffusers takes it under a word that its tokenizer does not know yet.
 pipe.load_textual_inversion("{token}.safetensors", token="<{token}>")
 """
-
 # That method alone does not know files of two vectors. transformers takes the highest number in a prompt for the end of
 # it where a configuration has the old eos_token_id 2, as SDXL's has: a new word's number is higher.
 _SDXL_TOKEN_LINES = """\
@@ -95,7 +89,6 @@ for key, (encoder, tokenizer) in {{"clip_l": first, "clip_g": second}}.items():
 # The word's number is above that of a prompt's end, which the second encoder would then look for in the wrong place.
 pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 """
-
 _MERGED = """\
 ---
 {base_model}library_name: diffusers

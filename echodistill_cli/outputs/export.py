@@ -11,25 +11,53 @@ onnx         the one-step model for onnxruntime                             NAME
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import make_folder
-from echodistill_cli.lora.read import diffusers_tensors, kohya_tensors, write_safetensors
-from echodistill_cli.lora.sidecars import sidecar_paths, write_sidecars
-from echodistill_cli.lora.tensors import adapter_metadata, bundled_tensors, token_tensors
-from echodistill_cli.models.load import ModelPair, Role, load_pair
-from echodistill_cli.outputs.card import merged_card
-from echodistill_cli.outputs.hub import check_repository, in_repository, push, run_files
-from echodistill_cli.outputs.learned import Learned, LearnedFile, LearnedRun, find_learned
-from echodistill_cli.outputs.lora_export import DTYPES
-from echodistill_cli.outputs.merge import fold_lora, knows_word, place_token, save_checkpoint, save_pipeline
-from echodistill_cli.outputs.onnx_export import check_onnx, save_onnx
+import torch
+from PIL import Image
 
-Say = Callable[[str], None]
+from echodistill_cli.config.schema import Config
+from echodistill_cli.data.images import png_bytes
+from echodistill_cli.diffusion.pair import ModelPair, Role
+from echodistill_cli.diffusion.sampling import SamplingSettings
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import make_folder, write_text
+from echodistill_cli.lora.header import RESERVED_NAMES, header, sidecar_paths, write_sidecars
+from echodistill_cli.lora.safetensors_io import write_safetensors
+from echodistill_cli.lora.tensors import (
+    adapter_metadata,
+    bundled_tensors,
+    diffusers_tensors,
+    kohya_tensors,
+    token_tensors,
+)
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.outputs.apply import (
+    check_same_pictures,
+    fold_lora,
+    knows_word,
+    place_token,
+    save_checkpoint,
+    save_pipeline,
+)
+from echodistill_cli.outputs.artifact import (
+    ExportSettings,
+    Learned,
+    LearnedFile,
+    LearnedRun,
+    find_learned,
+    lora_card,
+    lora_weights,
+    token_vectors,
+)
+from echodistill_cli.outputs.card import merged_card, model_card
+from echodistill_cli.outputs.hub import check_repository, in_repository, push, run_files
+from echodistill_cli.outputs.onnx import check_onnx, save_onnx
+from echodistill_cli.runs import Run, Say
 
 LORA_LAYOUTS = ("kohya", "diffusers")
 MODEL_LAYOUTS = ("pipeline", "checkpoint", "onnx")
@@ -272,3 +300,109 @@ def _lora_header(learned: Learned, target: Target, request: ExportRequest) -> di
     # Hashes of them are not a merged model's, and are left out there; so a LoRA that kohya's keys refuse will do.
     tensors = diffusers_tensors(learned.weights(target.role), DTYPES[request.dtype])
     return learned.header(target.role, target.path, tensors, minimal=False)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run left: its folder, the student's and the teacher's LoRA, the token's file if there is one."""
+
+    run: Path
+    lora: Path
+    teacher_lora: Path
+    token: Path | None
+    steps: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
+
+
+def write_results(pair: ModelPair, saved: Mapping[str, Any], run: Run, started: float, say: Say) -> TrainResult:
+    """Write what a person takes away, and read each file back with diffusers.
+
+    Args:
+        pair: as trained. saved: the run's last state, as a checkpoint has it. started: seconds since the epoch.
+    """
+    config, step = run.config, int(saved["step"])
+    finished = time.time()
+    preview = run.samples / f"step-{step:06d}.png"
+    settings = ExportSettings(started_at=started, finished_at=finished, cover=_cover(preview, config.model.resolution))
+    lora = export_lora(config, saved, "student", run.folder / f"{config.name}.safetensors", settings)
+    teacher_path = run.folder / "teacher" / f"{config.name}-teacher.safetensors"
+    teacher_lora = export_lora(config, saved, "teacher", teacher_path, settings)
+    token = export_token(config, saved, run.folder)
+    write_text(run.folder / "README.md", model_card(config, saved, lora, f"samples/{preview.name}"))
+    say("Reading the files back")
+    strength = config.adapter.strength
+    written: tuple[tuple[Role, Path, float], ...] = (("student", lora, strength), ("teacher", teacher_lora, 1.0))
+    for role, file, times in written:
+        # One step without guidance for both: more would only magnify rounding.
+        sampling = SamplingSettings(role=role, size=config.model.resolution)
+        check_same_pictures(pair, role, file, [f"a photo of a {config.subject}"], sampling, times)
+    return TrainResult(run.folder, lora, teacher_lora, token, step, finished - started)
+
+
+def _cover(preview: Path, side: int) -> bytes:
+    """The first picture of the last preview, small enough for a header."""
+    with Image.open(preview) as sheet:
+        return png_bytes(sheet.convert("RGB").crop((0, 0, side, side)).resize((256, 256), Image.Resampling.LANCZOS))
+
+
+_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32))}  # on any system
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def check_name(config: Config) -> None:
+    """See that a run's files can have their names, before it is trained.
+
+    Raises:
+        ConfigError: the name, the token or the class name has a character that no file name may have, or is reserved.
+    """
+    given = {"--name": config.run.name, "--token": config.concept.token, "--class-name": config.concept.class_name}
+    for flag, text in given.items():
+        if text is not None and (not text.strip(" .") or set(text) & _NOT_IN_NAMES):
+            raise ConfigError(
+                f"{flag} {text!r} names files, and this is no name that a file may have.",
+                "Use letters, digits, - and _.",
+            )
+    if config.name.lower() in RESERVED_NAMES:
+        raise ConfigError(f"A1111 cannot load a LoRA named {config.name!r}.", "Choose another --name.")
+    if config.text.form == "token" and config.name == config.concept.token:
+        raise ConfigError(
+            f"The LoRA and the learned word would both be {config.name}.safetensors.",
+            "Choose another --name.",
+        )
+
+
+def export_lora(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> Path:
+    """Write one role's LoRA, with the text side's if that was trained, and its sidecars; returns `path`.
+
+    Args:
+        state: `TrainingState.state_dict()` of the run.
+
+    Raises:
+        EchoDistillError: a tensor is not finite, or the file cannot be written.
+    """
+    make_folder(path.parent)
+    weights = lora_weights(config, state, role)
+    dtype = DTYPES[settings.dtype]
+    if settings.layout == "kohya":
+        tensors, metadata = kohya_tensors(weights, state["family"], dtype), {}
+    else:
+        tensors, metadata = diffusers_tensors(weights, dtype), adapter_metadata(weights)
+    metadata |= header(lora_card(config, state, role, path, settings), tensors, minimal=not settings.metadata)
+    write_safetensors(path, tensors, metadata)
+    if settings.layout == "kohya" and settings.metadata:
+        write_sidecars(path, metadata)
+    return path
+
+
+def export_token(config: Config, state: Mapping[str, Any], folder: Path) -> Path | None:
+    """Write the learned token's file, named after it as most tools want; None if no token was learned."""
+    if state["token"] is None:
+        return None
+    vectors = token_vectors(state)
+    path = make_folder(folder) / f"{config.concept.token}.safetensors"
+    write_safetensors(path, token_tensors(config.concept.token, vectors, state["family"]), {"format": "pt"})
+    return path

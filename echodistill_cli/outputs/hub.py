@@ -15,13 +15,12 @@ from echodistill_cli import __version__
 from echodistill_cli.config.build import config_from_dict, config_to_dict, config_to_toml
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.lora.sidecars import sidecar_paths
-from echodistill_cli.paths import public_name
+from echodistill_cli.files import public_name
+from echodistill_cli.lora.header import sidecar_paths
 from echodistill_cli.runs import CONFIG_FILE, Run
 
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-
 Content = Path | bytes
 
 

@@ -2,65 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from echodistill_cli import __version__
-from echodistill_cli.config.build import build_config
-from echodistill_cli.config.schema import ModelConfig, TrainConfig
-from echodistill_cli.config.settings import check_section
-from echodistill_cli.data.pictures import grid, save_png, to_image
+from echodistill_cli.data.images import grid, save_png, to_image
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
-from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import make_folder
+from echodistill_cli.files import make_folder, public_name
 from echodistill_cli.lora.safetensors_io import read_header
-from echodistill_cli.models.load import ModelPair, Role, load_pair
-from echodistill_cli.outputs.attach import attach_lora, read_token_file
-from echodistill_cli.outputs.onnx_backend import load_onnx, read_settings
-from echodistill_cli.paths import public_name
-from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
-
-Say = Callable[[str], None]
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.outputs.apply import attach_lora, read_token_file
+from echodistill_cli.outputs.artifact import FoundLora, SampleRequest, find_lora
+from echodistill_cli.outputs.onnx import load_onnx
+from echodistill_cli.runs import Say
 
 _WIDEST = 8  # pictures of one prompt that stand in one row of the grid
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What to draw.
-
-    Args:
-        prompts: one or more. count: pictures per prompt. seed: of a prompt's first picture; the next have the next.
-        lora: a LoRA file or a run folder; None for the newest run. lora_scale: its strength, 1 as trained.
-        role: who draws. steps, guidance_scale: None for the role's own (1 and 0; 25 and the run's guidance).
-        size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
-        model: a preset, hub id, folder or file to draw with instead of the run's own student; a LoRA file that lies in
-            no run folder needs it. model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
-        backend: "torch", or "onnx" for the graphs that `export --format onnx` wrote of a run; `model` may name them.
-    """
-
-    prompts: Sequence[str]
-    count: int = 1
-    seed: int = 0
-    lora: Path | None = None
-    lora_scale: float = 1.0
-    role: Role = "student"
-    steps: int | None = None
-    guidance_scale: float | None = None
-    size: int | None = None
-    batch_size: int = 4
-    compare: bool = False
-    model: str | None = None
-    model_overrides: Mapping[str, Any] = field(default_factory=dict)
-    backend: str = "torch"
 
 
 @dataclass(frozen=True)
@@ -166,93 +130,6 @@ def _next_number(folder: Path) -> int:
     """One above the highest number that a picture in the folder begins with."""
     found = [re.match(r"\d{4,}(?=_)", path.name) for path in folder.glob("*_*.png")]
     return max((int(number[0]) for number in found if number), default=-1) + 1
-
-
-@dataclass(frozen=True)
-class FoundLora:
-    """A LoRA file with the models it goes with, the token file that it needs, if any, and the teacher's guidance."""
-
-    lora: Path
-    model: ModelConfig
-    token_file: Path | None
-    teacher_guidance: float = TrainConfig.guidance_scale
-
-
-def find_lora(request: SampleRequest) -> FoundLora:
-    """The LoRA that a request means: of a run (the newest by default), or a file, in a run folder or anywhere.
-
-    Raises:
-        ConfigError: there is none, or its models are not known.
-    """
-    if request.backend == "onnx":
-        return _find_graphs(request)
-    if request.lora is None or request.lora.is_dir():
-        run = newest_run() if request.lora is None else open_run(request.lora)
-        return _of_run(run, _lora_path(run, request.role), request)
-    for folder in request.lora.resolve().parents[:2]:
-        if (folder / CONFIG_FILE).is_file():
-            return _of_run(open_run(folder), request.lora, request)
-    if not request.lora.is_file():
-        raise ConfigError(f"{request.lora}: no such LoRA file or run folder.")
-    if request.model is None:
-        raise ConfigError(f"{request.lora} lies in no run folder.", "Name the model it was made for with --model.")
-    guidance = build_config(request.model).train.guidance_scale
-    return FoundLora(request.lora, models_for(request, ModelConfig()), None, guidance)
-
-
-def _find_graphs(request: SampleRequest) -> FoundLora:
-    """The ONNX folder that a request means: the one it names as its model, or that of a run."""
-    if request.role == "teacher" or request.compare or request.lora_scale != 1:
-        raise ConfigError(
-            "--backend onnx draws with the student as trained: without --role teacher, --compare and --lora-scale."
-        )
-    if request.model is not None:
-        folder = Path(request.model)
-        model = dataclasses.replace(ModelConfig(), student=request.model)
-    else:
-        run = newest_run() if request.lora is None else open_run(request.lora)
-        folder, model = run.folder / "export" / f"{run.config.name}-onnx", run.config.model
-    size = int(read_settings(folder)["size"])
-    if request.size not in (None, size):
-        raise ConfigError(f"{folder} draws pictures of {size} pixels, not {request.size}.", "Leave --size away.")
-    return FoundLora(folder, dataclasses.replace(model, resolution=size), None)
-
-
-def models_for(request: SampleRequest, model: ModelConfig) -> ModelConfig:
-    """The models of a run, or those asked for, with what the request changes of them.
-
-    A run may have been trained with the tiny decoder, to save memory; pictures are drawn with the one that other tools
-    use. A revision is of one repository: another teacher has none.
-
-    Raises:
-        ConfigError: a changed value is wrong.
-    """
-    if request.model is not None:
-        model = build_config(request.model).model
-    changes = {"decoder": "full"} | dict(request.model_overrides)
-    if changes.get("teacher", model.teacher) != model.teacher:
-        changes.setdefault("teacher_revision", None)
-    model = dataclasses.replace(model, **changes)
-    if request.size is not None:
-        model = dataclasses.replace(model, resolution=request.size)
-    check_section("model", model)
-    return model
-
-
-def _lora_path(run: Run, role: Role) -> Path:
-    name = run.config.name
-    path = run.folder / (f"{name}.safetensors" if role == "student" else f"teacher/{name}-teacher.safetensors")
-    if not path.is_file():
-        raise ConfigError(
-            f"{run.folder} has no finished LoRA yet.", f"Finish it: echodistill train --resume -o {run.folder}"
-        )
-    return path
-
-
-def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
-    config = run.config
-    token_file = run.folder / f"{config.concept.token}.safetensors" if config.text.form == "token" else None
-    return FoundLora(lora, models_for(request, config.model), token_file, config.train.guidance_scale)
 
 
 def _attach_token(pair: ModelPair, file: Path) -> None:

@@ -1,1 +1,1 @@
-"""training"""
+"""The method: steps, losses, batches, critics, optimizers, state and the loop."""

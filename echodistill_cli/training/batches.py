@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,14 +9,16 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from echodistill_cli.config.schema import TrainConfig
-from echodistill_cli.data.views import prompt_for, scene_prompt
+from echodistill_cli.config.schema import count_photo_like
+from echodistill_cli.data.prompts import scene_prompt
+from echodistill_cli.data.views import prompt_for
 from echodistill_cli.diffusion.sampling import student_x0, teacher_x0
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
-from echodistill_cli.training.critics import Discriminator, ImageBackbone, Pictures, TeacherBackbone
-from echodistill_cli.training.echo import EchoPool, least_score
+from echodistill_cli.models.vision import ImageBackbone
+from echodistill_cli.training.critics import Discriminator, Pictures, TeacherBackbone, look
 from echodistill_cli.training.losses import identity_scores
+from echodistill_cli.training.pools import EchoPool, least_score
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.targets import drawn_target, in_asked_colours, in_own_colours
 
@@ -65,7 +66,7 @@ class StudentPass:
         """Features from one backbone; one that serves as judge and as critic looks once, a mere critic at less."""
         if backbone not in self._looks:
             is_judge = backbone is self.state.judge
-            self._looks[backbone] = backbone.see(self.pictures if is_judge else self.pictures.first(self.photo_like))
+            self._looks[backbone] = look(backbone, self.pictures if is_judge else self.pictures.first(self.photo_like))
         return self._looks[backbone]
 
     @cached_property
@@ -91,7 +92,7 @@ class Reals:
         if critic.name in self.cached:
             return self.cached[critic.name]
         with torch.no_grad():
-            return critic.backbone.see(self.pictures)
+            return look(critic.backbone, self.pictures)
 
 
 def draw_timesteps(state: TrainingState, count: int) -> Tensor:
@@ -189,11 +190,6 @@ def _student_prompts(state: TrainingState) -> tuple[list[str], int]:
     photo_like = count_photo_like(settings)
     prompts = [_photo_prompt(state) for _ in range(photo_like)]
     return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - photo_like)], photo_like
-
-
-def count_photo_like(settings: TrainConfig) -> int:
-    """How many of a batch of the student's are asked for as the photos are, at least 1; the others are scenes."""
-    return math.ceil(settings.batch_size * (1 - settings.scene_share)) or 1
 
 
 def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:

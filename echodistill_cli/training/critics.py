@@ -6,39 +6,20 @@ puts a small head on each tap; the identity loss and the echo's judge use the ba
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.pair import Denoiser
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
-from echodistill_cli.errors import ModelError
 from echodistill_cli.models.adapters import without_lora
-from echodistill_cli.models.load import Denoiser
-from echodistill_cli.models.sources import resolve
-
-# The names a person may use for the paper's backbones. The paper's CLIP is ViT-H behind IP-Adapter's projection; ViT-L
-# has a fourth of its weights and most of its sense of identity, and a folder with ViT-H may be named instead. DINO's
-# main branch has only pickled weights, which are never loaded; the branch named here is the hub's conversion of them.
-IMAGE_BACKBONES: Mapping[str, str] = {
-    "dino": "facebook/dino-vits16@refs/pr/1",
-    "dinov2": "facebook/dinov2-large",
-    "clip": "openai/clip-vit-large-patch14",
-}
-
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-
-# DINOv2 was trained up to 518 pixels; at 224 it costs a sixth and still tells subjects apart.
-_LARGEST_SIDE = 224
+from echodistill_cli.models.vision import ImageBackbone
 
 
 @dataclass(frozen=True)
@@ -67,46 +48,6 @@ class Pictures:
             self.timesteps[:count],
             self.conditioning.take(range(count)),
         )
-
-
-class ImageBackbone(nn.Module):
-    """A frozen ViT (DINO, DINOv2 or a CLIP vision tower) that sees pictures as it was trained to.
-
-    Args:
-        model: the transformers model. mean, std: its normalisation of pictures in 0…1. side: its input in pixels.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], side: int) -> None:
-        super().__init__()
-        self.model, self.side = model, side
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
-
-    @property
-    def widths(self) -> list[int]:
-        """Width of each tap's features."""
-        is_clip = self.model.config.model_type.startswith("clip")
-        return [self.model.config.projection_dim if is_clip else self.model.config.hidden_size]
-
-    def features(self, images: Tensor) -> list[Tensor]:
-        """One tap [B, 1, D]: the class token, or CLIP's image embedding, of pictures [B, 3, H, W] in [-1, 1]."""
-        size = (self.side, self.side)
-        # antialias only matters when shrinking, and its backward is slow on the CPU when it is not needed
-        shrinks = images.shape[-1] > self.side
-        resized = F.interpolate(images.float(), size, mode="bicubic", antialias=shrinks, align_corners=False)
-        pixels = ((resized.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
-        pixels = pixels.to(next(self.model.parameters()).dtype)
-        if self.model.config.model_type.startswith("clip"):
-            return [self.model(pixel_values=pixels).image_embeds.float().unsqueeze(1)]
-        extra = {"interpolate_pos_encoding": True} if self.model.config.model_type == "vit" else {}
-        return [self.model(pixel_values=pixels, **extra).last_hidden_state[:, :1].float()]
-
-    def see(self, pictures: Pictures) -> list[Tensor]:
-        """`features` of a batch's decoded pictures."""
-        return self.features(pictures.image())
 
 
 class TeacherBackbone(nn.Module):
@@ -196,40 +137,6 @@ def _head(width: int, hidden: int) -> nn.Module:
     )
 
 
-def load_image_backbone(name: str, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> ImageBackbone:
-    """A frozen image encoder by registry name, hub id or local folder; the kind is read from its configuration.
-
-    Raises:
-        ModelError: it is missing, or not a ViT, DINOv2 or CLIP vision model.
-    """
-    from transformers import CLIPVisionModelWithProjection, Dinov2Model, ViTModel
-
-    source = IMAGE_BACKBONES.get(name, name)
-    try:
-        folder = resolve(source, ("",), offline=model.offline)
-    except ModelError as error:
-        without = "Or do without it: --discriminators teacher --identity none --no-echo"
-        raise ModelError(error.message, f"{error.hint or ''} {without}".strip()) from error
-    settings = json.loads((folder / "config.json").read_text())
-    kinds = {"vit": ViTModel, "dinov2": Dinov2Model, "clip": CLIPVisionModelWithProjection}
-    kind = kinds.get(str(settings.get("model_type")).removesuffix("_vision_model"))
-    if kind is None:
-        raise ModelError(f"{source}: {settings.get('model_type')!r} is not a ViT, DINOv2 or CLIP vision model.")
-    extra = {"add_pooling_layer": False} if kind is ViTModel else {}
-    module = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, **extra)
-    mean, std = _normalisation(folder, is_clip=kind is CLIPVisionModelWithProjection)
-    side = min(_LARGEST_SIDE, int(module.config.image_size))
-    return ImageBackbone(module, mean, std, side).to(device).eval().requires_grad_(False)
-
-
-def _normalisation(folder: Path, *, is_clip: bool) -> tuple[Sequence[float], Sequence[float]]:
-    """The mean and spread in the model's own preprocessor file; else those of its kind."""
-    file = folder / "preprocessor_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    mean, std = _CLIP if is_clip else _IMAGENET
-    return settings.get("image_mean", mean), settings.get("image_std", std)
-
-
 def build_discriminators(
     names: Sequence[str],
     image_backbone: Callable[[str], ImageBackbone],
@@ -248,3 +155,8 @@ def build_discriminators(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return [Discriminator(Path(name).name, seen, head_width) for name, seen in zip(names, backbones, strict=True)]
+
+
+def look(backbone: ImageBackbone | TeacherBackbone, pictures: Pictures) -> list[Tensor]:
+    """A backbone's features of a batch, one tensor [B, N, D] per tap; an image backbone decodes it first."""
+    return backbone.features(pictures.image()) if isinstance(backbone, ImageBackbone) else backbone.see(pictures)

@@ -3,24 +3,61 @@
 from __future__ import annotations
 
 import functools
-import sys
+import importlib.util
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
 
-import psutil
-import torch
-
-from echodistill_cli.data.pictures import grid, save_png, to_image
+from echodistill_cli.config.build import config_to_dict
+from echodistill_cli.config.schema import Config, nearest
+from echodistill_cli.data.images import grid, save_png, to_image
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
-from echodistill_cli.errors import DeviceMemoryError, Interrupted, is_out_of_memory
-from echodistill_cli.runs import Run
-from echodistill_cli.trackers import tracking
-from echodistill_cli.training.signals import StopRequest
+from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
+from echodistill_cli.files import public_name
+from echodistill_cli.models.device import peak_memory_mib
+from echodistill_cli.runs import Observer, Run
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.steps import carry_back_step, head_start_step, training_step
 
-Observer = Callable[[Mapping[str, float]], None]
+
+class StopRequest:
+    """A context in which SIGINT and SIGTERM are remembered instead of raised; a second SIGINT interrupts at once.
+
+    `received` is the signal's number, or None. Outside the main thread, where Python allows no handlers, it only stays
+    None.
+
+    Args:
+        announce: called when the first signal comes.
+    """
+
+    def __init__(self, announce: Callable[[], None] = lambda: None) -> None:
+        self.announce = announce
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.announce()
+        self.received = number
 
 
 def train_to_end(
@@ -87,24 +124,12 @@ def timed_step(state: TrainingState) -> dict[str, float]:
     started = time.perf_counter()
     steps = {"head start": head_start_step, "training": training_step, "carry back": carry_back_step}
     metrics = steps[state.phase](state)
-    rates = {f"lr_{name}": optimizer.param_groups[0]["lr"] for name, optimizer in state.optimizers.items()}
+    rates = {f"lr_{name}": state.optimizers.rate(name) for name in state.optimizers}
     timing = {
         "step_seconds": time.perf_counter() - started,
         "peak_memory_mib": peak_memory_mib(state.pair.device),
     }
     return {"step": state.step, **metrics, **rates, **timing}
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory used so far, in MiB: on CUDA by tensors, elsewhere by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return float(psutil.Process().memory_info().peak_wset) / 2**20
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def preview(state: TrainingState, run: Run) -> None:
@@ -141,3 +166,64 @@ def _saving(state: TrainingState) -> str:
     if set(config.critic.discriminators) - {"teacher"}:
         return "Try --discriminators teacher."
     return "Try a smaller --resolution, or a device with more memory."
+
+
+TRACKERS = ("tensorboard", "wandb")
+Track = Callable[[Mapping[str, float]], None]
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """See that every tracker of `run.report_to` is known and installed, before anything is loaded for it.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            near = nearest(name, TRACKERS)
+            raise ConfigError(
+                f"--report-to {name}: it is one of {', '.join(TRACKERS)}.", f"Did you mean {near}?" if near else None
+            )
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--report-to {name}: its package is missing.", f"pip install 'echodistill[{name}]'")
+
+
+@contextmanager
+def tracking(config: Config, folder: Path) -> Iterator[Track]:
+    """Give a function that hands one step's metrics (with its "step") to every tracker of `run.report_to`.
+
+    Raises:
+        ConfigError: as `check_trackers`.
+    """
+    names = config.run.report_to
+    check_trackers(names)
+    if not names:
+        yield lambda _metrics: None
+        return
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "logs")
+    try:
+        accelerator.init_trackers("echodistill", config=_flat(config))
+    except Exception as error:  # each tracker has its own
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise EchoDistillError(
+            f"--report-to {','.join(names)} did not start ({reason}).", "Or leave it out."
+        ) from error
+    try:
+        yield lambda metrics: accelerator.log(dict(metrics), step=int(metrics["step"]))
+    finally:
+        accelerator.end_training()
+
+
+def _flat(config: Config) -> dict[str, str | float]:
+    """Settings by dotted key, as trackers want them; of paths on this machine only the last part."""
+    tables = config_to_dict(config)
+    flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    return {key: value if isinstance(value, (int, float)) else _public(value) for key, value in flat.items()}
+
+
+def _public(value: str | list[str]) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_public, value))
+    return public_name(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 
 from echodistill_cli.config.schema import Config, TrainConfig
 from echodistill_cli.data.photos import Photo
+from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.text import LearnedToken, check_token
+from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
     TEXT_TARGETS,
     UNET_TARGETS,
@@ -26,14 +29,37 @@ from echodistill_cli.models.adapters import (
     lora_tensors,
     trainable_parameters,
 )
-from echodistill_cli.models.load import ModelPair, Role, load_pair
-from echodistill_cli.training.averaging import WeightMean
-from echodistill_cli.training.critics import Discriminator, ImageBackbone, build_discriminators, load_image_backbone
-from echodistill_cli.training.echo import EchoPool
-from echodistill_cli.training.prior import Prior, build_prior
-from echodistill_cli.training.randomness import Stream, generator_for, seed_for
-from echodistill_cli.training.replay import TargetMemory
-from echodistill_cli.training.training_set import TrainingSet, encode_photos
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
+from echodistill_cli.training.critics import Discriminator, build_discriminators
+from echodistill_cli.training.dataset import Prior, TrainingSet, ViewGenerators, build_prior, encode_photos
+from echodistill_cli.training.optimizers import FP16_LOSS_SCALE, Metrics, Optimizers, WeightMean, schedule_share
+from echodistill_cli.training.pools import EchoPool, TargetMemory
+
+
+class Stream(IntEnum):
+    """What must not share a random stream; a number, once given, stays: old runs are resumed by it."""
+
+    TEACHER = 0
+    STUDENT = 1
+    TEXT = 2
+    HEADS = 3
+    VIEWS = 4
+    STEPS = 5
+    PRIOR = 6
+    TINTS = 7
+    MASKS = 8
+
+
+def seed_for(config: Config, stream: Stream) -> int:
+    """The seed of one stream."""
+    return config.run.seed * 1000 + stream
+
+
+def generator_for(config: Config, stream: Stream) -> torch.Generator:
+    """A CPU generator at the beginning of one stream."""
+    return torch.Generator().manual_seed(seed_for(config, stream))
+
 
 Phase = Literal["head start", "training", "carry back"]
 
@@ -53,7 +79,7 @@ class TrainingState:
     photos: TrainingSet
     photo_count: int
     token: LearnedToken | None
-    optimizers: dict[str, torch.optim.Optimizer]
+    optimizers: Optimizers
     generator: torch.Generator
     prior: Prior | None = None
     step: int = 0
@@ -100,6 +126,32 @@ class TrainingState:
         """What the student's losses move: its LoRA and, if they shall, the text side it shares with the teacher."""
         return ["student", "text"] if self.config.text.trained_by == "both" else ["student"]
 
+    def set_rates(self) -> None:
+        """Give every part its learning rate for the coming joint step: `train.lr_schedule` over `train.steps`.
+
+        A teacher that is averaged at the end (`train.teacher_mean`) keeps its own.
+        """
+        settings = self.config.train
+        share = schedule_share(settings.lr_schedule, self.step / settings.steps)
+        teacher = 1.0 if settings.teacher_mean else share
+        text = settings.joint_text_share * share
+        self.optimizers.set_rates({"teacher": teacher, "text": text, "student": share, "discriminators": share})
+
+    def count_skips(self, metrics: Metrics) -> None:
+        """Count steps in which an optimizer was skipped.
+
+        Raises:
+            EchoDistillError: too many in a row.
+        """
+        skipped = sorted(name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_"))
+        self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if skipped else 0
+        self.bad_steps += bool(skipped)
+        if self.bad_steps_in_a_row >= self.config.train.max_bad_steps:
+            raise EchoDistillError(
+                f"Loss or gradient of {', '.join(skipped)} was not finite in the last {self.bad_steps_in_a_row} steps.",
+                "Lower --lr and --teacher-lr, or use --precision fp32, and --resume from the last checkpoint.",
+            )
+
     def randn_like(self, other: Tensor) -> Tensor:
         """Unit noise of another tensor's shape and device, drawn on the CPU from the run's generator."""
         return torch.randn(other.shape, generator=self.generator).to(other.device)
@@ -141,7 +193,7 @@ class TrainingState:
             "lora": {name: lora_tensors(module) for name, module in self.trained_modules().items()},
             "token": self.token.state_dict() if self.token else None,
             "heads": {critic.name: critic.heads.state_dict() for critic in self.critics},
-            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "optimizers": self.optimizers.state_dict(),
             "generator": self.generator.get_state(),
             "pool": vars(self.pool) if self.pool else None,
             "targets": self.targets.state_dict(),
@@ -158,11 +210,7 @@ class TrainingState:
             self.token.load_state_dict(state["token"])
         for critic in self.critics:
             critic.heads.load_state_dict(state["heads"][critic.name])
-        for name, optimizer in self.optimizers.items():
-            rates = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state["optimizers"][name])
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate
+        self.optimizers.load_state_dict(state["optimizers"])
         self.generator.set_state(state["generator"])
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
         self.targets.load_state_dict(state["targets"], self.pair.device)
@@ -197,20 +245,26 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
     for critic in critics:
         critic.to(pair.device)
-    state = TrainingState(
+    return TrainingState(
         config=config,
         pair=pair,
         critics=critics,
         judge=judge,
-        photos=encode_photos(config, photos, pair, critics, judge),
+        photos=encode_photos(config, photos, pair, critics, judge, _generators(config)),
         photo_count=len(photos),
         token=token,
-        optimizers={},
+        optimizers=_optimizers(config, pair, token, critics),
         generator=generator_for(config, Stream.STEPS),
         prior=build_prior(config, pair, generator_for(config, Stream.PRIOR)),
     )
-    state.optimizers = _optimizers(state)
-    return state
+
+
+def _generators(config: Config) -> ViewGenerators:
+    return ViewGenerators(
+        views=generator_for(config, Stream.VIEWS),
+        masks=generator_for(config, Stream.MASKS),
+        tints=generator_for(config, Stream.TINTS),
+    )
 
 
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
@@ -243,22 +297,24 @@ def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBa
     return load
 
 
-def _optimizers(state: TrainingState) -> dict[str, torch.optim.Optimizer]:
-    """One AdamW per trained part; a part with nothing to train has none."""
-    settings, rates = state.config.train, learning_rates(state.config.train)
-    assert state.pair.teacher is not None
-    text = [p for encoder in state.pair.encoder.encoders for p in trainable_parameters(encoder)]
-    parts: dict[str, list[nn.Parameter]] = {
-        "teacher": trainable_parameters(state.pair.teacher.unet),
-        "text": list(state.token.parameters()) if state.token else text,
-        "student": trainable_parameters(state.pair.student.unet),
-        "discriminators": [p for c in state.critics for p in c.heads.parameters()],
-    }
-    return {
-        name: torch.optim.AdamW(parameters, lr=rates[name], weight_decay=settings.weight_decay)
-        for name, parameters in parts.items()
-        if parameters
-    }
+def _optimizers(
+    config: Config, pair: ModelPair, token: LearnedToken | None, critics: Sequence[Discriminator]
+) -> Optimizers:
+    """One AdamW per trained part of a run."""
+    settings = config.train
+    text = [p for encoder in pair.encoder.encoders for p in trainable_parameters(encoder)]
+    return Optimizers(
+        {
+            "teacher": trainable_parameters(pair.role("teacher").unet),
+            "text": list(token.parameters()) if token else text,
+            "student": trainable_parameters(pair.student.unet),
+            "discriminators": [p for critic in critics for p in critic.heads.parameters()],
+        },
+        learning_rates(settings),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        loss_scale=FP16_LOSS_SCALE if pair.dtype is torch.float16 else 1.0,
+    )
 
 
 def learning_rates(settings: TrainConfig) -> dict[str, float]:

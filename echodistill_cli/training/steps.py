@@ -15,25 +15,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echodistill_cli.data.views import scene_prompt
+from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.diffusion.sampling import student_x0
-from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors
+from echodistill_cli.diffusion.schedule import add_noise, prediction_target
+from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import losses
-from echodistill_cli.training.averaging import WeightMean
 from echodistill_cli.training.batches import (
     StudentPass,
+    TeacherBatch,
     draw_echo,
     draw_first_targets,
     draw_reals,
     draw_student_pass,
+    draw_teacher_batch,
+    draw_timesteps,
     encode_for_student,
 )
 from echodistill_cli.training.critics import Discriminator
-from echodistill_cli.training.echo import EchoPool, refresh
-from echodistill_cli.training.optimizing import Metrics, count_skips, optimize, set_rates, trained_weights
+from echodistill_cli.training.dataset import Prior
+from echodistill_cli.training.optimizers import Metrics, WeightMean
+from echodistill_cli.training.pools import EchoPool, refresh
 from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.targets import draw_replay
-from echodistill_cli.training.teaching import prior_rows, teacher_step
+from echodistill_cli.training.targets import draw_replay, untrained
 
 # Of the teacher's own: what the student found, its LoRA carried back, is to be cleaned up, not learned over.
 CARRY_BACK_RATE = 0.25
@@ -47,7 +50,7 @@ def training_step(state: TrainingState) -> Metrics:
     settings = state.config
     if state.step == 0:
         begin(state)
-    set_rates(state)
+    state.set_rates()
     metrics: Metrics = {}
     for _ in range((settings.echo.teacher_steps if state.pool else 1) if settings.loss.denoising else 0):
         metrics |= teacher_step(state)
@@ -57,7 +60,7 @@ def training_step(state: TrainingState) -> Metrics:
         metrics |= replay_step(state)
     if state.critics:
         metrics |= discriminator_step(state, student_pass)
-    count_skips(state, metrics)
+    state.count_skips(metrics)
     state.step += 1
     if settings.train.teacher_mean:
         average(state, ["teacher"], state.step, settings.train.steps)
@@ -87,7 +90,7 @@ def head_start_step(state: TrainingState) -> Metrics:
     The last one leaves the mean of the weights over the second half of the head start.
     """
     metrics = teacher_step(state)
-    count_skips(state, metrics)
+    state.count_skips(metrics)
     state.head_start_step += 1
     average(state, ["teacher", "text"], state.head_start_step, state.config.train.head_start)
     return {"head_start_step": float(state.head_start_step)} | metrics
@@ -95,7 +98,7 @@ def head_start_step(state: TrainingState) -> Metrics:
 
 def average(state: TrainingState, parts: Sequence[str], done: int, planned: int) -> None:
     """Gather the weights of some parts in the second half of the planned steps; the last leaves their mean."""
-    weights = trained_weights(state, parts)
+    weights = state.optimizers.weights(parts)
     if 2 * done > planned:
         state.teacher_mean.add(weights)
     if done == planned:
@@ -111,10 +114,9 @@ def carry_back_step(state: TrainingState) -> Metrics:
     if state.carry_back_step == 0:
         state.teacher_mean = WeightMean()  # one cut short by a longer run may have left its own
         load_lora_tensors(state.pair.role("teacher").unet, lora_tensors(state.pair.student.unet))
-    for group in state.optimizers["teacher"].param_groups:
-        group["lr"] = CARRY_BACK_RATE * state.config.train.teacher_lr
+    state.optimizers.set_rates({"teacher": CARRY_BACK_RATE})
     metrics = teacher_step(state, parts=["teacher"], echoes=False)
-    count_skips(state, metrics)
+    state.count_skips(metrics)
     state.carry_back_step += 1
     average(state, ["teacher"], state.carry_back_step, state.config.echo.carry_back)
     return {"carry_back_step": float(state.carry_back_step)} | metrics
@@ -131,7 +133,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
             values = values * student_pass.signal if term.by_signal else values
             metrics[term.name] = float(values.detach().mean())
             total = total + getattr(state.config.loss, term.name) * values.mean()
-        metrics |= optimize(state, total, state.student_parts)
+        metrics |= state.optimizers.step(total, state.student_parts)
     return student_pass, metrics
 
 
@@ -143,7 +145,7 @@ def replay_step(state: TrainingState) -> Metrics:
     noise, target, prompts = draw_replay(state)
     drawn = student_x0(state.pair.student, noise, encode_for_student(state, prompts))
     loss = losses.latent_alignment(drawn, target).mean()
-    moved = optimize(state, state.config.loss.latent * loss, state.student_parts)
+    moved = state.optimizers.step(state.config.loss.latent * loss, state.student_parts)
     return {"replay": float(loss.detach())} | {key: value for key, value in moved.items() if key.startswith("skipped")}
 
 
@@ -158,7 +160,7 @@ def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metri
         loss = losses.adversarial_discriminator(real_logits, fake_logits, reals.weights)
         metrics[f"discriminator_{critic.name}"] = float(loss.detach())
         total = total + loss
-    return metrics | optimize(state, total, ["discriminators"])
+    return metrics | state.optimizers.step(total, ["discriminators"])
 
 
 @torch.no_grad()
@@ -264,3 +266,55 @@ def frozen(critics: Sequence[Discriminator]) -> Iterator[None]:
     finally:
         for critic in critics:
             critic.heads.requires_grad_(True)
+
+
+def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"), *, echoes: bool = True) -> Metrics:
+    """Concept in: the teacher's denoising loss on photos and `echoes`, which also trains the shared text side."""
+    teacher = state.pair.role("teacher")
+    batch = draw_teacher_batch(state, echoes=echoes)
+    conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
+    noise = state.randn_like(batch.latents)
+    noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
+    target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
+    if batch.nulls:
+        target[batch.nulls] = untouched_null(state, noisy, batch)
+    loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
+    metrics = {"denoising": float(loss.detach())}
+    loss = state.config.loss.denoising * loss
+    if state.prior is not None and state.config.loss.prior:
+        kept = teacher_prior(state, state.prior)
+        metrics["teacher_prior"] = float(kept.detach())
+        loss = loss + state.config.loss.prior * kept
+    return metrics | state.optimizers.step(loss, parts)
+
+
+@torch.no_grad()
+def untouched_null(state: TrainingState, noisy: Tensor, batch: TeacherBatch) -> Tensor:
+    """What the teacher predicted for the empty prompt before training, of the rows `batch.nulls`, [N, C, h, w].
+
+    Guidance leads away from the empty prompt. Left to itself that learns the photos' colours too, and away from them
+    "a red sks dog" is redder than any.
+    """
+    teacher, rows = state.pair.role("teacher"), batch.nulls
+    with untrained(state):
+        crops = [batch.crops[row] for row in rows]
+        nothing = teacher.at_crops(state.pair.encoder.encode([""] * len(rows)), crops)
+        return teacher(noisy[rows], batch.timesteps[rows], nothing)
+
+
+def teacher_prior(state: TrainingState, prior: Prior) -> Tensor:
+    """Distance of the teacher's output for the class, renoised, from what it was before training; a scalar."""
+    teacher = state.pair.role("teacher")
+    rows = prior_rows(state, prior)
+    latents = prior.latents[rows]
+    timesteps = draw_timesteps(state, len(rows))
+    noisy = add_noise(teacher.schedule, latents, state.randn_like(latents), timesteps)
+    with torch.no_grad(), without_lora(teacher.unet):
+        before = teacher(noisy, timesteps, prior.conditioning.take(rows))
+    conditioning = state.pair.encoder.encode([prior.prompts[row] for row in rows])
+    return losses.latent_alignment(teacher(noisy, timesteps, conditioning), before).mean()
+
+
+def prior_rows(state: TrainingState, prior: Prior) -> list[int]:
+    """Half a batch of the class's pictures, as row numbers."""
+    return state.randint(len(prior.prompts), max(1, state.config.train.batch_size // 2)).tolist()

@@ -17,7 +17,7 @@ from echodistill_cli.diffusion.schedule import add_noise, prediction_target
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import losses
 from echodistill_cli.training.batches import draw_teacher_batch
-from echodistill_cli.training.optimizing import Metrics, optimize, set_rates
+from echodistill_cli.training.optimizers import Metrics
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.steps import (
     begin,
@@ -25,9 +25,9 @@ from echodistill_cli.training.steps import (
     discriminator_step,
     replay_step,
     student_step,
+    teacher_step,
     training_step,
 )
-from echodistill_cli.training.teaching import teacher_step
 
 Step = Callable[[TrainingState], Metrics]
 PSO_BETA = 100.0
@@ -53,13 +53,13 @@ class Contestant:
 
 def teacher_lora_step(state: TrainingState) -> Metrics:
     """The teacher's own step, alone."""
-    set_rates(state)
+    state.set_rates()
     return teacher_step(state)
 
 
 def denoising_step(state: TrainingState) -> Metrics:
     """DreamBooth-LoRA on the one-step model: its denoising loss on the photos at every timestep, text side included."""
-    set_rates(state)
+    state.set_rates()
     student = state.pair.student
     batch = draw_teacher_batch(state)
     conditioning = student.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
@@ -67,19 +67,19 @@ def denoising_step(state: TrainingState) -> Metrics:
     noisy = add_noise(student.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(student.schedule, batch.latents, noise, batch.timesteps)
     loss = losses.denoising(student(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
-    return {"denoising": float(loss.detach())} | optimize(state, loss, ["student", "text"])
+    return {"denoising": float(loss.detach())} | state.optimizers.step(loss, ["student", "text"])
 
 
 def token_step(state: TrainingState) -> Metrics:
     """Textual inversion: one learned vector through the teacher's denoising loss; no UNet moves."""
-    set_rates(state)
+    state.set_rates()
     teacher, batch = state.pair.role("teacher"), draw_teacher_batch(state)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
     loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
-    return {"denoising": float(loss.detach())} | optimize(state, loss, ["text"])
+    return {"denoising": float(loss.detach())} | state.optimizers.step(loss, ["text"])
 
 
 def pso_step(state: TrainingState) -> Metrics:
@@ -88,7 +88,7 @@ def pso_step(state: TrainingState) -> Metrics:
     The likelihood ratio of a picture is that of Gaussians around the two models' one-step pictures of it, renoised to
     the last timestep: tuned model over untouched one.
     """
-    set_rates(state)
+    state.set_rates()
     student, batch = state.pair.student, state.config.train.batch_size
     latents, prompts = (drawn := draw_teacher_batch(state)).latents, drawn.prompts
     conditioning = state.pair.encoder.encode(prompts)
@@ -105,14 +105,14 @@ def pso_step(state: TrainingState) -> Metrics:
             base = (student(noisy, last, conditioning).float() - target).square().mean(dim=(1, 2, 3))
         ratios.append(base - error)
     loss = -F.logsigmoid(PSO_BETA * (ratios[0] - ratios[1])).mean()
-    return {"pso": float(loss.detach())} | optimize(state, loss, ["student", "text"])
+    return {"pso": float(loss.detach())} | state.optimizers.step(loss, ["student", "text"])
 
 
 def distillation_step(state: TrainingState) -> Metrics:
     """Teacher first: it learns alone before the first step and rests from then on, while the student is distilled."""
     if state.step == 0:
         begin(state)
-    set_rates(state)
+    state.set_rates()
     student_pass, metrics = student_step(state)
     for _ in range(state.config.replays):
         metrics |= replay_step(state)

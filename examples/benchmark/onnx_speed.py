@@ -22,8 +22,7 @@ from torch import Tensor
 
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
-from echodistill_cli.outputs.onnx_backend import load_onnx
-from echodistill_cli.outputs.onnx_export import save_onnx
+from echodistill_cli.outputs.onnx import load_onnx, save_onnx
 
 PROMPT = "a photo of a sks dog on the beach"
 

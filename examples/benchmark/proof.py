@@ -28,7 +28,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from echodistill_cli import __version__
-from echodistill_cli.cli.libraries import prepare_libraries
+from echodistill_cli.cli.options import prepare_libraries
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import Photo, load_photos

@@ -37,16 +37,15 @@ from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.models.device import FAMILIES, VAE, estimate
 from echodistill_cli.models.load import as_denoiser, load_pair, load_schedule
+from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training import losses
 from echodistill_cli.training.batches import StudentPass, draw_student_pass
-from echodistill_cli.training.critics import ImageBackbone
-from echodistill_cli.training.optimizing import optimize
+from echodistill_cli.training.critics import look
 from echodistill_cli.training.state import TrainingState, build_state
-from echodistill_cli.training.steps import active_losses, frozen, training_step
-from echodistill_cli.training.teaching import teacher_step
+from echodistill_cli.training.steps import active_losses, frozen, teacher_step, training_step
 from examples.benchmark.small_pair import small_tokenizer
 
-CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "configurations"
+CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "models" / "configurations"
 FOLDERS: dict[Family, str] = {"sd": "sd2", "sdxl": "sdxl"}
 GIB = 2**30
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -163,7 +162,7 @@ class SeenAnew(StudentPass):
     """A student's pass in which every loss has its critic look for itself."""
 
     def _seen_by(self, backbone: Any) -> list[Tensor]:
-        return list(backbone.see(self.pictures))
+        return list(look(backbone, self.pictures))
 
 
 def reference_step(state: TrainingState, photos: Tensor) -> None:
@@ -180,7 +179,7 @@ def reference_step(state: TrainingState, photos: Tensor) -> None:
         for term in active_losses(state):
             values = term.function(anew) * (anew.signal if term.by_signal else 1)
             total = total + getattr(state.config.loss, term.name) * values.mean()
-        optimize(state, total, ["student"])
+        state.optimizers.step(total, ["student"])
     fakes = drawn.pictures.image().detach()
     verdicts = []
     for critic in state.critics:
@@ -189,7 +188,7 @@ def reference_step(state: TrainingState, photos: Tensor) -> None:
             real, fake = critic.backbone.features(photos), critic.backbone.features(fakes)
         ones = torch.ones(len(photos), device=photos.device)
         verdicts.append(losses.adversarial_discriminator(critic.logits(real), critic.logits(fake), ones))
-    optimize(state, torch.stack(verdicts).sum(), ["discriminators"])
+    state.optimizers.step(torch.stack(verdicts).sum(), ["discriminators"])
     state.step += 1
 
 
@@ -393,7 +392,7 @@ def single_file(folder: Path) -> None:
     """Write an SD student as one file in the original layout, load it with what this package ships, and compare."""
     from safetensors.torch import save_file
 
-    from echodistill_cli.models.original_layout import sd_checkpoint
+    from echodistill_cli.models.single_file import sd_checkpoint
 
     torch.manual_seed(0)
     device = torch.device("cpu")

@@ -20,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from echodistill_cli.config.build import build_config
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate, to_uint8
-from echodistill_cli.models.load import ModelPair, load_pair
+from echodistill_cli.models.load import load_pair
 from examples.mini_world.judges import Examiner
 from examples.mini_world.models import as_tensor
 from examples.mini_world.nouns import CORE, HELD_OUT_VENDOR, noun_words

@@ -1,0 +1,5 @@
+"""`python -m echodistill_cli`."""
+
+from echodistill_cli.cli.app import main
+
+main()
