@@ -1,4 +1,4 @@
-"""Shared fixtures: the small random pair and backbones of `examples.benchmark.small_pair`, and photos made here."""
+"""Shared fixtures: the small random pair and backbones of `tests.helpers.random_models`, and photos made here."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from PIL import Image
 from echodistill_cli.config.build import build_config
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.models.load import load_pair
-from examples.benchmark.small_pair import build_small_backbones, build_small_pair, build_small_sdxl_pair
 from examples.benchmark.subjects import references
 from examples.mini_world.world import Picture
+from tests.helpers.random_models import build_small_backbones, build_small_pair, build_small_sdxl_pair
 
 
 @pytest.fixture(scope="session", autouse=True)

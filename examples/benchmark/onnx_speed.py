@@ -34,8 +34,8 @@ def mini_pair(folder: Path) -> ModelPair:
     from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
     from echodistill_cli.diffusion.schedule import NoiseSchedule
     from echodistill_cli.diffusion.text import PromptEncoder
-    from examples.benchmark.small_pair import small_tokenizer
     from examples.mini_world.models import build_text_encoder, build_unet, build_vae
+    from tests.helpers.random_models import small_tokenizer
 
     tokenizer = small_tokenizer(folder / "words")
     models = [build_unet(), build_vae(), build_text_encoder(tokenizer)]

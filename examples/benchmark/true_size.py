@@ -43,7 +43,7 @@ from echodistill_cli.training.batches import StudentPass, draw_student_pass
 from echodistill_cli.training.critics import look
 from echodistill_cli.training.state import TrainingState, build_state
 from echodistill_cli.training.steps import active_losses, frozen, teacher_step, training_step
-from examples.benchmark.small_pair import small_tokenizer
+from tests.helpers.random_models import small_tokenizer
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "models" / "configurations"
 FOLDERS: dict[Family, str] = {"sd": "sd2", "sdxl": "sdxl"}

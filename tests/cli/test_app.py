@@ -1,0 +1,424 @@
+"""The command line itself: help, flags, how a bad line ends, and what reaches stdout and stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.main import get_command
+
+from echodistill_cli import __version__
+from echodistill_cli.cli.app import app
+from echodistill_cli.cli.options import ALIASES, FLAGS, PANELS, prepare_libraries
+from echodistill_cli.cli.show import TrainingProgress
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config, EchoConfig, TrainConfig
+from tests.helpers.commands import command, small_toml
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = ("train", "sample", "export", "evaluate", "check", "inspect", "doctor")
+
+
+@functools.cache
+def commands() -> Any:
+    """Typer's group of commands."""
+    return get_command(app)
+
+
+def seen_by_train(*arguments: str) -> Any:
+    """What `train` is given by Typer for these arguments; nothing runs."""
+    group = commands()
+    with group.make_context("echodistill", ["train"]) as parent:
+        return group.commands["train"].make_context("train", list(arguments), parent=parent).params
+
+
+# --- help -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_names_every_command_and_imports_no_heavy_library() -> None:
+    program = (
+        "import sys; from echodistill_cli.cli.app import main\n"
+        "try: main(['train', '--help'])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "print({'torch', 'diffusers', 'transformers', 'numpy', 'PIL', 'accelerate', 'peft'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert all(f" {name} " in done.stdout for name in COMMANDS)
+    assert done.stderr == ""
+
+
+def test_no_arguments_give_the_help() -> None:
+    done = command()
+    assert (done.code, done.err) == (0, "")
+    assert "Commands" in done.out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself_and_has_json(name: str) -> None:
+    done = command(name, "-h")
+    assert (done.code, done.err) == (0, "")
+    assert "--json" in done.out
+    assert done.out == command(name, "--help").out
+
+
+def test_the_help_of_train_has_every_flag_under_its_heading_and_says_nothing_is_off_by_default() -> None:
+    text = command("train", "--help").out
+    headings = re.findall(r"─ ([A-Z][\w ]+) ─", text)
+    assert headings == ["Arguments", "Options", *PANELS]
+    assert all(flag.names[0].split("/")[0] in text for flag in FLAGS)
+    assert "[off]" in text  # of a switch
+    assert "--max-train-steps" not in text
+    assert "unset: the class name\n" in re.sub(r" *│", "", text)
+
+
+def test_the_version_is_printed() -> None:
+    assert command("--version").out == f"echodistill {__version__}\n"
+
+
+def test_shell_completion_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    done = command("--show-completion", "bash")
+    assert done.code == 0
+    assert "_ECHODISTILL_COMPLETE=complete_bash" in done.out
+
+
+# --- flags and configuration keys -------------------------------------------------------------------------------------
+
+
+def test_every_configuration_key_has_one_flag_and_every_flag_a_key() -> None:
+    keys = [
+        f"{s.name}.{e.name}" for s in dataclasses.fields(Config) for e in dataclasses.fields(getattr(Config(), s.name))
+    ]
+    flags = [flag.key for flag in FLAGS]
+    assert len(set(flags)) == len(flags)
+    # --model and PHOTOS, which name a preset and a folder, are arguments of their own.
+    assert set(keys) - set(flags) == {"model.student", "concept.photos"}
+    assert set(flags) <= set(keys)
+    names = [name for flag in FLAGS for name in flag.names]
+    assert len(set(names)) == len(names)
+
+
+def test_every_boolean_can_be_said_both_ways() -> None:
+    for flag in FLAGS:
+        section, name = flag.key.split(".")
+        if isinstance(getattr(getattr(Config(), section), name), bool):
+            on, off = flag.names[0].split("/")
+            assert off == f"--no-{on[2:]}"
+            assert seen_by_train(on)[flag.parameter] is True
+            assert seen_by_train(off)[flag.parameter] is False
+
+
+@pytest.mark.parametrize("alias", sorted(ALIASES))
+def test_names_that_other_trainers_use_mean_the_same_with_dashes_and_underscores(alias: str) -> None:
+    for written in (alias, "--" + alias[2:].replace("-", "_")):
+        assert seen_by_train(written, "7") == seen_by_train(ALIASES[alias], "7")
+
+
+def test_underscores_in_a_value_stay() -> None:
+    assert seen_by_train("--class_name=toy_dog", "my_photos")["concept_class_name"] == "toy_dog"
+    assert str(seen_by_train("my_photos")["photos"]) == "my_photos"
+
+
+def test_flags_go_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 7\nbatch_size = 3\n[echo]\nstart = 'off'\n")
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    done = command("train", photos, "--config", tmp_path / "run.toml", "--steps", 9, "--echo", "--dry-run")
+    assert done.code == 3  # after the configuration, the photos are looked at
+    config = build_config(None, tmp_path / "run.toml", {"train.steps": 9})
+    assert (config.train.steps, config.train.batch_size, config.echo.start) == (9, 3, None)
+
+
+def test_off_and_none_and_lists_are_understood() -> None:
+    given = seen_by_train("--echo-start", "off", "--discriminators", "dino, teacher", "--report-to", "none")
+    assert given["echo_start"] == "off"
+    assert given["critic_discriminators"] == ("dino", "teacher")
+    assert given["run_report_to"] == ()
+    assert seen_by_train("--sample-prompt", "a", "--sample-prompt", "b")["run_sample_prompts"] == ["a", "b"]
+
+
+# --- bad lines: exit 2, one line, nothing on stdout -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train p --stpes 3", "--steps"),
+        ("trian p", "Did you mean 'train'?"),
+        ("train p --steps many", "'many' is not a whole number"),
+        ("train p --lr fast", "'fast' is not a number"),
+        ("train p --lr", "requires an argument"),
+        ("train p q", "unexpected extra argument"),
+        ("train p --rank 0", "adapter.rank = 0 is below 1"),
+        ("train p --echo-teacher-share 1.5", "above 1"),
+        ("train p --precision fp61", "Did you mean 'fp16'?"),
+        ("train p --text tokens", "Did you mean 'token'?"),
+        ("train p --resume --overwrite", "contradict"),
+        ("train p --from-step 3", "--resume"),
+        ("train p --no-echo --echo-start 5", "contradict"),
+        ("train p --identity none", "--no-echo"),
+        ("train p --config none.toml", "none.toml: cannot be read"),
+        ("train p --report-to tensorbord --dry-run", "Did you mean tensorboard?"),
+        ("train p --name none --dry-run", "Choose another --name"),
+        ("train p --token a/b --dry-run", "--token 'a/b'"),
+        ("train p --class-name a:b --dry-run", "--class-name 'a:b'"),
+        ("train p --text token --name sks --dry-run", "Choose another --name"),
+        ("train", "train PHOTOS --token"),
+        ("train --resume", "There is no run under runs/"),
+        ("train p --resume -o nowhere", "nowhere is not a run folder"),
+        ("sample", "--prompt"),
+        ("sample -p x --steps 0", "greater than or equal to 1"),
+        ("sample -p x --role judge", "'student', 'teacher'"),
+        ("sample --prompt-file none.txt", "none.txt"),
+        ("sample -p x", "There is no run under runs/"),
+        ("sample -p x --lora none.safetensors", "no such LoRA"),
+        ("export", "There is no run under runs/"),
+        ("check", "Missing argument 'PHOTOS'"),
+        ("inspect", "Missing argument 'FILE'"),
+    ],
+)
+def test_a_bad_line_ends_with_2_and_one_line_that_helps(
+    line: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command(*line.split())
+    assert (done.code, done.out) == (2, "")
+    assert words in done.err
+    assert done.err.startswith("error: ")
+    assert done.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[train]\nstpes = 3\n", "Unknown setting train.stpes. Did you mean train.steps?"),
+        ("[trian]\nsteps = 3\n", "Unknown section [trian]. Did you mean train?"),
+        ("[train]\nsteps = 0\n", "train.steps = 0 is below 1"),
+        ("[train\n", "not valid TOML"),
+    ],
+)
+def test_a_bad_configuration_file_ends_with_2(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(text)
+    done = command("train", "photos", "--config", tmp_path / "run.toml")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert words in done.err
+
+
+# --- signals outside of a training loop -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_any_command_with_its_code_and_one_line(
+    number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "prompts.txt")  # reading it waits for ever
+    before = signal.getsignal(number)
+    sender = threading.Timer(0.3, os.kill, (os.getpid(), number))
+    sender.start()
+    done = command("sample", "--prompt-file", tmp_path / "prompts.txt")
+    sender.join()
+    assert (done.code, done.out, done.err.count("\n")) == (code, "", 1)
+    assert signal.getsignal(number) is before
+
+
+# --- check, inspect, doctor -------------------------------------------------------------------------------------------
+
+
+def test_check_gives_a_verdict_per_file_and_3_when_too_few_can_be_used(photo_folder: Path, tmp_path: Path) -> None:
+    assert command("check", photo_folder).code == 0
+    assert [file["name"] for file in command("check", photo_folder, "--json").result["files"]] == [
+        f"photo-{index}.jpg" for index in range(4)
+    ]
+    for name in ("photo-0.jpg", "photo-1.jpg"):
+        (tmp_path / name).write_bytes((photo_folder / name).read_bytes())
+    (tmp_path / "broken.jpg").write_bytes((photo_folder / "photo-2.jpg").read_bytes()[:500])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.jpg").write_text("not a picture")
+    done = command("check", tmp_path, "--json")
+    assert done.code == 3
+    skipped = [file["name"] for file in done.result["files"] if file["verdict"] == "skipped"]
+    assert skipped == ["broken.jpg", "empty.png", "text.jpg"]
+    assert done.err.count("\n") == 1
+    assert command("check", tmp_path, "--min-photos", 2).code == 0
+
+
+def test_inspect_names_a_file_that_is_missing_or_damaged(tmp_path: Path) -> None:
+    (tmp_path / "damaged.safetensors").write_bytes(b"nothing of the kind")
+    for name, code in (("missing.safetensors", 2), ("damaged.safetensors", 4)):
+        done = command("inspect", tmp_path / name)
+        assert (done.code, done.out, done.err.count("\n")) == (code, "", 1)
+        assert name in done.err
+
+
+def test_doctor_tells_versions_and_what_this_machine_can_train() -> None:
+    found = command("doctor", "--json").result
+    assert found["versions"]["echodistill"] == __version__
+    assert "cpu" in found["devices"]
+    table = command("doctor").out
+    assert "torch" in table
+    assert "sd-turbo" in table
+
+
+# --- progress ---------------------------------------------------------------------------------------------------------
+
+LOSSES = {"denoising": 0.279, "latent": 8.91, "identity": 0.00123, "adversarial": 1.38, "step_seconds": 0.5}
+ECHO = {
+    "echo_made": 4,
+    "echo_kept": 1,
+    "echo_identity": 2,
+    "echo_photo_copy": 0,
+    "echo_duplicate": 1,
+    "echo_crowded": 0,
+}
+
+
+def shown(steps: int, *, terminal: bool, quiet: bool = False, first: int = 1, **more: float) -> str:
+    """What a run's progress writes on a console of 80 columns."""
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
+    with TrainingProgress(console, Config(train=TrainConfig(steps=steps)), quiet=quiet) as progress:
+        for step in range(first, steps + 1):
+            progress.observe({"step": step, **LOSSES, **(more if step == steps else {})})
+    return text.getvalue()
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left_and_the_losses_within_80_columns() -> None:
+    last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "", shown(20, terminal=True)).splitlines()[-2:]
+    assert re.fullmatch(r"training ━+ 20/20 0:00:00 left *", last[0])
+    assert last[1].split() == ["denoising", "0.279", "latent", "8.91", "identity", "0.00123", "adversarial", "1.38"]
+    assert max(map(len, last)) <= 80
+
+
+def test_without_a_terminal_there_are_about_twenty_plain_lines() -> None:
+    lines = shown(1000, terminal=False).splitlines()
+    assert len(lines) == 20
+    assert lines[-1].startswith("step 1000/1000  0 s left  denoising 0.279")
+    assert "\x1b" not in "".join(lines)
+    assert shown(1000, terminal=False, first=991).count("\n") == 1
+    assert shown(20, terminal=False, quiet=True) == shown(20, terminal=True, quiet=True) == ""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
+    config = Config(train=TrainConfig(steps=5, head_start=40), echo=EchoConfig(start=None, carry_back=20))
+    with TrainingProgress(console, config, quiet=False) as progress:
+        for step in range(1, 41):
+            progress.observe({"step": 0, "head_start_step": step, "denoising": 0.5})
+        if terminal:
+            progress.live.refresh()
+        progress.observe({"step": 1, **LOSSES, "step_seconds": 2.0})
+        if terminal:
+            progress.live.refresh()
+        for step in range(1, 21):
+            progress.observe({"step": 5, "carry_back_step": step, "denoising": 0.25})
+    shown = text.getvalue()
+    if terminal:
+        assert re.search(r"head start ━+ 40/40", shown)
+        assert re.search(r"training ━+.* 1/5", shown)
+        assert re.search(r"carry back ━+ 20/20", shown)
+    else:
+        lines = shown.splitlines()
+        assert len(lines) == 41
+        assert lines[19].startswith("head start 40/40  0 s left  denoising 0.5")
+        assert lines[20].startswith("step 1/5  8 s left  denoising 0.279")
+        assert lines[-1].startswith("carry back 20/20  0 s left  denoising 0.25")
+
+
+def test_an_echo_and_a_skipped_step_are_told() -> None:
+    text = shown(3, terminal=False, **ECHO, skipped_student=1.0)
+    assert "echo at step 3: drew 4, kept 1 (2 too little of the subject, 1 alike)" in text
+    assert "step 3: skipped for student" in text
+    assert "kept nothing" in shown(3, terminal=False, **(ECHO | {"echo_kept": 0}))
+
+
+# --- dry run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_is_a_table_or_json_and_writes_nothing(
+    small_pair: tuple[Path, Path],
+    small_backbones: dict[str, Path],
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = small_toml(tmp_path, small_pair, small_backbones)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    line = ("train", photo_folder, "--config", file, "--dry-run")
+    plan = command(*line, "--json").result
+    assert (plan["photos"], plan["steps"], plan["output"], plan["output_exists"]) == (4, 4, "runs/sks-dog", False)
+    assert plan["models"][str(small_pair[0])] == "on this disk"
+    assert plan["config"]["train"]["steps"] == 4
+    table = command(*line).out
+    assert "4 usable" in table
+    assert "{" not in table
+    assert list(Path().iterdir()) == []
+
+
+def test_what_needs_a_class_name_is_said_to_be_off_without(photo_folder: Path) -> None:
+    line = ("train", photo_folder, "--model", "mini", "--pair-share", "0.2", "--dry-run", "--json")
+    (warning,) = [text for text in command(*line).result["warnings"] if "--class-name" in text]
+    assert "--recolour" in warning
+    assert "--class-share" in warning
+    assert "--pair-share" in warning
+    assert not any("--class-name" in text for text in command(*line, "--class", "dog").result["warnings"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--replays 2", "Without --target-steps above 1 nothing comes of --replays."),
+        ("--target-strength 0.5", "Without --target-steps above 1 nothing comes of --target-strength."),
+        ("--target-steps 2 --first-targets 2", "Without --replays nothing comes of --first-targets."),
+        ("--scene-share 0.5 --batch-size 1", "--scene-share 0.5 of --batch-size 1 is no whole sample: no scenes."),
+        ("--steps 500", "The echo would begin at step 600 of 500: there is none. --echo-start says when."),
+        ("--target-steps 2 --replays 1 --first-targets 2 --scene-share 0.5", None),
+    ],
+)
+def test_what_is_asked_for_in_vain_is_said(photo_folder: Path, flags: str, said: str | None) -> None:
+    line = ("train", photo_folder, "--class-name", "dog", "--steps", "700", *flags.split(), "--dry-run", "--json")
+    warnings = [text for text in command(*line).result["warnings"] if not text.startswith("photo-")]
+    assert warnings == ([] if said is None else [said])
+
+
+def test_echo_keeps_the_start_that_is_planned(photo_folder: Path, tmp_path: Path) -> None:
+    line = ("train", photo_folder, "--class-name", "dog", "--echo", "--dry-run", "--json")
+    assert command(*line).result["echo_from_step"] == Config().echo.start
+    assert command(*line, "--model", "mini").result["echo_from_step"] == build_config("mini").echo.start
+    (tmp_path / "off.toml").write_text("[echo]\nstart = 'off'\n")
+    assert command(*line, "--config", tmp_path / "off.toml").result["echo_from_step"] == Config().echo.start
+    assert command(*line, "--echo-start", 7).result["echo_from_step"] == 7
+    assert "--echo and --echo-start off contradict each other" in command(*line, "--echo-start", "off").err
+
+
+def test_a_dry_run_knows_what_would_have_to_be_fetched(photo_folder: Path) -> None:
+    models = command("train", photo_folder, "--offline", "--dry-run", "--json").result["models"]
+    assert {"stabilityai/sd-turbo", "facebook/dino-vits16@refs/pr/1"} <= set(models)
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")  # restored afterwards
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    prepare_libraries(offline=False, quiet=False)
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    prepare_libraries(offline=False, quiet=False)
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

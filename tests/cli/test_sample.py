@@ -1,0 +1,195 @@
+"""`echodistill sample`: what is drawn, from which seeds, with which LoRA, and what the files say."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from echodistill_cli.config.build import build_config
+from echodistill_cli.outputs.artifact import SampleRequest, models_for
+from echodistill_cli.outputs.sample import _next_number
+from tests.helpers.commands import Done, command, files_below, trained_run
+
+Pair = tuple[Path, Path]
+Backbones = dict[str, Path]
+
+PROMPT = "a photo of a sks dog"
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, small_pair: Pair, small_backbones: Backbones, photo_folder: Path
+) -> Path:
+    """A finished run in a folder named runs/; not to be written to."""
+    return trained_run(tmp_path_factory.mktemp("work"), small_pair, small_backbones, photo_folder)
+
+
+def sample(folder: Path, *arguments: object) -> Done:
+    done = command("sample", *arguments, "-o", folder)
+    assert done.code == 0, done.err
+    return done
+
+
+def pixels(path: Path | str) -> Any:
+    return np.asarray(Image.open(path).convert("RGB"), dtype=np.int16)
+
+
+def told(path: Path | str) -> dict[str, str]:
+    """What a picture's file says of its making."""
+    with Image.open(path) as picture:
+        return dict(picture.info)
+
+
+def test_the_newest_run_is_meant_and_every_picture_says_how_it_was_made(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run.parent.parent)
+    done = sample(tmp_path, "-p", "ein süßer sks dog", "-n", 2, "--seed", 7)
+    assert done.out.splitlines() == [
+        f"{tmp_path}/{name}" for name in ("0000_s7.png", "0001_s8.png", "0000-0001_grid.png")
+    ]
+    assert "2 pictures" in done.error
+    assert "images/s" in done.error
+    assert pixels(tmp_path / "0001_s8.png").shape == (64, 64, 3)
+    expected = {"prompt": "ein süßer sks dog", "seed": "8", "steps": "1", "guidance_scale": "0", "lora_scale": "1"}
+    expected |= {"model": "student", "lora": "sks-dog.safetensors"}
+    assert expected.items() <= told(tmp_path / "0001_s8.png").items()
+    # The next call numbers on; nothing is overwritten.
+    assert sample(tmp_path, "-p", PROMPT).out == f"{tmp_path}/0002_s0.png\n"
+
+
+def test_prompts_come_from_flags_and_a_file_and_the_result_is_one_object(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a sks dog\n\n  a dog in snow  \n", encoding="utf-8")
+    done = sample(
+        tmp_path / "out", "--lora", run, "-p", PROMPT, "--prompt-file", tmp_path / "prompts.txt", "--json", "-q"
+    )
+    assert done.err == ""
+    assert len(done.result["files"]) == 3
+    assert done.result["images_per_second"] > 0
+    assert [told(file)["prompt"] for file in done.result["files"]] == [PROMPT, "a sks dog", "a dog in snow"]
+    assert Path(done.result["grid"]).is_file()
+
+
+def test_a_picture_depends_on_its_own_seed_alone(run: Path, tmp_path: Path) -> None:
+    sample(tmp_path / "one", "--lora", run, "-p", PROMPT, "-n", 3, "--batch-size", 1)
+    sample(tmp_path / "all", "--lora", run, "-p", PROMPT, "-n", 3, "--batch-size", 3)
+    sample(tmp_path / "last", "--lora", run, "-p", PROMPT, "--seed", 2)
+    for index in range(3):
+        one, together = (pixels(tmp_path / kind / f"000{index}_s{index}.png") for kind in ("one", "all"))
+        assert np.abs(one - together).max() <= 1
+    assert np.abs(pixels(tmp_path / "one" / "0002_s2.png") - pixels(tmp_path / "last" / "0000_s2.png")).max() <= 1
+    assert np.abs(pixels(tmp_path / "one" / "0000_s0.png") - pixels(tmp_path / "one" / "0001_s1.png")).max() > 1
+
+
+def test_a_scale_of_0_draws_the_base_models_picture_and_compare_shows_it_beside(run: Path, tmp_path: Path) -> None:
+    sample(tmp_path / "zero", "--lora", run, "-p", PROMPT, "--lora-scale", 0)
+    sample(tmp_path / "pair", "--lora", run, "-p", PROMPT, "--compare")
+    sample(tmp_path / "full", "--lora", run, "-p", PROMPT)
+    zero, pair, full = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair", "full"))
+    assert pair.shape == (64, 64 + 2 + 64, 3)
+    assert (pair[:, :64] == zero).all()
+    assert (pair[:, 66:] == full).all()
+    assert np.abs(full - zero).mean() > 0.5
+
+
+def test_a_scale_of_0_leaves_a_learned_word_out_too(
+    tmp_path: Path, small_pair: Pair, small_backbones: Backbones, photo_folder: Path
+) -> None:
+    changes: dict[str, Any] = {"text__form": "token", "train__text_lr": 0.5}
+    learned = trained_run(tmp_path, small_pair, small_backbones, photo_folder, **changes)
+    sample(tmp_path / "zero", "--lora", learned, "-p", PROMPT, "--lora-scale", 0)
+    sample(tmp_path / "pair", "--lora", learned, "-p", PROMPT, "--compare")
+    zero, pair = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair"))
+    assert (pair[:, :64] == zero).all()
+
+
+def test_pictures_are_drawn_with_the_full_decoder_whatever_the_run_was_trained_with() -> None:
+    trained = dataclasses.replace(build_config("sdxl-turbo").model, decoder="tiny")
+    assert models_for(SampleRequest([PROMPT]), trained).decoder == "full"
+    assert models_for(SampleRequest([PROMPT], model_overrides={"decoder": "tiny"}), trained).decoder == "tiny"
+
+
+def test_another_teacher_has_not_the_revision_of_the_first() -> None:
+    model = build_config("sdxl-turbo").model
+    assert model.teacher_revision is not None
+    other = models_for(SampleRequest([PROMPT], model_overrides={"teacher": "someone/else"}), model)
+    assert (other.teacher, other.teacher_revision) == ("someone/else", None)
+    same = models_for(SampleRequest([PROMPT], model_overrides={"teacher": model.teacher}), model)
+    assert same.teacher_revision == model.teacher_revision
+
+
+def test_pictures_are_numbered_on_beyond_four_digits(tmp_path: Path) -> None:
+    for name in ("0007_s0.png", "9999_s3.png", "10000_s0.png", "0000-0001_grid.png", "notes_1.png"):
+        (tmp_path / name).touch()
+    assert _next_number(tmp_path) == 10001
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_number_of_steps_can_be_chosen(run: Path, tmp_path: Path, steps: int) -> None:
+    done = sample(tmp_path, "--lora", run, "-p", PROMPT, "--steps", steps)
+    assert told(done.out.strip())["steps"] == str(steps)
+
+
+def test_the_teacher_draws_in_25_guided_steps(run: Path, tmp_path: Path) -> None:
+    done = sample(tmp_path, "--lora", run, "-p", PROMPT, "--role", "teacher")
+    expected = {"model": "teacher", "lora": "sks-dog-teacher.safetensors", "steps": "25", "guidance_scale": "7.5"}
+    assert expected.items() <= told(done.out.strip()).items()
+    # Its file with the other model is most likely a slip, and said to be.
+    mixed = sample(tmp_path, "--lora", run / "teacher" / "sks-dog-teacher.safetensors", "-p", PROMPT)
+    assert "--role teacher" in mixed.err
+
+
+def test_a_lora_file_draws_the_same_as_its_run_and_elsewhere_needs_its_model(
+    run: Path, tmp_path: Path, small_pair: Pair
+) -> None:
+    sample(tmp_path / "run", "--lora", run, "-p", PROMPT)
+    sample(tmp_path / "file", "--lora", run / "sks-dog.safetensors", "-p", PROMPT)
+    moved = tmp_path / "moved.safetensors"
+    moved.write_bytes((run / "sks-dog.safetensors").read_bytes())
+    done = command("sample", "--lora", moved, "-p", PROMPT, "-o", tmp_path / "moved")
+    assert (done.code, done.out) == (2, "")
+    assert "--model" in done.error
+    assert not (tmp_path / "moved").exists()
+    sample(tmp_path / "moved", "--lora", moved, "-p", PROMPT, "--model", small_pair[0], "--size", 64)
+    pictures = [pixels(tmp_path / kind / "0000_s0.png") for kind in ("run", "file", "moved")]
+    assert (pictures[0] == pictures[1]).all()
+    assert (pictures[0] == pictures[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--precision", "fp61"), 2, "fp16"),
+        (("--device", "cuda:99"), 2, "--device auto"),
+        (("--size", 70), 2, "70"),
+        (("--model", "nobody/has-this", "--offline"), 4, "hf download nobody/has-this"),
+        # A picture for which no machine has the room.
+        (("--size", 4_000_000), 5, "Out of memory when asking for 4000000000000 bytes. Try a smaller --batch-size"),
+    ],
+)
+def test_what_cannot_be_drawn_ends_with_one_line_and_writes_nothing(
+    run: Path, tmp_path: Path, flags: tuple[object, ...], code: int, words: str
+) -> None:
+    done = command("sample", "--lora", run, "-p", PROMPT, *flags, "-o", tmp_path / "out", "-q")
+    assert (done.code, done.out, done.err.count("\n")) == (code, "", 1), done.err
+    assert words in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_lora_for_another_model_is_refused(run: Path, tmp_path: Path, small_sdxl_pair: Pair) -> None:
+    done = command("sample", "--lora", run, "-p", PROMPT, "--model", small_sdxl_pair[0], "--size", 64, "-o", tmp_path)
+    assert (done.code, done.out) == (4, "")
+    assert "does not fit this model" in done.error
+    assert files_below(tmp_path) == set()
+
+
+def test_a_run_that_is_not_finished_says_how_to_finish_it(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_bytes((run / "config.toml").read_bytes())
+    done = command("sample", "--lora", tmp_path, "-p", PROMPT)
+    assert done.code == 2
+    assert f"train --resume -o {tmp_path}" in done.error

@@ -1,0 +1,153 @@
+"""Drawing pictures: as diffusers does, and each by its own seed alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from torch import Tensor
+
+from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.diffusion.sampling import (
+    SamplingSettings,
+    generate,
+    seeded_noise,
+    student_x0,
+    teacher_x0,
+    to_uint8,
+)
+from echodistill_cli.diffusion.schedule import add_noise, guide, predict_x0
+from echodistill_cli.diffusion.text import Conditioning
+from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.models.load import load_pair
+from tests.helpers.commands import missing_flags
+
+PROMPTS = ("a photo of a dog", "a cat in the snow", "a teapot on the beach", "", "a very small toy")
+SEEDS = (11, 12, 13, 14, 15)
+
+
+@pytest.fixture(scope="module")
+def pair(small_pair: tuple[Path, Path]) -> ModelPair:
+    student, teacher = map(str, small_pair)
+    return load_pair(ModelConfig(student=student, teacher=teacher, resolution=64, device="cpu", offline=True))
+
+
+def draw(pair: ModelPair, **settings: Any) -> np.ndarray:
+    drawn = generate(pair, PROMPTS, SEEDS, SamplingSettings(**{"size": 64, "batch_size": 5} | settings))
+    return np.stack([pixels.numpy() for pixels in drawn]).astype(int)
+
+
+def draw_with_diffusers(folder: Path, **settings: Any) -> np.ndarray:
+    """The same pictures by a stock pipeline over the same files."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+    noise = seeded_noise(SEEDS, (4, 8, 8))
+    images = pipeline(list(PROMPTS), latents=noise, height=64, width=64, output_type="np", **settings).images
+    return (np.asarray(images) * 255).round().astype(int)
+
+
+def test_one_step_pictures_are_those_of_diffusers(pair: ModelPair, small_pair: tuple[Path, Path]) -> None:
+    expected = draw_with_diffusers(small_pair[0], num_inference_steps=1, guidance_scale=0.0)
+    drawn = draw(pair)
+    assert np.abs(drawn - expected).max() <= 1
+    assert drawn.std() > 5
+    assert np.abs(drawn[0] - drawn[1]).mean() > 5
+
+
+def test_the_student_with_several_steps_is_diffusers_too(pair: ModelPair, small_pair: tuple[Path, Path]) -> None:
+    expected = draw_with_diffusers(small_pair[0], num_inference_steps=3, guidance_scale=0.0)
+    assert np.abs(draw(pair, steps=3) - expected).max() <= 1
+
+
+def test_the_guided_teacher_in_several_steps_is_diffusers(pair: ModelPair, small_pair: tuple[Path, Path]) -> None:
+    expected = draw_with_diffusers(small_pair[1], num_inference_steps=4, guidance_scale=7.5)
+    drawn = draw(pair, role="teacher", steps=4, guidance_scale=7.5)
+    assert np.abs(drawn - expected).max() <= 1
+    assert np.abs(drawn - draw(pair, role="teacher", steps=4)).max() > 1
+
+
+def test_a_picture_depends_on_its_own_seed_and_prompt_alone(pair: ModelPair) -> None:
+    together = draw(pair)
+    for batch_size in (1, 2):
+        assert np.abs(draw(pair, batch_size=batch_size) - together).max() <= 1
+    alone = next(iter(generate(pair, PROMPTS[3:4], SEEDS[3:4], SamplingSettings(size=64))))
+    assert np.abs(alone.numpy().astype(int) - together[3]).max() <= 1
+    assert np.array_equal(draw(pair), together)
+
+
+def test_guidance_0_and_1_both_mean_without(pair: ModelPair) -> None:
+    without = draw(pair, role="teacher", steps=2)
+    assert np.array_equal(draw(pair, role="teacher", steps=2, guidance_scale=1.0), without)
+
+
+def test_pictures_of_another_size_can_be_drawn(pair: ModelPair) -> None:
+    shapes = {tuple(pixels.shape) for pixels in generate(pair, PROMPTS[:1], SEEDS[:1], SamplingSettings(size=96))}
+    assert shapes == {(96, 96, 3)}
+
+
+def test_a_picture_that_overflows_is_an_error_whose_remedies_each_command_has(small_pair: tuple[Path, Path]) -> None:
+    student, teacher = map(str, small_pair)
+    own = load_pair(ModelConfig(student=student, teacher=teacher, resolution=64, device="cpu", offline=True))
+    with torch.no_grad():
+        own.codec.decoder.decoder.conv_out.bias.fill_(torch.inf)
+    with pytest.raises(EchoDistillError, match=r"not finite.*--precision fp32") as told:
+        draw(own)
+    assert not missing_flags(str(told.value.hint), "train", "sample", "evaluate")
+
+
+def test_noise_is_one_draw_per_seed_and_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    noise = seeded_noise([3, 4, 3], (4, 8, 8))
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(noise[0], noise[1])
+    assert torch.equal(noise[1:2], seeded_noise([4], (4, 8, 8)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def encoded(pair: ModelPair) -> tuple[Conditioning, Conditioning]:
+    with torch.no_grad():
+        return pair.encoder.encode(PROMPTS[:2]), pair.encoder.encode_null()
+
+
+def noised(pair: ModelPair) -> tuple[Tensor, Tensor]:
+    assert pair.teacher is not None
+    noise, timesteps = seeded_noise(SEEDS[:2], (4, 8, 8)), torch.tensor([100, 800])
+    return add_noise(pair.teacher.schedule, noise.flip(0), noise, timesteps), timesteps
+
+
+@torch.no_grad()
+def test_the_teachers_target_is_guidance_on_two_plain_passes(pair: ModelPair) -> None:
+    assert pair.teacher is not None
+    conditioning, null = encoded(pair)
+    noisy, timesteps = noised(pair)
+    outputs = [pair.teacher(noisy, timesteps, c) for c in (conditioning, null.expand(2))]
+    expected = predict_x0(pair.teacher.schedule, guide(outputs[0], outputs[1], 7.5), noisy, timesteps)
+    target = teacher_x0(pair.teacher, noisy, timesteps, conditioning, null, 7.5)
+    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-4)
+    plain = predict_x0(pair.teacher.schedule, outputs[0], noisy, timesteps)
+    torch.testing.assert_close(teacher_x0(pair.teacher, noisy, timesteps, conditioning, null, 1.0), plain)
+
+
+def test_the_students_picture_has_a_gradient_through_its_unet(pair: ModelPair) -> None:
+    conditioning, _ = encoded(pair)
+    noise = seeded_noise(SEEDS[:2], (4, 8, 8)).requires_grad_()
+    x0 = student_x0(pair.student, noise, conditioning)
+    x0.sum().backward()
+    assert x0.dtype == torch.float32
+    assert noise.grad is not None
+    assert noise.grad.abs().sum() > 0
+
+
+def test_pixels_are_rounded_and_clipped() -> None:
+    values = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0, 0.0]).view(1, 3, 1, 2)
+    pixels = to_uint8(values)
+    assert pixels.dtype == torch.uint8
+    assert pixels.shape == (1, 1, 2, 3)
+    assert pixels.flatten().tolist() == [0, 128, 255, 0, 255, 128]

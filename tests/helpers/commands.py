@@ -1,0 +1,102 @@
+"""Commands run in this process, as a person runs them in a shell: arguments in; exit code, stdout and stderr out."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from echodistill_cli.cli.app import app, main
+from echodistill_cli.config.build import config_to_toml
+from echodistill_cli.config.schema import Config
+from tests.helpers.runs import small_config
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def result(self) -> Any:
+        """stdout as the one JSON object it must be."""
+        return json.loads(self.out)
+
+    @property
+    def error(self) -> str:
+        """The last line of stderr."""
+        return self.err.splitlines()[-1] if self.err else ""
+
+
+def command(*arguments: object) -> Done:
+    """Run `echodistill` with these arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    with unchanged_environment(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            return Done(int(ended.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError("main always exits")
+
+
+@contextlib.contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """Undo what a command sets for the libraries underneath, and write as to a pipe of 200 columns."""
+    before = dict(os.environ)
+    os.environ["COLUMNS"] = "200"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def write_config(folder: Path, config: Config) -> Path:
+    """A configuration as a TOML file."""
+    file = folder / "run.toml"
+    file.write_text(config_to_toml(config), encoding="utf-8")
+    return file
+
+
+def small_toml(folder: Path, pair: tuple[Path, Path], backbones: dict[str, Path], **changes: Any) -> Path:
+    """The small run of `tests.helpers.runs`, four steps with an echo at the third, as a TOML file."""
+    settings = {"train__steps": 4, "echo__start": 3, "run__save_every": 2, "run__sample_every": 2}
+    return write_config(folder, small_config(pair, backbones, **{**settings, **changes}))
+
+
+def files_below(folder: Path) -> set[str]:
+    """The relative paths of all files below a folder."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def trained_run(
+    folder: Path, pair: tuple[Path, Path], backbones: dict[str, Path], photos: Path, **changes: Any
+) -> Path:
+    """The folder of a finished run of two steps, below `folder`/runs; `changes` as in `small_toml`."""
+    file = small_toml(folder, pair, backbones, train__steps=2, echo__start="off", **changes)
+    output = folder / "runs" / "first"
+    assert command("train", photos, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
+    return output
+
+
+def missing_flags(hint: str, *commands: str) -> set[str]:
+    """The flags in a hint that a person cannot give: none of the command named before them, else of all `commands`."""
+    app_commands: Any = typer.main.get_command(app)
+    missing: set[str] = set()
+    for part in re.split(r"\. |(?=echodistill [a-z])|(?=hf download)", hint):
+        named = re.match(r"echodistill ([a-z]+)", part)
+        for name in [named[1]] if named else commands if not part.startswith("hf ") else ():
+            options = {flag for one in app_commands.commands[name].params for flag in (*one.opts, *one.secondary_opts)}
+            missing |= set(re.findall(r"--[a-z][a-z-]*", part)) - options
+    return missing

@@ -1,0 +1,263 @@
+"""Pairs of real diffusers models, a thousand times smaller than SD-Turbo and SDXL-Turbo, with random weights.
+
+The tests train on it; `make bench` times it: python -m tests.helpers.random_models
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Each word here becomes one token; anything else falls back to bytes. The order is from common to rare.
+WORDS = (
+    *("a", "photo", "of", "the", "in", "on", "dog", "cat", "teapot", "toy", "close", "up", "far", "away", "very"),
+    *("small", "rendering", "snow", "beach", "ohwx", "sks"),
+)
+
+_SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "steps_offset": 1,
+    "set_alpha_to_one": False,
+    "clip_sample": False,
+}
+_EULER = {k: v for k, v in _SCHEDULE.items() if k not in ("set_alpha_to_one", "clip_sample")}
+
+
+def build_small_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """Write a student (ε, Euler trailing) and a teacher (v, DDIM), both whole diffusers folders; returns their paths.
+
+    Pictures are 64 pixels, latents 8 x 8 x 4.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+    torch.manual_seed(seed)
+    shared = _shared_parts(folder)
+    student = EulerDiscreteScheduler(**_EULER, prediction_type="epsilon", timestep_spacing="trailing")
+    teacher = DDIMScheduler(**_SCHEDULE, prediction_type="v_prediction")
+    return (
+        _save(folder / "student", {**shared, "unet": _unet(), "scheduler": student}),
+        _save(folder / "teacher", {**shared, "unet": _unet(), "scheduler": teacher}),
+    )
+
+
+def build_small_sdxl_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
+    """The same for SDXL: a student (ε, EulerAncestral trailing) and a teacher (ε, Euler leading), two text encoders.
+
+    The cross-attention reads 32 + 48 wide text; pictures are 64 pixels, latents 8 x 8 x 4, scaled as SDXL's.
+    """
+    from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    torch.manual_seed(seed)
+    shared = _shared_parts(folder)
+    shared["vae"].register_to_config(scaling_factor=0.13025, force_upcast=True)
+    settings: dict[str, Any] = shared["text_encoder"].config.to_dict()
+    settings |= {"hidden_size": 48, "num_attention_heads": 3, "projection_dim": 40}
+    shared |= {
+        "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**settings)),
+        "tokenizer_2": shared["tokenizer"],
+    }
+    ancestral = {key: value for key, value in _EULER.items() if key != "interpolation_type"}
+    student = EulerAncestralDiscreteScheduler(**ancestral, prediction_type="epsilon", timestep_spacing="trailing")
+    teacher = EulerDiscreteScheduler(**_EULER, prediction_type="epsilon", timestep_spacing="leading")
+    xl = {
+        "cross_attention_dim": 32 + 48,
+        # Three levels of two layers, as in the true ones: their block numbers are in the names of LoRA files.
+        "block_out_channels": (8, 16, 24),
+        "attention_head_dim": (1, 2, 3),
+        "layers_per_block": 2,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 1, 2),
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 40 + 6 * 8,
+    }
+    return (
+        _save(folder / "student", {**shared, "unet": _unet(**xl), "scheduler": student}),
+        _save(folder / "teacher", {**shared, "unet": _unet(**xl), "scheduler": teacher}),
+    )
+
+
+def build_small_backbones(folder: Path, *, seed: int = 0) -> dict[str, Path]:
+    """Write a tiny DINO (ViT), DINOv2 and CLIP vision tower with random weights; returns their folders by name."""
+    from transformers import (
+        CLIPVisionConfig,
+        CLIPVisionModelWithProjection,
+        Dinov2Config,
+        Dinov2Model,
+        ViTConfig,
+        ViTModel,
+    )
+
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    models = {
+        "dino": ViTModel(ViTConfig(**size, intermediate_size=64), add_pooling_layer=False),
+        "dinov2": Dinov2Model(Dinov2Config(**size, mlp_ratio=2)),
+        "clip": CLIPVisionModelWithProjection(CLIPVisionConfig(**size, intermediate_size=64, projection_dim=24)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+    return {name: folder / name for name in models}
+
+
+def _shared_parts(folder: Path) -> dict[str, Any]:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    tokenizer = small_tokenizer(folder / "vocabulary")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=2,  # as the published configurations have it
+        )
+    )
+    return {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+
+
+def _unet(**changes: Any) -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    settings: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": (2, 4),
+        "norm_num_groups": 8,
+        "use_linear_projection": True,
+    }
+    return UNet2DConditionModel(**settings | changes)
+
+
+def small_tokenizer(folder: Path) -> Any:
+    """CLIP's tokenizer class over a few words and every byte."""
+    from transformers import CLIPTokenizer
+
+    letters = byte_letters()
+    tokens = letters + [letter + "</w>" for letter in letters]
+    merges: list[str] = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            pair, pieces = pieces[:2], [pieces[0] + pieces[1], *pieces[2:]]
+            if " ".join(pair) not in merges:
+                merges.append(" ".join(pair))
+            if pieces[0] not in tokens:
+                tokens.append(pieces[0])
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 32})
+    )
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def byte_letters() -> list[str]:
+    """The 256 printable letters that stand for bytes in byte-level BPE (Radford et al. 2019)."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in plain]
+    by_byte = {**{byte: chr(byte) for byte in plain}, **{byte: chr(256 + i) for i, byte in enumerate(hidden)}}
+    return [by_byte[byte] for byte in range(256)]
+
+
+def _save(folder: Path, parts: dict[str, Any]) -> Path:
+    is_xl = "text_encoder_2" in parts
+    kind = "StableDiffusionXLPipeline" if is_xl else "StableDiffusionPipeline"
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": "0.42.1"}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        library = "diffusers" if type(part).__module__.startswith("diffusers") else "transformers"
+        index[name] = [library, type(part).__name__]
+    none = [None, None]
+    index |= {"feature_extractor": none} | (
+        {"image_encoder": none, "force_zeros_for_empty_prompt": True} if is_xl else {"safety_checker": none}
+    )
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def main() -> None:
+    """Print the small pair's step time and memory on one thread: the cost of everything but the models."""
+    import platform
+    import statistics
+    import tempfile
+    from datetime import UTC, datetime
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        records = _time_steps(Path(name), steps=40)
+    seconds = [record["step_seconds"] for record in records[5:]]  # the first ones warm up
+    print(f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}, 1 thread")
+    print(f"step      {statistics.median(seconds):.3f} s  ({1 / statistics.median(seconds):.1f} steps/s, batch 2)")
+    print(f"memory    {max(record['peak_memory_mib'] for record in records):.0f} MiB")
+
+
+def _time_steps(folder: Path, steps: int) -> list[dict[str, float]]:
+    """Metrics of training steps with every loss, three image critics and the latent one, without the echo."""
+    import numpy as np
+    from PIL import Image
+
+    from echodistill_cli.config.build import build_config
+    from echodistill_cli.data.photos import load_photos
+    from echodistill_cli.training.loop import timed_step
+    from echodistill_cli.training.state import build_state
+
+    student, teacher = build_small_pair(folder)
+    critics = build_small_backbones(folder / "critics")
+    rng = np.random.default_rng(0)
+    (folder / "photos").mkdir()
+    for index in range(4):
+        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((96, 96)).save(folder / "photos" / f"{index}.png")
+    settings = {
+        "concept.class_name": "dog",
+        "model.teacher": str(teacher),
+        "model.resolution": 64,
+        "critic.discriminators": (*map(str, critics.values()), "teacher"),
+        "critic.identity": str(critics["clip"]),
+        "echo.start": None,
+    }
+    config = build_config(str(student), overrides=settings)
+    report = load_photos(folder / "photos", min_photos=3, resolution=64, masks="auto", captions=True)
+    state = build_state(config, report.photos)
+    return [timed_step(state) for _ in range(steps)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""What a run is said to need: against the true architectures, and the plans that are made from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTModel,
+)
+
+from echodistill_cli import planning
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.models.adapters import TEXT_TARGETS, UNET_TARGETS
+from echodistill_cli.models.device import BACKBONES, FAMILIES, TINY_DECODER, VAE, estimate, plan_memory
+from tests.helpers.original_layout import build_sd2_pair, sd2_state, write
+
+CONFIGURATIONS = Path(planning.__file__).parent / "models" / "configurations"
+
+
+def shipped(family: str, part: str) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((CONFIGURATIONS / family / part / "config.json").read_text())
+    return {key: value for key, value in settings.items() if not key.startswith("_")}
+
+
+def count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def lora_size(module: torch.nn.Module, targets: tuple[str, ...]) -> int:
+    """LoRA parameters per rank."""
+    weights = [layer.weight for name, layer in module.named_modules() if name.endswith(targets)]
+    # A convolution's A has its kernel, and B is 1 × 1.
+    return sum(weight[0].numel() + weight.shape[0] for weight in weights)
+
+
+@pytest.fixture
+def _on_meta() -> Iterator[None]:
+    with torch.device("meta"):
+        yield
+
+
+# --- sizes, against the architectures themselves ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_on_meta")
+@pytest.mark.parametrize(("family", "folder"), [("sd", "sd2"), ("sdxl", "sdxl")])
+def test_the_shipped_configurations_build_the_true_models_of_the_counted_size(family: str, folder: str) -> None:
+    size = FAMILIES[family]
+    unet = UNet2DConditionModel(**shipped(folder, "unet"))
+    assert count(unet) == size.unet
+    for name, targets in UNET_TARGETS.items():
+        assert lora_size(unet, targets) == size.adapter[name]
+    encoders: list[torch.nn.Module] = [CLIPTextModel(CLIPTextConfig(**shipped(folder, "text_encoder")))]
+    if family == "sdxl":
+        encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**shipped(folder, "text_encoder_2"))))
+    assert sum(map(count, encoders)) == size.text
+    assert sum(lora_size(encoder, TEXT_TARGETS) for encoder in encoders) == size.text_adapter
+    assert count(AutoencoderKL(**shipped(folder, "vae"))) == VAE
+    assert (unet.config.cross_attention_dim, unet.config.in_channels) == ({"sd": 1024, "sdxl": 2048}[family], 4)
+
+
+@pytest.mark.usefixtures("_on_meta")
+def test_the_backbones_and_the_tiny_decoder_have_the_counted_size() -> None:
+    large: dict[str, Any] = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 14}
+    small: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    clip = CLIPVisionConfig(**large, intermediate_size=4096, projection_dim=768)
+    assert count(AutoencoderTiny()) == TINY_DECODER
+    assert {
+        "dino": count(ViTModel(ViTConfig(**small), add_pooling_layer=False)),
+        "dinov2": count(Dinov2Model(Dinov2Config(**large, image_size=518))),
+        "clip": count(CLIPVisionModelWithProjection(clip)),
+    } == BACKBONES
+
+
+# --- estimates --------------------------------------------------------------------------------------------------------
+
+
+def test_the_estimate_of_the_lean_sd_step_is_the_sum_of_the_measured_parts() -> None:
+    config = build_config("sd-turbo", overrides={"model.decoder": "tiny", "train.batch_size": 1})
+    parts = estimate(config, "sd", half=True).parts
+    assert parts["UNets"] == pytest.approx(3.23, abs=0.01)
+    assert parts["text encoders"] == pytest.approx(0.63, abs=0.01)
+    assert parts["VAE"] == pytest.approx(0.16, abs=0.01)
+    assert parts["activations"] == pytest.approx(2.7, abs=0.1)
+    assert estimate(config, "sd", half=False).parts["UNets"] == 2 * parts["UNets"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.decoder": "tiny"},
+        {"train.batch_size": 1},
+        {"model.resolution": 256},
+        {"train.gradient_checkpointing": True},
+        {"critic.discriminators": ("dino", "clip")},
+        {"model.offload": True},
+        {"text.form": "token"},
+        {"loss.sliced_wasserstein": 0.0},
+    ],
+)
+def test_each_saving_saves(change: dict[str, Any]) -> None:
+    whole = estimate(build_config("sdxl-turbo"), "sdxl", half=True)
+    assert estimate(build_config("sdxl-turbo", overrides=change), "sdxl", half=True).total < whole.total
+
+
+def test_a_vae_in_fp16_is_counted_in_single_precision() -> None:
+    bf16, fp16 = (build_config("sdxl-turbo", overrides={"model.precision": name}) for name in ("bf16", "fp16"))
+    assert estimate(fp16, "sdxl", half=True).parts["VAE"] == 2 * estimate(bf16, "sdxl", half=True).parts["VAE"]
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("preset", "vram", "chosen"),
+    [
+        ("sd-turbo", "8", ("tiny", 1, ("dino", "clip"), True, True)),
+        ("sd-turbo", "12", ("tiny", 1, ("dino", "dinov2", "clip"), False, False)),
+        ("sd-turbo", "16", ("tiny", 2, ("dino", "dinov2", "clip"), False, False)),
+        ("sdxl-turbo", "12", ("tiny", 1, ("dino", "clip"), True, True)),
+        ("sdxl-turbo", "16", ("tiny", 1, ("dino", "clip"), True, False)),
+        ("sdxl-turbo", "24", ("tiny", 2, ("dino", "dinov2", "clip"), False, False)),
+    ],
+)
+def test_a_plan_keeps_as_much_of_the_method_as_fits(preset: str, vram: str, chosen: tuple[Any, ...]) -> None:
+    build = partial(build_config, preset, None, {})
+    plan = planning.suit_device(build, vram)
+    config = build(plan.settings)
+    train = config.train
+    found = (config.model.decoder, train.batch_size, config.critic.discriminators, train.gradient_checkpointing)
+    assert (*found, config.model.offload) == chosen
+    assert config.model.precision == "bf16"
+    assert plan.estimate.total < float(vram)
+
+
+def test_what_a_person_set_is_not_changed_by_a_plan(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text('[critic]\ndiscriminators = ["dinov2"]\n')
+    build = partial(build_config, "sd-turbo", file, {"train.batch_size": 3, "model.precision": "fp16"})
+    config = build(planning.suit_device(build, "12").settings)
+    assert (config.train.batch_size, config.critic.discriminators) == (3, ("dinov2",))
+    assert (config.model.precision, config.model.decoder) == ("fp16", "tiny")
+
+
+def test_a_model_that_fits_in_no_way_is_refused_with_the_least_it_needs() -> None:
+    with pytest.raises(ConfigError, match=r"fits into 8\.0 GiB: the smallest needs about 10\.\d"):
+        planning.suit_device(partial(build_config, "sdxl-turbo", None, {}), "8")
+
+
+def test_a_plan_says_what_it_chose_and_what_it_expects() -> None:
+    plan = planning.suit_device(partial(build_config, "sd-turbo", None, {}), "8")
+    first, second = planning.memory_lines(plan)
+    assert first.startswith("Plan for 8.0 GiB: model.precision = bf16, model.decoder = tiny")
+    assert "critic.discriminators = dino,clip" in first
+    assert second.startswith("About 6.1 GiB of device memory: UNets 1.6, ")
+
+
+def test_auto_plans_for_this_machine() -> None:
+    def build(suited: Mapping[str, Any]) -> Config:
+        return build_config("sd-turbo", None, {"model.device": "cpu", "model.resolution": 64}, suited)
+
+    try:
+        plan = planning.suit_device(build, "auto")
+    except ConfigError as error:
+        pytest.skip(f"too little memory is free here: {error}")
+    assert plan.settings["model.precision"] == "bf16"
+
+
+@pytest.mark.parametrize("vram", ["lots", "-1", "nan"])
+def test_a_size_that_is_none_is_refused(vram: str) -> None:
+    with pytest.raises(ConfigError, match=f"--vram {vram}"):
+        planning.suit_device(partial(build_config, "sd-turbo", None, {}), vram)
+
+
+def test_models_of_unknown_size_have_no_plan(small_pair: tuple[Path, Path]) -> None:
+    build = partial(build_config, str(small_pair[0]), None, {})
+    assert planning.expected_memory(build({})) is None
+    with pytest.raises(ModelError, match="how much memory it needs is not known"):
+        planning.suit_device(build, "8")
+
+
+def test_the_family_of_a_model_is_known_before_it_is_loaded(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").touch()
+    (folder / "unet" / "config.json").write_text(json.dumps(shipped("sdxl", "unet")))
+    assert planning.family_of(ModelConfig(student=str(folder))) == "sdxl"
+    assert planning.family_of(ModelConfig(student="stabilityai/sdxl-turbo")) == "sdxl"
+    assert planning.family_of(ModelConfig(student="someone/something", offline=True)) is None
+
+
+def test_a_single_file_that_does_not_say_what_it_predicts_is_spoken_of(tmp_path: Path) -> None:
+    student = build_sd2_pair(tmp_path / "sd2")[0]
+    file = write(tmp_path / "mine.safetensors", sd2_state(student))
+    (said,) = planning.assumptions(ModelConfig(student=str(file), teacher=str(student)))
+    assert said.startswith("mine.safetensors does not say what it predicts; taken as noise (epsilon).")
+    assert "--student-prediction v_prediction" in said
+    assert not list(planning.assumptions(ModelConfig(student=str(file), student_prediction="epsilon")))
+
+
+def test_offline_every_part_to_fetch_is_named_without_a_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = build_config("sdxl-turbo", overrides={"model.offline": True, "model.decoder": "tiny"})
+    found = {download.file: download.size for download in planning.planned_downloads(config)}
+    assert "stabilityai/sdxl-turbo/text_encoder_2" in found
+    assert "stabilityai/stable-diffusion-xl-base-1.0/unet" in found
+    assert "stabilityai/stable-diffusion-xl-base-1.0/vae" not in found
+    assert {"madebyollin/taesdxl", "facebook/dino-vits16"} <= found.keys()
+    assert set(found.values()) == {None}
+
+
+def test_a_student_made_by_a_lora_needs_one_unet_and_the_lora(tmp_path: Path) -> None:
+    file = tmp_path / "one-step.safetensors"
+    file.write_bytes(bytes(2**20))
+    changes = {"model.student_lora": str(file)}
+    shared = estimate(build_config("someone/base", overrides=changes), "sdxl", half=True).parts
+    two = estimate(build_config("someone/base"), "sdxl", half=True).parts
+    assert shared["UNets"] == two["UNets"] / 2
+    assert shared["student LoRA"] == pytest.approx(1 / 1024)
+
+
+def dry_run(photos: Path, cache: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """`train --dry-run` in a process of its own, with an empty cache and no network."""
+    words = [sys.executable, "-m", "echodistill_cli", "train", str(photos), "--dry-run", "--offline", *options]
+    folders = {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=os.environ | folders)
+
+
+def test_a_dry_run_of_sdxl_turbo_is_readable_offline(photo_folder: Path, tmp_path: Path) -> None:
+    done = dry_run(photo_folder, tmp_path, "--model", "sdxl-turbo", "--vram", "16")
+    assert done.returncode == 0, done.stderr
+    assert "Plan for 16.0 GiB: model.precision = bf16, model.decoder = tiny" in done.stderr
+    assert "About 15.1 GiB of device memory: UNets 9.6, text encoders 1.5" in done.stderr
+    assert "stabilityai/sdxl-turbo (to be downloaded)" in done.stdout
+    assert "stabilityai/stable-diffusion-xl-base-1.0/unet (size unknown)" in done.stdout
+    assert "about 15.1 GiB (UNets 9.6" in done.stdout
+
+
+def test_a_dry_run_in_json_has_the_estimate_and_every_download(photo_folder: Path, tmp_path: Path) -> None:
+    done = dry_run(photo_folder, tmp_path, "--model", "sd-turbo", "--vram", "9", "--batch-size", "2", "--json", "-q")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["memory"]["gib"] == pytest.approx(sum(plan["memory"]["parts"].values()))
+    assert plan["downloads"]["stabilityai/sd-turbo/unet"] is None
+    # What was given on the command line stays; the rest makes room for it.
+    assert plan["config"]["train"]["batch_size"] == 2
+    assert plan["config"]["train"]["gradient_checkpointing"]
+
+
+def test_a_plan_is_made_by_arithmetic_alone() -> None:
+    plan = plan_memory(partial(build_config, "sd-turbo", None, {}), "sd", 100.0, "fp32")
+    assert plan.settings == {"model.precision": "fp32", "model.decoder": "full", "train.batch_size": 2}

@@ -1,0 +1,298 @@
+"""Where model files are found: folders, a fabricated hub cache, and what the messages say when they are not."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from echodistill_cli.errors import ModelError
+from echodistill_cli.models.sources import downloads, resolve, wanted_files, weight_variant
+from tests.helpers.commands import command
+
+PARTS = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
+HUB_ID = "somebody/tiny-turbo"
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to open a socket fails the test."""
+
+    def refuse(*_args: Any, **_options: Any) -> NoReturn:
+        pytest.fail("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def folder(small_pair: tuple[Path, Path], tmp_path: Path) -> Path:
+    """A complete model folder that may be damaged."""
+    return Path(shutil.copytree(small_pair[0], tmp_path / "model"))
+
+
+@pytest.fixture
+def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same folder as the only snapshot of HUB_ID in a hub cache."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    repository = cache / f"models--{HUB_ID.replace('/', '--')}"
+    snapshot = repository / "snapshots" / REVISION
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(folder, snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(REVISION)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    return snapshot
+
+
+# --- folders and files ------------------------------------------------------------------------------------------------
+
+
+def test_a_complete_folder_is_taken_as_it_is(folder: Path) -> None:
+    assert resolve(str(folder), PARTS) == folder
+
+
+def test_a_home_folder_may_be_written_with_a_tilde(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve("~/model", PARTS) == folder
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ("unet", "model/unet: this part is missing"),
+        ("scheduler/scheduler_config.json", "model/scheduler: scheduler_config.json is missing"),
+        ("unet/config.json", "model/unet: config.json is missing"),
+        ("vae/diffusion_pytorch_model.safetensors", "model/vae: the .safetensors file is missing"),
+        ("tokenizer/tokenizer.json", "model/tokenizer: vocab.json and merges.txt, or tokenizer.json, are missing"),
+    ],
+)
+def test_a_missing_piece_is_named_with_its_part(folder: Path, removed: str, message: str) -> None:
+    gone = folder / removed
+    if gone.is_dir():
+        shutil.rmtree(gone)
+    else:
+        gone.unlink()
+    with pytest.raises(ModelError, match=message) as caught:
+        resolve(str(folder), PARTS)
+    assert caught.value.hint == "Point to a complete folder."
+
+
+def test_a_vocabulary_without_its_merges_is_no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"merges\.txt"):
+        resolve(str(folder), PARTS)
+    (folder / "tokenizer" / "merges.txt").write_text("")
+    resolve(str(folder), PARTS)
+
+
+def test_only_the_parts_asked_for_are_looked_at(folder: Path) -> None:
+    shutil.rmtree(folder / "unet")
+    resolve(str(folder), ("vae", "tokenizer"))
+
+
+def test_a_model_at_the_top_of_its_folder_is_part_nothing(small_backbones: dict[str, Path], tmp_path: Path) -> None:
+    assert resolve(str(small_backbones["dino"]), ("",)) == small_backbones["dino"]
+    with pytest.raises(ModelError, match=rf"^{tmp_path}: config.json is missing"):
+        resolve(str(tmp_path), ("",))
+
+
+@pytest.mark.parametrize("pickle_name", ["diffusion_pytorch_model.bin", "model.ckpt"])
+def test_pickled_weights_are_refused(folder: Path, pickle_name: str) -> None:
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / pickle_name)
+    with pytest.raises(ModelError, match="only pickled weights, which are never loaded"):
+        resolve(str(folder), ("unet",))
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.bin", "model.pt"])
+def test_a_single_pickled_file_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(ModelError, match=f"{name}: only .safetensors files are read"):
+        resolve(str(tmp_path / name), ())
+
+
+def test_a_single_safetensors_file_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    assert resolve(str(tmp_path / "model.safetensors"), PARTS) == tmp_path / "model.safetensors"
+
+
+def test_a_model_of_which_one_shard_is_missing_is_incomplete(folder: Path) -> None:
+    shards = [f"diffusion_pytorch_model-0000{index}-of-00002.safetensors" for index in (1, 2)]
+    whole = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    whole.rename(folder / "unet" / shards[0])
+    index = {"weight_map": {"a": shards[0], "b": shards[1]}}
+    (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ModelError, match="model/unet: 1 of its 2 weight files are missing"):
+        resolve(str(folder), PARTS)
+    (folder / "unet" / shards[1]).touch()
+    resolve(str(folder), PARTS)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(
+            "nowhere",
+            "a/b/c",
+            "./missing/x",
+            "/no/such",
+            "/no/such.safetensors",
+            "~/none",
+            "~no-such-user/none",
+            "my models/sd turbo",
+        ),
+        *("a/../b", "a--b/c", "a/b.git"),  # the last two by rules of the hub's own
+    ],
+)
+def test_what_is_neither_a_place_nor_a_hub_id_is_named_by_a_run_and_by_a_dry_run_alike(
+    source: str, offline: bool
+) -> None:
+    for look in (resolve, downloads):
+        with pytest.raises(ModelError, match="no such folder or file, and not a hub id of the form owner/name") as told:
+            look(source, PARTS, offline=offline)
+        assert told.value.message.startswith(f"{source}: ")
+
+
+def test_a_dry_run_with_a_mistyped_model_ends_with_one_line(photo_folder: Path) -> None:
+    line = ("train", photo_folder, "--class-name", "dog", "--model", "./models/typo", "--offline", "--dry-run", "-q")
+    done = command(*line)
+    assert (done.code, done.out, done.err.count("\n")) == (4, "", 1), done.err
+    assert "./models/typo: no such folder or file" in done.err
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_what_is_whole_in_the_cache_is_taken_without_asking_the_network(cached: Path, offline: bool) -> None:
+    assert resolve(HUB_ID, PARTS, offline=offline) == cached
+    assert resolve(HUB_ID, PARTS, revision=REVISION, offline=offline) == cached
+
+
+def test_offline_a_part_that_is_not_in_the_cache_is_named_with_the_command_that_fetches_it(cached: Path) -> None:
+    shutil.rmtree(cached / "unet")
+    with pytest.raises(ModelError, match=f"{HUB_ID}/unet: this part is missing") as caught:
+        resolve(HUB_ID, ("unet", "scheduler"), revision=REVISION, offline=True)
+    command = shlex.split(str(caught.value.hint).split(": ", 1)[1])
+    assert command[:5] == ["hf", "download", HUB_ID, "--revision", REVISION]
+    # Each pattern behind an option of its own: a second one behind the same would be read as a file's name.
+    assert command[5::2] == ["--include"] * 6
+    assert set(command[6::2]) == {
+        f"{part}/*.{kind}" for part in ("unet", "scheduler") for kind in ("json", "txt", "safetensors")
+    }
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize(("source", "revision"), [("somebody/else", None), (HUB_ID, "f" * 40)])
+def test_offline_an_unknown_model_or_revision_opens_no_socket(source: str, revision: str | None) -> None:
+    with pytest.raises(ModelError, match=f"{source} is not in the cache, and this is offline. .*hf download {source}"):
+        resolve(source, PARTS, revision=revision, offline=True)
+
+
+@pytest.mark.usefixtures("cached")
+def test_the_hubs_own_offline_switch_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match="this is offline"):
+        resolve("somebody/else", PARTS)
+
+
+@pytest.mark.usefixtures("cached")
+def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_args: Any, **_options: Any) -> NoReturn:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the hub client's attempts
+    with pytest.raises(ModelError, match=r"the hub cannot be reached \(.*hf download somebody/else"):
+        resolve("somebody/else", PARTS)
+
+
+# --- which files ------------------------------------------------------------------------------------------------------
+
+LISTING = [
+    "README.md",
+    "model_index.json",
+    "big_checkpoint.safetensors",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/model.onnx",
+    "vae/config.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    "tokenizer/vocab.json",
+    "tokenizer/merges.txt",
+    "text_encoder/config.json",
+    "text_encoder/model.safetensors",
+    "text_encoder/model.fp16.safetensors",
+]
+
+
+def test_the_variant_is_wanted_where_there_is_one_and_the_plain_file_elsewhere() -> None:
+    assert sorted(wanted_files(LISTING, ("unet", "vae", "tokenizer"), "fp16")) == [
+        "tokenizer/merges.txt",
+        "tokenizer/vocab.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_without_a_variant_the_plain_files_are_wanted() -> None:
+    assert sorted(wanted_files(LISTING, ("unet", "text_encoder"), None)) == [
+        "text_encoder/config.json",
+        "text_encoder/model.safetensors",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ]
+
+
+def test_of_a_model_at_the_top_nothing_in_folders_is_wanted() -> None:
+    listing = ["config.json", "model.safetensors", "pytorch_model.bin", "preprocessor_config.json", "onnx/model.onnx"]
+    wanted = wanted_files([*listing, "onnx/config.json"], ("",), None)
+    assert sorted(wanted) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+
+
+SHARDS = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+INDEX = "unet/diffusion_pytorch_model.safetensors.index.json"
+NEW_SHARDS = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+OLD_SHARDS = [f"unet/diffusion_pytorch_model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+FP16_INDEX = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+
+
+def test_all_shards_and_their_index_are_wanted() -> None:
+    assert set(wanted_files([*SHARDS, INDEX], ("unet",), "fp16")) == {*SHARDS, INDEX}
+
+
+@pytest.mark.parametrize("shards", [NEW_SHARDS, OLD_SHARDS])
+def test_the_shards_of_a_variant_are_wanted_whole_and_loaded_as_that_variant(shards: list[str], tmp_path: Path) -> None:
+    listing = [*SHARDS, INDEX, *shards, FP16_INDEX]
+    assert set(wanted_files(listing, ("unet",), "fp16")) == {*shards, FP16_INDEX}
+    assert {*SHARDS, INDEX} <= set(wanted_files(listing, ("unet",), None)) <= {*SHARDS, INDEX, FP16_INDEX}
+    (tmp_path / "unet").mkdir()
+    for path in (*shards, FP16_INDEX):
+        (tmp_path / path).touch()
+    assert weight_variant(tmp_path / "unet", "fp16") == "fp16"
+    assert weight_variant(tmp_path / "unet", None) is None
+
+
+def test_a_folder_without_the_variant_is_loaded_plain(folder: Path) -> None:
+    assert weight_variant(folder / "unet", "fp16") is None
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".fp16.safetensors"))
+    assert weight_variant(folder / "unet", "fp16") == "fp16"

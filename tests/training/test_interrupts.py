@@ -1,0 +1,236 @@
+"""A run that is stopped in any way goes on to the very bits of one that was not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from echodistill_cli import pipeline
+from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import Config
+from echodistill_cli.errors import Interrupted
+from echodistill_cli.runs import open_run
+from tests.helpers.commands import command, files_below, small_toml
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+
+Pair = tuple[Path, Path]
+Backbones = dict[str, Path]
+
+
+@pytest.fixture(scope="module", params=["lora"])
+def unbroken(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    small_pair: Pair,
+    small_backbones: Backbones,
+    photo_folder: Path,
+) -> tuple[Path, Path]:
+    """A configuration file, and the finished run that it gives when nothing comes between."""
+    folder = tmp_path_factory.mktemp(request.param)
+    changes = {"train__steps": STEPS, "echo__start": 2, "run__sample_every": 6, "text__form": request.param}
+    file = small_toml(folder, small_pair, small_backbones, **changes, concept__photos=str(photo_folder))
+    assert command("train", "--config", file, "-o", folder / "run", "-q").code == 0
+    return file, folder / "run"
+
+
+def differences(ours: Any, theirs: Any, where: str = "state") -> list[str]:
+    """Where two nested values are not the same to the bit."""
+    if isinstance(ours, Mapping):
+        if ours.keys() != theirs.keys():
+            return [f"{where}: {set(ours) ^ set(theirs)}"]
+        return [found for key in ours for found in differences(ours[key], theirs[key], f"{where}.{key}")]
+    if isinstance(ours, list | tuple):
+        if len(ours) != len(theirs):
+            return [f"{where}: {len(ours)} and {len(theirs)}"]
+        pairs = enumerate(zip(ours, theirs, strict=True))
+        return [found for index, (a, b) in pairs for found in differences(a, b, f"{where}[{index}]")]
+    same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    return [] if same else [where]
+
+
+def assert_same_run(ours: Path, theirs: Path) -> None:
+    """The last checkpoints (adapters, token, heads, optimizers, pool, generator) and all metrics are the same."""
+    states = [open_run(folder).load_checkpoint() for folder in (ours, theirs)]
+    assert {"lora", "token", "heads", "optimizers", "pool", "generator", "step"} <= states[0].keys()
+    assert states[0]["pool"] is not None
+    assert differences(*states) == []
+    costs = {"step_seconds", "peak_memory_mib"}
+    logs = [
+        [{key: value for key, value in entry.items() if key not in costs} for entry in open_run(folder).read_metrics()]
+        for folder in (ours, theirs)
+    ]
+    assert [entry["step"] for entry in logs[0]] == list(range(1, STEPS + 1))
+    assert logs[0] == logs[1]
+    assert files_below(ours) == files_below(theirs)
+    for name in ("sks-dog.safetensors", "teacher/sks-dog-teacher.safetensors"):
+        assert differences(load_file(ours / name), load_file(theirs / name)) == []
+
+
+def config_of(unbroken: tuple[Path, Path], output: Path) -> Config:
+    return build_config(None, unbroken[0], {"run.output": str(output)})
+
+
+def killing(number: signal.Signals, step: int, times: int = 1) -> Callable[[Mapping[str, float]], None]:
+    """An observer that sends this process a signal after a step."""
+
+    def observe(metrics: Mapping[str, float]) -> None:
+        if metrics["step"] == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+
+    return observe
+
+
+# --- in this process: the signal comes after exactly the third step ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("unbroken", "number"), [("lora", signal.SIGTERM), ("token", signal.SIGINT)], indirect=["unbroken"]
+)
+def test_a_signal_saves_the_run_and_it_goes_on_to_the_same_bits(
+    unbroken: tuple[Path, Path], number: signal.Signals, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    said: list[str] = []
+    with pytest.raises(Interrupted) as stopped:
+        pipeline.train(config_of(unbroken, run), observe=killing(number, 3), say=said.append)
+    assert stopped.value.signal_number == number
+    assert "step 3 of 6" in stopped.value.message
+    assert f"--resume -o {run}" in stopped.value.message
+    assert any("Stopping after this step" in line for line in said)
+    assert open_run(run).list_checkpoints()[-1].name == "step-000003"
+    assert command("train", "--resume", "-o", run, "-q").code == 0
+    assert_same_run(run, unbroken[1])
+
+
+@pytest.mark.parametrize(
+    ("phase", "changes", "joint_steps"),
+    [
+        ("head start", {"train.head_start": 4, "train.steps": 1}, 0),
+        ("carry back", {"train.steps": 2, "echo.start": 1, "echo.min_identity": 0.0, "echo.carry_back": 4}, 2),
+    ],
+)
+def test_a_signal_while_the_teacher_is_alone_saves_that_too(
+    unbroken: tuple[Path, Path], phase: str, changes: dict[str, Any], joint_steps: int, tmp_path: Path
+) -> None:
+    counted = f"{phase.replace(' ', '_')}_step"
+
+    def config(name: str) -> Config:
+        places = {"run.output": str(tmp_path / name), "train.carry_over": True}
+        return build_config(None, unbroken[0], places | changes)
+
+    def stop(metrics: Mapping[str, float]) -> None:
+        if metrics.get(counted) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pipeline.train(config("whole"))
+    with pytest.raises(Interrupted, match=f"Stopped at step 3 of the {phase}, saved"):
+        pipeline.train(config("stopped"), observe=stop)
+    stopped = open_run(tmp_path / "stopped")
+    assert (stopped.load_checkpoint()[counted], len(stopped.read_metrics())) == (3, joint_steps)
+    said: list[str] = []
+    pipeline.train(config("stopped"), resume=True, say=said.append)
+    assert any(f"on from step 3 of the {phase}" in line for line in said)
+    assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_from_its_last_checkpoint(
+    unbroken: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config_of(unbroken, run), observe=killing(signal.SIGINT, 3, times=2))
+    assert [path.name for path in open_run(run).list_checkpoints()] == ["step-000002"]
+    assert len(open_run(run).read_metrics()) == 3
+    assert command("train", "--resume", "-o", run, "-q").code == 0
+    assert_same_run(run, unbroken[1])
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_from_the_start(
+    unbroken: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config_of(unbroken, run), observe=killing(signal.SIGINT, 1, times=2))
+    assert open_run(run).list_checkpoints() == []
+    # What a killed process leaves: a line cut off, and files under their temporary names.
+    with (run / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 2, "denois')
+    (run / ".config.toml.1.tmp").write_text("half")
+    (run / "samples" / ".step-000006.png.1.tmp").write_text("half")
+    done = command("train", "--resume", "-o", run)
+    assert done.code == 0
+    assert "from the start" in done.err
+    assert_same_run(run, unbroken[1])
+
+
+def test_ctrl_c_while_models_are_loaded_leaves_nothing(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+    def say(line: str) -> None:
+        if line.startswith("Loading"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.train(config_of(unbroken, tmp_path / "run"), say=say)
+    assert not (tmp_path / "run").exists()
+
+
+# --- a process of its own, as in a shell ------------------------------------------------------------------------------
+
+
+def start_and_stop(number: signal.Signals, after: str, *arguments: object) -> tuple[int, str, str]:
+    """Run a command, send it a signal when a line on stderr begins with `after`; its exit code, stdout and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from echodistill_cli.cli.app import main; main()", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+    )
+    assert process.stderr is not None
+    before = []
+    for line in process.stderr:
+        before.append(line)
+        if line.startswith(after):
+            process.send_signal(number)
+            break
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, "".join(before) + err
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
+def test_a_process_that_is_stopped_can_be_gone_on_with(
+    unbroken: tuple[Path, Path], number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    ended, out, err = start_and_stop(number, "step 3/6", "train", "--config", unbroken[0], "-o", run)
+    assert (ended, out) == (code, "")
+    if number != signal.SIGKILL:
+        last = err.splitlines()[-1]
+        assert last.startswith("Stopped at step ")
+        assert last.endswith(f"echodistill train --resume -o {run}")
+        assert "Traceback" not in err
+    assert command("train", "--resume", "-o", run, "-q").code == 0
+    states = [open_run(folder).load_checkpoint() for folder in (run, unbroken[1])]
+    assert differences(*states) == []
+    assert [entry["step"] for entry in open_run(run).read_metrics()] == list(range(1, STEPS + 1))
+
+
+def test_ctrl_c_in_a_shell_before_the_first_step_is_one_line_and_130(
+    unbroken: tuple[Path, Path], tmp_path: Path
+) -> None:
+    ended, out, err = start_and_stop(signal.SIGINT, "Loading", "train", "--config", unbroken[0], "-o", tmp_path / "run")
+    assert (ended, out) == (130, "")
+    assert err.splitlines()[1:] == ["Interrupted."]
+    assert not (tmp_path / "run").exists()
