@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from echodistill_cli.config.build import config_to_dict
-from echodistill_cli.config.schema import Config, count_photo_like
+from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import PhotoReport, check_photos, load_photos
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.evaluation.evaluate import Evaluation, EvaluationRequest, evaluate
@@ -35,7 +35,7 @@ from echodistill_cli.planning import (
     sources_of,
     suit_device,
 )
-from echodistill_cli.runs import Observer, Run, Say, check_output, create_run, resume_run
+from echodistill_cli.runs import OnMessage, OnStep, Run, check_output, create_run, resume_run
 from echodistill_cli.training.loop import check_trackers, train_to_end
 from echodistill_cli.training.state import build_state
 
@@ -67,8 +67,8 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     from_step: int | None = None,
-    observe: Observer = lambda _metrics: None,
-    say: Say = lambda _line: None,
+    on_step: OnStep = lambda _metrics: None,
+    on_message: OnMessage = lambda _line: None,
 ) -> TrainResult:
     """Learn a subject: photos in, LoRA files out.
 
@@ -82,14 +82,14 @@ def train(
     started = time.time()
     report = _check_before(config)
     for warning in _warnings(config, report):
-        say(warning)
+        on_message(warning)
     if not resume:
         check_output(config, overwrite=overwrite)
     run = resume_run(config) if resume else None
     saved = _saved_state(run, from_step, len(report.photos)) if run else None
     for line in assumptions(config.model):
-        say(line)
-    say(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(report.photos)} photos")
+        on_message(line)
+    on_message(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(report.photos)} photos")
     state = build_state(config, report.photos)
     if run is None:
         run = create_run(config, overwrite=overwrite)
@@ -98,12 +98,14 @@ def train(
             state.load_state_dict(saved)
         run.rewind(state.step)
     begun = state.step or state.head_start_step
-    say(f"Training in {run.folder}, {f'on from {state.place}' if begun else 'from the start'}")
-    train_to_end(state, run, observe, say)
-    return write_results(state.pair, state.state_dict(), run, started, say)
+    on_message(f"Training in {run.folder}, {f'on from {state.place}' if begun else 'from the start'}")
+    train_to_end(state, run, on_step, on_message)
+    return write_results(state.pair, state.state_dict(), run, started, on_message)
 
 
-def suited(build: Callable[[Mapping[str, Any]], Config], vram: str, say: Say = lambda _line: None) -> Config:
+def suited(
+    build: Callable[[Mapping[str, Any]], Config], vram: str, on_message: OnMessage = lambda _line: None
+) -> Config:
     """The configuration with what suits a device of `vram` GiB (or "auto") under what was set; says what it chose.
 
     Raises:
@@ -111,7 +113,7 @@ def suited(build: Callable[[Mapping[str, Any]], Config], vram: str, say: Say = l
     """
     chosen = suit_device(build, vram)
     for line in memory_lines(chosen):
-        say(line)
+        on_message(line)
     return build(chosen.settings)
 
 
@@ -200,13 +202,13 @@ def _settings_without_effect(config: Config) -> Iterator[str]:
         ("--replays", "--pair-share", train.pair_share and not train.replays),
     )
     yield from (f"Without {needed} nothing comes of {flag}." for needed, flag, vain in in_vain if vain)
-    if train.scene_share and count_photo_like(train) == train.batch_size:
+    if train.scene_share and train.photo_prompts == train.batch_size:
         yield f"--scene-share {train.scene_share:g} of --batch-size {train.batch_size} is no whole sample: no scenes."
     if start is not None and start > train.steps:
         yield f"The echo would begin at step {start} of {train.steps}: there is none. --echo-start says when."
 
 
-def export(source: Path | None = None, say: Say = lambda _line: None, **wanted: Any) -> list[Path]:
+def export(source: Path | None = None, on_message: OnMessage = lambda _line: None, **wanted: Any) -> list[Path]:
     """Write files for other tools: LoRA files, a merged model, ONNX, and the learned word's file if there is one.
 
     Args:
@@ -215,7 +217,7 @@ def export(source: Path | None = None, say: Say = lambda _line: None, **wanted: 
     Raises:
         as `export_request`, which takes the whole request.
     """
-    return list(export_request(ExportRequest(source, **wanted), say).files)
+    return list(export_request(ExportRequest(source, **wanted), on_message).files)
 
 
 def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:

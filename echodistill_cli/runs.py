@@ -25,8 +25,8 @@ from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import atomically, explained, make_folder, write_text
 
-Observer = Callable[[Mapping[str, float]], None]
-Say = Callable[[str], None]
+OnStep = Callable[[Mapping[str, float]], None]
+OnMessage = Callable[[str], None]
 CONFIG_FILE = "config.toml"
 SAMPLES = "samples"
 # What may differ when a run goes on: how long, where and how it is watched, and what a run that diverged or ran out of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from echodistill_cli.cli.options import prepare_libraries
+from echodistill_cli.cli.options import quiet_libraries
 from echodistill_cli.outputs.artifact import SampleRequest
 from echodistill_cli.outputs.sample import Sample, sample
 from echodistill_cli.runs import open_run
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompt-file", type=Path, required=True, help="one prompt per line")
     parser.add_argument("--output", type=Path, help="unset: contact.png in the run")
     options = parser.parse_args(arguments)
-    prepare_libraries(offline=True, quiet=True)
+    quiet_libraries(offline=True, quiet=True)
     prompts = [line for line in options.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     output = options.output or options.run / "contact.png"
     contact_sheet(options.run, prompts).save(output)

@@ -23,10 +23,10 @@ from echodistill_cli.cli.export import export
 from echodistill_cli.cli.options import (
     ALIASES,
     Json,
-    option,
-    prepare_libraries,
-    switch,
-    understanding,
+    accepting_aliases,
+    bool_option,
+    quiet_libraries,
+    value_option,
 )
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import (
@@ -43,7 +43,7 @@ app = typer.Typer(
     name="echodistill",
     help="Personalize one-step text-to-image models: a few photos and a rare word in, a LoRA out.",
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]} | understanding(),
+    context_settings={"help_option_names": ["-h", "--help"]} | accepting_aliases(),
     rich_markup_mode="rich",
 )
 
@@ -56,7 +56,7 @@ def show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def common(
+def version_option(
     version: Annotated[  # its callback does it, before Typer asks for a command
         bool, typer.Option("--version", metavar="", help="print the version", is_eager=True, callback=show_version)
     ] = False,
@@ -65,26 +65,26 @@ def common(
 
 
 _DRAWING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
-app.command(context_settings=understanding(ALIASES), epilog=ALSO)(train)
-app.command(context_settings=understanding(_DRAWING_ALIASES))(sample)
+app.command(context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
+app.command(context_settings=accepting_aliases(_DRAWING_ALIASES))(sample)
 app.command()(export)
-app.command(context_settings=understanding(_DRAWING_ALIASES))(evaluate)
+app.command(context_settings=accepting_aliases(_DRAWING_ALIASES))(evaluate)
 
 
 @app.command()
 def check(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos")],
-    resolution: Annotated[int, option("N", "side that training will use", min=16)] = 512,
-    min_photos: Annotated[int, option("N", "fewest usable photos", min=1)] = 3,
+    resolution: Annotated[int, value_option("N", "side that training will use", min=16)] = 512,
+    min_photos: Annotated[int, value_option("N", "fewest usable photos", min=1)] = 3,
     masks: Annotated[Literal["auto", "off"], typer.Option(help="auto: alpha and masks/ say what is subject")] = "auto",
-    captions: Annotated[bool, switch("--captions/--no-captions", "read sidecar .txt files")] = True,
+    captions: Annotated[bool, bool_option("--captions/--no-captions", "read sidecar .txt files")] = True,
     as_json: Json = False,
 ) -> None:
     """Look at every photo as training would, and say what is wrong with each."""
     from echodistill_cli.data import photos as checking
 
     report = checking.check_photos(photos, resolution=resolution, masks=masks, captions=captions)
-    print_table(report.as_dict(), photo_table(report), as_json=as_json)
+    print_table(report.to_dict(), photo_table(report), as_json=as_json)
     checking.require_enough(report, photos, min_photos)
 
 
@@ -102,7 +102,7 @@ def inspect(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and memory, and what this machine can train."""
-    prepare_libraries(offline=True, quiet=True)
+    quiet_libraries(offline=True, quiet=True)
     from echodistill_cli.planning import diagnose
 
     found = diagnose()

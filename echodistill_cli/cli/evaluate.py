@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from echodistill_cli.cli.options import Json, Quiet, option, prepare_libraries, switch
+from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
 from echodistill_cli.cli.show import (
     TrainingProgress,
     benchmark_table,
@@ -32,44 +32,60 @@ def evaluate(
     source: Annotated[
         Path | None, typer.Argument(metavar="RUN|LORA", help="run folder or LoRA file; unset: the newest run")
     ] = None,
-    photos: Annotated[Path | None, option("DIR", "real photos of the subject")] = None,
-    prompts: Annotated[Path | None, option("FILE", "one per line, {} for the subject; unset: 16 of our own")] = None,
-    token: Annotated[str | None, option("WORD", "of the subject; unset: the run's, or the file's")] = None,
-    class_name: Annotated[str | None, option("WORD", "what the subject is; unset: the run's, or the file's")] = None,
-    output: Annotated[
-        Path | None, option("FOLDER", "for evaluation.json and pictures; unset: in the run", "--output", "-o")
+    photos: Annotated[Path | None, value_option("DIR", "real photos of the subject")] = None,
+    prompts: Annotated[
+        Path | None, value_option("FILE", "one per line, {} for the subject; unset: 16 of our own")
     ] = None,
-    seeds: Annotated[int, option("N", "pictures per prompt", panel=_DRAWING, min=1)] = 4,
-    seed: Annotated[int, option("N", "of a prompt's first picture; the next count up", panel=_DRAWING, min=0)] = 0,
+    token: Annotated[str | None, value_option("WORD", "of the subject; unset: the run's, or the file's")] = None,
+    class_name: Annotated[
+        str | None, value_option("WORD", "what the subject is; unset: the run's, or the file's")
+    ] = None,
+    output: Annotated[
+        Path | None, value_option("FOLDER", "for evaluation.json and pictures; unset: in the run", "--output", "-o")
+    ] = None,
+    seeds: Annotated[int, value_option("N", "pictures per prompt", panel=_DRAWING, min=1)] = 4,
+    seed: Annotated[
+        int, value_option("N", "of a prompt's first picture; the next count up", panel=_DRAWING, min=0)
+    ] = 0,
     lora_scale: Annotated[
-        float, option("X", "strength; 1 is as trained, 0 the base model: the row to compare with", panel=_DRAWING)
+        float, value_option("X", "strength; 1 is as trained, 0 the base model: the row to compare with", panel=_DRAWING)
     ] = 1.0,
-    role: Annotated[Literal["student", "teacher"], option("NAME", "who draws", panel=_DRAWING)] = "student",
+    role: Annotated[Literal["student", "teacher"], value_option("NAME", "who draws", panel=_DRAWING)] = "student",
     steps: Annotated[
-        int | None, option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", panel=_DRAWING, min=1)
+        int | None, value_option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", panel=_DRAWING, min=1)
     ] = None,
     guidance: Annotated[
-        float | None, option("X", "guidance [dim]\\[student 0, teacher the run's][/dim]", panel=_DRAWING, min=0)
+        float | None, value_option("X", "guidance [dim]\\[student 0, teacher the run's][/dim]", panel=_DRAWING, min=0)
     ] = None,
-    size: Annotated[int | None, option("N", "side in pixels; unset: as in training", panel=_DRAWING, min=16)] = None,
-    batch_size: Annotated[int, option("N", "pictures at once; changes speed only", panel=_DRAWING, min=1)] = 4,
+    size: Annotated[
+        int | None, value_option("N", "side in pixels; unset: as in training", panel=_DRAWING, min=16)
+    ] = None,
+    batch_size: Annotated[int, value_option("N", "pictures at once; changes speed only", panel=_DRAWING, min=1)] = 4,
     model: Annotated[
-        str | None, option("MODEL", "as of sample, and of train; unset: the run's", panel=_DRAWING)
+        str | None, value_option("MODEL", "as of sample, and of train; unset: the run's", panel=_DRAWING)
     ] = None,
-    teacher: Annotated[str | None, option("MODEL", "with --model", panel=_DRAWING)] = None,
-    device: Annotated[str | None, option("NAME", "auto, cpu, cuda or mps; unset: the run's", panel=_DRAWING)] = None,
+    teacher: Annotated[str | None, value_option("MODEL", "with --model", panel=_DRAWING)] = None,
+    device: Annotated[
+        str | None, value_option("NAME", "auto, cpu, cuda or mps; unset: the run's", panel=_DRAWING)
+    ] = None,
     precision: Annotated[
-        str | None, option("NAME", "auto, bf16, fp16 or fp32; unset: the run's", panel=_DRAWING)
+        str | None, value_option("NAME", "auto, bf16, fp16 or fp32; unset: the run's", panel=_DRAWING)
     ] = None,
-    clip: Annotated[str, option("MODEL", f"a whole CLIP: {_ENCODER}", panel=_JUDGES)] = "auto",
-    dino: Annotated[str, option("MODEL", f"a ViT: {_ENCODER}", panel=_JUDGES)] = "auto",
+    clip: Annotated[str, value_option("MODEL", f"a whole CLIP: {_ENCODER}", panel=_JUDGES)] = "auto",
+    dino: Annotated[str, value_option("MODEL", f"a ViT: {_ENCODER}", panel=_JUDGES)] = "auto",
     dreambench: Annotated[
-        Path | None, option("DIR", "checkout of google/dreambooth: train and measure its subjects", panel=_WHOLE)
+        Path | None, value_option("DIR", "checkout of google/dreambooth: train and measure its subjects", panel=_WHOLE)
     ] = None,
-    subject: Annotated[list[str] | None, option("NAME", "only this one; may come many times", panel=_WHOLE)] = None,
-    config_file: Annotated[Path | None, option("FILE", "of the training, as TOML", "--config", panel=_WHOLE)] = None,
-    train_steps: Annotated[int | None, option("N", "of each subject's training", panel=_WHOLE, min=1)] = None,
-    offline: Annotated[bool | None, switch("--offline/--no-offline", "open no socket; unset: as in training")] = None,
+    subject: Annotated[
+        list[str] | None, value_option("NAME", "only this one; may come many times", panel=_WHOLE)
+    ] = None,
+    config_file: Annotated[
+        Path | None, value_option("FILE", "of the training, as TOML", "--config", panel=_WHOLE)
+    ] = None,
+    train_steps: Annotated[int | None, value_option("N", "of each subject's training", panel=_WHOLE, min=1)] = None,
+    offline: Annotated[
+        bool | None, bool_option("--offline/--no-offline", "open no socket; unset: as in training")
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -80,7 +96,7 @@ def evaluate(
     if photos is None and dreambench is None:
         raise ConfigError("No real photos were named to compare with.", "echodistill evaluate RUN --photos DIR")
     templates = () if prompts is None else _read_templates(prompts)
-    prepare_libraries(offline=bool(offline), quiet=quiet)
+    quiet_libraries(offline=bool(offline), quiet=quiet)
     given = {"teacher": teacher, "device": device, "precision": precision, "offline": offline}
     changed = {key: value for key, value in given.items() if value is not None}
     drawing: dict[str, Any] = {
@@ -95,10 +111,10 @@ def evaluate(
         "batch_size": batch_size,
         "model_overrides": changed,
     }
-    say = say_to(stderr_console(), quiet=quiet)
+    on_message = say_to(stderr_console(), quiet=quiet)
     if photos is not None:
         subjects = {"token": token, "class_name": class_name, "clip": clip, "dino": dino, "output": output}
-        found = _measure(photos, {**drawing, "lora": source, "model": model}, subjects, say)
+        found = _measure(photos, {**drawing, "lora": source, "model": model}, subjects, on_message)
         print_table({"file": str(found.file), **found.to_dict()}, evaluation_table(found), as_json=as_json)
     elif dreambench is not None:
         training = {
@@ -110,17 +126,19 @@ def evaluate(
         build = functools.partial(_build, model, config_file, overrides)
         settings = {"build": build, "names": subject or (), "clip": clip, "dino": dino}
         watch = functools.partial(TrainingProgress, stderr_console(), quiet=quiet)
-        result = _benchmark(dreambench, output or Path("dreambench"), drawing, settings, watch, say)
+        result = _benchmark(dreambench, output or Path("dreambench"), drawing, settings, watch, on_message)
         print_table(result, benchmark_table(result), as_json=as_json)
 
 
-def _measure(photos: Path, drawing: Mapping[str, Any], settings: Mapping[str, Any], say: Callable[[str], None]) -> Any:
+def _measure(
+    photos: Path, drawing: Mapping[str, Any], settings: Mapping[str, Any], on_message: Callable[[str], None]
+) -> Any:
     from echodistill_cli import pipeline
     from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
     from echodistill_cli.evaluation.evaluate import EvaluationRequest
 
     asked = pipeline.SampleRequest(**{**drawing, "prompts": drawing["prompts"] or EVALUATION_TEMPLATES})
-    return pipeline.evaluate(EvaluationRequest(photos, asked, **settings), say)
+    return pipeline.evaluate(EvaluationRequest(photos, asked, **settings), on_message)
 
 
 def _benchmark(
@@ -129,14 +147,14 @@ def _benchmark(
     drawing: Mapping[str, Any],
     settings: Mapping[str, Any],
     watch: Callable[[Config], TrainingProgress],
-    say: Callable[[str], None],
+    on_message: Callable[[str], None],
 ) -> dict[str, Any]:
     from echodistill_cli import pipeline
     from echodistill_cli.evaluation import dreambench
 
     asked = pipeline.SampleRequest(**drawing)
     request = dreambench.BenchmarkRequest(folder, output, drawing=asked, **settings)
-    return dreambench.run_benchmark(request, pipeline.train, watch, say)
+    return dreambench.run_benchmark(request, pipeline.train, watch, on_message)
 
 
 def _build(model: str | None, file: Path | None, chosen: Mapping[str, Any], own: Mapping[str, Any]) -> Config:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from echodistill_cli.cli.options import Json, Quiet, option, prepare_libraries, switch
+from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
 from echodistill_cli.cli.show import print_paths, say_to, stderr_console
 from echodistill_cli.errors import ConfigError
 
@@ -21,31 +21,36 @@ def export(
     source: Annotated[
         Path | None, typer.Argument(metavar="RUN|FILE", help="run folder or LoRA file; unset: the newest run")
     ] = None,
-    layout: Annotated[Layout | None, option("FORMAT", f"{_LAYOUTS} [dim]\\[kohya][/dim]", "--format")] = None,
-    role: Annotated[Literal["student", "teacher", "both"], option("student|teacher|both", "whose")] = "student",
+    layout: Annotated[Layout | None, value_option("FORMAT", f"{_LAYOUTS} [dim]\\[kohya][/dim]", "--format")] = None,
+    role: Annotated[Literal["student", "teacher", "both"], value_option("student|teacher|both", "whose")] = "student",
     dtype: Annotated[Literal["fp16", "bf16", "fp32"], typer.Option(help="of the tensors")] = "fp16",
     metadata: Annotated[
-        bool, switch("--metadata/--no-metadata", "say in the file how it was made; preview and A1111's card beside it")
+        bool,
+        bool_option("--metadata/--no-metadata", "say in the file how it was made; preview and A1111's card beside it"),
     ] = True,
-    bundle_embedding: Annotated[bool, switch("--bundle-embedding", "the learned word inside, for A1111 alone")] = False,
-    step: Annotated[int | None, option("N", "of the run's checkpoint; unset: the newest")] = None,
-    output: Annotated[Path | None, option("FOLDER", "unset: export/ in the run", "--output", "-o")] = None,
-    overwrite: Annotated[bool, switch("--overwrite", "replace what is there")] = False,
-    dry_run: Annotated[bool, switch("--dry-run", "name what would be written and sent; do neither")] = False,
-    merge: Annotated[bool, switch("--merge", "fold it into the model: --format pipeline", _MERGED)] = False,
-    model: Annotated[str | None, option("MODEL", "to fold it into; unset: the run's", panel=_MERGED)] = None,
-    teacher: Annotated[str | None, option("MODEL", "with --role teacher; unset: the run's", panel=_MERGED)] = None,
-    offline: Annotated[bool, switch("--offline", "open no socket", _MERGED)] = False,
-    push_to_hub: Annotated[str | None, option("OWNER/NAME", "send it, with the run's card", panel=_HUB)] = None,
+    bundle_embedding: Annotated[
+        bool, bool_option("--bundle-embedding", "the learned word inside, for A1111 alone")
+    ] = False,
+    step: Annotated[int | None, value_option("N", "of the run's checkpoint; unset: the newest")] = None,
+    output: Annotated[Path | None, value_option("FOLDER", "unset: export/ in the run", "--output", "-o")] = None,
+    overwrite: Annotated[bool, bool_option("--overwrite", "replace what is there")] = False,
+    dry_run: Annotated[bool, bool_option("--dry-run", "name what would be written and sent; do neither")] = False,
+    merge: Annotated[bool, bool_option("--merge", "fold it into the model: --format pipeline", _MERGED)] = False,
+    model: Annotated[str | None, value_option("MODEL", "to fold it into; unset: the run's", panel=_MERGED)] = None,
+    teacher: Annotated[
+        str | None, value_option("MODEL", "with --role teacher; unset: the run's", panel=_MERGED)
+    ] = None,
+    offline: Annotated[bool, bool_option("--offline", "open no socket", _MERGED)] = False,
+    push_to_hub: Annotated[str | None, value_option("OWNER/NAME", "send it, with the run's card", panel=_HUB)] = None,
     private: Annotated[
-        bool, switch("--private", "if the repository is new; unset: as your account has it, mostly public", _HUB)
+        bool, bool_option("--private", "if the repository is new; unset: as your account has it, mostly public", _HUB)
     ] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write what was learned for other tools: [bold]echodistill export --format both[/bold]"""
     layouts = _layouts(layout, merge)
-    prepare_libraries(offline=offline, quiet=quiet)
+    quiet_libraries(offline=offline, quiet=quiet)
     from echodistill_cli import pipeline
 
     given = {"teacher": teacher, "offline": offline or None}
@@ -65,11 +70,11 @@ def export(
         private=private or None,
         dry_run=dry_run,
     )
-    say = say_to(stderr_console(), quiet=quiet)
-    result = pipeline.export_request(request, say=say)
+    on_message = say_to(stderr_console(), quiet=quiet)
+    result = pipeline.export_request(request, on_message=on_message)
     print_paths(result.to_dict(), result.files, as_json=as_json)
     for line in result.sent if not as_json else ():
-        say(f"{push_to_hub}: {line}")
+        on_message(f"{push_to_hub}: {line}")
 
 
 def _layouts(layout: Layout | None, merge: bool) -> tuple[str, ...]:

@@ -193,18 +193,18 @@ ALIASES: Mapping[str, str] = {
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-def option(metavar: str, about: str, *names: str, panel: str | None = None, **more: Any) -> Any:
+def value_option(metavar: str, about: str, *names: str, panel: str | None = None, **more: Any) -> Any:
     """Typer's option with a value; its names are the parameter's own unless given."""
     return typer.Option(*names, metavar=metavar, help=about, rich_help_panel=panel, **more)
 
 
-def switch(names: str, about: str, panel: str | None = None) -> Any:
+def bool_option(names: str, about: str, panel: str | None = None) -> Any:
     """Typer's option for something to turn on or off."""
     return typer.Option(*names.split(), metavar="", help=about, rich_help_panel=panel, show_default=False)
 
 
-Json = Annotated[bool, switch("--json", "print one JSON object on stdout")]
-Quiet = Annotated[bool, switch("--quiet -q", "no progress on stderr")]
+Json = Annotated[bool, bool_option("--json", "print one JSON object on stdout")]
+Quiet = Annotated[bool, bool_option("--quiet -q", "no progress on stderr")]
 
 
 def with_flags(command: Command) -> Command:
@@ -227,7 +227,7 @@ def with_flags(command: Command) -> Command:
     return typing.cast(Command, wrapped)
 
 
-def understanding(aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
+def accepting_aliases(aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Typer's context settings of a command that takes `--batch_size` as `--batch-size`, and aliases as what they mean.
 
     Args:
@@ -347,7 +347,7 @@ def _tidy(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def prepare_libraries(*, offline: bool, quiet: bool) -> None:
+def quiet_libraries(*, offline: bool, quiet: bool) -> None:
     """Set the other libraries' environment before they are imported: no telemetry, no chatter, no socket if offline."""
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # Threads that wait by spinning starve each other as soon as anything else wants a core: a step of the small pair

@@ -10,9 +10,9 @@ import typer
 from echodistill_cli.cli.options import (
     Json,
     Quiet,
-    option,
-    prepare_libraries,
-    switch,
+    bool_option,
+    quiet_libraries,
+    value_option,
 )
 from echodistill_cli.cli.show import (
     print_paths,
@@ -26,25 +26,31 @@ _CFG = "classifier-free guidance"
 
 
 def sample(
-    prompt: Annotated[list[str] | None, option("TEXT", "what to draw; may come many times", "--prompt", "-p")] = None,
-    prompt_file: Annotated[Path | None, option("FILE", "a text file, one prompt per line")] = None,
-    num: Annotated[int, option("N", "pictures per prompt", "--num", "-n", min=1)] = 1,
-    seed: Annotated[int, option("N", "of a prompt's first picture; the next count up", min=0)] = 0,
-    lora: Annotated[Path | None, option("PATH", "LoRA file or run folder; unset: the newest run")] = None,
-    lora_scale: Annotated[float, option("X", "strength; 1 is as trained, 0 the base model")] = 1.0,
+    prompt: Annotated[
+        list[str] | None, value_option("TEXT", "what to draw; may come many times", "--prompt", "-p")
+    ] = None,
+    prompt_file: Annotated[Path | None, value_option("FILE", "a text file, one prompt per line")] = None,
+    num: Annotated[int, value_option("N", "pictures per prompt", "--num", "-n", min=1)] = 1,
+    seed: Annotated[int, value_option("N", "of a prompt's first picture; the next count up", min=0)] = 0,
+    lora: Annotated[Path | None, value_option("PATH", "LoRA file or run folder; unset: the newest run")] = None,
+    lora_scale: Annotated[float, value_option("X", "strength; 1 is as trained, 0 the base model")] = 1.0,
     role: Annotated[Literal["student", "teacher"], typer.Option(help="who draws")] = "student",
-    steps: Annotated[int | None, option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", min=1)] = None,
-    guidance: Annotated[float | None, option("X", f"{_CFG} [dim]\\[student 0, teacher the run's][/dim]", min=0)] = None,
-    size: Annotated[int | None, option("N", "side in pixels; unset: as in training", min=16)] = None,
-    batch_size: Annotated[int, option("N", "pictures at once; changes speed only", min=1)] = 4,
-    compare: Annotated[bool, switch("--compare", "draw the base model's pictures beside")] = False,
-    model: Annotated[str | None, option("MODEL", f"{MODELS}; unset: the run's")] = None,
-    teacher: Annotated[str | None, option("MODEL", "with --model and --role teacher")] = None,
-    device: Annotated[str | None, option("NAME", "auto, cpu, cuda or mps; unset: the run's")] = None,
-    precision: Annotated[str | None, option("NAME", "auto, bf16, fp16 or fp32; unset: the run's")] = None,
+    steps: Annotated[
+        int | None, value_option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", min=1)
+    ] = None,
+    guidance: Annotated[
+        float | None, value_option("X", f"{_CFG} [dim]\\[student 0, teacher the run's][/dim]", min=0)
+    ] = None,
+    size: Annotated[int | None, value_option("N", "side in pixels; unset: as in training", min=16)] = None,
+    batch_size: Annotated[int, value_option("N", "pictures at once; changes speed only", min=1)] = 4,
+    compare: Annotated[bool, bool_option("--compare", "draw the base model's pictures beside")] = False,
+    model: Annotated[str | None, value_option("MODEL", f"{MODELS}; unset: the run's")] = None,
+    teacher: Annotated[str | None, value_option("MODEL", "with --model and --role teacher")] = None,
+    device: Annotated[str | None, value_option("NAME", "auto, cpu, cuda or mps; unset: the run's")] = None,
+    precision: Annotated[str | None, value_option("NAME", "auto, bf16, fp16 or fp32; unset: the run's")] = None,
     backend: Annotated[Literal["torch", "onnx"], typer.Option(help="onnx: the run's, see export --format")] = "torch",
-    offline: Annotated[bool, switch("--offline", "open no socket")] = False,
-    output: Annotated[Path, option("FOLDER", "where the pictures go", "--output", "-o")] = Path("samples"),
+    offline: Annotated[bool, bool_option("--offline", "open no socket")] = False,
+    output: Annotated[Path, value_option("FOLDER", "where the pictures go", "--output", "-o")] = Path("samples"),
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -52,7 +58,7 @@ def sample(
     prompts = [*(prompt or []), *_read_prompts(prompt_file)]
     if not prompts:
         raise ConfigError("Nothing to draw.", 'Say what: --prompt "a photo of a sks dog on the beach"')
-    prepare_libraries(offline=offline, quiet=quiet)
+    quiet_libraries(offline=offline, quiet=quiet)
     from echodistill_cli import pipeline
 
     changed = {"teacher": teacher, "device": device, "precision": precision, "offline": offline or None}
@@ -72,7 +78,7 @@ def sample(
         model_overrides={key: value for key, value in changed.items() if value is not None},
         backend=backend,
     )
-    written = pipeline.sample_to_folder(request, output, say=say_to(stderr_console(), quiet=quiet))
+    written = pipeline.sample_to_folder(request, output, on_message=say_to(stderr_console(), quiet=quiet))
     print_paths(written.to_dict(), [*written.files, *filter(None, [written.grid])], as_json=as_json)
 
 

@@ -186,7 +186,7 @@ class TrainingProgress:
             "carry_back_step": config.echo.carry_back,
         }
         self.phase, self.steps = "", config.train.steps
-        self.say = say_to(console, quiet=quiet)
+        self.on_message = say_to(console, quiet=quiet)
         self.bar: Progress | None = None
         self.live: Live | None = None
         self.started, self.first_step = 0.0, 0
@@ -201,7 +201,7 @@ class TrainingProgress:
         if self.live:
             self.live.stop()
 
-    def observe(self, metrics: Mapping[str, float]) -> None:
+    def on_step(self, metrics: Mapping[str, float]) -> None:
         """Show one finished step, of the run or of the teacher alone."""
         if self.quiet:
             return
@@ -212,14 +212,14 @@ class TrainingProgress:
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
         skipped = [name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")]
         if skipped:
-            self.say(f"step {step}: skipped for {', '.join(skipped)}, whose loss or gradient is not finite")
+            self.on_message(f"step {step}: skipped for {', '.join(skipped)}, whose loss or gradient is not finite")
         if "echo_made" in metrics:
-            self.say(echo_line(metrics))
+            self.on_message(echo_line(metrics))
         if self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step)
         elif step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps:
             name = "step" if counted == "step" else phase
-            self.say(f"{name} {step}/{self.steps}  {self._remaining(step)}  {self._losses()}")
+            self.on_message(f"{name} {step}/{self.steps}  {self._remaining(step)}  {self._losses()}")
 
     def _start(self, phase: str, steps: int, step: int, seconds: float) -> None:
         """Begin a phase: its own bar, its own clock."""

@@ -12,10 +12,10 @@ import typer
 from echodistill_cli.cli.options import (
     Json,
     Quiet,
+    bool_option,
     echo_setting,
-    option,
-    prepare_libraries,
-    switch,
+    quiet_libraries,
+    value_option,
     with_flags,
 )
 from echodistill_cli.cli.show import (
@@ -40,19 +40,21 @@ def train(
     photos: Annotated[
         Path | None, typer.Argument(metavar="PHOTOS", help="folder with three to six photos of the subject")
     ] = None,
-    model: Annotated[str | None, option("MODEL", f"the student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
-    config_file: Annotated[Path | None, option("FILE", "settings as TOML; flags go before them", "--config")] = None,
+    model: Annotated[str | None, value_option("MODEL", f"the student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
+    config_file: Annotated[
+        Path | None, value_option("FILE", "settings as TOML; flags go before them", "--config")
+    ] = None,
     vram: Annotated[
         str | None,
-        option("8|12|16|24|auto", "choose what fits into so many GiB, under all other flags", panel="Models"),
+        value_option("8|12|16|24|auto", "choose what fits into so many GiB, under all other flags", panel="Models"),
     ] = None,
-    resume: Annotated[bool, switch("--resume", "go on with a run, by default the newest", "Run")] = False,
-    from_step: Annotated[int | None, option("N", "with --resume: the checkpoint's step", panel="Run")] = None,
-    overwrite: Annotated[bool, switch("--overwrite", "replace the run that is there", "Run")] = False,
+    resume: Annotated[bool, bool_option("--resume", "go on with a run, by default the newest", "Run")] = False,
+    from_step: Annotated[int | None, value_option("N", "with --resume: the checkpoint's step", panel="Run")] = None,
+    overwrite: Annotated[bool, bool_option("--overwrite", "replace the run that is there", "Run")] = False,
     echo: Annotated[
-        bool | None, switch("--echo/--no-echo", "the student's own pictures train both models", "Echo phase")
+        bool | None, bool_option("--echo/--no-echo", "the student's own pictures train both models", "Echo phase")
     ] = None,
-    dry_run: Annotated[bool, switch("--dry-run", "check photos and settings; load and write nothing")] = False,
+    dry_run: Annotated[bool, bool_option("--dry-run", "check photos and settings; load and write nothing")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
     *,
@@ -71,7 +73,7 @@ def train(
     config = layered(overrides)
     if not config.concept.photos:
         raise ConfigError("No photos were named.", "echodistill train PHOTOS --token sks --class-name dog")
-    prepare_libraries(offline=config.model.offline, quiet=quiet)
+    quiet_libraries(offline=config.model.offline, quiet=quiet)
     from echodistill_cli import pipeline
 
     if vram is not None and not own:
@@ -86,7 +88,7 @@ def train(
             overwrite=overwrite,
             resume=resume,
             from_step=from_step,
-            observe=progress.observe,
-            say=progress.say,
+            on_step=progress.on_step,
+            on_message=progress.on_message,
         )
     print_paths(result.to_dict(), [result.lora], as_json=as_json)

@@ -235,6 +235,11 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
     max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
 
+    @property
+    def photo_prompts(self) -> int:
+        """How many of a batch of the student's are prompted as the photos are, at least 1; the others are scenes."""
+        return math.ceil(self.batch_size * (1 - self.scene_share)) or 1
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -390,8 +395,3 @@ def _check_together(config: Config) -> None:
         raise ConfigError(f"critic.discriminators = {', '.join(names)}: each may come once.")
     if config.critic.swd_patch > config.model.resolution:
         raise ConfigError("critic.swd_patch is larger than model.resolution.")
-
-
-def count_photo_like(settings: TrainConfig) -> int:
-    """How many of a batch of the student's are asked for as the photos are, at least 1; the others are scenes."""
-    return math.ceil(settings.batch_size * (1 - settings.scene_share)) or 1

@@ -59,7 +59,7 @@ class PhotoReport:
     photos: tuple[Photo, ...]
     warnings: tuple[str, ...] = ()
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The report for `--json`: plain values, file names without folders."""
         used = {photo.path.name: photo for photo in self.photos}
         files = []

@@ -33,14 +33,14 @@ class NoiseSchedule:
         """T - 1, the noisiest step: where a one-step model starts."""
         return len(self.alphas_cumprod) - 1
 
-    def signal(self, timesteps: Tensor) -> Tensor:
+    def alpha_bar(self, timesteps: Tensor) -> Tensor:
         """ᾱ_t at integer timesteps of shape [B]; float32 of shape [B] on their device."""
         return self.alphas_cumprod.to(timesteps.device)[timesteps]
 
 
 def scales(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """(√ᾱ_t, √(1-ᾱ_t)) at timesteps [B], each of shape [B, 1, 1, 1]."""
-    signal = schedule.signal(timesteps).view(-1, 1, 1, 1)
+    signal = schedule.alpha_bar(timesteps).view(-1, 1, 1, 1)
     return signal.sqrt(), (1 - signal).sqrt()
 
 

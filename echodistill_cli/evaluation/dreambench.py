@@ -21,12 +21,12 @@ from typing import Any, Protocol
 from echodistill_cli.config.build import config_hash
 from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError, EchoDistillError, Interrupted
-from echodistill_cli.evaluation.evaluate import AUTO, EvaluationRequest, Scores, evaluate, judge_names
+from echodistill_cli.evaluation.evaluate import AUTO, EvaluationRequest, Scores, evaluate, score_encoder_names
 from echodistill_cli.files import make_folder, write_text
 from echodistill_cli.lora.safetensors_io import read_header
-from echodistill_cli.models.vision import find_judges
+from echodistill_cli.models.vision import find_score_encoders
 from echodistill_cli.outputs.artifact import SampleRequest
-from echodistill_cli.runs import CONFIG_FILE, Observer, Say, resume_run
+from echodistill_cli.runs import CONFIG_FILE, OnMessage, OnStep, resume_run
 
 TABLE = "prompts_and_classes.txt"
 # What the paper (arXiv 2510.20512) reports for SD-Turbo over all 30 subjects, one step.
@@ -48,17 +48,17 @@ class Subject:
 class Watch(Protocol):
     """What shows a training run; `progress.TrainingProgress` is one."""
 
-    say: Say
+    on_message: OnMessage
 
     @property
-    def observe(self) -> Observer:
+    def on_step(self) -> OnStep:
         """Called after each step with its metrics."""
 
 
 class Train(Protocol):
     """What trains a run: `pipeline.train`."""
 
-    def __call__(self, config: Config, *, resume: bool, observe: Observer, say: Say) -> object: ...
+    def __call__(self, config: Config, *, resume: bool, on_step: OnStep, on_message: OnMessage) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def run_benchmark(
     request: BenchmarkRequest,
     train: Train,
     watch: Callable[[Config], AbstractContextManager[Watch]],
-    say: Say = lambda _line: None,
+    on_message: OnMessage = lambda _line: None,
 ) -> dict[str, Any]:
     """Train, draw and measure every subject that has no result yet; returns what is in `results.json`.
 
@@ -163,17 +163,17 @@ def run_benchmark(
     configs = [_config(request, subject) for subject in subjects]
     model = configs[0].model
     # Before hours of training:
-    find_judges(*judge_names(request.clip, request.dino, [model.student]), offline=model.offline)
+    find_score_encoders(*score_encoder_names(request.clip, request.dino, [model.student]), offline=model.offline)
     file = make_folder(request.output) / "results.json"
     done = _read_results(file)
     for at, (subject, config) in enumerate(zip(subjects, configs, strict=True), start=1):
         place, key = f"{subject.name} ({at} of {len(subjects)})", _fingerprint(request, subject, config)
         if done.get(subject.name, {}).get("fingerprint") == key:
-            say(f"{place}: has its result")
+            on_message(f"{place}: has its result")
             continue
-        _train(subject, config, place, train, watch, say)
-        say(f"{place}: drawing and measuring")
-        done[subject.name] = {"fingerprint": key, **_measure(request, subject, config, say)}
+        _train(subject, config, place, train, watch, on_message)
+        on_message(f"{place}: drawing and measuring")
+        done[subject.name] = {"fingerprint": key, **_measure(request, subject, config, on_message)}
         _write_results(file, done)
     chosen = {subject.name: done[subject.name] for subject in subjects}
     return {"file": str(file), **_summary(chosen)}
@@ -200,17 +200,17 @@ def _train(
     place: str,
     train: Train,
     watch: Callable[[Config], AbstractContextManager[Watch]],
-    say: Say,
+    on_message: OnMessage,
 ) -> None:
     """Train a subject's run to its end, from where it stands."""
     begun = (config.output / CONFIG_FILE).is_file()
     if begun and _is_trained(config):
-        say(f"{place}: is trained already")
+        on_message(f"{place}: is trained already")
         return
-    say(f"{place}: {'going on with its training' if begun else 'training'}")
+    on_message(f"{place}: {'going on with its training' if begun else 'training'}")
     try:
         with watch(config) as progress:
-            train(config, resume=begun, observe=progress.observe, say=progress.say)
+            train(config, resume=begun, on_step=progress.on_step, on_message=progress.on_message)
     except Interrupted as stopped:
         again = f"{subject.name} was stopped and saved. The same command goes on with it."
         raise Interrupted(again, stopped.signal_number) from stopped
@@ -225,9 +225,9 @@ def _is_trained(config: Config) -> bool:
     return read_header(lora)[0].get("echodistill.steps") == str(config.train.steps)
 
 
-def _measure(request: BenchmarkRequest, subject: Subject, config: Config, say: Say) -> dict[str, Any]:
+def _measure(request: BenchmarkRequest, subject: Subject, config: Config, on_message: OnMessage) -> dict[str, Any]:
     drawing = dataclasses.replace(request.drawing, prompts=subject.templates, lora=config.output)
-    found = evaluate(EvaluationRequest(subject.photos, drawing, clip=request.clip, dino=request.dino), say)
+    found = evaluate(EvaluationRequest(subject.photos, drawing, clip=request.clip, dino=request.dino), on_message)
     own = {"photos_clip_i": found.photos_clip_i, "photos_dino": found.photos_dino}
     counts = {"class_name": subject.class_name, "photos": found.photos, "pictures": found.pictures}
     return {**counts, **dataclasses.asdict(found.scores), **own}

@@ -33,10 +33,10 @@ from echodistill_cli.files import make_folder, public_name, write_text
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import pick_device
 from echodistill_cli.models.sources import is_embedded
-from echodistill_cli.models.vision import CLIP, DINO, ClipJudge, DinoJudge, Judges, find_judges
+from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer, ScoreEncoders, find_score_encoders
 from echodistill_cli.outputs.artifact import FoundLora, SampleRequest, find_lora
 from echodistill_cli.outputs.sample import sample
-from echodistill_cli.runs import Say
+from echodistill_cli.runs import OnMessage
 
 AUTO = "auto"
 _LIBRARIES = ("torch", "diffusers", "transformers", "pillow")
@@ -129,7 +129,7 @@ class _Drawn:
     settings: Mapping[str, Any]
 
 
-def evaluate(request: EvaluationRequest, say: Say = lambda _line: None) -> Evaluation:
+def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: None) -> Evaluation:
     """Draw what is not drawn yet, measure all, write `evaluation.json`.
 
     Raises:
@@ -141,20 +141,22 @@ def evaluate(request: EvaluationRequest, say: Say = lambda _line: None) -> Evalu
     # Photos are not made smaller before the encoders' own preprocessing, as they are for training.
     photos = load_photos(request.photos, min_photos=1, resolution=2**20, masks="off", captions=False).photos
     students = (found.model.student, read_header(found.lora)[0].get("ss_sd_model_name", ""))
-    judges = find_judges(*judge_names(request.clip, request.dino, students), offline=found.model.offline)
+    judges = find_score_encoders(
+        *score_encoder_names(request.clip, request.dino, students), offline=found.model.offline
+    )
     folder = request.output or _beside(found.lora, request.drawing.lora)
-    drawn = _draw(request.drawing, found, f"{token} {class_name}", class_name, folder, say)
-    say(f"Measuring {len(drawn.files)} pictures against {len(photos)} photos")
+    drawn = _draw(request.drawing, found, f"{token} {class_name}", class_name, folder, on_message)
+    on_message(f"Measuring {len(drawn.files)} pictures against {len(photos)} photos")
     files = [photo.path for photo in photos]
     result = _measured(drawn, files, judges, pick_device(found.model.device), request.drawing.batch_size)
     evaluation = dataclasses.replace(result, file=folder / "evaluation.json", subject=f"{token} {class_name}")
     if evaluation.file.exists():
-        say(f"Replacing the earlier {evaluation.file}")
+        on_message(f"Replacing the earlier {evaluation.file}")
     write_text(evaluation.file, json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return evaluation
 
 
-def judge_names(clip: str, dino: str, students: Sequence[str]) -> tuple[str, str]:
+def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[str, str]:
     """The encoders that are meant: "auto" is the package's own for a student of the package, else the paper's."""
     ours = any(map(is_embedded, students))
     return (
@@ -186,7 +188,9 @@ def _beside(lora: Path, named: Path | None) -> Path:
     return lora.parent / ("evaluation" if in_run else f"{lora.stem}-evaluation")
 
 
-def _draw(drawing: SampleRequest, found: FoundLora, subject: str, class_name: str, folder: Path, say: Say) -> _Drawn:
+def _draw(
+    drawing: SampleRequest, found: FoundLora, subject: str, class_name: str, folder: Path, on_message: OnMessage
+) -> _Drawn:
     """Draw the prompts of which a picture is missing; each picture is written at once, so that nothing is lost."""
     settings = _drawing_settings(drawing, found)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -197,13 +201,13 @@ def _draw(drawing: SampleRequest, found: FoundLora, subject: str, class_name: st
     missing = [prompt for prompt, row in rows.items() if not all(file.is_file() for file in row)]
     total = len(missing) * drawing.count
     if len(missing) < len(rows):
-        say(f"{(len(rows) - len(missing)) * drawing.count} pictures are there already, in {home}")
+        on_message(f"{(len(rows) - len(missing)) * drawing.count} pictures are there already, in {home}")
     if missing:
-        say(f"Drawing {total} pictures into {home}")
-        for number, one in enumerate(sample(dataclasses.replace(drawing, prompts=missing), say), start=1):
+        on_message(f"Drawing {total} pictures into {home}")
+        for number, one in enumerate(sample(dataclasses.replace(drawing, prompts=missing), on_message), start=1):
             save_png(home / _file_name(one.prompt, one.seed), one.image, one.texts)
             if number % max(1, total // 10) == 0:
-                say(f"picture {number}/{total}")
+                on_message(f"picture {number}/{total}")
     return _Drawn(
         prompts=prompts,
         texts=[fill(template, class_name) for template in drawing.prompts],
@@ -246,9 +250,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _measured(drawn: _Drawn, photos: Sequence[Path], judges: Judges, device: torch.device, batch: int) -> Evaluation:
+def _measured(
+    drawn: _Drawn, photos: Sequence[Path], judges: ScoreEncoders, device: torch.device, batch: int
+) -> Evaluation:
     """The scores of all pictures and of each prompt's; the file and the subject are left empty."""
-    clip, dino = ClipJudge(judges.clip, device), DinoJudge(judges.dino, device)
+    clip, dino = ClipScorer(judges.clip, device), DinoScorer(judges.dino, device)
     clip_photos, clip_drawn = (_embedded(clip.embed, files, batch) for files in (photos, drawn.files))
     dino_photos, dino_drawn = (_embedded(dino.embed, files, batch) for files in (photos, drawn.files))
     texts = clip.embed_texts(drawn.texts).repeat_interleave(drawn.count, dim=0)

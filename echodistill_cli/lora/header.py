@@ -23,7 +23,7 @@ RESERVED_NAMES = ("none", "addams")
 
 
 @dataclass(frozen=True)
-class LoraCard:
+class LoraHeader:
     """What the header of a LoRA file says.
 
     Attributes:
@@ -71,7 +71,7 @@ class LoraCard:
     cover: bytes | None = None
 
 
-def header(card: LoraCard, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
+def header(card: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
     """The metadata of a LoRA file.
 
     Args:
@@ -94,7 +94,7 @@ def header(card: LoraCard, tensors: Mapping[str, Tensor], *, minimal: bool = Fal
     return metadata | {"sshs_model_hash": digest}
 
 
-def _minimum(card: LoraCard) -> dict[str, str]:
+def _minimum(card: LoraHeader) -> dict[str, str]:
     sd = "sd_v2_v" if card.prediction_type == "v_prediction" else "sd_v2"
     return {
         "ss_v2": str(card.family == "sd"),
@@ -106,7 +106,7 @@ def _minimum(card: LoraCard) -> dict[str, str]:
     }
 
 
-def _kohya(card: LoraCard) -> dict[str, str]:
+def _kohya(card: LoraHeader) -> dict[str, str]:
     side, subject = card.resolution, card.class_name or card.token
     dates = {"ss_training_started_at": card.started_at, "ss_training_finished_at": card.finished_at}
     return {
@@ -124,7 +124,7 @@ def _kohya(card: LoraCard) -> dict[str, str]:
     } | {key: str(float(value)) for key, value in dates.items() if value is not None}
 
 
-def _modelspec(card: LoraCard, digest: str) -> dict[str, str]:
+def _modelspec(card: LoraHeader, digest: str) -> dict[str, str]:
     velocity = card.prediction_type == "v_prediction"
     if card.family == "sdxl":
         architecture = "stable-diffusion-xl-v1-base"
@@ -152,7 +152,7 @@ def _modelspec(card: LoraCard, digest: str) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in fields.items()}
 
 
-def _own(card: LoraCard) -> dict[str, str]:
+def _own(card: LoraHeader) -> dict[str, str]:
     fields = {
         "version": card.version,
         "role": card.role,

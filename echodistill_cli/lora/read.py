@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.lora.header import LoraCard, header
+from echodistill_cli.lora.header import header
 from echodistill_cli.lora.keys import ARCHITECTURES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, locate, split_key
 from echodistill_cli.lora.safetensors_io import read_header, read_tensors, write_safetensors
 from echodistill_cli.lora.tensors import (
@@ -28,8 +28,8 @@ from echodistill_cli.lora.tensors import (
 )
 
 __all__ = [
-    "LoraCard",
     "LoraFile",
+    "LoraHeader",
     "LoraModule",
     "LoraWeights",
     "adapter_metadata",

@@ -20,16 +20,16 @@ from echodistill_cli.errors import EchoDistillError
 
 ADAPTER = "default"
 # The LoRA that makes a base model one-step, where the student is made so; it stays as it was loaded.
-DISTILLED = "distilled"
+DISTILLATION = "distilled"
 # That the cross-attention's key and value carry a concept is Custom Diffusion's finding (Kumari et al. 2023).
-UNET_TARGETS: Mapping[str, tuple[str, ...]] = {
+UNET_LAYERS: Mapping[str, tuple[str, ...]] = {
     "cross-kv": ("attn2.to_k", "attn2.to_v"),
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     # Where a UNet has no attention, as on its finest level, the convolutions are all that can learn a subject's detail.
     "attention-conv": ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"),
 }
 # All four or none: A1111 applies a text encoder's attention block only when it is complete.
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def add_lora(module: Any, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
@@ -68,9 +68,9 @@ def activate(module: Any, scale: float = 1.0) -> None:
     """Make a module's LoRA take effect at a strength, beside the one that made it one-step if there is that."""
     if not is_distilled(module):
         return
-    module.set_adapters([DISTILLED, ADAPTER], [1.0, scale])
+    module.set_adapters([DISTILLATION, ADAPTER], [1.0, scale])
     for name, parameter in module.named_parameters():
-        if f".{DISTILLED}." in name:
+        if f".{DISTILLATION}." in name:
             parameter.requires_grad_(False)
 
 
@@ -89,7 +89,7 @@ def at_strength(module: nn.Module, strength: float) -> Iterator[None]:
 
 def is_distilled(module: Any) -> bool:
     """Whether a LoRA made this module one-step."""
-    return DISTILLED in getattr(module, "peft_config", {})
+    return DISTILLATION in getattr(module, "peft_config", {})
 
 
 def trainable_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -22,7 +22,7 @@ from echodistill_cli.diffusion.schedule import NoiseSchedule, PredictionType
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.safetensors_io import read_header
-from echodistill_cli.models.adapters import DISTILLED, lora_layers
+from echodistill_cli.models.adapters import DISTILLATION, lora_layers
 from echodistill_cli.models.device import memory_gib, pick_device, pick_dtype
 from echodistill_cli.models.single_file import (
     configuration_folder,
@@ -64,9 +64,9 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     loader.check_generation()
     student = loader.denoiser(loader.student)
     family = _family(student)
-    base = twin(student, loader.teacher.sizes) if config.student_lora and teacher else None
+    base = share_weights(student, loader.teacher.sizes) if config.student_lora and teacher else None
     if config.student_lora:
-        distil(student, family, Path(config.student_lora), fold=base is None)
+        load_distillation_lora(student, family, Path(config.student_lora), fold=base is None)
     pair = ModelPair(
         family=family,
         encoder=loader.prompt_encoder(family),
@@ -78,7 +78,7 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     )
     _check_fit(pair, config)
     if config.offload and pair.teacher is not None and base is None:
-        take_turns(pair)
+        alternate_on_device(pair)
     return pair
 
 
@@ -263,7 +263,7 @@ def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
             )
 
 
-def twin(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
+def share_weights(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
     """A second UNet over the very same frozen weights, to carry adapters of its own; it takes no memory to speak of.
 
     Switching adapters on one module would do as well, but a forward pass under one adapter whose backward pass comes
@@ -276,7 +276,7 @@ def twin(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
     return Denoiser(unet, denoiser.schedule, time_ids)
 
 
-def distil(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None:
+def load_distillation_lora(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None:
     """Put a LoRA such as Hyper-SD's, DMD2's or LCM's on the student, frozen: from now on it is a one-step model.
 
     Args:
@@ -294,24 +294,24 @@ def distil(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None
         state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, **extra)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # what does not fit is counted below
-            kind.load_lora_into_unet(state, alphas, student.unet, adapter_name=DISTILLED, metadata=metadata)
+            kind.load_lora_into_unet(state, alphas, student.unet, adapter_name=DISTILLATION, metadata=metadata)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(f"{file} does not fit this model ({first_line}).", "Name the base it was made for.") from error
     held = {re.sub(r"\.lora.*", "", name) for name in state if name.startswith("unet.") and ".lora" in name}
-    placed = len(lora_layers(student.unet, DISTILLED))
+    placed = len(lora_layers(student.unet, DISTILLATION))
     if not held or placed != len(held):
         raise ModelError(
             f"{file} does not fit this model: {placed} of its {len(held)} UNet modules match.",
             "Name the base it was made for.",
         )
     if fold:
-        student.unet.fuse_lora(adapter_names=[DISTILLED])
+        student.unet.fuse_lora(adapter_names=[DISTILLATION])
         student.unet.unload_lora()
     student.unet.requires_grad_(False)
 
 
-def take_turns(pair: ModelPair) -> None:
+def alternate_on_device(pair: ModelPair) -> None:
     """From now on only the UNet that is at work has its frozen weights on the device; the other's wait on the CPU."""
     assert pair.teacher is not None
     pair.alternating = True

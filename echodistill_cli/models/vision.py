@@ -25,7 +25,7 @@ DINO = "facebook/dino-vits16@refs/pr/1"
 
 
 @dataclass(frozen=True)
-class Judges:
+class ScoreEncoders:
     """Where the two encoders are, and what they were called (of a folder only its last part)."""
 
     clip: Path
@@ -34,7 +34,7 @@ class Judges:
     dino_name: str
 
 
-def find_judges(clip: str, dino: str, *, offline: bool) -> Judges:
+def find_score_encoders(clip: str, dino: str, *, offline: bool) -> ScoreEncoders:
     """The folders of a CLIP and of a ViT; loads nothing, so that what is missing is said before anything is drawn.
 
     Args:
@@ -47,7 +47,7 @@ def find_judges(clip: str, dino: str, *, offline: bool) -> Judges:
     if not any((clip_folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(f"{clip}: it has no tokenizer.", "--clip takes a folder with tokenizer.json beside the model.")
     dino_folder = _find(dino, ("vit", "dinov2"), "--dino takes a ViTModel or Dinov2Model", offline)
-    return Judges(clip_folder, dino_folder, _shown(clip), _shown(dino))
+    return ScoreEncoders(clip_folder, dino_folder, _shown(clip), _shown(dino))
 
 
 def _find(source: str, kinds: Sequence[str], wanted: str, offline: bool) -> Path:
@@ -67,7 +67,7 @@ def _shown(source: str) -> str:
     return path.resolve().name if path.is_dir() else source
 
 
-class ImageJudge:
+class ImageScorer:
     """A frozen image encoder with its own preprocessing."""
 
     def __init__(self, folder: Path, kind: Any, device: torch.device, **extra: Any) -> None:
@@ -89,7 +89,7 @@ class ImageJudge:
         return torch.as_tensor(inputs["pixel_values"], device=self.device)
 
 
-class DinoJudge(ImageJudge):
+class DinoScorer(ImageScorer):
     """DINO (a ViT), or a DINOv2 if that is what the folder holds."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
@@ -105,7 +105,7 @@ class DinoJudge(ImageJudge):
         return torch.as_tensor(self.model(pixel_values=self.pixels(images)).last_hidden_state[:, 0].cpu())
 
 
-class ClipJudge(ImageJudge):
+class ClipScorer(ImageScorer):
     """A whole CLIP: pictures and texts in one space."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:

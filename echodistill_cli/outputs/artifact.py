@@ -18,7 +18,7 @@ from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.config.schema import Config, ModelConfig, TrainConfig, check_section
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.lora.header import LoraCard, cover_of, header
+from echodistill_cli.lora.header import LoraHeader, cover_of, header
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.lora.safetensors_io import body_sha256, read_header
@@ -70,7 +70,7 @@ def written_alpha(config: Config, role: Role) -> float:
     return config.lora_alpha * (config.adapter.strength if role == "student" else 1.0)
 
 
-def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> LoraCard:
+def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> LoraHeader:
     """What the header of one role's LoRA file at `path` says."""
     side = config.model.resolution
     made_by = config.model.student_lora
@@ -79,7 +79,7 @@ def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, 
         "student": f"{beside}1 step, guidance 0 (CFG 1), trailing timesteps, {side}x{side}",
         "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
     }
-    return LoraCard(
+    return LoraHeader(
         name=path.stem,
         family=state["family"],
         base_model=config.model.student if role == "student" else config.model.teacher,

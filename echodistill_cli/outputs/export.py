@@ -57,7 +57,7 @@ from echodistill_cli.outputs.artifact import (
 from echodistill_cli.outputs.card import merged_card, model_card
 from echodistill_cli.outputs.hub import check_repository, in_repository, push, run_files
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
-from echodistill_cli.runs import Run, Say
+from echodistill_cli.runs import OnMessage, Run
 
 LORA_LAYOUTS = ("kohya", "diffusers")
 MODEL_LAYOUTS = ("pipeline", "checkpoint", "onnx")
@@ -104,7 +104,7 @@ class ExportRequest:
 
 
 @dataclass(frozen=True)
-class Target:
+class ExportItem:
     """One thing to write: its role, its layout and its file or folder."""
 
     role: Role
@@ -128,7 +128,7 @@ class ExportResult:
         return {"files": [str(file) for file in self.files], "sent": list(self.sent), "address": self.address}
 
 
-def export_request(request: ExportRequest, say: Say = lambda _line: None) -> ExportResult:
+def export_request(request: ExportRequest, on_message: OnMessage = lambda _line: None) -> ExportResult:
     """Write what a request asks for, and send it if that is asked too.
 
     Raises:
@@ -145,7 +145,7 @@ def export_request(request: ExportRequest, say: Say = lambda _line: None) -> Exp
     for target in targets:
         make_folder(target.path.parent)
         write = _write_lora if target.layout in LORA_LAYOUTS else _write_model
-        write(learned, target, request, say)
+        write(learned, target, request, on_message)
     if token:
         write_safetensors(token, token_tensors(token.stem, learned.vectors(), learned.family), {"format": "pt"})
     if request.push_to is None:
@@ -154,11 +154,11 @@ def export_request(request: ExportRequest, say: Say = lambda _line: None) -> Exp
         beside = [other for other in sidecar_paths(path) if path.suffix == ".safetensors" and other.is_file()]
         for one in (path, *beside):
             own |= in_repository(one)
-    say(f"Sending {len(own)} files to {request.push_to}")
+    on_message(f"Sending {len(own)} files to {request.push_to}")
     return ExportResult(files, tuple(sorted(own)), push(request.push_to, own, private=request.private))
 
 
-def plan_export(request: ExportRequest) -> tuple[Learned, list[Target]]:
+def plan_export(request: ExportRequest) -> tuple[Learned, list[ExportItem]]:
     """What was learned, and what a request would write of it; writes nothing.
 
     Raises:
@@ -169,7 +169,7 @@ def plan_export(request: ExportRequest) -> tuple[Learned, list[Target]]:
     )
     folder = request.output or learned.folder
     targets = [
-        Target(role, layout, folder / _name(learned, role, layout, request))
+        ExportItem(role, layout, folder / _name(learned, role, layout, request))
         for role in request.roles
         for layout in request.layouts
     ]
@@ -205,7 +205,7 @@ def _name(learned: Learned, role: Role, layout: str, request: ExportRequest) -> 
     return stem + ("-a1111.safetensors" if request.bundle_embedding else ending)
 
 
-def _check_free(target: Target, request: ExportRequest) -> None:
+def _check_free(target: ExportItem, request: ExportRequest) -> None:
     if request.overwrite:
         return
     beside = sidecar_paths(target.path) if target.layout == "kohya" and request.metadata else ()
@@ -227,7 +227,7 @@ def _token_path(learned: Learned, request: ExportRequest) -> Path | None:
     return (request.output or learned.folder) / f"{learned.token}.safetensors"
 
 
-def _write_lora(learned: Learned, target: Target, request: ExportRequest, say: Say) -> None:
+def _write_lora(learned: Learned, target: ExportItem, request: ExportRequest, on_message: OnMessage) -> None:
     weights, dtype = learned.weights(target.role), DTYPES[request.dtype]
     extra: dict[str, str] = {}
     if target.layout == "kohya":
@@ -238,7 +238,7 @@ def _write_lora(learned: Learned, target: Target, request: ExportRequest, say: S
         extra = adapter_metadata(weights) if one_rank_each else {}
     if request.bundle_embedding:
         tensors |= bundled_tensors(str(learned.token), learned.vectors(), learned.family)
-        say(
+        on_message(
             f"{target.path.name} holds the word too: A1111 and SD.Next read that; diffusers refuses the file, ComfyUI "
             "warns and leaves the word out, Forge leaves it out. Give others the two separate files."
         )
@@ -248,12 +248,12 @@ def _write_lora(learned: Learned, target: Target, request: ExportRequest, say: S
         write_sidecars(target.path, metadata)
 
 
-def _write_model(learned: Learned, target: Target, request: ExportRequest, say: Say) -> None:
+def _write_model(learned: Learned, target: ExportItem, request: ExportRequest, on_message: OnMessage) -> None:
     if target.layout == "onnx":
         request = dataclasses.replace(request, dtype="fp32")
-    pair = merged_pair(learned, target.role, request, new_word=target.layout in _TAKE_ANY_WORD, say=say)
+    pair = merged_pair(learned, target.role, request, new_word=target.layout in _TAKE_ANY_WORD, on_message=on_message)
     dtype = DTYPES[request.dtype]
-    say(f"Writing {target.path}")
+    on_message(f"Writing {target.path}")
     if target.layout == "onnx":
         save_onnx(pair, target.path, learned.models(target.role).resolution)
     elif target.layout == "pipeline":
@@ -263,7 +263,9 @@ def _write_model(learned: Learned, target: Target, request: ExportRequest, say: 
         save_checkpoint(pair, target.role, target.path, dtype, _lora_header(learned, target, request))
 
 
-def merged_pair(learned: Learned, role: Role, request: ExportRequest, *, new_word: bool, say: Say) -> ModelPair:
+def merged_pair(
+    learned: Learned, role: Role, request: ExportRequest, *, new_word: bool, on_message: OnMessage
+) -> ModelPair:
     """The models of what was learned, with it folded into one role and the text encoders.
 
     Args:
@@ -276,7 +278,7 @@ def merged_pair(learned: Learned, role: Role, request: ExportRequest, *, new_wor
     config = dataclasses.replace(
         learned.models(role), device="cpu", precision=request.dtype, decoder="full", offload=False
     )
-    say(f"Loading {config.student if role == 'student' else config.teacher}")
+    on_message(f"Loading {config.student if role == 'student' else config.teacher}")
     pair = load_pair(config, teacher=role == "teacher")
     if pair.family != learned.family:
         raise ConfigError(f"What was learned is for {learned.family}, and the model is {pair.family}.")
@@ -284,17 +286,19 @@ def merged_pair(learned: Learned, role: Role, request: ExportRequest, *, new_wor
     if learned.token and (new_word or knows_word(pair, learned.token)):
         place_token(pair, learned.token, list(learned.vectors().values()))
     elif learned.token:
-        say(f"{learned.token} is no word of the vocabulary, so it needs {learned.token}.safetensors beside the model.")
+        on_message(
+            f"{learned.token} is no word of the vocabulary, so it needs {learned.token}.safetensors beside the model."
+        )
     return pair
 
 
-def _merged_card(learned: Learned, target: Target, request: ExportRequest) -> str:
+def _merged_card(learned: Learned, target: ExportItem, request: ExportRequest) -> str:
     models = learned.models(target.role)
     model = models.student if target.role == "student" else models.teacher
     return merged_card(target.path.name, target.role, model, _lora_header(learned, target, request))
 
 
-def _lora_header(learned: Learned, target: Target, request: ExportRequest) -> dict[str, str]:
+def _lora_header(learned: Learned, target: ExportItem, request: ExportRequest) -> dict[str, str]:
     if not request.metadata:
         return {}
     # Hashes of them are not a merged model's, and are left out there; so a LoRA that kohya's keys refuse will do.
@@ -318,7 +322,9 @@ class TrainResult:
         return {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self).items()}
 
 
-def write_results(pair: ModelPair, saved: Mapping[str, Any], run: Run, started: float, say: Say) -> TrainResult:
+def write_results(
+    pair: ModelPair, saved: Mapping[str, Any], run: Run, started: float, on_message: OnMessage
+) -> TrainResult:
     """Write what a person takes away, and read each file back with diffusers.
 
     Args:
@@ -333,7 +339,7 @@ def write_results(pair: ModelPair, saved: Mapping[str, Any], run: Run, started: 
     teacher_lora = export_lora(config, saved, "teacher", teacher_path, settings)
     token = export_token(config, saved, run.folder)
     write_text(run.folder / "README.md", model_card(config, saved, lora, f"samples/{preview.name}"))
-    say("Reading the files back")
+    on_message("Reading the files back")
     strength = config.adapter.strength
     written: tuple[tuple[Role, Path, float], ...] = (("student", lora, strength), ("teacher", teacher_lora, 1.0))
     for role, file, times in written:

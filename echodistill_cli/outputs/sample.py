@@ -22,7 +22,7 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import attach_lora, read_token_file
 from echodistill_cli.outputs.artifact import FoundLora, SampleRequest, find_lora
 from echodistill_cli.outputs.onnx import load_onnx
-from echodistill_cli.runs import Say
+from echodistill_cli.runs import OnMessage
 
 _WIDEST = 8  # pictures of one prompt that stand in one row of the grid
 
@@ -42,14 +42,14 @@ class Sample:
     seconds: float
 
 
-def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sample]:
+def sample(request: SampleRequest, on_message: OnMessage = lambda _line: None) -> Iterator[Sample]:
     """Draw pictures with a trained LoRA, in the order of prompts, then seeds.
 
     Raises:
         ConfigError: there is no run or file to draw with. ModelError: a model is missing, or the file does not fit.
     """
     found = find_lora(request)
-    say(f"Loading {found.model.student if request.role == 'student' else found.model.teacher}")
+    on_message(f"Loading {found.model.student if request.role == 'student' else found.model.teacher}")
     on_graphs = request.backend == "onnx"
     pair = load_onnx(found.lora) if on_graphs else load_pair(found.model, teacher=request.role == "teacher")
     settings = SamplingSettings(
@@ -65,7 +65,7 @@ def sample(request: SampleRequest, say: Say = lambda _line: None) -> Iterator[Sa
     if not on_graphs:  # whose weights hold the LoRA and the word
         made_for = read_header(found.lora)[0].get("echodistill.role", request.role)
         if made_for != request.role:
-            say(f"{found.lora.name} was made for the {made_for}, which draws with --role {made_for}")
+            on_message(f"{found.lora.name} was made for the {made_for}, which draws with --role {made_for}")
         attach_lora(pair, request.role, found.lora, request.lora_scale)
     if found.token_file and request.lora_scale:  # at 0 it is the base model that draws, word and all
         _attach_token(pair, found.token_file)
@@ -100,7 +100,9 @@ class WrittenSamples:
         }
 
 
-def sample_to_folder(request: SampleRequest, folder: Path, say: Say = lambda _line: None) -> WrittenSamples:
+def sample_to_folder(
+    request: SampleRequest, folder: Path, on_message: OnMessage = lambda _line: None
+) -> WrittenSamples:
     """Draw, and write one PNG per picture (with its making in its metadata) and a grid of all; nothing is overwritten.
 
     Raises:
@@ -110,7 +112,7 @@ def sample_to_folder(request: SampleRequest, folder: Path, say: Say = lambda _li
     files: list[Path] = []
     shown: list[Image.Image] = []
     seconds = 0.0
-    for one in sample(request, say):
+    for one in sample(request, on_message):
         path = make_folder(folder) / f"{first + len(files):04d}_s{one.seed}.png"
         picture = one.image if one.base is None else grid([one.base, one.image], columns=2)
         save_png(path, picture, one.texts)
@@ -122,7 +124,7 @@ def sample_to_folder(request: SampleRequest, folder: Path, say: Say = lambda _li
         sheet = folder / f"{first:04d}-{first + len(shown) - 1:04d}_grid.png"
         save_png(sheet, grid(shown, columns=request.count if 1 < request.count <= _WIDEST else None))
     rate = len(files) / max(seconds, 1e-9)
-    say(f"{len(files)} {'picture' if len(files) == 1 else 'pictures'}, {rate:.2f} images/s")
+    on_message(f"{len(files)} {'picture' if len(files) == 1 else 'pictures'}, {rate:.2f} images/s")
     return WrittenSamples(tuple(files), sheet, rate)
 
 

@@ -9,14 +9,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from echodistill_cli.config.schema import count_photo_like
 from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.data.views import prompt_for
 from echodistill_cli.diffusion.sampling import student_x0, teacher_x0
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.vision import ImageBackbone
-from echodistill_cli.training.critics import Discriminator, Pictures, TeacherBackbone, look
+from echodistill_cli.training.critics import Discriminator, ImageBatch, TeacherBackbone, look
 from echodistill_cli.training.losses import identity_scores
 from echodistill_cli.training.pools import EchoPool, least_score
 from echodistill_cli.training.state import TrainingState
@@ -28,15 +27,15 @@ class StudentPass:
 
     Args:
         pictures: the student's, with gradient. target: the teacher's x0 latents, without.
-        signal: ᾱ_t [B] of the timestep that the teacher looked at them through; 1 for targets of several steps.
+        alpha_bar: ᾱ_t [B] of the timestep that the teacher looked at them through; 1 for targets of several steps.
         photo_like: how many of them, the first, were asked for as the photos are; the others are in scenes.
     """
 
     def __init__(
-        self, state: TrainingState, pictures: Pictures, target: Tensor, signal: Tensor, photo_like: int
+        self, state: TrainingState, pictures: ImageBatch, target: Tensor, alpha_bar: Tensor, photo_prompts: int
     ) -> None:
-        self.state, self.pictures, self.target, self.signal = state, pictures, target, signal
-        self.photo_like = photo_like
+        self.state, self.pictures, self.target, self.alpha_bar = state, pictures, target, alpha_bar
+        self.photo_prompts = photo_prompts
 
     @cached_property
     def target_image(self) -> Tensor:
@@ -48,7 +47,7 @@ class StudentPass:
     def features(self) -> dict[str, list[Tensor]]:
         """Every discriminator's features of the photo-like pictures: a scene that no photo shows is no fault."""
         seen = {critic.name: self._seen_by(critic.backbone) for critic in self.state.critics}
-        return {name: [tap[: self.photo_like] for tap in taps] for name, taps in seen.items()}
+        return {name: [tap[: self.photo_prompts] for tap in taps] for name, taps in seen.items()}
 
     def identity_features(self) -> tuple[Tensor, Tensor]:
         """The judge's features of the student's pictures and of the teacher's, [B, N, D] each."""
@@ -66,7 +65,9 @@ class StudentPass:
         """Features from one backbone; one that serves as judge and as critic looks once, a mere critic at less."""
         if backbone not in self._looks:
             is_judge = backbone is self.state.judge
-            self._looks[backbone] = look(backbone, self.pictures if is_judge else self.pictures.first(self.photo_like))
+            self._looks[backbone] = look(
+                backbone, self.pictures if is_judge else self.pictures.first(self.photo_prompts)
+            )
         return self._looks[backbone]
 
     @cached_property
@@ -83,7 +84,7 @@ class Reals:
         cached: per image discriminator and tap, features [R, N, D].
     """
 
-    pictures: Pictures
+    pictures: ImageBatch
     weights: Tensor
     cached: dict[str, list[Tensor]]
 
@@ -151,7 +152,7 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     """B one-step pictures of the concept, and what the current teacher, guided, makes of them."""
     pair, teacher, settings = state.pair, state.pair.role("teacher"), state.config.train
     batch = settings.batch_size
-    prompts, photo_like = _student_prompts(state)
+    prompts, photo_prompts = _student_prompts(state)
     wanted = encode_for_student(state, prompts)
     conditioning = wanted.detach()
     noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
@@ -160,7 +161,7 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
     renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
     if settings.target_steps > 1:
         target = drawn_target(state, x0.detach(), noise, prompts, conditioning)
-        signal = torch.ones(batch, device=target.device)
+        alpha_bar = torch.ones(batch, device=target.device)
     else:
         null = pair.encoder.encode_null().detach()
         with torch.no_grad():
@@ -168,11 +169,11 @@ def draw_student_pass(state: TrainingState) -> StudentPass:
             # blurred mean.
             noisy = add_noise(teacher.schedule, x0.detach(), noise, timesteps)
             target = teacher_x0(teacher, noisy, timesteps, conditioning, null, settings.guidance_scale)
-        signal = teacher.schedule.signal(timesteps)
+        alpha_bar = teacher.schedule.alpha_bar(timesteps)
     if pair.alternating:  # the graph is made only now, when the teacher is done
         x0 = student_x0(pair.student, noise, wanted)
-    pictures = Pictures(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
-    return StudentPass(state, pictures, target, signal, photo_like)
+    pictures = ImageBatch(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
+    return StudentPass(state, pictures, target, alpha_bar, photo_prompts)
 
 
 @torch.no_grad()
@@ -187,9 +188,9 @@ def draw_first_targets(state: TrainingState) -> None:
 def _student_prompts(state: TrainingState) -> tuple[list[str], int]:
     """What a batch is asked for, and how many of it, the first, as the photos are; the others are scenes."""
     settings = state.config.train
-    photo_like = count_photo_like(settings)
-    prompts = [_photo_prompt(state) for _ in range(photo_like)]
-    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - photo_like)], photo_like
+    photo_prompts = settings.photo_prompts
+    prompts = [_photo_prompt(state) for _ in range(photo_prompts)]
+    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - photo_prompts)], photo_prompts
 
 
 def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:
@@ -219,7 +220,7 @@ def decoded_once(state: TrainingState, latents: Tensor) -> Callable[[], Tensor]:
     return decode
 
 
-def draw_reals(state: TrainingState, fakes: Pictures) -> Reals:
+def draw_reals(state: TrainingState, fakes: ImageBatch) -> Reals:
     """Photos, and echoed pictures at their lower weight, to stand against a batch of the student's."""
     batch = len(fakes.latents)
     rows = state.randint(len(state.photos.real_latents), batch).to(state.pair.device)
@@ -235,7 +236,7 @@ def draw_reals(state: TrainingState, fakes: Pictures) -> Reals:
         name: [torch.cat((tap, more[rows])) for tap, more in zip(taps, state.pool.critics[name], strict=True)]
         for name, taps in cached.items()
     }
-    pictures = Pictures(
+    pictures = ImageBatch(
         latents,
         decoded_once(state, latents),
         fakes.noise.repeat(2, 1, 1, 1),
@@ -256,7 +257,7 @@ def draw_echo(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
     assert photos is not None
     asked, colours = in_own_colours(state, prompts)
     shape = state.photos.latents[:1].expand(len(prompts), -1, -1, -1)
-    with state.drawing():
+    with state.at_export_scale():
         latents = student_x0(state.pair.student, state.randn_like(shape), state.pair.encoder.encode(asked))
     image = state.pair.codec.decode(latents)
     features = judge.features(image)[0][:, 0]

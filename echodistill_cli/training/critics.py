@@ -23,7 +23,7 @@ from echodistill_cli.models.vision import ImageBackbone
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageBatch:
     """A batch of B pictures in each form a backbone may want.
 
     Args:
@@ -37,11 +37,11 @@ class Pictures:
     timesteps: Tensor
     conditioning: Conditioning
 
-    def first(self, count: int) -> Pictures:
+    def first(self, count: int) -> ImageBatch:
         """The first `count` of them."""
         if count == len(self.latents):
             return self
-        return Pictures(
+        return ImageBatch(
             self.latents[:count],
             lambda: self.image()[:count],
             self.noise[:count],
@@ -66,7 +66,7 @@ class TeacherBackbone(nn.Module):
         channels = self._teacher[0].unet.config.block_out_channels
         return [channels[-1], channels[-1]]
 
-    def see(self, pictures: Pictures) -> list[Tensor]:
+    def see(self, pictures: ImageBatch) -> list[Tensor]:
         """Two taps [B, h·w, D], the tokens of the two blocks' feature maps."""
         teacher = self._teacher[0]
         taps: list[Tensor] = []
@@ -157,6 +157,6 @@ def build_discriminators(
         return [Discriminator(Path(name).name, seen, head_width) for name, seen in zip(names, backbones, strict=True)]
 
 
-def look(backbone: ImageBackbone | TeacherBackbone, pictures: Pictures) -> list[Tensor]:
+def look(backbone: ImageBackbone | TeacherBackbone, pictures: ImageBatch) -> list[Tensor]:
     """A backbone's features of a batch, one tensor [B, N, D] per tap; an image backbone decodes it first."""
     return backbone.features(pictures.image()) if isinstance(backbone, ImageBackbone) else backbone.see(pictures)

@@ -20,7 +20,7 @@ from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 from echodistill_cli.files import public_name
 from echodistill_cli.models.device import peak_memory_mib
-from echodistill_cli.runs import Observer, Run
+from echodistill_cli.runs import OnStep, Run
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.steps import carry_back_step, head_start_step, training_step
 
@@ -61,7 +61,7 @@ class StopRequest:
 
 
 def train_to_end(
-    state: TrainingState, run: Run, observe: Observer, say: Callable[[str], None] = lambda _line: None
+    state: TrainingState, run: Run, on_step: OnStep, on_message: Callable[[str], None] = lambda _line: None
 ) -> None:
     """Take `state` to its last step, writing into `run` as its configuration says.
 
@@ -74,7 +74,9 @@ def train_to_end(
         EchoDistillError: training diverged, or a file could not be written.
     """
     every, last = state.config.run, state.config.train.steps
-    announce = functools.partial(say, "Stopping after this step, to save it; Ctrl-C again stops at once, unsaved.")
+    announce = functools.partial(
+        on_message, "Stopping after this step, to save it; Ctrl-C again stops at once, unsaved."
+    )
     with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce) as stop:
         if state.step in (0, last):
             preview(state, run)
@@ -85,7 +87,7 @@ def train_to_end(
             if joint:
                 run.log(metrics)
                 track(metrics)
-            observe(metrics)
+            on_step(metrics)
             student_done, number = joint and state.step == last, state.finished_in(phase)
             done = state.step == last and not state.in_carry_back
             if student_done or (joint and number % every.sample_every == 0):
@@ -148,7 +150,7 @@ def preview(state: TrainingState, run: Run) -> None:
         seeds * len(asked),
         SamplingSettings(size=config.model.resolution, batch_size=config.train.batch_size),
     )
-    with state.drawing():
+    with state.at_export_scale():
         sheet = grid([to_image(pixels) for pixels in drawn], columns=2 * len(seeds))
     texts = {"prompts": " | ".join(asked), "seeds": ", ".join(map(str, seeds)), "step": str(state.step)}
     save_png(run.samples / f"step-{state.step:06d}.png", sheet, texts)

@@ -20,8 +20,8 @@ from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.text import LearnedToken, check_token
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
-    TEXT_TARGETS,
-    UNET_TARGETS,
+    TEXT_LAYERS,
+    UNET_LAYERS,
     add_lora,
     at_strength,
     keep_on,
@@ -167,7 +167,7 @@ class TrainingState:
         drawn = torch.rand(self.config.train.batch_size, generator=self.generator)
         return [int(row) for row in (drawn < share).nonzero().flatten()]
 
-    def drawing(self) -> AbstractContextManager[None]:
+    def at_export_scale(self) -> AbstractContextManager[None]:
         """Inside, the student draws as its file will, at `adapter.strength`; nothing is trained there."""
         return at_strength(self.pair.student.unet, self.config.adapter.strength)
 
@@ -269,7 +269,7 @@ def _generators(config: Config) -> ViewGenerators:
 
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
     """Put LoRA on both UNets and give the text side its trained form; returns the learned token, if that is it."""
-    targets, rank = UNET_TARGETS[config.adapter.targets], config.adapter.rank
+    targets, rank = UNET_LAYERS[config.adapter.targets], config.adapter.rank
     for role, stream in ((pair.student, Stream.STUDENT), (pair.teacher, Stream.TEACHER)):
         if role is not None:
             add_lora(role.unet, targets, rank, config.lora_alpha, seed_for(config, stream))
@@ -278,7 +278,7 @@ def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
                 role.unet.enable_gradient_checkpointing()
     if config.text.form == "lora":
         for encoder in pair.encoder.encoders:
-            add_lora(encoder, TEXT_TARGETS, config.text.rank, config.text.rank, seed_for(config, Stream.TEXT))
+            add_lora(encoder, TEXT_LAYERS, config.text.rank, config.text.rank, seed_for(config, Stream.TEXT))
     if config.text.form != "token":
         return None
     initializer = config.text.initializer or config.concept.class_name or "object"

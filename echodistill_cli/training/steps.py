@@ -36,7 +36,7 @@ from echodistill_cli.training.dataset import Prior
 from echodistill_cli.training.optimizers import Metrics, WeightMean
 from echodistill_cli.training.pools import EchoPool, refresh
 from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.targets import draw_replay, untrained
+from echodistill_cli.training.targets import base_models, draw_replay
 
 # Of the teacher's own: what the student found, its LoRA carried back, is to be cleaned up, not learned over.
 CARRY_BACK_RATE = 0.25
@@ -130,7 +130,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
         metrics: Metrics = {}
         for term in active_losses(state):
             values = term.function(student_pass)
-            values = values * student_pass.signal if term.by_signal else values
+            values = values * student_pass.alpha_bar if term.weighted_by_alpha_bar else values
             metrics[term.name] = float(values.detach().mean())
             total = total + getattr(state.config.loss, term.name) * values.mean()
         metrics |= state.optimizers.step(total, state.student_parts)
@@ -151,7 +151,7 @@ def replay_step(state: TrainingState) -> Metrics:
 
 def discriminator_step(state: TrainingState, student_pass: StudentPass) -> Metrics:
     """Each discriminator learns to tell photos (and, at a lower weight, echoed pictures) from the student's pass."""
-    reals = draw_reals(state, student_pass.pictures.first(student_pass.photo_like))
+    reals = draw_reals(state, student_pass.pictures.first(student_pass.photo_prompts))
     total = torch.zeros((), device=state.pair.device)
     metrics: Metrics = {}
     for critic in state.critics:
@@ -193,13 +193,13 @@ class StudentLoss:
     """A row of the table below: the name is its key in `[loss]` and in the metrics.
 
     Args:
-        function: values [B] of a pass. by_signal: weighted per sample by ᾱ_t, as every alignment loss is.
+        function: values [B] of a pass. weighted_by_alpha_bar: weighted per sample by ᾱ_t, as every alignment loss is.
         available: whether the run has what it needs.
     """
 
     name: str
     function: Callable[[StudentPass], Tensor]
-    by_signal: bool
+    weighted_by_alpha_bar: bool
     available: Callable[[TrainingState], bool] = lambda _state: True
 
 
@@ -238,16 +238,16 @@ def _adversarial(student_pass: StudentPass) -> Tensor:
 
 
 STUDENT_LOSSES: tuple[StudentLoss, ...] = (
-    StudentLoss("latent", lambda p: losses.latent_alignment(p.pictures.latents, p.target), by_signal=True),
+    StudentLoss("latent", lambda p: losses.latent_alignment(p.pictures.latents, p.target), weighted_by_alpha_bar=True),
     StudentLoss(
         "identity",
         _identity,
-        by_signal=True,
+        weighted_by_alpha_bar=True,
         available=lambda state: state.judge is not None,
     ),
-    StudentLoss("sliced_wasserstein", _sliced_wasserstein, by_signal=True),
-    StudentLoss("prior", _student_prior, by_signal=False, available=lambda state: state.prior is not None),
-    StudentLoss("adversarial", _adversarial, by_signal=False, available=lambda state: bool(state.critics)),
+    StudentLoss("sliced_wasserstein", _sliced_wasserstein, weighted_by_alpha_bar=True),
+    StudentLoss("prior", _student_prior, weighted_by_alpha_bar=False, available=lambda state: state.prior is not None),
+    StudentLoss("adversarial", _adversarial, weighted_by_alpha_bar=False, available=lambda state: bool(state.critics)),
 )
 
 
@@ -296,7 +296,7 @@ def untouched_null(state: TrainingState, noisy: Tensor, batch: TeacherBatch) -> 
     "a red sks dog" is redder than any.
     """
     teacher, rows = state.pair.role("teacher"), batch.nulls
-    with untrained(state):
+    with base_models(state):
         crops = [batch.crops[row] for row in rows]
         nothing = teacher.at_crops(state.pair.encoder.encode([""] * len(rows)), crops)
         return teacher(noisy[rows], batch.timesteps[rows], nothing)

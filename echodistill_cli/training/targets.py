@@ -60,7 +60,7 @@ def in_asked_colours(state: TrainingState, latents: Tensor, colours: Sequence[st
     class_name = state.config.concept.class_name
     if class_name is None or not any(colours):
         return latents
-    with untrained(state):
+    with base_models(state):
         return tinted_latents(latents, colours, class_name, state.pair, state.generator)
 
 
@@ -92,18 +92,18 @@ def _as_class(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Te
     class_name = state.config.concept.class_name
     if class_name is None or not state.config.train.pair_share:
         return None
-    return untouched_x0(state, noise, [prompt.replace(state.config.subject, class_name) for prompt in prompts])
+    return base_x0(state, noise, [prompt.replace(state.config.subject, class_name) for prompt in prompts])
 
 
 @torch.no_grad()
-def untouched_x0(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor:
+def base_x0(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor:
     """What student and text encoder made of some noise and prompts before they were trained, [B, C, h, w]."""
-    with untrained(state):
+    with base_models(state):
         return student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts))
 
 
 @contextmanager
-def untrained(state: TrainingState) -> Iterator[None]:
+def base_models(state: TrainingState) -> Iterator[None]:
     """Inside, student, teacher and text encoders are as they were before training; a learned word stays."""
     with ExitStack() as stack:
         for module in state.trained_modules().values():

@@ -25,7 +25,7 @@ from examples.benchmark.subjects import (
 from examples.mini_world.judges import Examiner
 from examples.mini_world.nouns import HELD_OUT_VENDOR
 
-Pictures = NDArray[np.uint8]
+ImageBatch = NDArray[np.uint8]
 STUDENT = SamplingSettings(role="student", steps=1, size=64, batch_size=32)
 TEACHER = SamplingSettings(role="teacher", steps=25, guidance_scale=3.5, size=64, batch_size=64)
 JUDGE = Path(__file__).parent / "judges" / "judge-0"
@@ -45,7 +45,7 @@ class Ruler:
         # No real picture comes closer to a reference than this; what comes twice as close is a copy.
         self.copy_distance = nearest_distance(self.real, self.references).min() / 2
 
-    def scores(self, pictures: Pictures) -> dict[str, float]:
+    def scores(self, pictures: ImageBatch) -> dict[str, float]:
         """Scores of pictures (prompts × seeds, 64, 64, 3), prompt by prompt."""
         reading = self.examiner.read(pictures)
         asks = [ask for ask in PROMPTS for _ in SEEDS]
@@ -64,7 +64,7 @@ class Ruler:
             "sharpness": detail(pictures) / detail(self.real),
         }
 
-    def drift(self, before: Pictures, after: Pictures) -> float:
+    def drift(self, before: ImageBatch, after: ImageBatch) -> float:
         """How far pictures of the class moved, as a share of what another seed would have moved them."""
         first, second = (self.examiner.read(pictures).features for pictures in (before, after))
         return float((first - second).norm(dim=-1).mean()) / spread(first)
@@ -76,7 +76,7 @@ def fidelity(features: Tensor, references: Tensor, centre: Tensor) -> float:
     return float((unit @ unit_references.T).mean())
 
 
-def detail(pictures: Pictures) -> float:
+def detail(pictures: ImageBatch) -> float:
     """Mean absolute Laplacian of the grey pictures [N, 64, 64, 3], but for an eighth of the side at each border."""
     grey = pictures.astype(np.float32).mean(axis=-1)
     neighbours = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
@@ -89,7 +89,7 @@ def spread(features: Tensor) -> float:
     return float(torch.stack([torch.pdist(group).mean() for group in groups]).mean())
 
 
-def nearest_distance(pictures: Pictures, references: Pictures) -> NDArray[np.float32]:
+def nearest_distance(pictures: ImageBatch, references: ImageBatch) -> NDArray[np.float32]:
     """Per picture, the root mean squared difference to the nearest reference, mirrored or not; 0..255."""
     both = np.concatenate([references, references[:, :, ::-1]]).astype(np.float32)
     apart = pictures[:, None].astype(np.float32) - both[None]
@@ -97,7 +97,7 @@ def nearest_distance(pictures: Pictures, references: Pictures) -> NDArray[np.flo
     return distances
 
 
-def draw(pair: ModelPair, noun: str, settings: SamplingSettings, *, with_token: bool) -> Pictures:
+def draw(pair: ModelPair, noun: str, settings: SamplingSettings, *, with_token: bool) -> ImageBatch:
     """Pictures under every prompt and seed, (prompts × seeds, 64, 64, 3), of the subject or of its class."""
     subject = f"{TOKEN} {class_name(noun)}" if with_token else class_name(noun)
     prompts = [ask.prompt(subject) for ask in PROMPTS for _ in SEEDS]

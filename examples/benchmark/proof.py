@@ -28,7 +28,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from echodistill_cli import __version__
-from echodistill_cli.cli.options import prepare_libraries
+from echodistill_cli.cli.options import quiet_libraries
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import Photo, load_photos
@@ -152,7 +152,7 @@ def train(run: Run, state: TrainingState, ruler: Ruler, *, teachers: bool = True
         ending(state)
         yield from _teacher_row(teacher, run, state, ruler)
         state.load_state_dict(copy.deepcopy(ended))  # optimizers go on with the very tensors they are given
-    with state.drawing():
+    with state.at_export_scale():
         pictures = draw(state.pair, run.noun, STUDENT, with_token=True)
         drift = ruler.drift(untouched, draw(state.pair, run.noun, STUDENT, with_token=False))
     _keep(pictures, run)
@@ -353,5 +353,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    prepare_libraries(offline=True, quiet=True)
+    quiet_libraries(offline=True, quiet=True)
     main()

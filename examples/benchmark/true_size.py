@@ -174,10 +174,10 @@ def reference_step(state: TrainingState, photos: Tensor) -> None:
     teacher_step(state)
     with frozen(state.critics):
         drawn = draw_student_pass(state)
-        anew = SeenAnew(state, drawn.pictures, drawn.target, drawn.signal, drawn.photo_like)
+        anew = SeenAnew(state, drawn.pictures, drawn.target, drawn.alpha_bar, drawn.photo_prompts)
         total = torch.zeros((), device=state.pair.device)
         for term in active_losses(state):
-            values = term.function(anew) * (anew.signal if term.by_signal else 1)
+            values = term.function(anew) * (anew.alpha_bar if term.weighted_by_alpha_bar else 1)
             total = total + getattr(state.config.loss, term.name) * values.mean()
         state.optimizers.step(total, ["student"])
     fakes = drawn.pictures.image().detach()

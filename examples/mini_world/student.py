@@ -223,7 +223,7 @@ class StudentStage:
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
             noisy = add_noise(self.teacher.schedule, drawn[few], noise[few], timesteps[few])
             target = teacher_x0(self.teacher.denoiser, noisy, timesteps[few], asked, self.teacher.null, GUIDANCE)
-        return (losses.latent_alignment(drawn[few], target) * self.teacher.schedule.signal(timesteps[few])).mean()
+        return (losses.latent_alignment(drawn[few], target) * self.teacher.schedule.alpha_bar(timesteps[few])).mean()
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:
         """The teacher's sheet drawn in one step; and how far apart four seeds of a prompt are, in latents."""

@@ -20,7 +20,7 @@ from typer.main import get_command
 
 from echodistill_cli import __version__
 from echodistill_cli.cli.app import app
-from echodistill_cli.cli.options import ALIASES, FLAGS, PANELS, prepare_libraries
+from echodistill_cli.cli.options import ALIASES, FLAGS, PANELS, quiet_libraries
 from echodistill_cli.cli.show import TrainingProgress
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config, EchoConfig, TrainConfig
@@ -293,7 +293,7 @@ def shown(steps: int, *, terminal: bool, quiet: bool = False, first: int = 1, **
     console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
     with TrainingProgress(console, Config(train=TrainConfig(steps=steps)), quiet=quiet) as progress:
         for step in range(first, steps + 1):
-            progress.observe({"step": step, **LOSSES, **(more if step == steps else {})})
+            progress.on_step({"step": step, **LOSSES, **(more if step == steps else {})})
     return text.getvalue()
 
 
@@ -320,14 +320,14 @@ def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) 
     config = Config(train=TrainConfig(steps=5, head_start=40), echo=EchoConfig(start=None, carry_back=20))
     with TrainingProgress(console, config, quiet=False) as progress:
         for step in range(1, 41):
-            progress.observe({"step": 0, "head_start_step": step, "denoising": 0.5})
+            progress.on_step({"step": 0, "head_start_step": step, "denoising": 0.5})
         if terminal:
             progress.live.refresh()
-        progress.observe({"step": 1, **LOSSES, "step_seconds": 2.0})
+        progress.on_step({"step": 1, **LOSSES, "step_seconds": 2.0})
         if terminal:
             progress.live.refresh()
         for step in range(1, 21):
-            progress.observe({"step": 5, "carry_back_step": step, "denoising": 0.25})
+            progress.on_step({"step": 5, "carry_back_step": step, "denoising": 0.25})
     shown = text.getvalue()
     if terminal:
         assert re.search(r"head start ━+ 40/40", shown)
@@ -417,8 +417,8 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytes
     for name in ("HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
         monkeypatch.setenv(name, "error")  # restored afterwards
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    prepare_libraries(offline=False, quiet=False)
+    quiet_libraries(offline=False, quiet=False)
     assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    prepare_libraries(offline=False, quiet=False)
+    quiet_libraries(offline=False, quiet=False)
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"

@@ -513,7 +513,7 @@ def test_the_json_report_is_plain_and_names_no_folder(tmp_path: Path) -> None:
     noise().save(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_text("a dog")
     (tmp_path / "b.jpg").touch()
-    text = json.dumps(check(tmp_path).as_dict())
+    text = json.dumps(check(tmp_path).to_dict())
     assert str(tmp_path) not in text
     report = json.loads(text)
     assert report["usable"] == 1

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 
 from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
-from echodistill_cli.evaluation.evaluate import fill, judge_names
-from echodistill_cli.models.vision import CLIP, DINO, ClipJudge, DinoJudge
+from echodistill_cli.evaluation.evaluate import fill, score_encoder_names
+from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer
 from tests.helpers.commands import command, files_below, trained_run
 from tests.helpers.random_models import small_tokenizer
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]
-Judges = tuple[Path, Path]
+ScoreEncoders = tuple[Path, Path]
 
 # As in the published files: CLIP resizes the short side and crops, DINO resizes to a square.
 CLIP_SEES = {
@@ -42,7 +42,7 @@ DINO_SEES = {
 }
 
 
-def build_judges(folder: Path, backbones: Backbones) -> Judges:
+def build_judges(folder: Path, backbones: Backbones) -> ScoreEncoders:
     """Folders of a whole tiny CLIP with its tokenizer, and of a tiny ViT, both with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -63,7 +63,7 @@ def build_judges(folder: Path, backbones: Backbones) -> Judges:
 
 
 @pytest.fixture(scope="module")
-def judges(tmp_path_factory: pytest.TempPathFactory, small_backbones: Backbones) -> Judges:
+def judges(tmp_path_factory: pytest.TempPathFactory, small_backbones: Backbones) -> ScoreEncoders:
     """See `build_judges`; not to be written to."""
     return build_judges(tmp_path_factory.mktemp("judges"), small_backbones)
 
@@ -77,7 +77,7 @@ def run(
 
 
 @pytest.fixture
-def flags(run: Path, judges: Judges, photo_folder: Path, tmp_path: Path) -> list[object]:
+def flags(run: Path, judges: ScoreEncoders, photo_folder: Path, tmp_path: Path) -> list[object]:
     """Arguments with which an evaluation of two prompts works and writes below tmp_path."""
     (tmp_path / "prompts.txt").write_text("a {} on the beach\n\n  the {subject} in snow\n", encoding="utf-8")
     clip, dino = judges
@@ -121,12 +121,12 @@ def seen(image: Image.Image, size: tuple[int, int], how: Image.Resampling, sees:
     return torch.tensor(normal, dtype=torch.float32).permute(2, 0, 1).unsqueeze(0)
 
 
-def test_the_judges_see_pictures_as_their_own_files_say(judges: Judges) -> None:
+def test_the_judges_see_pictures_as_their_own_files_say(judges: ScoreEncoders) -> None:
     from transformers import CLIPModel, ViTModel
 
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     wide = Image.fromarray(noise)
-    clip, dino = ClipJudge(judges[0], torch.device("cpu")), DinoJudge(judges[1], torch.device("cpu"))
+    clip, dino = ClipScorer(judges[0], torch.device("cpu")), DinoScorer(judges[1], torch.device("cpu"))
 
     pixels = seen(wide, (48, 32), Image.Resampling.BICUBIC, CLIP_SEES)
     assert torch.allclose(clip.pixels([wide]), pixels, atol=1e-5)
@@ -146,15 +146,15 @@ def test_the_judges_see_pictures_as_their_own_files_say(judges: Judges) -> None:
     assert torch.allclose(dino.embed([wide]), states[:, 0], atol=1e-5)
 
 
-def test_a_text_that_is_too_long_for_clip_is_cut_off(judges: Judges) -> None:
-    assert ClipJudge(judges[0], torch.device("cpu")).embed_texts(["dog " * 100]).shape == (1, 24)
+def test_a_text_that_is_too_long_for_clip_is_cut_off(judges: ScoreEncoders) -> None:
+    assert ClipScorer(judges[0], torch.device("cpu")).embed_texts(["dog " * 100]).shape == (1, 24)
 
 
 def test_the_judges_are_the_papers_unless_the_student_is_of_the_package() -> None:
-    assert judge_names("auto", "auto", ["stabilityai/sd-turbo", "sd-turbo"]) == (CLIP, DINO)
-    assert judge_names("auto", "auto", ["mini:student", ""]) == ("mini:clip", "mini:vit")
-    assert judge_names("auto", "auto", ["folder", "mini:student"]) == ("mini:clip", "mini:vit")
-    assert judge_names("a", "b", ["mini:student"]) == ("a", "b")
+    assert score_encoder_names("auto", "auto", ["stabilityai/sd-turbo", "sd-turbo"]) == (CLIP, DINO)
+    assert score_encoder_names("auto", "auto", ["mini:student", ""]) == ("mini:clip", "mini:vit")
+    assert score_encoder_names("auto", "auto", ["folder", "mini:student"]) == ("mini:clip", "mini:vit")
+    assert score_encoder_names("a", "b", ["mini:student"]) == ("a", "b")
 
 
 # --- an evaluation ----------------------------------------------------------------------------------------------------
@@ -182,11 +182,11 @@ def test_a_run_is_measured_and_the_result_says_on_what_it_hangs(flags: list[obje
 
 
 def test_the_scores_are_those_of_a_plain_loop_over_the_pictures(
-    flags: list[object], judges: Judges, photo_folder: Path, tmp_path: Path
+    flags: list[object], judges: ScoreEncoders, photo_folder: Path, tmp_path: Path
 ) -> None:
     found = command("evaluate", *flags, "--json").result
     device = torch.device("cpu")
-    clip, dino = ClipJudge(judges[0], device), DinoJudge(judges[1], device)
+    clip, dino = ClipScorer(judges[0], device), DinoScorer(judges[1], device)
     photos = [Image.open(file).convert("RGB") for file in sorted(photo_folder.glob("*.jpg"))]
     drawn = [Image.open(file) for file in sorted((tmp_path / "out" / "pictures").glob("*/a-sks-dog-on-the-beach*"))]
     assert [image.info["seed"] for image in drawn] == ["0", "1"]
@@ -348,7 +348,7 @@ def test_prompts_without_a_subject_are_refused(flags: list[object], tmp_path: Pa
     ],
 )
 def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
-    flags: list[object], judges: Judges, tmp_path: Path, flag: str, without: str, words: str
+    flags: list[object], judges: ScoreEncoders, tmp_path: Path, flag: str, without: str, words: str
 ) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(judges[flag == "--dino"], broken)
@@ -361,7 +361,7 @@ def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
 
 
 def test_an_encoder_of_another_kind_or_with_lost_weights_is_refused(
-    flags: list[object], judges: Judges, small_backbones: Backbones, tmp_path: Path
+    flags: list[object], judges: ScoreEncoders, small_backbones: Backbones, tmp_path: Path
 ) -> None:
     done = command("evaluate", *flags, "--clip", small_backbones["clip"])
     assert (done.code, done.out) == (4, "")

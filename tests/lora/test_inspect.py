@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echodistill_cli.errors import ModelError
 from echodistill_cli.lora import keys as lora_keys
-from echodistill_cli.lora.header import LoraCard, header
+from echodistill_cli.lora.header import LoraHeader, header
 from echodistill_cli.lora.inspect import Inspection, inspect_file
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.lora.readers import Verdict
@@ -22,12 +22,12 @@ from echodistill_cli.lora.safetensors_io import write_safetensors
 from echodistill_cli.lora.tensors import LoraWeights, adapter_metadata, diffusers_tensors, kohya_tensors, token_tensors
 
 READERS = ("diffusers", "ComfyUI", "A1111", "Forge", "sd-scripts")
-TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TEXT_WIDTHS = {"sd2": {"text_encoder": 1024}, "sdxl": {"text_encoder": 768, "text_encoder_2": 1280}}
 
 
-def card(family: str) -> LoraCard:
-    return LoraCard(
+def card(family: str) -> LoraHeader:
+    return LoraHeader(
         name="sks-dog",
         family="sdxl" if family == "sdxl" else "sd",
         base_model="stabilityai/sdxl-turbo" if family == "sdxl" else "stabilityai/sd-turbo",
@@ -63,7 +63,7 @@ def attention_and_text(family: str, also: tuple[str, ...] = ()) -> list[LoraWeig
     unet = [path for path in lora_keys.unet_paths(family) if ".attn" in path or path.endswith(also)]
     weights = [adapter(unet, lora_keys.ARCHITECTURES[family].context)]
     for component, layers in lora_keys.ARCHITECTURES[family].text_layers.items():
-        text = [path for path in lora_keys.text_paths(layers) if path.endswith(TEXT_TARGETS)]
+        text = [path for path in lora_keys.text_paths(layers) if path.endswith(TEXT_LAYERS)]
         weights.append(adapter(text, TEXT_WIDTHS[family][component], component))
     return weights
 
@@ -181,7 +181,7 @@ def test_a1111_needs_all_four_projections_of_an_openclip_layer(tmp_path: Path) -
 
 
 def test_the_spelling_te1_on_sd2_reaches_comfyui_but_not_a1111(tmp_path: Path) -> None:
-    keys = [f"lora_te1_text_model_encoder_layers_0_self_attn_{name}" for name in TEXT_TARGETS]
+    keys = [f"lora_te1_text_model_encoder_layers_0_self_attn_{name}" for name in TEXT_LAYERS]
     tensors = {key: tensor for module in keys for key, tensor in kohya_pair(module).items()}
     verdicts = by_reader(inspect(tmp_path, tensors, {"ss_v2": "True"}))
     assert (verdicts["ComfyUI"].loads, verdicts["diffusers"].loads) == ("fully", "fully")

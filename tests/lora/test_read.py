@@ -35,7 +35,7 @@ from transformers.models.clip.tokenization_clip import CLIPTokenizer
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.lora import keys as lora_keys
-from echodistill_cli.lora.header import LoraCard, header
+from echodistill_cli.lora.header import LoraHeader, header
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.lora.safetensors_io import read_tensors, serialize, write_safetensors
 from echodistill_cli.lora.tensors import LoraWeights, adapter_metadata, diffusers_tensors, kohya_tensors, token_tensors
@@ -43,9 +43,9 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import fold_lora
 from echodistill_cli.pipeline import export
 
-TEXT_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-UNET_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2", "conv1"]
-CARD = LoraCard(
+TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
+UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2", "conv1"]
+CARD = LoraHeader(
     name="sks-dog",
     family="sd",
     base_model="/home/somebody/models/sd-turbo",
@@ -179,7 +179,7 @@ def train_nothing(pipe: Any) -> list[LoraWeights]:
         if module is None:
             continue
         # The text side has another rank, as by default.
-        rank, targets = (4, UNET_TARGETS) if component == "unet" else (2, TEXT_TARGETS)
+        rank, targets = (4, UNET_LAYERS) if component == "unet" else (2, TEXT_LAYERS)
         alpha = 2.5 * rank
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=False)
         module.add_adapter(config, adapter_name="default")
@@ -229,7 +229,7 @@ def linear_modules(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
 
 
 SMALL = random_weights("unet", {"mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (1024, 8)})
-TEXT_LAYER = {f"encoder.layers.0.self_attn.{name}": (8, 8) for name in TEXT_TARGETS}
+TEXT_LAYER = {f"encoder.layers.0.self_attn.{name}": (8, 8) for name in TEXT_LAYERS}
 
 
 def names_in(folder: Path) -> list[str]:
@@ -377,7 +377,7 @@ def test_projections_of_several_ranks_are_whole_and_written_again_in_both_layout
     for file in export(tmp_path / "a.safetensors", layouts=("kohya", "diffusers"), output=tmp_path / "b", dtype="fp32"):
         found = read_lora(file)
         assert sorted(module.rank for module in found.modules) == [2, 2, 3, 4]
-        assert {module.path.rpartition(".")[2] for module in found.modules} == set(TEXT_TARGETS)
+        assert {module.path.rpartition(".")[2] for module in found.modules} == set(TEXT_LAYERS)
     written = load_file(tmp_path / "b" / "a-kohya.safetensors")
     assert all(torch.equal(written[key], value) for key, value in tensors.items())
 

@@ -13,8 +13,8 @@ from transformers import CLIPTextModel
 
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
-    TEXT_TARGETS,
-    UNET_TARGETS,
+    TEXT_LAYERS,
+    UNET_LAYERS,
     add_lora,
     at_strength,
     load_lora_tensors,
@@ -34,8 +34,8 @@ def load_unet(pair: tuple[Path, Path], dtype: torch.dtype = torch.float32) -> An
 def part(request: pytest.FixtureRequest, small_pair: tuple[Path, Path]) -> Part:
     """A module and its targets, before it has LoRA."""
     if request.param == "text":
-        return CLIPTextModel.from_pretrained(small_pair[0] / "text_encoder").eval(), TEXT_TARGETS
-    return load_unet(small_pair), UNET_TARGETS[request.param]
+        return CLIPTextModel.from_pretrained(small_pair[0] / "text_encoder").eval(), TEXT_LAYERS
+    return load_unet(small_pair), UNET_LAYERS[request.param]
 
 
 def output(module: Any) -> Tensor:
@@ -74,7 +74,7 @@ def test_only_the_adapter_is_trainable_and_it_sits_on_every_target(part: Part) -
 
 def test_cross_kv_touches_the_cross_attention_alone(small_pair: tuple[Path, Path]) -> None:
     unet = load_unet(small_pair)
-    add_lora(unet, UNET_TARGETS["cross-kv"], 2, 2.0, seed=0)
+    add_lora(unet, UNET_LAYERS["cross-kv"], 2, 2.0, seed=0)
     assert all(".attn2.to_k." in name or ".attn2.to_v." in name for name in lora_tensors(unet))
 
 
@@ -83,7 +83,7 @@ def test_adapters_are_single_precision_over_a_half_precision_base(
     small_pair: tuple[Path, Path], dtype: torch.dtype
 ) -> None:
     unet = load_unet(small_pair, dtype)
-    add_lora(unet, UNET_TARGETS["cross-kv"], 2, 2.0, seed=0)
+    add_lora(unet, UNET_LAYERS["cross-kv"], 2, 2.0, seed=0)
     disturb(unet)
     output(unet).float().square().sum().backward()
     for parameter in trainable_parameters(unet):
@@ -99,7 +99,7 @@ def test_adapters_are_single_precision_over_a_half_precision_base(
 def test_alpha_over_rank_is_the_scale(small_pair: tuple[Path, Path]) -> None:
     once, twice = (load_unet(small_pair) for _ in range(2))
     for unet, alpha in ((once, 2.0), (twice, 4.0)):
-        add_lora(unet, UNET_TARGETS["cross-kv"], 2, alpha, seed=0)
+        add_lora(unet, UNET_LAYERS["cross-kv"], 2, alpha, seed=0)
         disturb(unet)
     tensors = {k: v * 2 if "lora_B" in k else v for k, v in lora_tensors(once).items()}
     load_lora_tensors(once, tensors)
@@ -122,8 +122,8 @@ def test_the_tensors_go_out_as_copies_and_come_back_the_same(part: Part) -> None
 
 def test_an_adapter_of_other_layers_is_refused(small_pair: tuple[Path, Path]) -> None:
     cross, all_attention = (load_unet(small_pair) for _ in range(2))
-    add_lora(cross, UNET_TARGETS["cross-kv"], 2, 2.0, seed=0)
-    add_lora(all_attention, UNET_TARGETS["attention"], 2, 2.0, seed=0)
+    add_lora(cross, UNET_LAYERS["cross-kv"], 2, 2.0, seed=0)
+    add_lora(all_attention, UNET_LAYERS["attention"], 2, 2.0, seed=0)
     with pytest.raises(EchoDistillError, match=r"does not fit this model: \d+ names or shapes differ, such as .*lora_"):
         load_lora_tensors(cross, lora_tensors(all_attention))
     with pytest.raises(EchoDistillError, match="does not fit"):
@@ -132,8 +132,8 @@ def test_an_adapter_of_other_layers_is_refused(small_pair: tuple[Path, Path]) ->
 
 def test_an_adapter_of_another_rank_is_refused(small_pair: tuple[Path, Path]) -> None:
     two, four = (load_unet(small_pair) for _ in range(2))
-    add_lora(two, UNET_TARGETS["cross-kv"], 2, 2.0, seed=0)
-    add_lora(four, UNET_TARGETS["cross-kv"], 4, 4.0, seed=0)
+    add_lora(two, UNET_LAYERS["cross-kv"], 2, 2.0, seed=0)
+    add_lora(four, UNET_LAYERS["cross-kv"], 4, 4.0, seed=0)
     with pytest.raises(EchoDistillError, match="does not fit"):
         load_lora_tensors(two, lora_tensors(four))
 
@@ -152,7 +152,7 @@ def test_without_lora_shows_the_base_and_puts_everything_back(part: Part) -> Non
 
 def test_without_lora_puts_everything_back_after_an_error(small_pair: tuple[Path, Path]) -> None:
     unet = load_unet(small_pair)
-    add_lora(unet, UNET_TARGETS["cross-kv"], 2, 2.0, seed=0)
+    add_lora(unet, UNET_LAYERS["cross-kv"], 2, 2.0, seed=0)
     disturb(unet)
     trained = output(unet).detach()
     with pytest.raises(KeyError), without_lora(unet):
@@ -166,7 +166,7 @@ def test_the_start_depends_on_the_seed_alone_and_no_other_randomness_is_touched(
         unet = load_unet(small_pair)
         torch.manual_seed(global_seed)
         state = torch.get_rng_state()
-        add_lora(unet, UNET_TARGETS["cross-kv"], 2, 2.0, seed=seed)
+        add_lora(unet, UNET_LAYERS["cross-kv"], 2, 2.0, seed=seed)
         assert torch.equal(torch.get_rng_state(), state)
         started.append(torch.cat([value.flatten() for value in lora_tensors(unet).values()]))
     assert torch.equal(started[0], started[1])

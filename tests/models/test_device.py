@@ -33,7 +33,7 @@ from echodistill_cli import planning
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.models.adapters import TEXT_TARGETS, UNET_TARGETS
+from echodistill_cli.models.adapters import TEXT_LAYERS, UNET_LAYERS
 from echodistill_cli.models.device import BACKBONES, FAMILIES, TINY_DECODER, VAE, estimate, plan_memory
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, write
 
@@ -71,13 +71,13 @@ def test_the_shipped_configurations_build_the_true_models_of_the_counted_size(fa
     size = FAMILIES[family]
     unet = UNet2DConditionModel(**shipped(folder, "unet"))
     assert count(unet) == size.unet
-    for name, targets in UNET_TARGETS.items():
+    for name, targets in UNET_LAYERS.items():
         assert lora_size(unet, targets) == size.adapter[name]
     encoders: list[torch.nn.Module] = [CLIPTextModel(CLIPTextConfig(**shipped(folder, "text_encoder")))]
     if family == "sdxl":
         encoders.append(CLIPTextModelWithProjection(CLIPTextConfig(**shipped(folder, "text_encoder_2"))))
     assert sum(map(count, encoders)) == size.text
-    assert sum(lora_size(encoder, TEXT_TARGETS) for encoder in encoders) == size.text_adapter
+    assert sum(lora_size(encoder, TEXT_LAYERS) for encoder in encoders) == size.text_adapter
     assert count(AutoencoderKL(**shipped(folder, "vae"))) == VAE
     assert (unet.config.cross_attention_dim, unet.config.in_channels) == ({"sd": 1024, "sdxl": 2048}[family], 4)
 

@@ -21,14 +21,14 @@ from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
-from echodistill_cli.models.adapters import DISTILLED, UNET_TARGETS, add_lora, trainable_parameters
+from echodistill_cli.models.adapters import UNET_LAYERS, add_lora, trainable_parameters
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.artifact import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import train
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
-from echodistill_cli.training.targets import untouched_x0
+from echodistill_cli.training.targets import base_x0
 from tests.helpers.runs import small_config, small_photos
 
 Pair = tuple[Path, Path]
@@ -84,7 +84,7 @@ def test_both_roles_hold_the_very_same_frozen_weights(shared: ModelPair) -> None
     theirs = {
         name.replace(".base_layer", ""): p.data_ptr()
         for name, p in shared.student.unet.named_parameters()
-        if f".{DISTILLED}." not in name
+        if f".{DISTILLATION}." not in name
     }
     assert ours == theirs
     assert not any(p.requires_grad for p in (*shared.student.unet.parameters(), *shared.teacher.unet.parameters()))
@@ -120,7 +120,7 @@ def test_gradients_are_those_of_two_separate_unets(shared: ModelPair, checkpoint
     for student, teacher in pairs:
         student.time_ids = teacher.time_ids = (64, 64, 0, 0, 64, 64)
         for seed, role in enumerate((student, teacher)):
-            add_lora(role.unet, UNET_TARGETS["cross-kv"], 2, 4.0, seed)
+            add_lora(role.unet, UNET_LAYERS["cross-kv"], 2, 4.0, seed)
             for parameter in trainable_parameters(role.unet):
                 parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
             if checkpointing:
@@ -163,7 +163,7 @@ def test_training_moves_both_roles_adapters_and_nothing_else(
     state = build_state(configure(small_sdxl_pair[1], distillation, small_backbones), small_photos())
     roles = [state.pair.role("student").unet, state.pair.role("teacher").unet]
     frozen = [{n: p.detach().clone() for n, p in unet.named_parameters() if not p.requires_grad} for unet in roles]
-    assert any(f".{DISTILLED}." in name for name in frozen[0])
+    assert any(f".{DISTILLATION}." in name for name in frozen[0])
     before = [[p.detach().clone() for p in trainable_parameters(unet)] for unet in roles]
     for _ in range(2):
         training_step(state)
@@ -189,7 +189,7 @@ def test_untouched_a_distilled_base_still_draws_in_one_step(
     training_step(state)
     after = drawn()
     assert not torch.equal(before, after)
-    torch.testing.assert_close(untouched_x0(state, noise, ["a dog"]), before)
+    torch.testing.assert_close(base_x0(state, noise, ["a dog"]), before)
     assert torch.equal(drawn(), after)
 
 

@@ -58,7 +58,7 @@ class Case:
 
     def picture(self, role: str = "student") -> np.ndarray:
         """What the run draws for its prompt."""
-        with self.state.drawing():
+        with self.state.at_export_scale():
             return draw(self.state.pair, self.prompt, role)
 
 

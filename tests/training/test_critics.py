@@ -19,10 +19,10 @@ from echodistill_cli.diffusion.pair import Denoiser
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ModelError
-from echodistill_cli.models.adapters import UNET_TARGETS, add_lora, lora_tensors, trainable_parameters
+from echodistill_cli.models.adapters import UNET_LAYERS, add_lora, lora_tensors, trainable_parameters
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
-from echodistill_cli.training.critics import Discriminator, Pictures, TeacherBackbone, build_discriminators
+from echodistill_cli.training.critics import Discriminator, ImageBatch, TeacherBackbone, build_discriminators
 
 CPU = torch.device("cpu")
 KINDS = ("dino", "dinov2", "clip")
@@ -131,14 +131,14 @@ def teacher(small_pair: tuple[Path, Path]) -> Denoiser:
 
 
 def with_trained_lora(denoiser: Denoiser) -> Denoiser:
-    add_lora(denoiser.unet, UNET_TARGETS["attention"], 4, 4.0, seed=0)
+    add_lora(denoiser.unet, UNET_LAYERS["attention"], 4, 4.0, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in trainable_parameters(denoiser.unet):
         parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
     return denoiser
 
 
-def pictures() -> Pictures:
+def pictures() -> ImageBatch:
     def draw(seed: int, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
@@ -146,10 +146,10 @@ def pictures() -> Pictures:
         raise AssertionError("the teacher's view needs no decode")
 
     conditioning = Conditioning(draw(2, 2, 32, 32))
-    return Pictures(draw(0, 2, 4, 8, 8), undecoded, draw(1, 2, 4, 8, 8), torch.tensor([200, 700]), conditioning)
+    return ImageBatch(draw(0, 2, 4, 8, 8), undecoded, draw(1, 2, 4, 8, 8), torch.tensor([200, 700]), conditioning)
 
 
-def plain_taps(denoiser: Denoiser, seen: Pictures | None = None) -> list[Tensor]:
+def plain_taps(denoiser: Denoiser, seen: ImageBatch | None = None) -> list[Tensor]:
     """Outputs of the last down block and the middle block in a whole plain pass."""
     taps: list[Tensor] = []
     unet, seen = denoiser.unet, seen or pictures()
@@ -197,7 +197,7 @@ def test_an_error_while_looking_leaves_no_hook_and_the_adapter_on(teacher: Denoi
     assert not any(module._forward_hooks for module in (teacher.unet.down_blocks[-1], teacher.unet.mid_block))
 
 
-def latent_gradient(look: Callable[[Pictures], list[Tensor]]) -> Tensor:
+def latent_gradient(look: Callable[[ImageBatch], list[Tensor]]) -> Tensor:
     latents = pictures().latents.requires_grad_()
     # The backward pass comes later, with the adapter on again, as in a training step.
     sum(tap.square().sum() for tap in look(replace(pictures(), latents=latents))).backward()  # type: ignore[union-attr]

@@ -84,12 +84,12 @@ def config_of(unbroken: tuple[Path, Path], output: Path) -> Config:
 def killing(number: signal.Signals, step: int, times: int = 1) -> Callable[[Mapping[str, float]], None]:
     """An observer that sends this process a signal after a step."""
 
-    def observe(metrics: Mapping[str, float]) -> None:
+    def on_step(metrics: Mapping[str, float]) -> None:
         if metrics["step"] == step:
             for _ in range(times):
                 os.kill(os.getpid(), number)
 
-    return observe
+    return on_step
 
 
 # --- in this process: the signal comes after exactly the third step ---------------------------------------------------
@@ -104,7 +104,7 @@ def test_a_signal_saves_the_run_and_it_goes_on_to_the_same_bits(
     run = tmp_path / "run"
     said: list[str] = []
     with pytest.raises(Interrupted) as stopped:
-        pipeline.train(config_of(unbroken, run), observe=killing(number, 3), say=said.append)
+        pipeline.train(config_of(unbroken, run), on_step=killing(number, 3), on_message=said.append)
     assert stopped.value.signal_number == number
     assert "step 3 of 6" in stopped.value.message
     assert f"--resume -o {run}" in stopped.value.message
@@ -136,11 +136,11 @@ def test_a_signal_while_the_teacher_is_alone_saves_that_too(
 
     pipeline.train(config("whole"))
     with pytest.raises(Interrupted, match=f"Stopped at step 3 of the {phase}, saved"):
-        pipeline.train(config("stopped"), observe=stop)
+        pipeline.train(config("stopped"), on_step=stop)
     stopped = open_run(tmp_path / "stopped")
     assert (stopped.load_checkpoint()[counted], len(stopped.read_metrics())) == (3, joint_steps)
     said: list[str] = []
-    pipeline.train(config("stopped"), resume=True, say=said.append)
+    pipeline.train(config("stopped"), resume=True, on_message=said.append)
     assert any(f"on from step 3 of the {phase}" in line for line in said)
     assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
 
@@ -150,7 +150,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_from_its_last_checkpo
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config_of(unbroken, run), observe=killing(signal.SIGINT, 3, times=2))
+        pipeline.train(config_of(unbroken, run), on_step=killing(signal.SIGINT, 3, times=2))
     assert [path.name for path in open_run(run).list_checkpoints()] == ["step-000002"]
     assert len(open_run(run).read_metrics()) == 3
     assert command("train", "--resume", "-o", run, "-q").code == 0
@@ -162,7 +162,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_from_the_star
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config_of(unbroken, run), observe=killing(signal.SIGINT, 1, times=2))
+        pipeline.train(config_of(unbroken, run), on_step=killing(signal.SIGINT, 1, times=2))
     assert open_run(run).list_checkpoints() == []
     # What a killed process leaves: a line cut off, and files under their temporary names.
     with (run / "metrics.jsonl").open("a") as metrics:
@@ -176,12 +176,12 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_from_the_star
 
 
 def test_ctrl_c_while_models_are_loaded_leaves_nothing(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
-    def say(line: str) -> None:
+    def on_message(line: str) -> None:
         if line.startswith("Loading"):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        pipeline.train(config_of(unbroken, tmp_path / "run"), say=say)
+        pipeline.train(config_of(unbroken, tmp_path / "run"), on_message=on_message)
     assert not (tmp_path / "run").exists()
 
 

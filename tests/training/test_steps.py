@@ -40,7 +40,7 @@ from echodistill_cli.training.steps import (
     teacher_step,
     training_step,
 )
-from echodistill_cli.training.targets import draw_replay, drawn_target, untouched_x0, untrained
+from echodistill_cli.training.targets import base_models, base_x0, draw_replay, drawn_target
 from tests.helpers.runs import seeded, small_config, small_photos
 
 NewState = Callable[..., TrainingState]
@@ -289,7 +289,7 @@ def test_without_the_denoising_loss_the_teacher_rests(new_state: NewState) -> No
 
 
 def test_alignment_is_weighted_by_the_signal_and_the_adversary_is_not() -> None:
-    assert {term.name for term in training.STUDENT_LOSSES if not term.by_signal} == {"adversarial", "prior"}
+    assert {term.name for term in training.STUDENT_LOSSES if not term.weighted_by_alpha_bar} == {"adversarial", "prior"}
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])
@@ -300,7 +300,7 @@ def test_a_term_counts_by_its_weight_and_its_samples_by_their_signal(new_state: 
     student_pass, metrics = student_step(state)
     latents, target = student_pass.pictures.latents.detach(), student_pass.target
     squares = (latents - target).square().mean(dim=(1, 2, 3))
-    assert metrics["latent"] == pytest.approx(float((0.5 * squares * student_pass.signal).mean()), rel=1e-5)
+    assert metrics["latent"] == pytest.approx(float((0.5 * squares * student_pass.alpha_bar).mean()), rel=1e-5)
     one = new_state(loss__latent=1.0, train__max_grad_norm=0.0, **others)
     one.generator.set_state(generator)
     assert metrics["grad_norm_student"] == pytest.approx(weight * student_step(one)[1]["grad_norm_student"], rel=1e-4)
@@ -591,7 +591,7 @@ def test_scenes_are_asked_of_the_student_and_the_discriminators_do_not_see_them(
     state.pair.encoder.encode = lambda prompts: (asked.extend(prompts), encode(prompts))[1]  # type: ignore[method-assign]
     student_pass = draw_student_pass(state)
     assert ["on the moon" in prompt for prompt in asked[:4]] == [False, False, True, True]
-    assert student_pass.photo_like == 2
+    assert student_pass.photo_prompts == 2
     for taps in student_pass.features.values():
         assert all(len(tap) == 2 for tap in taps)
     assert len(student_pass.identity_features()[0]) == 4
@@ -637,7 +637,7 @@ def test_targets_of_several_steps_are_what_the_teacher_draws_from_the_same_noise
     student_pass = draw_student_pass(state)
     pictures, pair = student_pass.pictures, state.pair
     assert pair.teacher is not None
-    assert student_pass.signal.tolist() == [1.0] * len(pictures.latents)
+    assert student_pass.alpha_bar.tolist() == [1.0] * len(pictures.latents)
     again = new_state(train__target_steps=3)
     again.generator.manual_seed(7)
     state.generator.manual_seed(7)
@@ -742,13 +742,13 @@ def test_pairs_ask_for_the_class_from_the_same_noise_and_keep_what_was_drawn_of_
     steps(state, 3)
     now = student_x0(state.pair.student, before, state.pair.encoder.encode(["a dog"] * 4))
     assert not torch.equal(now, drawn)
-    assert torch.equal(untouched_x0(state, before, ["a dog"] * 4), drawn)
+    assert torch.equal(base_x0(state, before, ["a dog"] * 4), drawn)
 
     remembered = [prompt.replace("sks dog", "dog") for prompt in state.targets.prompts]
     noise, target, prompts = draw_replay(state)
     assert set(prompts) <= set(remembered)
     assert not any("sks" in prompt for prompt in prompts)
-    torch.testing.assert_close(target, untouched_x0(state, noise, prompts))
+    torch.testing.assert_close(target, base_x0(state, noise, prompts))
     assert all("sks" in prompt for prompt in state.targets.prompts)  # what is remembered is not written over
 
     some = new_state(**replayed, train__pair_share=0.25)
@@ -803,7 +803,7 @@ def test_targets_in_a_colour_are_drawn_in_the_subjects_own_and_tinted(new_state:
         steps=2,
         guidance_scale=state.config.train.guidance_scale,
     )
-    with untrained(state):
+    with base_models(state):
         expected = tinted_latents(plain, ["red", None], "dog", state.pair, seeded(1))
     assert torch.equal(target, expected)
     assert torch.equal(target[1], plain[1])
