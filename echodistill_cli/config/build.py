@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 
 from echodistill_cli.config.catalogue import PRESETS
-from echodistill_cli.config.schema import Config, nearest
+from echodistill_cli.config.schema import RETIRED, Config, nearest
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import expanded
 
@@ -149,16 +149,37 @@ def config_hash(config: Config) -> str:
     tables = config_to_dict(config)
     tables["run"] = {"seed": config.run.seed}
     del tables["concept"]["photos"]
+    _merge_dotted(tables, {key: _to_plain(neutral) for key, neutral in RETIRED.items()})
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
 
 
 def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
+    table = _without_retired(section, table)
     for key in table:
         if key not in hints:
             near = nearest(key, list(hints))
             raise _unknown(f"setting {section}.{key}", f"{section}.{near}" if near else None)
     return kind(**{key: _from_plain(value, hints[key]) for key, value in table.items()})
+
+
+def _without_retired(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The table without retired keys that hold their neutral value.
+
+    Raises:
+        ConfigError: one holds another value.
+    """
+    kept = {}
+    for key, value in table.items():
+        name = f"{section}.{key}"
+        if name not in RETIRED:
+            kept[key] = value
+        elif value not in (RETIRED[name], _to_plain(RETIRED[name])):
+            raise ConfigError(
+                f"{name} = {value!r} was a setting until echodistill 0.1.",
+                f"Remove it, or set it to {_to_plain(RETIRED[name])!r}, which is what every run does now.",
+            )
+    return kept
 
 
 def _from_plain(value: Any, hint: Any) -> Any:

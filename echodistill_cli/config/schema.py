@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,7 @@ class ModelConfig:
     student_prediction: str = setting("auto", "what the student predicts; auto: as its files say", choices=_PREDICTIONS)
     teacher_prediction: str = setting("auto", "what the teacher predicts; auto: as its files say", choices=_PREDICTIONS)
     # SDXL's UNets are told how large a picture was and shall be. Unset means the resolution trained at.
-    student_original_size: int | None = setting(None, "SDXL: original size the student is told", minimum=1)
-    student_target_size: int | None = setting(None, "SDXL: target size the student is told", minimum=1)
     teacher_original_size: int | None = setting(None, "SDXL: original size the teacher is told", minimum=1)
-    teacher_target_size: int | None = setting(None, "SDXL: target size the teacher is told", minimum=1)
     offload: bool = setting(False, "keep only the UNet at work on the device; slower by several transfers a step")
     offline: bool = setting(False, "open no socket")
 
@@ -207,7 +204,6 @@ class TrainConfig:
     lr: float = setting(1e-4, "learning rate of the student's LoRA", minimum=0.0)
     teacher_lr: float = setting(1e-4, "learning rate of the teacher's LoRA", minimum=0.0)
     text_lr: float = setting(5e-5, "learning rate of the text side", minimum=0.0)
-    joint_text_share: float = share(1.0, "share of text_lr that is left once the head start is over")
     discriminator_lr: float = setting(1e-4, "learning rate of the discriminator heads", minimum=0.0)
     lr_schedule: str = setting(
         "constant",
@@ -228,12 +224,10 @@ class TrainConfig:
     class_share: float = share(0.0, "share of the replays that show the class as it was drawn before; needs its name")
     pair_share: float = share(0.0, "share of the replays that ask for the class and keep what it was; needs its name")
     head_start: int = setting(0, "teacher's steps alone before the first joint step, averaged at its end", minimum=0)
-    teacher_mean: bool = setting(False, "keep the teacher's rate, and end at the mean of its weights of the last half")
     carry_over: bool = setting(False, "start the student's LoRA from the teacher's, after its head start")
     scene_share: float = share(0.0, "share of the student's samples asked for in a scene instead of as in the photos")
     guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
     gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
-    max_bad_steps: int = setting(5, "non-finite steps in a row after which the run stops", minimum=1)
 
     @property
     def photo_prompts(self) -> int:
@@ -286,8 +280,6 @@ class EchoConfig:
     max_similarity: float = setting(0.98, "cosine to a photo or kept picture above which one is a copy", maximum=1.0)
     teacher_share: float = share(0.25, "share of the teacher's samples drawn from the pool")
     teacher_noise: float = setting(0.0, "least noise of pool samples, share of the schedule", minimum=0.0, maximum=0.99)
-    teacher_steps: int = setting(1, "teacher's steps a step once pictures have been kept", minimum=1)
-    null_share: float = share(0.0, "share of the teacher's pool samples that keep its answer to the empty prompt")
     real_weight: float = setting(0.25, "weight of pool pictures among the discriminators' reals", minimum=0.0)
     carry_back: int = setting(0, "teacher's steps after the last, begun with the student's LoRA; 0: none", minimum=0)
 
@@ -305,6 +297,20 @@ class RunConfig:
     sample_prompts: tuple[str, ...] = setting((), "prompts of the previews; empty: a built-in pair")
     sample_seeds: int = setting(2, "seeds per preview prompt", minimum=1)
     report_to: tuple[str, ...] = setting((), "trackers beside metrics.jsonl: tensorboard, wandb")
+
+
+# Keys that are gone, with the value at which each did nothing: files that hold it are still read, and `config_hash`
+# still counts it, so that hashes in LoRA headers and benchmark rows stay valid.
+RETIRED: Mapping[str, Any] = {
+    "model.student_original_size": None,
+    "model.student_target_size": None,
+    "model.teacher_target_size": None,
+    "train.joint_text_share": 1.0,
+    "train.teacher_mean": False,
+    "train.max_bad_steps": 5,
+    "echo.teacher_steps": 1,
+    "echo.null_share": 0.0,
+}
 
 
 @dataclass(frozen=True)

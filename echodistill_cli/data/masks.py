@@ -63,7 +63,7 @@ def subject_mask(
     Args:
         image: [3, H, W] in [-1, 1]. contrasts: pairs of colours to ask for, 1…3; more are surer, and as much slower.
     """
-    teacher, levels = pair.role("teacher"), len(_NOISE_LEVELS)
+    teacher, levels = pair.teacher, len(_NOISE_LEVELS)
     latents = pair.codec.encode(image.unsqueeze(0)).expand(levels, -1, -1, -1)
     steps = len(teacher.schedule.alphas_cumprod)
     timesteps = torch.tensor([int(level * steps) for level in _NOISE_LEVELS], device=latents.device)

@@ -115,10 +115,26 @@ class ModelPair:
     encoder: PromptEncoder
     codec: LatentCodec
     student: Denoiser
-    teacher: Denoiser | None
+    loaded_teacher: Denoiser | None
     device: torch.device
     dtype: torch.dtype
     alternating: bool = False
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher was loaded."""
+        return self.loaded_teacher is not None
+
+    @property
+    def teacher(self) -> Denoiser:
+        """The multi-step model.
+
+        Raises:
+            ModelError: it was not loaded.
+        """
+        if self.loaded_teacher is None:
+            raise ModelError("The teacher was not loaded.", "Name it with --teacher.")
+        return self.loaded_teacher
 
     def role(self, role: Role) -> Denoiser:
         """The student, or the teacher.
@@ -126,11 +142,7 @@ class ModelPair:
         Raises:
             ModelError: the teacher was not loaded.
         """
-        if role == "student":
-            return self.student
-        if self.teacher is None:
-            raise ModelError("The teacher was not loaded.", "Name it with --teacher.")
-        return self.teacher
+        return self.student if role == "student" else self.teacher
 
 
 def _is_kl(vae: Any) -> bool:

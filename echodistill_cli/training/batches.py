@@ -98,7 +98,7 @@ class Reals:
 
 def draw_timesteps(state: TrainingState, count: int) -> Tensor:
     """Uniform timesteps [count] of the teacher's schedule, on the device."""
-    return state.randint(len(state.pair.role("teacher").schedule.alphas_cumprod), count).to(state.pair.device)
+    return state.randint(len(state.pair.teacher.schedule.alphas_cumprod), count).to(state.pair.device)
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,6 @@ class TeacherBatch:
 
     Args:
         latents: [B, C, h, w]. masks: [B, 1, h, w]. prompts, crops: B texts and (top, left) corners.
-        nulls: row numbers of the echoed pictures with the empty prompt: of these the teacher keeps its old answer.
         timesteps: [B], uniform; of echoed pictures only the noisier ones (`echo.teacher_noise`): they teach what is
             where, while detail comes from the photos.
     """
@@ -117,7 +116,6 @@ class TeacherBatch:
     prompts: list[str]
     crops: list[tuple[int, int]]
     timesteps: Tensor
-    nulls: list[int]
 
 
 def draw_teacher_batch(state: TrainingState, *, echoes: bool = True) -> TeacherBatch:
@@ -127,17 +125,15 @@ def draw_teacher_batch(state: TrainingState, *, echoes: bool = True) -> TeacherB
     timesteps = draw_timesteps(state, batch)
     latents, masks, prompts, crops = [], [], [], []
     pool = state.pool if echoes else None
-    empty = state.chosen(state.config.echo.null_share) if pool else []
-    nulls = [row for row in empty if from_pool[row]]
     for index, echoed in enumerate(from_pool.tolist()):
         if echoed and pool:
-            steps = len(state.pair.role("teacher").schedule.alphas_cumprod)
+            steps = len(state.pair.teacher.schedule.alphas_cumprod)
             least = state.config.echo.teacher_noise
             timesteps[index] = int(least * steps + (1 - least) * int(timesteps[index]))
             row = int(state.randint(len(pool), 1))
             latents.append(pool.latents[row])
             masks.append(torch.ones_like(photos.masks[0]))
-            prompts.append("" if index in nulls else pool.prompts[row])
+            prompts.append(pool.prompts[row])
             crops.append((0, 0))
         else:
             row = int(state.randint(len(photos.latents), 1))
@@ -145,12 +141,12 @@ def draw_teacher_batch(state: TrainingState, *, echoes: bool = True) -> TeacherB
             masks.append(photos.masks[row])
             prompts.append(prompt_for(photos.views[row], subject, state.generator))
             crops.append(photos.views[row].crop)
-    return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, timesteps, nulls)
+    return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, timesteps)
 
 
 def draw_student_pass(state: TrainingState) -> StudentPass:
     """B one-step pictures of the concept, and what the current teacher, guided, makes of them."""
-    pair, teacher, settings = state.pair, state.pair.role("teacher"), state.config.train
+    pair, teacher, settings = state.pair, state.pair.teacher, state.config.train
     batch = settings.batch_size
     prompts, photo_prompts = _student_prompts(state)
     wanted = encode_for_student(state, prompts)

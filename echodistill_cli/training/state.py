@@ -61,6 +61,9 @@ def generator_for(config: Config, stream: Stream) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(config, stream))
 
 
+# Steps in a row in which something was not finite, after which a run ends.
+MAX_BAD_STEPS = 5
+
 Phase = Literal["head start", "training", "carry back"]
 
 
@@ -127,15 +130,10 @@ class TrainingState:
         return ["student", "text"] if self.config.text.trained_by == "both" else ["student"]
 
     def set_rates(self) -> None:
-        """Give every part its learning rate for the coming joint step: `train.lr_schedule` over `train.steps`.
-
-        A teacher that is averaged at the end (`train.teacher_mean`) keeps its own.
-        """
+        """Give every part its learning rate for the coming joint step: `train.lr_schedule` over `train.steps`."""
         settings = self.config.train
         share = schedule_share(settings.lr_schedule, self.step / settings.steps)
-        teacher = 1.0 if settings.teacher_mean else share
-        text = settings.joint_text_share * share
-        self.optimizers.set_rates({"teacher": teacher, "text": text, "student": share, "discriminators": share})
+        self.optimizers.set_rates(dict.fromkeys(self.optimizers, share))
 
     def count_skips(self, metrics: Metrics) -> None:
         """Count steps in which an optimizer was skipped.
@@ -146,7 +144,7 @@ class TrainingState:
         skipped = sorted(name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_"))
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if skipped else 0
         self.bad_steps += bool(skipped)
-        if self.bad_steps_in_a_row >= self.config.train.max_bad_steps:
+        if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
             raise EchoDistillError(
                 f"Loss or gradient of {', '.join(skipped)} was not finite in the last {self.bad_steps_in_a_row} steps.",
                 "Lower --lr and --teacher-lr, or use --precision fp32, and --resume from the last checkpoint.",
@@ -173,7 +171,6 @@ class TrainingState:
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """What carries a LoRA, by name."""
-        assert self.pair.teacher is not None
         modules = {"student": self.pair.student.unet, "teacher": self.pair.teacher.unet}
         if self.config.text.form == "lora":
             modules.update({text_name(i): encoder for i, encoder in enumerate(self.pair.encoder.encoders)})
@@ -239,7 +236,6 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
     backbone = _backbone_loader(config, pair)
     judged = config.critic.identity != "none" and (config.loss.identity or config.echo.start is not None)
     judge = backbone(config.critic.identity) if judged else None
-    assert pair.teacher is not None
     seed = seed_for(config, Stream.HEADS)
     names = config.critic.discriminators if config.loss.adversarial else ()
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
@@ -270,7 +266,7 @@ def _generators(config: Config) -> ViewGenerators:
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
     """Put LoRA on both UNets and give the text side its trained form; returns the learned token, if that is it."""
     targets, rank = UNET_LAYERS[config.adapter.targets], config.adapter.rank
-    for role, stream in ((pair.student, Stream.STUDENT), (pair.teacher, Stream.TEACHER)):
+    for role, stream in ((pair.student, Stream.STUDENT), (pair.loaded_teacher, Stream.TEACHER)):
         if role is not None:
             add_lora(role.unet, targets, rank, config.lora_alpha, seed_for(config, stream))
             keep_on(pair.device, role.unet)
@@ -305,7 +301,7 @@ def _optimizers(
     text = [p for encoder in pair.encoder.encoders for p in trainable_parameters(encoder)]
     return Optimizers(
         {
-            "teacher": trainable_parameters(pair.role("teacher").unet),
+            "teacher": trainable_parameters(pair.teacher.unet),
             "text": list(token.parameters()) if token else text,
             "student": trainable_parameters(pair.student.unet),
             "discriminators": [p for critic in critics for p in critic.heads.parameters()],

@@ -22,7 +22,6 @@ from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, wit
 from echodistill_cli.training import losses
 from echodistill_cli.training.batches import (
     StudentPass,
-    TeacherBatch,
     draw_echo,
     draw_first_targets,
     draw_reals,
@@ -36,7 +35,7 @@ from echodistill_cli.training.dataset import Prior
 from echodistill_cli.training.optimizers import Metrics, WeightMean
 from echodistill_cli.training.pools import EchoPool, refresh
 from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.targets import base_models, draw_replay
+from echodistill_cli.training.targets import draw_replay
 
 # Of the teacher's own: what the student found, its LoRA carried back, is to be cleaned up, not learned over.
 CARRY_BACK_RATE = 0.25
@@ -52,7 +51,7 @@ def training_step(state: TrainingState) -> Metrics:
         begin(state)
     state.set_rates()
     metrics: Metrics = {}
-    for _ in range((settings.echo.teacher_steps if state.pool else 1) if settings.loss.denoising else 0):
+    if settings.loss.denoising:
         metrics |= teacher_step(state)
     student_pass, student_metrics = student_step(state)
     metrics |= student_metrics
@@ -62,8 +61,6 @@ def training_step(state: TrainingState) -> Metrics:
         metrics |= discriminator_step(state, student_pass)
     state.count_skips(metrics)
     state.step += 1
-    if settings.train.teacher_mean:
-        average(state, ["teacher"], state.step, settings.train.steps)
     start, every = state.config.echo.start, state.config.echo.every
     if start is not None and state.step >= start and (state.step - start) % every == 0:
         metrics |= echo_step(state)
@@ -79,7 +76,7 @@ def begin(state: TrainingState) -> None:
     while state.in_head_start:
         head_start_step(state)
     if state.config.train.carry_over:
-        load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
+        load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.teacher.unet))
     for _ in range(state.config.train.first_targets if state.config.replays else 0):
         draw_first_targets(state)
 
@@ -113,7 +110,7 @@ def carry_back_step(state: TrainingState) -> Metrics:
     """
     if state.carry_back_step == 0:
         state.teacher_mean = WeightMean()  # one cut short by a longer run may have left its own
-        load_lora_tensors(state.pair.role("teacher").unet, lora_tensors(state.pair.student.unet))
+        load_lora_tensors(state.pair.teacher.unet, lora_tensors(state.pair.student.unet))
     state.optimizers.set_rates({"teacher": CARRY_BACK_RATE})
     metrics = teacher_step(state, parts=["teacher"], echoes=False)
     state.count_skips(metrics)
@@ -270,14 +267,12 @@ def frozen(critics: Sequence[Discriminator]) -> Iterator[None]:
 
 def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"), *, echoes: bool = True) -> Metrics:
     """Concept in: the teacher's denoising loss on photos and `echoes`, which also trains the shared text side."""
-    teacher = state.pair.role("teacher")
+    teacher = state.pair.teacher
     batch = draw_teacher_batch(state, echoes=echoes)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
-    if batch.nulls:
-        target[batch.nulls] = untouched_null(state, noisy, batch)
     loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
     metrics = {"denoising": float(loss.detach())}
     loss = state.config.loss.denoising * loss
@@ -288,23 +283,9 @@ def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"
     return metrics | state.optimizers.step(loss, parts)
 
 
-@torch.no_grad()
-def untouched_null(state: TrainingState, noisy: Tensor, batch: TeacherBatch) -> Tensor:
-    """What the teacher predicted for the empty prompt before training, of the rows `batch.nulls`, [N, C, h, w].
-
-    Guidance leads away from the empty prompt. Left to itself that learns the photos' colours too, and away from them
-    "a red sks dog" is redder than any.
-    """
-    teacher, rows = state.pair.role("teacher"), batch.nulls
-    with base_models(state):
-        crops = [batch.crops[row] for row in rows]
-        nothing = teacher.at_crops(state.pair.encoder.encode([""] * len(rows)), crops)
-        return teacher(noisy[rows], batch.timesteps[rows], nothing)
-
-
 def teacher_prior(state: TrainingState, prior: Prior) -> Tensor:
     """Distance of the teacher's output for the class, renoised, from what it was before training; a scalar."""
-    teacher = state.pair.role("teacher")
+    teacher = state.pair.teacher
     rows = prior_rows(state, prior)
     latents = prior.latents[rows]
     timesteps = draw_timesteps(state, len(rows))

@@ -32,7 +32,7 @@ def drawn_target(
     if any(colours):
         conditioning = encoder.encode(asked)
     target = sample_latents(
-        state.pair.role("teacher"),
+        state.pair.teacher,
         noise,
         conditioning,
         encoder.encode_null(),

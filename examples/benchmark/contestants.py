@@ -73,7 +73,7 @@ def denoising_step(state: TrainingState) -> Metrics:
 def token_step(state: TrainingState) -> Metrics:
     """Textual inversion: one learned vector through the teacher's denoising loss; no UNet moves."""
     state.set_rates()
-    teacher, batch = state.pair.role("teacher"), draw_teacher_batch(state)
+    teacher, batch = state.pair.teacher, draw_teacher_batch(state)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
@@ -121,7 +121,7 @@ def distillation_step(state: TrainingState) -> Metrics:
 
 def carry_over(state: TrainingState) -> None:
     """Put the teacher's LoRA on the student, as people do today."""
-    load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.role("teacher").unet))
+    load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.teacher.unet))
 
 
 def end_echo(state: TrainingState) -> None:

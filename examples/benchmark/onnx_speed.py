@@ -46,7 +46,7 @@ def mini_pair(folder: Path) -> ModelPair:
         encoder=PromptEncoder([tokenizer], [text]),
         codec=LatentCodec(vae, vae),
         student=Denoiser(unet, NoiseSchedule(schedule.alphas_cumprod.float(), "epsilon")),
-        teacher=None,
+        loaded_teacher=None,
         device=torch.device("cpu"),
         dtype=torch.float32,
     )

@@ -108,7 +108,7 @@ def random_pair(
         encoder=PromptEncoder(tokenizers, encoders, zero_null=family == "sdxl"),
         codec=LatentCodec(vae, tiny),
         student=random_denoiser(family, dtype, device, side),
-        teacher=random_denoiser(family, dtype, device, side) if teacher else None,
+        loaded_teacher=random_denoiser(family, dtype, device, side) if teacher else None,
         device=device,
         dtype=dtype,
     )

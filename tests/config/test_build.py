@@ -18,7 +18,7 @@ from echodistill_cli.config.build import (
     read_toml,
 )
 from echodistill_cli.config.catalogue import PRESETS
-from echodistill_cli.config.schema import Config
+from echodistill_cli.config.schema import RETIRED, Config
 from echodistill_cli.errors import ConfigError
 
 SETTINGS = [
@@ -221,6 +221,29 @@ def test_the_hash_tells_what_decides_the_result_and_nothing_else() -> None:
     reference = config_hash(Config())
     assert {config_hash(config_from_dict(tables)) for tables in same} == {reference}
     assert len({reference} | {config_hash(config_from_dict(tables)) for tables in other}) == len(other) + 1
+
+
+@pytest.mark.parametrize(
+    ("preset", "digest"),
+    [
+        ("sd-turbo", "d9a0a55bdac9013e8d0992dce344cd3250c044fe47f32a373b85f8a02a413c18"),
+        ("sdxl-turbo", "20e799eb498528343bdc7522ecdc702b2f797cc63c001c332927884421fe9936"),
+        ("mini", "8e738a6573a48dedba9fb2f13a12ad1c840066bb947fbce3b51f52eda3da82a5"),
+    ],
+)
+def test_the_hash_of_a_preset_is_what_files_and_benchmark_rows_hold(preset: str, digest: str) -> None:
+    # Written by the first version, which had eight keys more: LoRA headers, cards and benchmark rows refer to it.
+    assert config_hash(build_config(preset)) == digest
+
+
+def test_a_file_with_a_retired_key_is_read_if_the_key_did_nothing() -> None:
+    tables = config_to_dict(Config())
+    for key, neutral in RETIRED.items():
+        section, _, name = key.partition(".")
+        tables[section][name] = "off" if neutral is None else neutral
+    assert config_from_dict(tables) == Config()
+    with pytest.raises(ConfigError, match=r"train.teacher_mean = True was a setting until echodistill 0.1.*False"):
+        config_from_dict({"train": {"teacher_mean": True}})
 
 
 def test_names_and_places_follow_from_the_subject() -> None:

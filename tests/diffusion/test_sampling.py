@@ -117,14 +117,12 @@ def encoded(pair: ModelPair) -> tuple[Conditioning, Conditioning]:
 
 
 def noised(pair: ModelPair) -> tuple[Tensor, Tensor]:
-    assert pair.teacher is not None
     noise, timesteps = seeded_noise(SEEDS[:2], (4, 8, 8)), torch.tensor([100, 800])
     return add_noise(pair.teacher.schedule, noise.flip(0), noise, timesteps), timesteps
 
 
 @torch.no_grad()
 def test_the_teachers_target_is_guidance_on_two_plain_passes(pair: ModelPair) -> None:
-    assert pair.teacher is not None
     conditioning, null = encoded(pair)
     noisy, timesteps = noised(pair)
     outputs = [pair.teacher(noisy, timesteps, c) for c in (conditioning, null.expand(2))]

@@ -72,13 +72,12 @@ def denoise(denoiser: Denoiser) -> torch.Tensor:
 def test_the_small_pair_loads_frozen_in_evaluation_mode(small_pair: Pair) -> None:
     pair = load_pair(settings(small_pair))
     assert (pair.family, pair.device, pair.dtype) == ("sd", torch.device("cpu"), torch.float32)
-    assert pair.teacher is not None
     assert (pair.student.schedule.prediction_type, pair.teacher.schedule.prediction_type) == ("epsilon", "v_prediction")
     modules = (pair.student.unet, pair.teacher.unet, pair.codec.encoder, *pair.encoder.encoders)
     assert not any(module.training for module in modules)
     assert not any(parameter.requires_grad for module in modules for parameter in module.parameters())
     assert pair.role("student") is pair.student
-    assert pair.role("teacher") is pair.teacher
+    assert pair.teacher is pair.teacher
 
 
 def test_the_weights_are_those_in_the_files(small_pair: Pair) -> None:
@@ -92,7 +91,7 @@ def test_the_weights_are_those_in_the_files(small_pair: Pair) -> None:
 def test_without_a_teacher_asking_for_it_names_the_flag(small_pair: Pair) -> None:
     pair = load_pair(settings(small_pair, teacher="nobody/nothing"), teacher=False)
     with pytest.raises(ModelError, match="--teacher"):
-        pair.role("teacher")
+        pair.teacher
 
 
 def test_a_teacher_of_another_family_is_refused_with_both_names(copied: Pair) -> None:

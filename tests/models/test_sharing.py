@@ -79,7 +79,6 @@ def gradients(denoiser: Denoiser) -> list[torch.Tensor]:
 
 
 def test_both_roles_hold_the_very_same_frozen_weights(shared: ModelPair) -> None:
-    assert shared.teacher is not None
     ours = {name: p.data_ptr() for name, p in shared.teacher.unet.named_parameters()}
     theirs = {
         name.replace(".base_layer", ""): p.data_ptr()
@@ -93,7 +92,6 @@ def test_both_roles_hold_the_very_same_frozen_weights(shared: ModelPair) -> None
 def test_the_student_is_the_base_with_the_lora_as_stock_diffusers_has_it(
     shared: ModelPair, small_sdxl_pair: Pair, distillation: Path
 ) -> None:
-    assert shared.teacher is not None
     pipeline = StableDiffusionXLPipeline.from_pretrained(small_sdxl_pair[1])
     noisy, timesteps, conditioning = inputs()
     added = conditioning.added((64, 64, 0, 0, 64, 64))
@@ -112,7 +110,6 @@ def test_the_student_is_the_base_with_the_lora_as_stock_diffusers_has_it(
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_are_those_of_two_separate_unets(shared: ModelPair, checkpointing: bool) -> None:
-    assert shared.teacher is not None
     separate = [copy.deepcopy(role.unet) for role in (shared.student, shared.teacher)]
     pairs = [(shared.student, shared.teacher), tuple(Denoiser(u, shared.student.schedule) for u in separate)]
     noisy, timesteps, conditioning = inputs()
@@ -161,7 +158,7 @@ def test_training_moves_both_roles_adapters_and_nothing_else(
     small_sdxl_pair: Pair, distillation: Path, small_backbones: dict[str, Path]
 ) -> None:
     state = build_state(configure(small_sdxl_pair[1], distillation, small_backbones), small_photos())
-    roles = [state.pair.role("student").unet, state.pair.role("teacher").unet]
+    roles = [state.pair.role("student").unet, state.pair.teacher.unet]
     frozen = [{n: p.detach().clone() for n, p in unet.named_parameters() if not p.requires_grad} for unet in roles]
     assert any(f".{DISTILLATION}." in name for name in frozen[0])
     before = [[p.detach().clone() for p in trainable_parameters(unet)] for unet in roles]

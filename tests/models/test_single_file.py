@@ -67,7 +67,7 @@ def weights(pair: ModelPair) -> State:
     """Every weight of a pair by role and name."""
     roles = {"student": pair.student.unet, "vae": pair.codec.encoder}
     roles |= {f"text {index}": encoder for index, encoder in enumerate(pair.encoder.encoders)}
-    if pair.teacher is not None:
+    if pair.has_teacher:
         roles["teacher"] = pair.teacher.unet
     return {f"{role} {name}": value for role, module in roles.items() for name, value in module.state_dict().items()}
 
@@ -85,7 +85,6 @@ def test_student_and_teacher_from_single_files_are_those_of_the_folders(
     found = load_pair(config(student, teacher, settings, teacher_single_file_config=teacher_settings))
     assert not caplog.messages
     assert_equal(weights(found), weights(pair))
-    assert found.teacher is not None
     assert found.student.schedule.prediction_type == "epsilon"
     assert found.teacher.schedule.prediction_type == "v_prediction"
     prompts = ["a photo of sks dog", ""]
@@ -101,7 +100,7 @@ def test_an_sd2_file_written_by_the_code_of_sdxl_is_read_too(
     state = sd2_state(folders[0], text_prefix="conditioner.embedders.0.model.")
     file = write(tmp_path / "student.safetensors", state)
     found = load_pair(config(file, file, settings), teacher=False)
-    assert_equal(weights(found), weights(replace(pair, teacher=None)))
+    assert_equal(weights(found), weights(replace(pair, loaded_teacher=None)))
 
 
 def test_a_folder_and_a_single_file_make_a_pair(
@@ -110,7 +109,6 @@ def test_a_folder_and_a_single_file_make_a_pair(
     student = write(tmp_path / "student.safetensors", sd2_state(folders[0]))
     found = load_pair(config(student, folders[1], settings))
     assert_equal(weights(found), weights(pair))
-    assert found.teacher is not None
     assert found.teacher.schedule.prediction_type == "v_prediction"
 
 
@@ -120,7 +118,7 @@ def test_a_half_precision_file_gives_the_rounded_weights(
 ) -> None:
     file = write(tmp_path / "student.safetensors", sd2_state(folders[0]), torch.float16)
     found = weights(load_pair(config(file, file, settings, precision=precision), teacher=False))
-    expected = weights(replace(pair, teacher=None))
+    expected = weights(replace(pair, loaded_teacher=None))
     assert_equal(
         {name: value.float() for name, value in found.items()},
         {name: value.half().float() for name, value in expected.items()},
@@ -148,7 +146,7 @@ def test_the_configuration_may_be_a_hub_id_of_which_only_the_small_files_are_cac
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     file = write(tmp_path / "student.safetensors", sd2_state(folders[0]))
     found = load_pair(config(file, file, "someone/student"), teacher=False)
-    assert_equal(weights(found), weights(replace(pair, teacher=None)))
+    assert_equal(weights(found), weights(replace(pair, loaded_teacher=None)))
     (repository / "snapshots" / "0123abc" / "vae" / "config.json").unlink()
     with pytest.raises(ModelError, match=r"vae/config.json is not in the cache.* hf download someone/student"):
         load_pair(config(file, file, "someone/student"), teacher=False)

@@ -85,7 +85,6 @@ def test_what_a_file_predicts_is_read_where_it_says_so(
 def test_what_a_person_says_of_the_prediction_goes_before_the_files(tmp_path: Path) -> None:
     student, teacher = build_sd2_pair(tmp_path / "sd2")
     pair = load_pair(config(student, teacher, student_prediction="v_prediction", teacher_prediction="epsilon"))
-    assert pair.teacher is not None
     assert pair.student.schedule.prediction_type == "v_prediction"
     assert pair.teacher.schedule.prediction_type == "epsilon"
 

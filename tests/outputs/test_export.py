@@ -105,7 +105,7 @@ def make_case(
 
 def _strengthen(state: TrainingState) -> None:
     torch.manual_seed(3)
-    modules = (state.pair.student.unet, state.pair.role("teacher").unet, *state.pair.encoder.encoders)
+    modules = (state.pair.student.unet, state.pair.teacher.unet, *state.pair.encoder.encoders)
     parameters = [parameter for module in modules for parameter in trainable_parameters(module)]
     for parameter in [*parameters, *(state.token.vectors if state.token else ())]:
         strength = 0.1 if parameter.dim() == 4 else 0.3  # a kernel has nine times the weights, whose rounding adds up

@@ -127,7 +127,7 @@ def test_a_missing_backbone_names_the_flags_that_do_without_it(tmp_path: Path, m
 def teacher(small_pair: tuple[Path, Path]) -> Denoiser:
     student, folder = map(str, small_pair)
     config = ModelConfig(student=student, teacher=folder, resolution=64, device="cpu", offline=True)
-    return load_pair(config).role("teacher")
+    return load_pair(config).teacher
 
 
 def with_trained_lora(denoiser: Denoiser) -> Denoiser:

@@ -95,11 +95,10 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 def test_an_sdxl_pair_loads_with_two_text_encoders_and_its_sizes(small_sdxl_pair: Pair) -> None:
-    pair = load(small_sdxl_pair, teacher_original_size=1024, teacher_target_size=512)
+    pair = load(small_sdxl_pair, teacher_original_size=1024)
     assert pair.family == "sdxl"
-    assert pair.teacher is not None
     assert pair.student.time_ids == (64, 64, 0, 0, 64, 64)
-    assert pair.teacher.time_ids == (1024, 1024, 0, 0, 512, 512)
+    assert pair.teacher.time_ids == (1024, 1024, 0, 0, 64, 64)
     assert [type(encoder).__name__ for encoder in pair.encoder.encoders] == [
         "CLIPTextModel",
         "CLIPTextModelWithProjection",
@@ -119,7 +118,6 @@ def test_the_model_index_says_whether_the_empty_prompt_is_zeros(small_sdxl_pair:
 
 def test_each_unet_is_told_its_own_sizes_and_the_crops_of_samples_that_have_them(small_sdxl_pair: Pair) -> None:
     pair = load(small_sdxl_pair, teacher_original_size=1024)
-    assert pair.teacher is not None
     with torch.no_grad():
         conditioning = pair.encoder.encode(["a dog", "a cat"])
     expected = UNet2DConditionModel.from_pretrained(small_sdxl_pair[1] / "unet")
@@ -197,7 +195,7 @@ def test_with_offload_every_gradient_is_the_same(configure: Configure, tmp_path:
         assert state.pair.alternating == offload
         metrics = training_step(state)
         student_step(state)
-        both = (state.pair.role("student").unet, state.pair.role("teacher").unet)
+        both = (state.pair.role("student").unet, state.pair.teacher.unet)
         gradients.append([p.grad.clone() for unet in both for p in trainable_parameters(unet) if p.grad is not None])
         assert not [name for name in metrics if name.startswith("skipped")]
     plain, offloaded = gradients
@@ -213,7 +211,7 @@ def test_with_offload_what_is_trained_stays_on_the_device_while_its_unet_waits(
     pair = load_pair(config.model)
     pair.device = torch.device("meta")  # both UNets wait on the CPU, and any machine has this other device
     add_trained_parts(config, pair)
-    for unet in (pair.student.unet, pair.role("teacher").unet):
+    for unet in (pair.student.unet, pair.teacher.unet):
         assert {p.device.type for p in trainable_parameters(unet)} == {"meta"}
         assert {p.device.type for p in unet.parameters() if not p.requires_grad} == {"cpu"}
 
