@@ -14,18 +14,11 @@ from echodistill_cli.config.build import config_to_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import PhotoReport, check_photos, load_photos
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.evaluation.evaluate import Evaluation, EvaluationRequest, evaluate
+from echodistill_cli.evaluation.evaluate import Evaluation, evaluate
 from echodistill_cli.lora.inspect import Inspection, inspect_file
 from echodistill_cli.models.sources import where
-from echodistill_cli.outputs.artifact import SampleRequest
-from echodistill_cli.outputs.export import (
-    ExportRequest,
-    ExportResult,
-    TrainResult,
-    check_name,
-    export_request,
-    write_results,
-)
+from echodistill_cli.outputs.export import ExportResult, TrainResult, check_name, export_request, write_results
+from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
 from echodistill_cli.outputs.sample import Sample, WrittenSamples, sample, sample_to_folder
 from echodistill_cli.planning import (
     assumptions,
@@ -40,6 +33,7 @@ from echodistill_cli.training.loop import check_trackers, train_to_end
 from echodistill_cli.training.state import build_state
 
 __all__ = [
+    "BenchmarkRequest",
     "Evaluation",
     "EvaluationRequest",
     "ExportRequest",

@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from echodistill_cli.cli.options import quiet_libraries
-from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import Sample, sample
 from echodistill_cli.runs import open_run
 

@@ -20,22 +20,9 @@ import typer
 from echodistill_cli import __version__
 from echodistill_cli.cli.evaluate import evaluate
 from echodistill_cli.cli.export import export
-from echodistill_cli.cli.options import (
-    ALIASES,
-    Json,
-    accepting_aliases,
-    bool_option,
-    quiet_libraries,
-    value_option,
-)
+from echodistill_cli.cli.options import ALIASES, Json, accepting_aliases, bool_option, quiet_libraries, value_option
 from echodistill_cli.cli.sample import sample
-from echodistill_cli.cli.show import (
-    diagnosis_table,
-    inspection_table,
-    photo_table,
-    print_error,
-    print_table,
-)
+from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
 from echodistill_cli.cli.train import ALSO, train
 from echodistill_cli.errors import DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 

@@ -135,7 +135,7 @@ def _measure(
 ) -> Any:
     from echodistill_cli import pipeline
     from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
-    from echodistill_cli.evaluation.evaluate import EvaluationRequest
+    from echodistill_cli.outputs.requests import EvaluationRequest
 
     asked = pipeline.SampleRequest(**{**drawing, "prompts": drawing["prompts"] or EVALUATION_TEMPLATES})
     return pipeline.evaluate(EvaluationRequest(photos, asked, **settings), on_message)
@@ -153,7 +153,7 @@ def _benchmark(
     from echodistill_cli.evaluation import dreambench
 
     asked = pipeline.SampleRequest(**drawing)
-    request = dreambench.BenchmarkRequest(folder, output, drawing=asked, **settings)
+    request = pipeline.BenchmarkRequest(folder, output, drawing=asked, **settings)
     return dreambench.run_benchmark(request, pipeline.train, watch, on_message)
 
 

@@ -7,18 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from echodistill_cli.cli.options import (
-    Json,
-    Quiet,
-    bool_option,
-    quiet_libraries,
-    value_option,
-)
-from echodistill_cli.cli.show import (
-    print_paths,
-    say_to,
-    stderr_console,
-)
+from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
+from echodistill_cli.cli.show import print_paths, say_to, stderr_console
 from echodistill_cli.cli.train import MODELS
 from echodistill_cli.errors import ConfigError
 

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 from echodistill_cli.config.build import config_hash
 from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError, EchoDistillError, Interrupted
-from echodistill_cli.evaluation.evaluate import AUTO, EvaluationRequest, Scores, evaluate, score_encoder_names
+from echodistill_cli.evaluation.evaluate import Scores, evaluate, score_encoder_names
 from echodistill_cli.files import make_folder, write_text
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.vision import find_score_encoders
-from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest
 from echodistill_cli.runs import CONFIG_FILE, OnMessage, OnStep, resume_run
 
 TABLE = "prompts_and_classes.txt"
@@ -59,27 +59,6 @@ class Train(Protocol):
     """What trains a run: `pipeline.train`."""
 
     def __call__(self, config: Config, *, resume: bool, on_step: OnStep, on_message: OnMessage) -> object: ...
-
-
-@dataclass(frozen=True)
-class BenchmarkRequest:
-    """What to run.
-
-    Args:
-        folder: a checkout of google/dreambooth, or its `dataset`. output: where runs and results go.
-        build: the configuration of a run with these overrides by dotted key.
-        drawing: how pictures are drawn; its LoRA and model are left to the subjects, and its prompts too if empty.
-        names: of subjects; empty for all.
-        clip, dino: the encoders, as in `EvaluationRequest`.
-    """
-
-    folder: Path
-    output: Path
-    build: Callable[[Mapping[str, Any]], Config]
-    drawing: SampleRequest
-    names: Sequence[str] = ()
-    clip: str = AUTO
-    dino: str = AUTO
 
 
 def read_subjects(folder: Path, names: Sequence[str] = ()) -> tuple[Subject, ...]:

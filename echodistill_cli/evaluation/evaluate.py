@@ -34,34 +34,12 @@ from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import pick_device
 from echodistill_cli.models.sources import is_embedded
 from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer, ScoreEncoders, find_score_encoders
-from echodistill_cli.outputs.artifact import FoundLora, SampleRequest, find_lora
+from echodistill_cli.outputs.artifact import FoundLora, find_lora
+from echodistill_cli.outputs.requests import AUTO, EvaluationRequest, SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import OnMessage
 
-AUTO = "auto"
 _LIBRARIES = ("torch", "diffusers", "transformers", "pillow")
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """What to measure.
-
-    Args:
-        photos: folder of real pictures of the subject.
-        drawing: whose pictures, and how they are drawn. Its prompts are templates: `{}` or `{subject}` stands for the
-            subject's words. Its count is the pictures per prompt.
-        token, class_name: the subject's words; None for those in the LoRA file's header.
-        clip, dino: see `encoders.find_judges`; "auto" for the paper's, or the package's own where the student is.
-        output: folder for the results; None for one beside the LoRA file.
-    """
-
-    photos: Path
-    drawing: SampleRequest
-    token: str | None = None
-    class_name: str | None = None
-    clip: str = AUTO
-    dino: str = AUTO
-    output: Path | None = None
 
 
 @dataclass(frozen=True)

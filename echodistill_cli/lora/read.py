@@ -29,7 +29,6 @@ from echodistill_cli.lora.tensors import (
 
 __all__ = [
     "LoraFile",
-    "LoraHeader",
     "LoraModule",
     "LoraWeights",
     "adapter_metadata",

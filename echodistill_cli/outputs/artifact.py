@@ -6,8 +6,8 @@ Both give the same things to those who write them out again: adapters, a learned
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ from echodistill_cli.lora.safetensors_io import body_sha256, read_header
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, LoraWeights
 from echodistill_cli.outputs.apply import read_token_file
 from echodistill_cli.outputs.onnx import read_settings
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
 
 
@@ -101,36 +102,6 @@ def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, 
         finished_at=settings.finished_at,
         cover=settings.cover,
     )
-
-
-@dataclass(frozen=True)
-class SampleRequest:
-    """What to draw.
-
-    Args:
-        prompts: one or more. count: pictures per prompt. seed: of a prompt's first picture; the next have the next.
-        lora: a LoRA file or a run folder; None for the newest run. lora_scale: its strength, 1 as trained.
-        role: who draws. steps, guidance_scale: None for the role's own (1 and 0; 25 and the run's guidance).
-        size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
-        model: a preset, hub id, folder or file to draw with instead of the run's own student; a LoRA file that lies in
-            no run folder needs it. model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
-        backend: "torch", or "onnx" for the graphs that `export --format onnx` wrote of a run; `model` may name them.
-    """
-
-    prompts: Sequence[str]
-    count: int = 1
-    seed: int = 0
-    lora: Path | None = None
-    lora_scale: float = 1.0
-    role: Role = "student"
-    steps: int | None = None
-    guidance_scale: float | None = None
-    size: int | None = None
-    batch_size: int = 4
-    compare: bool = False
-    model: str | None = None
-    model_overrides: Mapping[str, Any] = field(default_factory=dict)
-    backend: str = "torch"
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ from echodistill_cli.outputs.artifact import (
 from echodistill_cli.outputs.card import merged_card, model_card
 from echodistill_cli.outputs.hub import check_repository, in_repository, push, run_files
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
+from echodistill_cli.outputs.requests import ExportRequest
 from echodistill_cli.runs import OnMessage, Run
 
 LORA_LAYOUTS = ("kohya", "diffusers")
@@ -70,37 +71,6 @@ _ENDINGS = {
 }
 # Their vocabularies take a new word; the other models' are what their readers have built in.
 _TAKE_ANY_WORD = {"pipeline", "onnx"}
-
-
-@dataclass(frozen=True)
-class ExportRequest:
-    """What to write.
-
-    Args:
-        source: run folder or LoRA file; None for the newest run. layouts: see the module.
-        roles: whose; of a LoRA file, which models it is folded into. step: of a run's checkpoint; None for the newest.
-        output: folder; None for `export/` in the run, or the file's own. overwrite: replace what is there.
-        dtype: fp16, bf16 or fp32. metadata: False writes only what other tools need, and no sidecars.
-        bundle_embedding: put the learned word into the LoRA file, as A1111 alone reads it.
-        model, model_overrides: as in `SampleRequest`; for the layouts that hold a model.
-        push_to: repository on the Hugging Face hub to send a run with its card to; None sends nothing.
-        private: of a new repository; None for the account's own default. dry_run: only say what would be done.
-    """
-
-    source: Path | None = None
-    layouts: Sequence[str] = ("kohya",)
-    roles: Sequence[Role] = ("student",)
-    step: int | None = None
-    output: Path | None = None
-    overwrite: bool = False
-    dtype: str = "fp16"
-    metadata: bool = True
-    bundle_embedding: bool = False
-    model: str | None = None
-    model_overrides: Mapping[str, Any] = field(default_factory=dict)
-    push_to: str | None = None
-    private: bool | None = None
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)

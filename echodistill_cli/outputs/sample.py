@@ -20,8 +20,9 @@ from echodistill_cli.files import make_folder, public_name
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import attach_lora, read_token_file
-from echodistill_cli.outputs.artifact import FoundLora, SampleRequest, find_lora
+from echodistill_cli.outputs.artifact import FoundLora, find_lora
 from echodistill_cli.outputs.onnx import load_onnx
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.runs import OnMessage
 
 _WIDEST = 8  # pictures of one prompt that stand in one row of the grid

@@ -63,7 +63,6 @@ def generator_for(config: Config, stream: Stream) -> torch.Generator:
 
 # Steps in a row in which something was not finite, after which a run ends.
 MAX_BAD_STEPS = 5
-
 Phase = Literal["head start", "training", "carry back"]
 
 

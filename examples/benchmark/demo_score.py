@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import open_run
 from examples.benchmark.measure import JUDGE

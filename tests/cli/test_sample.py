@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from echodistill_cli.config.build import build_config
-from echodistill_cli.outputs.artifact import SampleRequest, models_for
+from echodistill_cli.outputs.artifact import models_for
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import _next_number
 from tests.helpers.commands import Done, command, files_below, trained_run
 

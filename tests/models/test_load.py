@@ -91,7 +91,7 @@ def test_the_weights_are_those_in_the_files(small_pair: Pair) -> None:
 def test_without_a_teacher_asking_for_it_names_the_flag(small_pair: Pair) -> None:
     pair = load_pair(settings(small_pair, teacher="nobody/nothing"), teacher=False)
     with pytest.raises(ModelError, match="--teacher"):
-        pair.teacher
+        _ = pair.teacher
 
 
 def test_a_teacher_of_another_family_is_refused_with_both_names(copied: Pair) -> None:

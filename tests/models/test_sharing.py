@@ -21,9 +21,9 @@ from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
-from echodistill_cli.models.adapters import UNET_LAYERS, add_lora, trainable_parameters
+from echodistill_cli.models.adapters import DISTILLATION, UNET_LAYERS, add_lora, trainable_parameters
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.artifact import SampleRequest
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import train
 from echodistill_cli.training.state import build_state

@@ -21,7 +21,8 @@ from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.outputs import hub
 from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.card import model_card
-from echodistill_cli.outputs.export import ExportRequest, export_lora, export_request
+from echodistill_cli.outputs.export import export_lora, export_request
+from echodistill_cli.outputs.requests import ExportRequest
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import build_state
 from tests.helpers.runs import small_config, small_photos

@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from echodistill_cli.cli.app import app
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.outputs.artifact import ExportSettings, SampleRequest
+from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.export import export_lora, export_token
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import export
 from echodistill_cli.runs import Run, create_run

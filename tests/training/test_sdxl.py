@@ -28,8 +28,8 @@ from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.adapters import trainable_parameters
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.artifact import SampleRequest
 from echodistill_cli.outputs.export import TrainResult
+from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import export, train
 from echodistill_cli.training.batches import draw_student_pass, draw_teacher_batch

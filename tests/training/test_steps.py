@@ -601,7 +601,7 @@ def test_the_teacher_sees_the_pool_only_in_enough_noise(new_state: NewState) -> 
 def test_targets_of_several_steps_are_what_the_teacher_draws_from_the_same_noise(new_state: NewState) -> None:
     state = new_state(train__target_steps=3)
     student_pass = draw_student_pass(state)
-    pictures, pair = student_pass.pictures, state.pair
+    pictures = student_pass.pictures
     assert student_pass.alpha_bar.tolist() == [1.0] * len(pictures.latents)
     again = new_state(train__target_steps=3)
     again.generator.manual_seed(7)
