@@ -1,4 +1,4 @@
-"""Errors a person can act on. Every message says what is wrong, where, and what to do next.
+"""Errors a person can act on. Each says what is wrong, where, and what to do next.
 
     EchoDistillError            exit 1   anything that stops a command
     ├── ConfigError             exit 2   a flag, a config key or a value is wrong
@@ -16,11 +16,11 @@ from typing import ClassVar
 
 
 class EchoDistillError(Exception):
-    """Stops a command with one line: `message`, then, if there is one, the remedy `hint`.
+    """Stops a command with one line: the message, then the hint if there is one.
 
     Args:
-        message: what is wrong and where, naming the thing.
-        hint: what to do next; a command or a flag where there is one.
+        message: what is wrong, and which file, flag or setting it is.
+        hint: what to do next, with a command or a flag if possible.
     """
 
     exit_code: ClassVar[int] = 1
@@ -32,7 +32,7 @@ class EchoDistillError(Exception):
 
 
 class ConfigError(EchoDistillError):
-    """A flag, a config key or a value is wrong; nothing has been written."""
+    """A flag, a config key or a value is wrong. Nothing has been written."""
 
     exit_code = 2
 
@@ -50,16 +50,16 @@ class ModelError(EchoDistillError):
 
 
 class DeviceMemoryError(EchoDistillError):
-    """The device ran out of memory; the hint names the next setting to try."""
+    """The device ran out of memory. The hint names the next setting to try."""
 
     exit_code = 5
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of Python or of torch, which is not imported for it, means that memory ran out."""
+    """Return whether an error of Python or torch means that memory ran out. Does not import torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory")  # of MPS, and of the CPU's allocator
+    words = ("out of memory", "can't allocate memory")  # from MPS, and from the CPU allocator
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
@@ -67,8 +67,8 @@ class Interrupted(EchoDistillError):
     """A signal stopped the run after its state was saved.
 
     Args:
-        message: what was saved and how to go on.
-        signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 + that.
+        message: what was saved and how to continue.
+        signal_number: 2 (SIGINT) or 15 (SIGTERM); the exit code is 128 plus this number.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -1,9 +1,10 @@
-"""Writing files so that none is ever half there: a temporary name, then a rename; and errors in one line."""
+"""Write files atomically, explain failed writes in one line, and show paths without their folders."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -24,9 +25,9 @@ _REMEDIES = {
     errno.ENOTDIR: "A file stands where a folder is needed: choose another place with --output.",
     errno.ENAMETOOLONG: "The name is too long: choose a shorter one with --output.",
 }
-# How libraries tell of a failed write where Python would raise an OSError with a number; by their words, since none of
-# them is imported here. Those written in Rust (safetensors, tokenizers) name the number in the text alone, those before
-# safetensors 0.6 as the second does; torch and numpy tell no more than that a part is missing.
+# Libraries report a failed write with errors of their own, where Python raises an OSError with a number. They are
+# recognized by their words, because none of them is imported here. Libraries in Rust (safetensors, tokenizers) put the
+# number into the text, before safetensors 0.6 in the second form; torch and numpy only say that a part is missing.
 _NUMBERED = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
 _PARTLY_WRITTEN = re.compile(
     r"unexpected pos \d+ vs|iostream error|PytorchStreamWriter failed .*: file |requested and \d+ written"
@@ -35,11 +36,10 @@ _PARTLY_WRITTEN = re.compile(
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turn an `OSError` about `path`, and what libraries raise instead of one, into one line with a remedy.
+    """Context that turns a failed write to `path` into one line with a remedy. Other errors pass unchanged.
 
     Raises:
-        EchoDistillError: whenever the block raises an `OSError`, or a library could not write. Any other error of the
-            block passes unchanged.
+        EchoDistillError: the block raised an `OSError`, or what a library raises in its place.
     """
     try:
         yield
@@ -54,13 +54,13 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside `path` to write a file or folder to; rename it to `path` if the block succeeds.
+    """Context that yields a temporary path for a file or folder and renames it to `path` if the block succeeds.
 
-    An existing file is replaced, and a folder by a folder. On any failure it stays as it was, and nothing else is left
-    behind.
+    An existing file is replaced by a file, and an existing folder by a folder. After a failure `path` is unchanged and
+    nothing else is left behind.
 
     Raises:
-        EchoDistillError: the disk is full, the folder is missing or not writable.
+        EchoDistillError: the disk is full, or the folder is missing or not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -73,38 +73,44 @@ def atomically(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a whole file atomically; see `atomically` for its errors."""
+    """Write a file atomically; raises the errors of `atomically`."""
     with atomically(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a whole UTF-8 text file atomically; see `atomically` for its errors."""
+    """Write a UTF-8 text file atomically; raises the errors of `atomically`."""
     write_bytes(path, content.encode())
 
 
 def make_folder(path: Path) -> Path:
-    """Make a folder and its parents; one that is there is fine.
+    """Create a folder with its parents, unless it exists, and return it.
 
     Raises:
-        EchoDistillError: it cannot be made.
+        EchoDistillError: it cannot be created.
     """
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
 
 
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _failed_write(error: Exception) -> tuple[str | None, str | None]:
-    """Why a file could not be written, and what to do about it; no reason if the error is about something else."""
+    """Return the reason of a failed write and its remedy; the reason is None if the error is about something else."""
     text = str(error)
     if numbered := _NUMBERED.search(text):
-        # On Windows the number is its own, and only as the fourth argument is it turned into one of errno's.
+        # Windows has numbers of its own. OSError translates them to errno only if they are its fourth argument.
         number = int(numbered[1] or numbered[2])
         error = OSError(number, "", None, number)
     if isinstance(error, OSError) and error.errno:
         return error.strerror or os.strerror(error.errno), _REMEDIES.get(error.errno)
     if _PARTLY_WRITTEN.search(text):
-        return "not all of it was taken", _CUT_SHORT
+        return "only a part of it was written", _CUT_SHORT
     return (text, None) if isinstance(error, OSError) else (None, None)
 
 
@@ -112,7 +118,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
     if not (temporary.is_dir() and path.is_dir()):
         temporary.replace(path)
         return
-    # A folder cannot be renamed onto one with files in it: the old one steps aside, and comes back if that fails.
+    # A folder cannot be renamed onto one that holds files: move the old one aside, and back again if that fails.
     old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
     path.replace(old)
     try:
@@ -124,21 +130,21 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def _finish(path: Path) -> None:
-    """Have the operating system put a file, or the files of a folder, on the disk before it gets its final name.
+    """Flush a file, or the files of a folder, to the disk before the final rename, and give them usual permissions.
 
-    All get the usual permissions: safetensors 0.8 writes files that none but their owner may read.
+    safetensors 0.8 writes files that only their owner may read.
     """
-    os.umask(mask := os.umask(0))  # only by setting it can it be read
+    os.umask(mask := os.umask(0))  # there is no way to read it without setting it
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file():
             with file.open("rb+") as opened:
                 os.fsync(opened.fileno())
-            with contextlib.suppress(PermissionError):  # a file system that keeps none
+            with contextlib.suppress(PermissionError):  # the file system has no permissions
                 file.chmod(0o666 & ~mask)
 
 
 def _remove(path: Path) -> None:
-    with contextlib.suppress(OSError):  # such as a name too long to be asked about
+    with contextlib.suppress(OSError):  # for example, the name is too long
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
@@ -150,22 +156,22 @@ _RELATIVE = re.compile(r"\.\.?[/\\]")
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with `~` and `~user` replaced as a shell does it: those of an unknown user stay, where pathlib raises."""
+    """Return a path with `~` and `~user` expanded. An unknown user stays as it is, where pathlib raises."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
 def public_name(value: str) -> str:
-    """A path as its last part; any other text, such as a hub id, as it is."""
+    """Return the last part of a path, to hide folders of this machine; other text, such as a hub id, stays as it is."""
     return last_part(value) if is_path(value) else value
 
 
 def last_part(path: str) -> str:
-    """What stands behind the last separator of a path of any system."""
+    """Return the text after the last separator of a POSIX or Windows path."""
     return _SEPARATOR.split(path.rstrip("/\\"))[-1]
 
 
 def is_path(value: str) -> bool:
-    """Whether a text is a path: by its form, as it may be gone by now or of another machine, or as it is here."""
+    """Return whether a text is a path: by its form (it may be of another machine), or because it exists here."""
     if not _SEPARATOR.search(value):
         return False
     absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
@@ -173,5 +179,5 @@ def is_path(value: str) -> bool:
         return True
     try:
         return Path(value).exists()
-    except OSError:  # such as a prompt that is longer than any name
+    except OSError:  # for example, a prompt longer than any file name
         return False

@@ -26,6 +26,8 @@ KOHYA_PREFIXES = {
 }
 TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 LAYERS_PER_BLOCK = 2
+# A1111 gives `<lora:none:1>` and `<lora:addams:1>` a meaning of its own, so a LoRA cannot have these names.
+RESERVED_NAMES = ("none", "addams")
 
 
 @dataclass(frozen=True)

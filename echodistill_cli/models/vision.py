@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ModelError
-from echodistill_cli.files import expanded
+from echodistill_cli.files import public_name
 from echodistill_cli.models.sources import resolve
 
 # The paper's: ViT-B/32 and ViT-S/16. The main branches of both repositories have only pickled weights, which are never
@@ -47,7 +47,7 @@ def find_score_encoders(clip: str, dino: str, *, offline: bool) -> ScoreEncoders
     if not any((clip_folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(f"{clip}: it has no tokenizer.", "--clip takes a folder with tokenizer.json beside the model.")
     dino_folder = _find(dino, ("vit", "dinov2"), "--dino takes a ViTModel or Dinov2Model", offline)
-    return ScoreEncoders(clip_folder, dino_folder, _shown(clip), _shown(dino))
+    return ScoreEncoders(clip_folder, dino_folder, public_name(clip), public_name(dino))
 
 
 def _find(source: str, kinds: Sequence[str], wanted: str, offline: bool) -> Path:
@@ -60,11 +60,6 @@ def _find(source: str, kinds: Sequence[str], wanted: str, offline: bool) -> Path
     if not (folder / "preprocessor_config.json").is_file():
         raise ModelError(f"{source}: it has no preprocessor_config.json, which says how it sees pictures.")
     return folder
-
-
-def _shown(source: str) -> str:
-    path = expanded(source)
-    return path.resolve().name if path.is_dir() else source
 
 
 class ImageScorer:

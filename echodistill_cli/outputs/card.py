@@ -11,7 +11,7 @@ from echodistill_cli import __version__
 from echodistill_cli.config.build import config_hash
 from echodistill_cli.config.schema import Config
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.files import is_path, last_part
+from echodistill_cli.files import is_path, last_part, public_name
 
 _CARD = """\
 ---
@@ -116,7 +116,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
     Args:
         state: `TrainingState.state_dict()`. lora: the student's LoRA file. preview: its picture, relative to the card.
     """
-    student = _public_name(config.model.student)
+    student = public_name(config.model.student)
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
     return _CARD.format(
@@ -142,7 +142,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         text=_text_side(config),
         seed=config.run.seed,
         losses=", ".join(f"{name} {weight:g}" for name, weight in weights.items()),
-        critics=", ".join(_public_name(name) for name in config.critic.discriminators) or "none",
+        critics=", ".join(public_name(name) for name in config.critic.discriminators) or "none",
         echo=_echo(config, state),
         digest=config_hash(config)[:16],
     )
@@ -214,12 +214,7 @@ def _echo(config: Config, state: Mapping[str, Any]) -> str:
 
 
 def _linked(source: str) -> str:
-    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else _public_name(source)
-
-
-def _public_name(source: str) -> str:
-    """A hub id as it is; of a path on this machine, only the last part."""
-    return source if _is_hub_id(source) else last_part(source)
+    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else public_name(source)
 
 
 def _is_hub_id(source: str) -> bool:
