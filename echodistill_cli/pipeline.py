@@ -1,57 +1,93 @@
-"""The façade: one function per thing a person asks for. It wires objects together and holds no maths.
+"""The façade: one function per command. It wires the packages together and holds no math and no file format.
 
-`train`, `sample`, `export`, `check` and `inspect` are what the command line calls, and what a program may call as well.
+Each function takes one frozen request (or a `Config`) and returns one frozen result with `to_dict()`. `on_message` is
+called with lines about progress, `on_step` with the metrics of each training step. Torch is imported inside the
+functions only, so that a command that fails early does not wait for it.
 """
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from echodistill_cli.config.build import config_to_dict
 from echodistill_cli.config.schema import Config
-from echodistill_cli.data.photos import PhotoReport, check_photos, load_photos
-from echodistill_cli.errors import ConfigError
-from echodistill_cli.evaluation.evaluate import Evaluation, evaluate
-from echodistill_cli.lora.inspect import Inspection, inspect_file
-from echodistill_cli.models.sources import where
-from echodistill_cli.outputs.export import ExportResult, TrainResult, check_name, export, write_results
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
-from echodistill_cli.outputs.sample import Sample, WrittenSamples, sample, write_samples
-from echodistill_cli.planning import (
-    assumptions,
-    expected_memory,
-    memory_lines,
-    planned_downloads,
-    sources_of,
-    suit_device,
+from echodistill_cli.runs import (
+    OnMessage,
+    OnStep,
+    check_name,
+    check_output,
+    create_run,
+    resume_run,
+    resumed_config,
 )
-from echodistill_cli.runs import OnMessage, OnStep, Run, check_output, create_run, resume_run
-from echodistill_cli.training.loop import check_trackers, train_to_end
-from echodistill_cli.training.state import build_state
+
+if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when a type is needed
+    from echodistill_cli.data.photos import PhotoReport
+    from echodistill_cli.evaluation.dreambench import Benchmark
+    from echodistill_cli.evaluation.evaluate import Evaluation
+    from echodistill_cli.lora.inspect import Inspection
+    from echodistill_cli.outputs.export import ExportResult, TrainResult
+    from echodistill_cli.outputs.sample import Sample, WrittenSamples
+    from echodistill_cli.planning import Diagnosis, Plan
 
 __all__ = [
+    "Benchmark",
     "BenchmarkRequest",
+    "Diagnosis",
     "Evaluation",
     "EvaluationRequest",
     "ExportRequest",
     "ExportResult",
+    "Inspection",
+    "OnMessage",
+    "OnStep",
+    "PhotoReport",
+    "Plan",
     "Sample",
     "SampleRequest",
     "TrainResult",
     "WrittenSamples",
+    "benchmark",
     "check",
+    "doctor",
     "evaluate",
     "export",
+    "fit_to_memory",
     "inspect",
     "plan",
+    "require_photos",
+    "resumed_config",
     "sample",
-    "suited",
     "train",
     "write_samples",
 ]
+_RESULTS = {
+    "Benchmark": "evaluation.dreambench",
+    "Diagnosis": "planning",
+    "Evaluation": "evaluation.evaluate",
+    "ExportResult": "outputs.export",
+    "Inspection": "lora.inspect",
+    "PhotoReport": "data.photos",
+    "Plan": "planning",
+    "Sample": "outputs.sample",
+    "TrainResult": "outputs.export",
+    "WrittenSamples": "outputs.sample",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a result type when it is first used."""
+    if name not in _RESULTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"echodistill_cli.{_RESULTS[name]}"), name)
+
+
+def _ignore(_: object) -> None:
+    """Drop a message or a step's metrics."""
 
 
 def train(
@@ -60,17 +96,26 @@ def train(
     overwrite: bool = False,
     resume: bool = False,
     from_step: int | None = None,
-    on_step: OnStep = lambda _metrics: None,
-    on_message: OnMessage = lambda _line: None,
+    on_step: OnStep = _ignore,
+    on_message: OnMessage = _ignore,
 ) -> TrainResult:
-    """Learn a subject: photos in, LoRA files out.
+    """Train teacher and student on a subject's photos, and write their LoRA files.
 
     Args:
-        overwrite: replace the run that is in the way. resume: go on with it, from its newest checkpoint or `from_step`.
-        observe: called after each step with its metrics. say: called with lines on what is being done.
+        config: of the run.
+        overwrite: replace an existing run at `config.output`.
+        resume: continue the run at `config.output`.
+        from_step: with `resume`, the checkpoint to continue from; None for the newest.
+        on_step: called with the metrics of each step.
+        on_message: called with lines about progress.
 
     Raises:
-        EchoDistillError: any of its children; see there.
+        ConfigError: a setting is wrong, or the output exists, or a run cannot be resumed with these settings.
+        PhotoError: there are too few usable photos.
+        ModelError: a model is missing or does not fit.
+        DeviceMemoryError: the device ran out of memory.
+        Interrupted: SIGINT or SIGTERM stopped the run; its state is saved.
+        EchoDistillError: training diverged, or a file could not be written.
     """
     started = time.time()
     report = _check_before(config)
@@ -79,7 +124,13 @@ def train(
     if not resume:
         check_output(config, overwrite=overwrite)
     run = resume_run(config) if resume else None
-    saved = _saved_state(run, from_step, len(report.photos)) if run else None
+    saved = run.resumable_state(from_step, len(report.photos)) if run else None
+
+    from echodistill_cli.outputs.export import write_results
+    from echodistill_cli.planning import assumptions
+    from echodistill_cli.training.loop import train_to_end
+    from echodistill_cli.training.state import build_state
+
     for line in assumptions(config.model):
         on_message(line)
     on_message(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(report.photos)} photos")
@@ -91,53 +142,167 @@ def train(
             state.load_state_dict(saved)
         run.rewind(state.step)
     begun = state.step or state.head_start_step
-    on_message(f"Training in {run.folder}, {f'on from {state.place}' if begun else 'from the start'}")
+    on_message(f"Training in {run.folder}, {f'continuing after {state.place}' if begun else 'from the start'}")
     train_to_end(state, run, on_step, on_message)
     return write_results(state.pair, state.state_dict(), run, started, on_message)
 
 
-def suited(
-    build: Callable[[Mapping[str, Any]], Config], vram: str, on_message: OnMessage = lambda _line: None
-) -> Config:
-    """The configuration with what suits a device of `vram` GiB (or "auto") under what was set; says what it chose.
+def plan(config: Config) -> Plan:
+    """Return what `train` would do: photos, models and where they are, downloads and memory. Loads no model.
 
     Raises:
-        ConfigError: nothing fits. ModelError: the model's size is not known.
-    """
-    chosen = suit_device(build, vram)
-    for line in memory_lines(chosen):
-        on_message(line)
-    return build(chosen.settings)
-
-
-def plan(config: Config) -> dict[str, Any]:
-    """What `train` would do with a configuration: photos, models and where they are, steps; loads and writes nothing.
-
-    Raises:
-        PhotoError: the photos will not do. ConfigError: a setting is wrong.
+        ConfigError: a setting is wrong.
+        PhotoError: there are too few usable photos.
     """
     report = _check_before(config)
-    memory = expected_memory(config)
-    return {
-        "subject": config.subject,
-        "photos": len(report.photos),
-        "warnings": list(_warnings(config, report)),
-        "models": {source: where(source) for source, _, _ in sources_of(config)},
-        "assumptions": list(assumptions(config.model)),
-        "downloads": {download.file: download.size for download in planned_downloads(config)},
-        "memory": None if memory is None else {"gib": memory.total, "parts": dict(memory.parts)},
-        "steps": config.train.steps,
-        "echo_from_step": config.echo.start,
-        "output": str(config.output),
-        "output_exists": config.output.exists(),
-        "config": config_to_dict(config),
-    }
+
+    from echodistill_cli.planning import plan_run
+
+    return plan_run(config, len(report.photos), tuple(_warnings(config, report)))
+
+
+def fit_to_memory(
+    build: Callable[[Mapping[str, Any]], Config], vram: str, *, on_message: OnMessage = _ignore
+) -> Config:
+    """Return a configuration that fits a device, and report what was chosen.
+
+    Args:
+        build: makes the configuration; takes the chosen settings as defaults below what a person set.
+        vram: memory of the device in GiB, or "auto" for the device of the run.
+        on_message: called with the chosen settings and the expected memory.
+
+    Raises:
+        ConfigError: nothing fits, or `vram` is not a number.
+        ModelError: the size of the model is not known.
+    """
+    from echodistill_cli import planning
+
+    memory_plan = planning.fit_to_memory(build, vram)
+    for line in planning.memory_lines(memory_plan):
+        on_message(line)
+    return build(memory_plan.settings)
+
+
+def sample(request: SampleRequest, *, on_message: OnMessage = _ignore) -> Iterator[Sample]:
+    """Generate images with a trained LoRA, in the order of prompts, then seeds.
+
+    Raises:
+        ConfigError: there is no run or LoRA file to sample from.
+        ModelError: a model is missing, or the LoRA does not fit it.
+    """
+    from echodistill_cli.outputs.sample import sample as sample_images
+
+    return sample_images(request, on_message)
+
+
+def write_samples(request: SampleRequest, folder: Path, *, on_message: OnMessage = _ignore) -> WrittenSamples:
+    """Generate images and write one PNG each, and a grid of all; nothing is overwritten.
+
+    Raises:
+        ConfigError: there is no run or LoRA file to sample from.
+        ModelError: a model is missing, or the LoRA does not fit it.
+        EchoDistillError: a file cannot be written.
+    """
+    from echodistill_cli.outputs.sample import write_samples as write_images
+
+    return write_images(request, folder, on_message)
+
+
+def export(request: ExportRequest, *, on_message: OnMessage = _ignore) -> ExportResult:
+    """Write LoRA files, merged models or ONNX graphs for other tools, and push them to the hub on request.
+
+    Raises:
+        ConfigError: there is no such run, or a file exists already.
+        ModelError: a model is missing, or the LoRA does not fit it.
+        EchoDistillError: a file cannot be written or pushed.
+    """
+    from echodistill_cli.outputs.export import export as write_export
+
+    return write_export(request, on_message)
+
+
+def evaluate(request: EvaluationRequest, *, on_message: OnMessage = _ignore) -> Evaluation:
+    """Generate what is missing, score it with CLIP-I, DINO and CLIP-T, and write `evaluation.json`.
+
+    Raises:
+        ConfigError: there is no LoRA, or its subject is not known.
+        PhotoError: there is no usable photo.
+        ModelError: a model or an encoder is missing or does not fit.
+    """
+    from echodistill_cli.evaluation.evaluate import evaluate as score_images
+
+    return score_images(request, on_message)
+
+
+def benchmark(request: BenchmarkRequest, *, on_step: OnStep = _ignore, on_message: OnMessage = _ignore) -> Benchmark:
+    """Train, generate and score every DreamBench subject that has no result yet.
+
+    Raises:
+        ConfigError: the checkout is incomplete, or a run was made with other settings.
+        ModelError: a model or an encoder is missing or does not fit.
+        Interrupted: SIGINT or SIGTERM came; the same call continues from there.
+    """
+    from echodistill_cli.evaluation.dreambench import run_benchmark
+
+    return run_benchmark(request, train, on_message, on_step)
+
+
+def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:
+    """Return a verdict on each file of a photo folder. Loads no model.
+
+    Args:
+        folder: with the photos.
+        resolution: side of the training images, in pixels.
+        masks: "off" ignores subject masks.
+        captions: read the .txt files.
+
+    Raises:
+        PhotoError: the folder is missing or cannot be read.
+    """
+    from echodistill_cli.data.photos import check_photos
+
+    return check_photos(folder, resolution=resolution, masks=masks, captions=captions)
+
+
+def require_photos(report: PhotoReport, folder: Path, min_photos: int) -> None:
+    """Check that a report has enough usable photos.
+
+    Raises:
+        PhotoError: there are fewer than `min_photos`; it names the skipped files.
+    """
+    from echodistill_cli.data.photos import require_enough
+
+    require_enough(report, folder, min_photos)
+
+
+def inspect(file: Path) -> Inspection:
+    """Return what a LoRA or token file is, and which tools load it.
+
+    Raises:
+        ConfigError: the file does not exist.
+        ModelError: the file is damaged or not a safetensors file.
+    """
+    from echodistill_cli.lora.inspect import inspect_file
+
+    return inspect_file(file)
+
+
+def doctor() -> Diagnosis:
+    """Return versions, devices and memory of this machine, and what it can train. Opens no socket."""
+    from echodistill_cli.planning import diagnose
+
+    return diagnose()
 
 
 def _check_before(config: Config) -> PhotoReport:
-    """The photos, after all that would otherwise be found wrong only when models are loaded, or a run has ended."""
+    """Return the photos, after every check that needs no model."""
+    from echodistill_cli.data.photos import load_photos
+
     check_name(config)
-    check_trackers(config.run.report_to)
+    if config.run.report_to:
+        from echodistill_cli.training.loop import check_trackers
+
+        check_trackers(config.run.report_to)
     return load_photos(
         Path(config.concept.photos),
         min_photos=config.concept.min_photos,
@@ -147,46 +312,28 @@ def _check_before(config: Config) -> PhotoReport:
     )
 
 
-def _saved_state(run: Run, step: int | None, photos: int) -> dict[str, Any] | None:
-    """What a run saved last, or at a step; None if it was stopped before it saved anything."""
-    if step is None and not run.list_checkpoints():
-        return None
-    saved = run.load_checkpoint(step)
-    if saved["photo_count"] != photos:
-        raise ConfigError(
-            f"{run.folder} was trained on {saved['photo_count']} photos, and {run.config.concept.photos} has {photos}.",
-            "Resume with the same photos, or start anew in another --output.",
-        )
-    if saved["step"] > run.config.train.steps:
-        raise ConfigError(
-            f"{run.folder} is at step {saved['step']} already, beyond --steps {run.config.train.steps}.",
-            f"End it there with --steps {saved['step']}, or go back with --from-step.",
-        )
-    return saved
-
-
 def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
     for file in report.files:
         if file.verdict != "ok":
             yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
     yield from report.warnings
-    wanting = {
+    yield from _setting_warnings(config)
+
+
+def _setting_warnings(config: Config) -> Iterator[str]:
+    """Yield a line for each setting that has no effect without another one."""
+    train, start, once = config.train, config.echo.start, config.train.target_steps == 1
+    needs_class_name = {
         "--masks teacher": config.concept.masks == "teacher",
         "--recolour": config.concept.recolour,
         "--tint-scenes": config.concept.tint_scenes,
         "--prior-weight": config.loss.prior,
-        "--class-share": config.replays and config.train.class_share,
-        "--pair-share": config.replays and config.train.pair_share,
+        "--class-share": config.replays and train.class_share,
+        "--pair-share": config.replays and train.pair_share,
     }
-    if config.concept.class_name is None and any(wanting.values()):
-        yield f"Without --class-name nothing comes of {', '.join(flag for flag, on in wanting.items() if on)}."
-    yield from _settings_without_effect(config)
-
-
-def _settings_without_effect(config: Config) -> Iterator[str]:
-    """A line for what was asked for in vain, with what it waits for."""
-    train, start, once = config.train, config.echo.start, config.train.target_steps == 1
-    in_vain = (
+    if config.concept.class_name is None and any(needs_class_name.values()):
+        yield f"Without --class-name nothing comes of {', '.join(flag for flag, on in needs_class_name.items() if on)}."
+    without_effect = (
         ("--target-steps above 1", "--target-strength", once and train.target_strength < 1),
         ("--target-steps above 1", "--replays", once and train.replays),
         ("loss.latent above 0", "--replays", not config.loss.latent and train.replays),
@@ -194,26 +341,8 @@ def _settings_without_effect(config: Config) -> Iterator[str]:
         ("--replays", "--class-share", train.class_share and not train.replays),
         ("--replays", "--pair-share", train.pair_share and not train.replays),
     )
-    yield from (f"Without {needed} nothing comes of {flag}." for needed, flag, vain in in_vain if vain)
+    yield from (f"Without {needed} nothing comes of {flag}." for needed, flag, vain in without_effect if vain)
     if train.scene_share and train.photo_prompts == train.batch_size:
         yield f"--scene-share {train.scene_share:g} of --batch-size {train.batch_size} is no whole sample: no scenes."
     if start is not None and start > train.steps:
         yield f"The echo would begin at step {start} of {train.steps}: there is none. --echo-start says when."
-
-
-def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:
-    """A verdict on every file of a folder of photos; no model is loaded.
-
-    Raises:
-        PhotoError: the folder is missing, or has no picture.
-    """
-    return check_photos(folder, resolution=resolution, masks=masks, captions=captions)
-
-
-def inspect(file: Path) -> Inspection:
-    """What a LoRA or token file is, and which tools load it.
-
-    Raises:
-        ModelError: the file is missing, damaged or no safetensors file.
-    """
-    return inspect_file(file)

@@ -1,4 +1,4 @@
-"""What a run would load, fetch and need, before anything of it is done."""
+"""Before a run: what it loads, downloads and needs, which settings fit a device, and what this machine has (doctor)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import torch
 
 from echodistill_cli import __version__
-from echodistill_cli.config.build import build_config
+from echodistill_cli.config.build import build_config, config_to_dict
 from echodistill_cli.config.catalogue import PRESETS
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.pair import Family
@@ -35,7 +35,7 @@ from echodistill_cli.models.device import (
 )
 from echodistill_cli.models.load import TINY_DECODERS
 from echodistill_cli.models.single_file import prediction_in, shipped_configuration
-from echodistill_cli.models.sources import Download, downloads, is_cached, is_embedded, resolve
+from echodistill_cli.models.sources import Download, downloads, is_cached, is_embedded, resolve, where
 from echodistill_cli.models.vision import IMAGE_BACKBONES
 
 _UNET_PARTS = ("unet", "scheduler")
@@ -67,8 +67,71 @@ def family_of(model: ModelConfig) -> Family | None:
     return _KNOWN_WIDTHS.get(settings.get("cross_attention_dim"))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What `train` would do with a configuration.
+
+    Args:
+        config: all settings of the run.
+        photos: number of usable photos.
+        warnings: about photos, and about settings without effect.
+        models: where each model is, by its source.
+        assumptions: what the run assumes about the models.
+        downloads: bytes of each file that would be downloaded first; None if the size is not known.
+        memory: on the device; None for models of unknown size.
+        output_exists: the run folder exists already.
+    """
+
+    config: Config
+    photos: int
+    warnings: tuple[str, ...]
+    models: Mapping[str, str]
+    assumptions: tuple[str, ...]
+    downloads: Mapping[str, int | None]
+    memory: Estimate | None
+    output_exists: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        memory = self.memory and {"gib": self.memory.total, "parts": dict(self.memory.parts)}
+        return {
+            "subject": self.config.subject,
+            "photos": self.photos,
+            "warnings": list(self.warnings),
+            "models": dict(self.models),
+            "assumptions": list(self.assumptions),
+            "downloads": dict(self.downloads),
+            "memory": memory,
+            "steps": self.config.train.steps,
+            "echo_from_step": self.config.echo.start,
+            "output": str(self.config.output),
+            "output_exists": self.output_exists,
+            "config": config_to_dict(self.config),
+        }
+
+
+def plan_run(config: Config, photos: int, warnings: tuple[str, ...]) -> Plan:
+    """Return what a run would do. Loads no model.
+
+    Args:
+        config: of the run.
+        photos: number of usable photos.
+        warnings: about photos and settings.
+    """
+    return Plan(
+        config=config,
+        photos=photos,
+        warnings=warnings,
+        models={source: where(source) for source, _, _ in sources_of(config)},
+        assumptions=tuple(assumptions(config.model)),
+        downloads={download.file: download.size for download in planned_downloads(config)},
+        memory=expected_memory(config),
+        output_exists=config.output.exists(),
+    )
+
+
 def sources_of(config: Config) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
-    """Every model that a run loads: source, parts, revision."""
+    """Yield every model that a run loads: source, parts, revision."""
     model, family = config.model, family_of(config.model) or "sd"
     yield model.student, (*_UNET_PARTS, *_SHARED_PARTS[family]), model.student_revision
     yield model.teacher, _UNET_PARTS, model.teacher_revision
@@ -81,7 +144,7 @@ def sources_of(config: Config) -> Iterator[tuple[str, tuple[str, ...], str | Non
 
 
 def planned_downloads(config: Config) -> list[Download]:
-    """Every file that a run would fetch first; the hub is asked for sizes unless this is offline."""
+    """Return every file that a run would download first. Asks the hub for sizes unless `model.offline` is set."""
     model = config.model
     return [
         download
@@ -91,7 +154,7 @@ def planned_downloads(config: Config) -> list[Download]:
 
 
 def expected_memory(config: Config) -> Estimate | None:
-    """What a run needs on its device; None for models of no known size."""
+    """Return the device memory that a run needs; None for models of unknown size."""
     family = family_of(config.model)
     if family is None:
         return None
@@ -99,26 +162,28 @@ def expected_memory(config: Config) -> Estimate | None:
     return estimate(config, family, half=dtype.itemsize == 2)
 
 
-def suit_device(build: Callable[[Mapping[str, Any]], Config], vram: str) -> MemoryPlan:
-    """The settings that fit a device of `vram` GiB; "auto" for the device that the run is for.
+def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> MemoryPlan:
+    """Return the settings that fit a device.
 
     Args:
-        build: the configuration, with some settings as defaults under whatever a person set.
+        build: makes the configuration; takes the chosen settings as defaults below what a person set.
+        vram: memory of the device in GiB, or "auto" for the device of the run.
 
     Raises:
-        ConfigError: nothing fits. ModelError: the model's size is not known.
+        ConfigError: nothing fits, or `vram` is not a number.
+        ModelError: the size of the model is not known.
     """
     config = build({})
     family = family_of(config.model)
     if family is None:
         raise ModelError(
-            f"{config.model.student}: how much memory it needs is not known.",
-            "Do without --vram: it knows models of the size of SD-Turbo and SDXL-Turbo.",
+            f"The memory that {config.model.student} needs is not known.",
+            "Omit --vram, which supports models of the size of SD-Turbo and SDXL-Turbo.",
         )
     budget = None if vram == "auto" else _gib(vram)
     device = pick_device(config.model.device)
     precision = _PRECISIONS[str(pick_dtype("auto", device)).removeprefix("torch.")]
-    # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
+    # bf16 is slow on a CPU, but float32 may not fit into its memory. A number may be meant for another machine.
     if device.type == "cpu" or (budget is not None and precision == "fp32"):
         precision = "bf16"
     return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision)
@@ -127,42 +192,36 @@ def suit_device(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Memo
 def _gib(text: str) -> float:
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)
-    raise ConfigError(f"--vram {text}: it takes a number of GiB, such as 8, 12, 16 or 24, or auto.")
+    raise ConfigError(f"--vram {text} is not a number.", "Use GiB, such as 8, 12, 16 or 24, or auto.")
 
 
 def memory_lines(plan: MemoryPlan) -> Iterator[str]:
-    """What a plan chose and expects, for people."""
-    chosen = ", ".join(f"{key} = {shown(value)}" for key, value in plan.settings.items())
-    yield f"Plan for {plan.budget:.1f} GiB: {chosen}"
-    yield estimate_line(plan.estimate)
+    """Yield the chosen settings and the expected memory of a memory plan, a line each."""
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in plan.estimate.parts.items())
+    yield f"Plan for {plan.budget:.1f} GiB: {_settings_line(plan)}"
+    yield f"About {plan.estimate.total:.1f} GiB of device memory: {parts}"
 
 
-def estimate_line(expected: Estimate) -> str:
-    """An estimate for people, such as "About 7.2 GiB: UNets 3.2, …"."""
-    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in expected.parts.items())
-    return f"About {expected.total:.1f} GiB of device memory: {parts}"
+def _settings_line(plan: MemoryPlan) -> str:
+    texts = {key: ",".join(value) if isinstance(value, tuple) else str(value) for key, value in plan.settings.items()}
+    return ", ".join(f"{key} = {text}" for key, text in texts.items())
 
 
 def assumptions(model: ModelConfig) -> Iterator[str]:
-    """What people should know of the models before anything starts: what is a toy, what single files do not say."""
+    """Yield what a run assumes about its models: which are toys, and what single files do not say."""
     for preset in PRESETS.values():
         if is_embedded(model.student) and preset.settings["model"]["student"] == model.student:
             yield f"{model.student}: {preset.about}"
     for role in ("student", "teacher"):
         path = expanded(getattr(model, role))
-        named = getattr(model, "single_file_config" if role == "student" else "teacher_single_file_config")
-        if not path.is_file() or path.suffix != ".safetensors" or named:
+        folder = getattr(model, "single_file_config" if role == "student" else "teacher_single_file_config")
+        if not path.is_file() or path.suffix != ".safetensors" or folder:
             continue
         if getattr(model, f"{role}_prediction") == "auto" and prediction_in(path) is None:
             yield (
-                f"{path.name} does not say what it predicts; taken as noise (epsilon). "
+                f"{path.name} does not say what it predicts; noise (epsilon) is assumed. "
                 f"For a 768-pixel SD 2 model: --{role}-prediction v_prediction"
             )
-
-
-def shown(value: object) -> str:
-    """A setting's value for people."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggingface-hub", "safetensors", "pillow")
@@ -170,7 +229,17 @@ _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "huggin
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Versions, devices, room and advice; `to_dict` gives plain values for JSON."""
+    """What this machine has and can train.
+
+    Args:
+        versions: of this package, Python, the system and the libraries.
+        devices: what each device is, by its name.
+        memory_gib: of the machine.
+        disk_free_gib: where models are cached.
+        cache: the folder of cached models.
+        cached_models: whether the models of each preset are in the cache.
+        advice: a line per preset.
+    """
 
     versions: dict[str, str]
     devices: dict[str, str]
@@ -181,12 +250,12 @@ class Diagnosis:
     advice: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Plain values for JSON."""
         return asdict(self)
 
 
 def diagnose() -> Diagnosis:
-    """Look at this machine; opens no socket."""
+    """Return versions, devices and memory of this machine, and which presets fit. Opens no socket."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
@@ -222,7 +291,7 @@ def _devices() -> dict[str, str]:
 
 
 def _advice(preset: str) -> str:
-    """Whether a preset fits here, and the settings with which it does."""
+    """Return whether a preset fits this machine, and with which settings."""
     if PRESETS[preset].family is None:
         return (
             f"{preset}: runs on any machine in minutes, {PRESETS[preset].about}. "
@@ -230,11 +299,11 @@ def _advice(preset: str) -> str:
         )
     build = functools.partial(build_config, preset, None, {"model.offline": True})
     device = pick_device("auto")
-    where = f"this machine's {device.type.upper()}"
+    machine = f"this machine's {device.type.upper()}"
     try:
-        plan = suit_device(build, "auto")
+        plan = fit_to_memory(build, "auto")
     except ConfigError as error:
-        return f"{preset}: does not fit on {where}. {error.message}"
-    chosen = ", ".join(f"{key} = {shown(value)}" for key, value in plan.settings.items())
+        return f"{preset}: does not fit on {machine}. {error.message}"
     slow = ", slowly (minutes per step)" if device.type == "cpu" else ""
-    return f"{preset} --vram auto: runs on {where}{slow}, in about {plan.estimate.total:.1f} GiB: {chosen}"
+    needs = f"about {plan.estimate.total:.1f} GiB"
+    return f"{preset} --vram auto: runs on {machine}{slow}, in {needs}: {_settings_line(plan)}"

@@ -128,7 +128,7 @@ def test_only_the_newest_checkpoints_are_kept(run: Run) -> None:
     assert [path.name for path in run.list_checkpoints()] == ["step-000015", "step-000020"]
     assert run.load_checkpoint()["step"] == 20
     assert run.load_checkpoint(15)["step"] == 15
-    with pytest.raises(ConfigError, match=r"no checkpoint of step 10\. There is one of 15, 20\."):
+    with pytest.raises(ConfigError, match=r"no checkpoint of step 10\. Choose one of 15, 20\."):
         run.load_checkpoint(10)
 
 

@@ -1,6 +1,7 @@
-"""The command line: parse, build a `Config`, make one pipeline call, print. torch is imported inside the commands only.
+"""The program: commands, exit codes and signals. Each command parses, makes one pipeline call and prints.
 
-stdout carries the result (a path, or with --json one object); stderr carries progress and errors.
+The result goes to stdout (paths, a table, or with --json one object), progress and errors go to stderr. Nothing here
+imports torch: `echodistill --help` is quick.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from echodistill_cli import __version__
+from echodistill_cli import __version__, pipeline
 from echodistill_cli.cli.evaluate import evaluate
 from echodistill_cli.cli.export import export
 from echodistill_cli.cli.options import ALIASES, Json, accepting_aliases, bool_option, quiet_libraries, value_option
@@ -28,81 +29,77 @@ from echodistill_cli.errors import DeviceMemoryError, EchoDistillError, Interrup
 
 app = typer.Typer(
     name="echodistill",
-    help="Personalize one-step text-to-image models: a few photos and a rare word in, a LoRA out.",
+    help="Personalize one-step text-to-image models: from a few photos and a rare token to a LoRA.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]} | accepting_aliases(),
     rich_markup_mode="rich",
 )
 
 
-def show_version(wanted: bool) -> None:
-    """Print the version and end."""
-    if wanted:
+def show_version(requested: bool) -> None:
+    """Print the version and exit, if it is requested."""
+    if requested:
         print(f"echodistill {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def version_option(
-    version: Annotated[  # its callback does it, before Typer asks for a command
+    version: Annotated[  # its callback runs before Typer requires a command
         bool, typer.Option("--version", metavar="", help="print the version", is_eager=True, callback=show_version)
     ] = False,
 ) -> None:
     """Options of the program itself."""
 
 
-_DRAWING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
+_SAMPLING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
 app.command(context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
-app.command(context_settings=accepting_aliases(_DRAWING_ALIASES))(sample)
+app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
 app.command()(export)
-app.command(context_settings=accepting_aliases(_DRAWING_ALIASES))(evaluate)
+app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
 
 
 @app.command()
 def check(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos")],
-    resolution: Annotated[int, value_option("N", "side that training will use", min=16)] = 512,
-    min_photos: Annotated[int, value_option("N", "fewest usable photos", min=1)] = 3,
-    masks: Annotated[Literal["auto", "off"], typer.Option(help="auto: alpha and masks/ say what is subject")] = "auto",
+    resolution: Annotated[int, value_option("N", "side of the training images in pixels", min=16)] = 512,
+    min_photos: Annotated[int, value_option("N", "fail with fewer usable photos", min=1)] = 3,
+    masks: Annotated[
+        Literal["auto", "off"], typer.Option(help="subject masks: auto = alpha channel or masks/NAME.png")
+    ] = "auto",
     captions: Annotated[bool, bool_option("--captions/--no-captions", "read sidecar .txt files")] = True,
     as_json: Json = False,
 ) -> None:
-    """Look at every photo as training would, and say what is wrong with each."""
-    from echodistill_cli.data import photos as checking
-
-    report = checking.check_photos(photos, resolution=resolution, masks=masks, captions=captions)
+    """Check each photo as `train` does, and show a verdict on each."""
+    report = pipeline.check(photos, resolution=resolution, masks=masks, captions=captions)
     print_table(report.to_dict(), photo_table(report), as_json=as_json)
-    checking.require_enough(report, photos, min_photos)
+    pipeline.require_photos(report, photos, min_photos)
 
 
 @app.command()
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a .safetensors file")], as_json: Json = False
 ) -> None:
-    """Say what a LoRA or token file is, and which tools load it."""
-    from echodistill_cli.lora.inspect import inspect_file
-
-    found = inspect_file(file)
-    print_table(found.to_dict(), inspection_table(found), as_json=as_json)
+    """Show what a LoRA or token file is, and which tools load it."""
+    inspection = pipeline.inspect(file)
+    print_table(inspection.to_dict(), inspection_table(inspection), as_json=as_json)
 
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and memory, and what this machine can train."""
     quiet_libraries(offline=True, quiet=True)
-    from echodistill_cli.planning import diagnose
-
-    found = diagnose()
-    print_table(found.to_dict(), diagnosis_table(found), as_json=as_json)
+    diagnosis = pipeline.doctor()
+    print_table(diagnosis.to_dict(), diagnosis_table(diagnosis), as_json=as_json)
 
 
 class Terminated(SystemExit):
-    """SIGTERM came; as an exception, so that what stands half-written is cleaned up on the way out."""
+    """SIGTERM as an exception, so that temporary files are removed on the way out."""
 
 
 @contextmanager
 def terminating() -> Iterator[None]:
-    """A context in which SIGTERM raises `Terminated`, as SIGINT raises `KeyboardInterrupt`."""
+    """Context in which SIGTERM raises `Terminated`, as SIGINT raises `KeyboardInterrupt`."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         raise Terminated(128 + number)
@@ -118,15 +115,15 @@ def terminating() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The console script; turns whatever stops a command into one line on stderr and an exit code."""
+    """Run the console script. Any error becomes one line on stderr and an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with terminating():
             code = app(args=arguments or ["--help"], prog_name="echodistill", standalone_mode=False)
     except typer.TyperException as error:
-        what = error.format_message()
-        full_stop = "" if what.endswith((".", "?")) else "."
-        _fail(f"{what}{full_stop} Help: echodistill {_command(arguments)}--help", error.exit_code)
+        message = error.format_message()
+        full_stop = "" if message.endswith((".", "?")) else "."
+        _fail(f"{message}{full_stop} Help: echodistill {_command(arguments)}--help", error.exit_code)
     except Interrupted as stopped:
         _fail(str(stopped), 128 + stopped.signal_number, label="")
     except Terminated:
@@ -136,11 +133,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        wanted = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
-        asked = f" when asking for {wanted[1]}" if wanted else ""
-        hint = "Try a smaller --batch-size or picture size, --precision bf16, or a device with more memory."
-        _fail(f"Out of memory{asked}. {hint}", DeviceMemoryError.exit_code)
-    if code == 130:  # what Typer makes of KeyboardInterrupt
+        size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
+        detail = f" while allocating {size[1]}" if size else ""
+        hint = "Try a smaller --batch-size or image size, --precision bf16, or a device with more memory."
+        _fail(f"Out of memory{detail}. {hint}", DeviceMemoryError.exit_code)
+    if code == 130:  # Typer returns it after a KeyboardInterrupt
         _fail("Interrupted.", code, label="")
     sys.exit(code or 0)
 

@@ -125,20 +125,18 @@ def evaluate(
         overrides = {key: value for key, value in training.items() if value is not None}
         build = functools.partial(_build, model, config_file, overrides)
         settings = {"build": build, "names": subject or (), "clip": clip, "dino": dino}
-        watch = functools.partial(TrainingProgress, stderr_console(), quiet=quiet)
-        result = _benchmark(dreambench, output or Path("dreambench"), drawing, settings, watch, on_message)
-        print_table(result, benchmark_table(result), as_json=as_json)
+        with TrainingProgress(stderr_console(), build({}), quiet=quiet) as progress:
+            result = _benchmark(dreambench, output or Path("dreambench"), drawing, settings, progress)
+        print_table(result.to_dict(), benchmark_table(result), as_json=as_json)
 
 
 def _measure(
     photos: Path, drawing: Mapping[str, Any], settings: Mapping[str, Any], on_message: Callable[[str], None]
 ) -> Any:
     from echodistill_cli import pipeline
-    from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
-    from echodistill_cli.outputs.requests import EvaluationRequest
 
-    asked = pipeline.SampleRequest(**{**drawing, "prompts": drawing["prompts"] or EVALUATION_TEMPLATES})
-    return pipeline.evaluate(EvaluationRequest(photos, asked, **settings), on_message)
+    request = pipeline.EvaluationRequest(photos, pipeline.SampleRequest(**drawing), **settings)
+    return pipeline.evaluate(request, on_message=on_message)
 
 
 def _benchmark(
@@ -146,15 +144,12 @@ def _benchmark(
     output: Path,
     drawing: Mapping[str, Any],
     settings: Mapping[str, Any],
-    watch: Callable[[Config], TrainingProgress],
-    on_message: Callable[[str], None],
-) -> dict[str, Any]:
+    progress: TrainingProgress,
+) -> Any:
     from echodistill_cli import pipeline
-    from echodistill_cli.evaluation import dreambench
 
-    asked = pipeline.SampleRequest(**drawing)
-    request = pipeline.BenchmarkRequest(folder, output, drawing=asked, **settings)
-    return dreambench.run_benchmark(request, pipeline.train, watch, on_message)
+    request = pipeline.BenchmarkRequest(folder, output, drawing=pipeline.SampleRequest(**drawing), **settings)
+    return pipeline.benchmark(request, on_step=progress.on_step, on_message=progress.on_message)
 
 
 def _build(model: str | None, file: Path | None, chosen: Mapping[str, Any], own: Mapping[str, Any]) -> Config:

@@ -22,7 +22,7 @@ from echodistill_cli.cli.show import TrainingProgress, plan_table, print_paths, 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.catalogue import PRESETS
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.runs import resumed_config
+from echodistill_cli.pipeline import resumed_config
 
 MODELS = f"{', '.join(PRESETS)}, a hub id, a folder or a .safetensors file"
 ALSO = "Names that other trainers use, such as --network_dim, --learning_rate and --max_train_steps, are understood."
@@ -70,10 +70,11 @@ def train(
     from echodistill_cli import pipeline
 
     if vram is not None and not own:
-        config = pipeline.suited(functools.partial(build, overrides), vram, say_to(stderr_console(), quiet=quiet))
+        on_message = say_to(stderr_console(), quiet=quiet)
+        config = pipeline.fit_to_memory(functools.partial(build, overrides), vram, on_message=on_message)
     if dry_run:
         plan = pipeline.plan(config)
-        print_table(plan, plan_table(plan), as_json=as_json)
+        print_table(plan.to_dict(), plan_table(plan), as_json=as_json)
         return
     with TrainingProgress(stderr_console(), config, quiet=quiet) as progress:
         result = pipeline.train(

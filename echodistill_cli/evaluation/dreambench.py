@@ -12,8 +12,7 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,14 +44,23 @@ class Subject:
     templates: tuple[str, ...]
 
 
-class Watch(Protocol):
-    """What shows a training run; `progress.TrainingProgress` is one."""
+@dataclass(frozen=True)
+class Benchmark:
+    """Scores of the benchmark.
 
-    on_message: OnMessage
+    Args:
+        file: `results.json`.
+        subjects: scores and counts by subject.
+        mean: of each score over the subjects; None if no subject has it.
+    """
 
-    @property
-    def on_step(self) -> OnStep:
-        """Called after each step with its metrics."""
+    file: Path
+    subjects: Mapping[str, Mapping[str, Any]]
+    mean: Mapping[str, float | None]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {"file": str(self.file), **_tables(self.subjects, self.mean)}
 
 
 class Train(Protocol):
@@ -125,13 +133,16 @@ def read_prompts(text: str) -> dict[str, tuple[str, ...]]:
 def run_benchmark(
     request: BenchmarkRequest,
     train: Train,
-    watch: Callable[[Config], AbstractContextManager[Watch]],
     on_message: OnMessage = lambda _line: None,
-) -> dict[str, Any]:
-    """Train, draw and measure every subject that has no result yet; returns what is in `results.json`.
+    on_step: OnStep = lambda _metrics: None,
+) -> Benchmark:
+    """Train, generate and score every subject that has no result yet.
 
     Args:
-        train: the façade's own. watch: makes what shows the training run of a configuration.
+        request: what to run.
+        train: `pipeline.train`.
+        on_message: called with lines about progress.
+        on_step: called with the metrics of each training step.
 
     Raises:
         as `read_subjects`, `train` and `evaluate`. Interrupted: the same call goes on from there.
@@ -150,12 +161,12 @@ def run_benchmark(
         if done.get(subject.name, {}).get("fingerprint") == key:
             on_message(f"{place}: has its result")
             continue
-        _train(subject, config, place, train, watch, on_message)
+        _train(subject, config, place, train, on_message, on_step)
         on_message(f"{place}: drawing and measuring")
         done[subject.name] = {"fingerprint": key, **_measure(request, subject, config, on_message)}
         _write_results(file, done)
     chosen = {subject.name: done[subject.name] for subject in subjects}
-    return {"file": str(file), **_summary(chosen)}
+    return Benchmark(file, chosen, _mean(chosen))
 
 
 def _config(request: BenchmarkRequest, subject: Subject) -> Config:
@@ -178,8 +189,8 @@ def _train(
     config: Config,
     place: str,
     train: Train,
-    watch: Callable[[Config], AbstractContextManager[Watch]],
     on_message: OnMessage,
+    on_step: OnStep,
 ) -> None:
     """Train a subject's run to its end, from where it stands."""
     begun = (config.output / CONFIG_FILE).is_file()
@@ -188,8 +199,7 @@ def _train(
         return
     on_message(f"{place}: {'going on with its training' if begun else 'training'}")
     try:
-        with watch(config) as progress:
-            train(config, resume=begun, on_step=progress.on_step, on_message=progress.on_message)
+        train(config, resume=begun, on_step=on_step, on_message=on_message)
     except Interrupted as stopped:
         again = f"{subject.name} was stopped and saved. The same command goes on with it."
         raise Interrupted(again, stopped.signal_number) from stopped
@@ -224,12 +234,16 @@ def _read_results(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _write_results(file: Path, done: Mapping[str, Mapping[str, Any]]) -> None:
-    write_text(file, json.dumps(_summary(done), indent=2) + "\n")
+    write_text(file, json.dumps(_tables(done, _mean(done)), indent=2) + "\n")
 
 
-def _summary(done: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Subjects with their scores, the mean over subjects, and the paper's own."""
+def _mean(done: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Return the mean of each score over the subjects."""
     columns = [*(field.name for field in dataclasses.fields(Scores)), "photos_clip_i", "photos_dino"]
     known = {name: [entry[name] for entry in done.values() if entry[name] is not None] for name in columns}
-    mean = {name: statistics.fmean(values) if values else None for name, values in known.items()}
-    return {"subjects": dict(done), "mean": mean, "paper_sd_turbo": PAPER}
+    return {name: statistics.fmean(values) if values else None for name, values in known.items()}
+
+
+def _tables(subjects: Mapping[str, Mapping[str, Any]], mean: Mapping[str, float | None]) -> dict[str, Any]:
+    """Return the content of `results.json`: subjects with their scores, their mean, and the paper's mean."""
+    return {"subjects": dict(subjects), "mean": dict(mean), "paper_sd_turbo": PAPER}

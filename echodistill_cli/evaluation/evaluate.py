@@ -28,8 +28,9 @@ from torch import Tensor
 from echodistill_cli import __version__
 from echodistill_cli.data.images import Notes, UnusableError, read_picture, save_png
 from echodistill_cli.data.photos import load_photos
+from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import make_folder, public_name, write_text
+from echodistill_cli.files import make_folder, public_name, sha256, write_text
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import pick_device
 from echodistill_cli.models.sources import is_embedded
@@ -114,7 +115,8 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
         ConfigError: there is no LoRA, or its subject is not known. PhotoError: there is no usable photo. ModelError: a
             model or an encoder is missing, or of another kind.
     """
-    found = find_lora(request.drawing)
+    drawing = dataclasses.replace(request.drawing, prompts=request.drawing.prompts or EVALUATION_TEMPLATES)
+    found = find_lora(drawing)
     token, class_name = _subject(request, found)
     # Photos are not made smaller before the encoders' own preprocessing, as they are for training.
     photos = load_photos(request.photos, min_photos=1, resolution=2**20, masks="off", captions=False).photos
@@ -123,7 +125,7 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
         *score_encoder_names(request.clip, request.dino, students), offline=found.model.offline
     )
     folder = request.output or _beside(found.lora, request.drawing.lora)
-    drawn = _draw(request.drawing, found, f"{token} {class_name}", class_name, folder, on_message)
+    drawn = _draw(drawing, found, f"{token} {class_name}", class_name, folder, on_message)
     on_message(f"Measuring {len(drawn.files)} pictures against {len(photos)} photos")
     files = [photo.path for photo in photos]
     result = _measured(drawn, files, judges, pick_device(found.model.device), request.drawing.batch_size)
@@ -213,19 +215,14 @@ def _drawing_settings(drawing: SampleRequest, found: FoundLora) -> dict[str, Any
     named = {key: public_name(value) if isinstance(value, str) else value for key, value in model.items()}
     return {
         "lora": found.lora.name,
-        "lora_sha256": _sha256(found.lora),
-        "token_sha256": _sha256(found.token_file) if found.token_file else None,
+        "lora_sha256": sha256(found.lora),
+        "token_sha256": sha256(found.token_file) if found.token_file else None,
         "lora_scale": drawing.lora_scale,
         "role": drawing.role,
         "steps": drawing.steps,
         "guidance_scale": drawing.guidance_scale,
         "model": named,
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _measured(

@@ -26,7 +26,7 @@ from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder, write_text
-from echodistill_cli.lora.header import RESERVED_NAMES, header, sidecar_paths, write_sidecars
+from echodistill_cli.lora.header import header, sidecar_paths, write_sidecars
 from echodistill_cli.lora.safetensors_io import write_safetensors
 from echodistill_cli.lora.tensors import (
     adapter_metadata,
@@ -325,30 +325,7 @@ def _cover(preview: Path, side: int) -> bytes:
         return png_bytes(sheet.convert("RGB").crop((0, 0, side, side)).resize((256, 256), Image.Resampling.LANCZOS))
 
 
-_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32))}  # on any system
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def check_name(config: Config) -> None:
-    """See that a run's files can have their names, before it is trained.
-
-    Raises:
-        ConfigError: the name, the token or the class name has a character that no file name may have, or is reserved.
-    """
-    given = {"--name": config.run.name, "--token": config.concept.token, "--class-name": config.concept.class_name}
-    for flag, text in given.items():
-        if text is not None and (not text.strip(" .") or set(text) & _NOT_IN_NAMES):
-            raise ConfigError(
-                f"{flag} {text!r} names files, and this is no name that a file may have.",
-                "Use letters, digits, - and _.",
-            )
-    if config.name.lower() in RESERVED_NAMES:
-        raise ConfigError(f"A1111 cannot load a LoRA named {config.name!r}.", "Choose another --name.")
-    if config.text.form == "token" and config.name == config.concept.token:
-        raise ConfigError(
-            f"The LoRA and the learned word would both be {config.name}.safetensors.",
-            "Choose another --name.",
-        )
 
 
 def export_lora(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> Path:

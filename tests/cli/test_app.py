@@ -321,8 +321,6 @@ def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) 
     with TrainingProgress(console, config, quiet=False) as progress:
         for step in range(1, 41):
             progress.on_step({"step": 0, "head_start_step": step, "denoising": 0.5})
-        if terminal:
-            progress.live.refresh()
         progress.on_step({"step": 1, **LOSSES, "step_seconds": 2.0})
         if terminal:
             progress.live.refresh()
@@ -343,9 +341,9 @@ def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) 
 
 def test_an_echo_and_a_skipped_step_are_told() -> None:
     text = shown(3, terminal=False, **ECHO, skipped_student=1.0)
-    assert "echo at step 3: drew 4, kept 1 (2 too little of the subject, 1 alike)" in text
+    assert "echo at step 3: generated 4, kept 1 (dropped: 2 unlike the subject, 1 duplicates)" in text
     assert "step 3: skipped for student" in text
-    assert "kept nothing" in shown(3, terminal=False, **(ECHO | {"echo_kept": 0}))
+    assert "generated 4, kept 0" in shown(3, terminal=False, **(ECHO | {"echo_kept": 0}))
 
 
 # --- dry run ----------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_a_lora_file_draws_the_same_as_its_run_and_elsewhere_needs_its_model(
         (("--size", 70), 2, "70"),
         (("--model", "nobody/has-this", "--offline"), 4, "hf download nobody/has-this"),
         # A picture for which no machine has the room.
-        (("--size", 4_000_000), 5, "Out of memory when asking for 4000000000000 bytes. Try a smaller --batch-size"),
+        (("--size", 4_000_000), 5, "Out of memory while allocating 4000000000000 bytes. Try a smaller --batch-size"),
     ],
 )
 def test_what_cannot_be_drawn_ends_with_one_line_and_writes_nothing(

@@ -190,7 +190,7 @@ def test_a_run_goes_on_to_more_steps_with_its_folder_alone(short_run: Path, monk
     assert done.result["steps"] == 4
     assert [entry["step"] for entry in open_run(short_run).read_metrics()] == [1, 2, 3, 4]
     assert open_run(short_run).config.train.steps == 4
-    assert "on from step 2" in done.err
+    assert "continuing after step 2" in done.err
     # Named by nothing at all, the newest run is meant; it is finished, and its files are written again.
     (short_run.parent / "runs").mkdir()
     short_run.rename(short_run.parent / "runs" / "run")
@@ -405,7 +405,7 @@ def test_an_exhausted_memory_while_models_are_loaded_ends_with_5(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("echodistill_cli.training.state.load_pair", exhausted)
-    fails(command("train", photo_folder, *small_line), 5, "when asking for 2.00 GiB", "--batch-size")
+    fails(command("train", photo_folder, *small_line), 5, "while allocating 2.00 GiB", "--batch-size")
     assert not (tmp_path / "run").exists()
 
 

@@ -147,7 +147,7 @@ def test_a_vae_in_fp16_is_counted_in_single_precision() -> None:
 )
 def test_a_plan_keeps_as_much_of_the_method_as_fits(preset: str, vram: str, chosen: tuple[Any, ...]) -> None:
     build = partial(build_config, preset, None, {})
-    plan = planning.suit_device(build, vram)
+    plan = planning.fit_to_memory(build, vram)
     config = build(plan.settings)
     train = config.train
     found = (config.model.decoder, train.batch_size, config.critic.discriminators, train.gradient_checkpointing)
@@ -160,18 +160,18 @@ def test_what_a_person_set_is_not_changed_by_a_plan(tmp_path: Path) -> None:
     file = tmp_path / "train.toml"
     file.write_text('[critic]\ndiscriminators = ["dinov2"]\n')
     build = partial(build_config, "sd-turbo", file, {"train.batch_size": 3, "model.precision": "fp16"})
-    config = build(planning.suit_device(build, "12").settings)
+    config = build(planning.fit_to_memory(build, "12").settings)
     assert (config.train.batch_size, config.critic.discriminators) == (3, ("dinov2",))
     assert (config.model.precision, config.model.decoder) == ("fp16", "tiny")
 
 
 def test_a_model_that_fits_in_no_way_is_refused_with_the_least_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"fits into 8\.0 GiB: the smallest needs about 10\.\d"):
-        planning.suit_device(partial(build_config, "sdxl-turbo", None, {}), "8")
+        planning.fit_to_memory(partial(build_config, "sdxl-turbo", None, {}), "8")
 
 
 def test_a_plan_says_what_it_chose_and_what_it_expects() -> None:
-    plan = planning.suit_device(partial(build_config, "sd-turbo", None, {}), "8")
+    plan = planning.fit_to_memory(partial(build_config, "sd-turbo", None, {}), "8")
     first, second = planning.memory_lines(plan)
     assert first.startswith("Plan for 8.0 GiB: model.precision = bf16, model.decoder = tiny")
     assert "critic.discriminators = dino,clip" in first
@@ -183,7 +183,7 @@ def test_auto_plans_for_this_machine() -> None:
         return build_config("sd-turbo", None, {"model.device": "cpu", "model.resolution": 64}, suited)
 
     try:
-        plan = planning.suit_device(build, "auto")
+        plan = planning.fit_to_memory(build, "auto")
     except ConfigError as error:
         pytest.skip(f"too little memory is free here: {error}")
     assert plan.settings["model.precision"] == "bf16"
@@ -192,14 +192,14 @@ def test_auto_plans_for_this_machine() -> None:
 @pytest.mark.parametrize("vram", ["lots", "-1", "nan"])
 def test_a_size_that_is_none_is_refused(vram: str) -> None:
     with pytest.raises(ConfigError, match=f"--vram {vram}"):
-        planning.suit_device(partial(build_config, "sd-turbo", None, {}), vram)
+        planning.fit_to_memory(partial(build_config, "sd-turbo", None, {}), vram)
 
 
 def test_models_of_unknown_size_have_no_plan(small_pair: tuple[Path, Path]) -> None:
     build = partial(build_config, str(small_pair[0]), None, {})
     assert planning.expected_memory(build({})) is None
-    with pytest.raises(ModelError, match="how much memory it needs is not known"):
-        planning.suit_device(build, "8")
+    with pytest.raises(ModelError, match=r"The memory that .* needs is not known"):
+        planning.fit_to_memory(build, "8")
 
 
 def test_the_family_of_a_model_is_known_before_it_is_loaded(tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_single_file_that_does_not_say_what_it_predicts_is_spoken_of(tmp_path:
     student = build_sd2_pair(tmp_path / "sd2")[0]
     file = write(tmp_path / "mine.safetensors", sd2_state(student))
     (said,) = planning.assumptions(ModelConfig(student=str(file), teacher=str(student)))
-    assert said.startswith("mine.safetensors does not say what it predicts; taken as noise (epsilon).")
+    assert said.startswith("mine.safetensors does not say what it predicts; noise (epsilon) is assumed.")
     assert "--student-prediction v_prediction" in said
     assert not list(planning.assumptions(ModelConfig(student=str(file), student_prediction="epsilon")))
 

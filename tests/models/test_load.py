@@ -25,7 +25,7 @@ from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.device import pick_device, pick_dtype
 from echodistill_cli.models.load import load_pair, load_schedule
-from echodistill_cli.planning import suit_device
+from echodistill_cli.planning import fit_to_memory
 
 Pair = tuple[Path, Path]
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here")
@@ -174,7 +174,7 @@ def test_auto_precision_is_what_the_card_itself_computes_in() -> None:
 
 def test_a_number_of_gib_is_planned_in_half_precision_where_there_is_no_card() -> None:
     build = partial(build_config, "sd-turbo", None, {"model.device": "cpu"})
-    assert suit_device(build, "12").settings["model.precision"] == "bf16"
+    assert fit_to_memory(build, "12").settings["model.precision"] == "bf16"
 
 
 @pytest.mark.gpu
@@ -182,7 +182,7 @@ def test_a_number_of_gib_is_planned_in_half_precision_where_there_is_no_card() -
 def test_a_number_of_gib_is_planned_in_the_half_precision_of_the_card() -> None:
     build = partial(build_config, "sd-turbo", None, {"model.device": "cuda"})
     expected = {torch.bfloat16: "bf16", torch.float16: "fp16"}[pick_dtype("auto", torch.device("cuda"))]
-    assert suit_device(build, "12").settings["model.precision"] == expected
+    assert fit_to_memory(build, "12").settings["model.precision"] == expected
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])

@@ -141,7 +141,7 @@ def test_a_signal_while_the_teacher_is_alone_saves_that_too(
     assert (stopped.load_checkpoint()[counted], len(stopped.read_metrics())) == (3, joint_steps)
     said: list[str] = []
     pipeline.train(config("stopped"), resume=True, on_message=said.append)
-    assert any(f"on from step 3 of the {phase}" in line for line in said)
+    assert any(f"continuing after step 3 of the {phase}" in line for line in said)
     assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
 
 
