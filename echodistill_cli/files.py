@@ -36,7 +36,7 @@ _PARTLY_WRITTEN = re.compile(
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Context that turns a failed write to `path` into one line with a remedy. Other errors pass unchanged.
+    """Context that turns a failed write into one line with a remedy; other errors pass unchanged.
 
     Raises:
         EchoDistillError: the block raised an `OSError`, or what a library raises in its place.
@@ -54,7 +54,7 @@ def explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomically(path: Path) -> Iterator[Path]:
-    """Context that yields a temporary path for a file or folder and renames it to `path` if the block succeeds.
+    """Context that yields a temporary path and renames it to `path` if the block succeeds.
 
     An existing file is replaced by a file, and an existing folder by a folder. After a failure `path` is unchanged and
     nothing else is left behind.
@@ -101,7 +101,7 @@ def sha256(path: Path) -> str:
 
 
 def _failed_write(error: Exception) -> tuple[str | None, str | None]:
-    """Return the reason of a failed write and its remedy; the reason is None if the error is about something else."""
+    """Return the reason of a failed write and its remedy; no reason for any other error."""
     text = str(error)
     if numbered := _NUMBERED.search(text):
         # Windows has numbers of its own. OSError translates them to errno only if they are its fourth argument.
@@ -130,7 +130,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 def _finish(path: Path) -> None:
-    """Flush a file, or the files of a folder, to the disk before the final rename, and give them usual permissions.
+    """Flush a file, or the files of a folder, to the disk and give them the usual permissions.
 
     safetensors 0.8 writes files that only their owner may read.
     """
@@ -161,7 +161,7 @@ def expanded(path: str | Path) -> Path:
 
 
 def public_name(value: str) -> str:
-    """Return the last part of a path, to hide folders of this machine; other text, such as a hub id, stays as it is."""
+    """Return the last part of a path, to hide folders; other text, such as a hub id, is unchanged."""
     return last_part(value) if is_path(value) else value
 
 
@@ -171,7 +171,7 @@ def last_part(path: str) -> str:
 
 
 def is_path(value: str) -> bool:
-    """Return whether a text is a path: by its form (it may be of another machine), or because it exists here."""
+    """Return whether a text is a path: by its form, as on another machine, or because it exists."""
     if not _SEPARATOR.search(value):
         return False
     absolute = PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()

@@ -1,4 +1,4 @@
-"""The façade: one function per command. It wires the packages together and holds no math and no file format.
+"""The façade: one function per command, which wires the packages below. No math, no file format.
 
 Each function takes one frozen request (or a `Config`) and returns one frozen result with `to_dict()`. `on_message` is
 called with lines about progress, `on_step` with the metrics of each training step. Torch is imported inside the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,14 @@ from echodistill_cli.runs import (
 )
 
 if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when a type is needed
-    from echodistill_cli.data.photos import PhotoReport
+    from echodistill_cli.data.photos import Photo, PhotoReport
     from echodistill_cli.evaluation.dreambench import Benchmark
     from echodistill_cli.evaluation.evaluate import Evaluation
     from echodistill_cli.lora.inspect import Inspection
     from echodistill_cli.outputs.export import ExportResult, TrainResult
     from echodistill_cli.outputs.sample import Sample, WrittenSamples
     from echodistill_cli.planning import Diagnosis, Plan
+    from echodistill_cli.training.state import TrainingState
 
 __all__ = [
     "Benchmark",
@@ -110,7 +111,7 @@ def train(
         on_message: called with lines about progress.
 
     Raises:
-        ConfigError: a setting is wrong, or the output exists, or a run cannot be resumed with these settings.
+        ConfigError: a setting is wrong, the output exists, or the run cannot be resumed.
         PhotoError: there are too few usable photos.
         ModelError: a model is missing or does not fit.
         DeviceMemoryError: the device ran out of memory.
@@ -127,28 +128,37 @@ def train(
     saved = run.resumable_state(from_step, len(report.photos)) if run else None
 
     from echodistill_cli.outputs.export import write_results
-    from echodistill_cli.planning import assumptions
     from echodistill_cli.training.loop import train_to_end
-    from echodistill_cli.training.state import build_state
 
-    for line in assumptions(config.model):
-        on_message(line)
-    on_message(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(report.photos)} photos")
-    state = build_state(config, report.photos)
+    state = _loaded_state(config, report.photos, saved, on_message)
     if run is None:
         run = create_run(config, overwrite=overwrite)
     else:
-        if saved:
-            state.load_state_dict(saved)
         run.rewind(state.step)
-    begun = state.step or state.head_start_step
-    on_message(f"Training in {run.folder}, {f'continuing after {state.place}' if begun else 'from the start'}")
+    start = f"continuing after {state.place}" if state.step or state.head_start_step else "from the start"
+    on_message(f"Training in {run.folder}, {start}")
     train_to_end(state, run, on_step, on_message)
     return write_results(state.pair, state.state_dict(), run, started, on_message)
 
 
+def _loaded_state(
+    config: Config, photos: Sequence[Photo], saved: Mapping[str, Any] | None, on_message: OnMessage
+) -> TrainingState:
+    """Load the models, encode the photos, and restore a checkpoint's state if there is one."""
+    from echodistill_cli.planning import assumptions
+    from echodistill_cli.training.state import build_state
+
+    for line in assumptions(config.model):
+        on_message(line)
+    on_message(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(photos)} photos")
+    state = build_state(config, photos)
+    if saved:
+        state.load_state_dict(saved)
+    return state
+
+
 def plan(config: Config) -> Plan:
-    """Return what `train` would do: photos, models and where they are, downloads and memory. Loads no model.
+    """Return what `train` would do: photos, models, downloads, memory. Loads no model.
 
     Raises:
         ConfigError: a setting is wrong.

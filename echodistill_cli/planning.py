@@ -1,4 +1,4 @@
-"""Before a run: what it loads, downloads and needs, which settings fit a device, and what this machine has (doctor)."""
+"""Before a run: what it loads, downloads and needs, what fits a device, what this machine has."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def sources_of(config: Config) -> Iterator[tuple[str, tuple[str, ...], str | Non
 
 
 def planned_downloads(config: Config) -> list[Download]:
-    """Return every file that a run would download first. Asks the hub for sizes unless `model.offline` is set."""
+    """Return every file that a run would download first. Asks the hub for sizes unless offline."""
     model = config.model
     return [
         download

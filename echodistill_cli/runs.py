@@ -1,4 +1,4 @@
-"""A run folder: settings, metrics, previews and atomic checkpoints; how a run is found and resumed. No torch at import.
+"""A run folder: settings, metrics, previews, atomic checkpoints; how a run is found and resumed.
 
 runs/sks-dog/
   config.toml                 the resolved configuration
@@ -65,7 +65,7 @@ class Run:
         return [json.loads(line) for line in lines if line.endswith("}\n")]
 
     def rewind(self, step: int) -> None:
-        """Prepare the folder to continue after `step`: drop later metrics and checkpoints, and write the settings."""
+        """Prepare to continue after `step`: write the settings, drop later metrics and checkpoints."""
         write_text(self.folder / CONFIG_FILE, config_to_toml(self.config))
         earlier = [entry for entry in self.read_metrics() if entry["step"] <= step]
         write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in earlier))

@@ -1,4 +1,4 @@
-"""The program: commands, exit codes and signals. Each command parses, makes one pipeline call and prints.
+"""The program: commands, exit codes, signals. Each command makes one pipeline call and prints.
 
 The result goes to stdout (paths, a table, or with --json one object), progress and errors go to stderr. Nothing here
 imports torch: `echodistill --help` is quick.

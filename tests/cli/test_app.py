@@ -342,7 +342,7 @@ def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) 
 def test_an_echo_and_a_skipped_step_are_told() -> None:
     text = shown(3, terminal=False, **ECHO, skipped_student=1.0)
     assert "echo at step 3: generated 4, kept 1 (dropped: 2 unlike the subject, 1 duplicates)" in text
-    assert "step 3: skipped for student" in text
+    assert "step 3: skipped student, because the loss or gradient is not finite" in text
     assert "generated 4, kept 0" in shown(3, terminal=False, **(ECHO | {"echo_kept": 0}))
 
 
