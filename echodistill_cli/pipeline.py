@@ -142,7 +142,7 @@ def train(
 
 
 def _loaded_state(
-    config: Config, photos: Sequence[Photo], saved: Mapping[str, Any] | None, on_message: OnMessage
+    config: Config, photos: Sequence[Photo], saved: dict[str, Any] | None, on_message: OnMessage
 ) -> TrainingState:
     """Load the models, encode the photos, and restore a checkpoint's state if there is one."""
     from echodistill_cli.planning import assumptions
@@ -171,9 +171,7 @@ def plan(config: Config) -> Plan:
     return plan_run(config, len(report.photos), tuple(_warnings(config, report)))
 
 
-def fit_to_memory(
-    build: Callable[[Mapping[str, Any]], Config], vram: str, *, on_message: OnMessage = _ignore
-) -> Config:
+def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str, on_message: OnMessage = _ignore) -> Config:
     """Return a configuration that fits a device, and report what was chosen.
 
     Args:

@@ -1,14 +1,16 @@
-"""What the doctor says of this machine."""
+"""What a dry run plans, and what `doctor` reports about this machine."""
 
 from __future__ import annotations
 
 import json
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from echodistill_cli import planning
+from echodistill_cli import pipeline, planning
+from echodistill_cli.config.build import build_config
 from echodistill_cli.config.catalogue import PRESETS
 
 
@@ -20,17 +22,44 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-def test_every_preset_is_said_to_fit_with_a_plan_or_not() -> None:
-    found = planning.diagnose()
-    assert len(found.advice) == len(PRESETS)
-    for name, line in zip(PRESETS, found.advice, strict=True):
+def test_a_plan_says_what_training_would_do_and_writes_nothing(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = {"concept.photos": str(photo_folder), "concept.class_name": "dog", "model.offline": True}
+    plan = pipeline.plan(build_config("sd-turbo", overrides=settings))
+    values = plan.to_dict()
+    assert list(values) == [
+        *("subject", "photos", "warnings", "models", "assumptions", "downloads", "memory", "steps", "echo_from_step"),
+        *("output", "output_exists", "config"),
+    ]
+    assert (values["subject"], values["photos"], values["output"]) == ("sks dog", 4, "runs/sks-dog")
+    assert "stabilityai/sd-turbo" in values["models"]
+    assert plan.memory is not None
+    assert values["memory"] == {"gib": pytest.approx(sum(plan.memory.parts.values())), "parts": plan.memory.parts}
+    assert json.loads(json.dumps(values))["config"]["concept"]["class_name"] == "dog"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_the_embedded_pair_assumes_a_toy_and_downloads_no_model(photo_folder: Path) -> None:
+    plan = pipeline.plan(build_config("mini", overrides={"concept.photos": str(photo_folder)}))
+    assert plan.memory is None
+    assert plan.to_dict()["memory"] is None
+    assert any(line.startswith("mini:student: ") for line in plan.assumptions)
+    assert not any("mini" in file for file in plan.downloads)
+
+
+def test_each_preset_fits_with_settings_or_does_not_fit() -> None:
+    diagnosis = pipeline.doctor()
+    assert len(diagnosis.advice) == len(PRESETS)
+    for name, line in zip(PRESETS, diagnosis.advice, strict=True):
         assert line.startswith(name)
-        wanted = ("model.precision = ", "does not fit on this machine's")
-        assert any(words in line for words in (wanted if PRESETS[name].family else ("echodistill train",)))
-    assert json.loads(json.dumps(found.to_dict()))["advice"]
+        verdicts = ("model.precision = ", "does not fit on this machine's")
+        assert any(words in line for words in (verdicts if PRESETS[name].family else ("echodistill train",)))
+    assert json.loads(json.dumps(diagnosis.to_dict()))["advice"]
 
 
-def test_a_machine_with_little_memory_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_published_model_fits_into_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echodistill_cli.planning.memory_gib", lambda _device: 4.0)
     *published, mini = planning.diagnose().advice
     assert mini.startswith("mini: runs on any machine")
@@ -40,7 +69,7 @@ def test_a_machine_with_little_memory_is_told_so(monkeypatch: pytest.MonkeyPatch
         assert "fits into 4.0 GiB: the smallest needs about" in line
 
 
-def test_a_machine_with_much_memory_may_run_the_whole_method(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_whole_method_fits_into_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echodistill_cli.planning.memory_gib", lambda _device: 80.0)
     for line in planning.diagnose().advice[:-1]:
         assert "model.decoder = full, train.batch_size = 2" in line

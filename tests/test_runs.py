@@ -13,8 +13,26 @@ import torch
 from echodistill_cli.config.build import config_from_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import atomically, explained, make_folder, write_bytes, write_text
-from echodistill_cli.runs import Run, create_run, newest_run, open_run, remove_leftovers, resume_run, resumed_config
+from echodistill_cli.files import (
+    atomically,
+    explained,
+    last_part,
+    make_folder,
+    public_name,
+    sha256,
+    write_bytes,
+    write_text,
+)
+from echodistill_cli.runs import (
+    Run,
+    check_name,
+    create_run,
+    newest_run,
+    open_run,
+    remove_leftovers,
+    resume_run,
+    resumed_config,
+)
 
 
 def config_at(folder: Path, **changes: Any) -> Config:
@@ -295,6 +313,51 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(run: Run) ->
     assert everything_in(run.folder) == before
 
 
+@pytest.mark.parametrize(
+    ("step", "photos", "steps", "message"),
+    [
+        (None, 3, 20, r"was trained on 4 photos, but my/photos has 3\. Resume with the same photos"),
+        (None, 4, 7, r"is at step 10 already, beyond --steps 7\. Finish there with --steps 10"),
+        (7, 4, 20, r"has no checkpoint of step 7\. Choose one of 5, 10\."),
+    ],
+)
+def test_a_state_is_resumed_only_with_its_photos_and_before_the_last_step(
+    tmp_path: Path, step: int | None, photos: int, steps: int, message: str
+) -> None:
+    config = config_at(tmp_path / "run", concept__photos="my/photos", train__steps=steps)
+    run = create_run(config, overwrite=False)
+    assert run.resumable_state(None, photos) is None
+    for number in (5, 10):
+        run.save_checkpoint(number, state(number) | {"photo_count": 4})
+    with pytest.raises(ConfigError, match=message):
+        run.resumable_state(step, photos)
+
+
+def test_the_newest_or_a_named_state_is_resumed(run: Run) -> None:
+    for number in (5, 10):
+        run.save_checkpoint(number, state(number) | {"photo_count": 4})
+    for step, expected in ((None, 10), (5, 5)):
+        saved = run.resumable_state(step, 4)
+        assert saved is not None
+        assert saved["step"] == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__name": "a/b"}, r"--name 'a/b' cannot be used as a file name\. Use letters, digits, - and _\."),
+        ({"concept__token": "a:b"}, "--token 'a:b' cannot be used as a file name"),
+        ({"concept__class_name": " . "}, "--class-name ' . ' cannot be used as a file name"),
+        ({"run__name": "None"}, "A1111 cannot load a LoRA named 'None'"),
+        ({"run__name": "sks", "text__form": "token"}, r"token would both be sks\.safetensors"),
+    ],
+)
+def test_a_name_that_no_file_can_have_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    check_name(config_at(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        check_name(config_at(tmp_path, **changes))
+
+
 # --- writing files ----------------------------------------------------------------------------------------------------
 
 
@@ -385,3 +448,36 @@ def test_a_loss_that_is_not_finite_is_null_in_the_metrics(run: Run) -> None:
     run.log({"step": 1, "denoising": float("nan"), "latent": 0.5})
     line = run.metrics_file.read_text().splitlines()[-1]
     assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "denoising": None, "latent": 0.5}
+
+
+# --- paths and hashes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "public"),
+    [
+        ("/home/me/models/dino", "dino"),
+        ("~/models/dino/", "dino"),
+        ("./dino", "dino"),
+        ("C:\\models\\dino", "dino"),
+        ("stabilityai/sd-turbo", "stabilityai/sd-turbo"),
+        ("facebook/dino-vits16@refs/pr/1", "facebook/dino-vits16@refs/pr/1"),
+        ("mini:clip", "mini:clip"),
+        ("a photo of a cat and/or a dog", "a photo of a cat and/or a dog"),
+    ],
+)
+def test_of_a_path_only_its_last_part_is_public(value: str, public: str) -> None:
+    assert public_name(value) == public
+    assert last_part("stabilityai/sd-turbo") == "sd-turbo"
+
+
+def test_an_existing_relative_path_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert public_name("mine/model") == "mine/model"
+    (tmp_path / "mine" / "model").mkdir(parents=True)
+    assert public_name("mine/model") == "model"
+
+
+def test_the_hash_of_a_file_is_that_of_its_content(tmp_path: Path) -> None:
+    write_bytes(tmp_path / "file", b"abc")
+    assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

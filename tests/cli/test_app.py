@@ -339,7 +339,23 @@ def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) 
         assert lines[-1].startswith("carry back 20/20  0 s left  denoising 0.25")
 
 
-def test_an_echo_and_a_skipped_step_are_told() -> None:
+@pytest.mark.parametrize("terminal", [True, False])
+def test_each_run_of_a_benchmark_has_its_own_count_and_clock(terminal: bool) -> None:
+    text = io.StringIO()
+    console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
+    with TrainingProgress(console, Config(train=TrainConfig(steps=3)), quiet=False) as progress:
+        for subject in ("teapot", "dog"):
+            progress.on_message(f"{subject}: training")
+            for step in (1, 2, 3):
+                progress.on_step({"step": step, **LOSSES})
+    lines = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "", text.getvalue()).splitlines()
+    for subject, next_line in (("teapot", lines.index("dog: training")), ("dog", len(lines))):
+        lines_of_run = lines[lines.index(f"{subject}: training") : next_line]
+        assert sum("3/3" in line for line in lines_of_run) == 1
+        assert any("3/3 0:00:00 left" in line or "step 3/3  0 s left" in line for line in lines_of_run)
+
+
+def test_an_echo_and_a_skipped_step_are_reported() -> None:
     text = shown(3, terminal=False, **ECHO, skipped_student=1.0)
     assert "echo at step 3: generated 4, kept 1 (dropped: 2 unlike the subject, 1 duplicates)" in text
     assert "step 3: skipped student, because the loss or gradient is not finite" in text
