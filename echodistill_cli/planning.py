@@ -220,7 +220,7 @@ def assumptions(model: ModelConfig) -> Iterator[str]:
         if getattr(model, f"{role}_prediction") == "auto" and prediction_in(path) is None:
             yield (
                 f"{path.name} does not say what it predicts; noise (epsilon) is assumed. "
-                f"For a 768-pixel SD 2 model: --{role}-prediction v_prediction"
+                f"For a 768-pixel SD 2 model: --set model.{role}_prediction=v_prediction"
             )
 
 

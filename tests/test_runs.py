@@ -1,4 +1,4 @@
-"""Run folders: made once, saved whole or not at all, found again, and resumed only as what they were."""
+"""Run folders: created once, saved atomically, found again, and resumed with the same settings only."""
 
 from __future__ import annotations
 

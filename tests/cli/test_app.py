@@ -1,4 +1,4 @@
-"""The command line itself: help, flags, how a bad line ends, and what reaches stdout and stderr."""
+"""The program: help, flags, exit codes, and what reaches stdout and stderr."""
 
 from __future__ import annotations
 

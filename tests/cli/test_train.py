@@ -66,7 +66,7 @@ def test_plain_lines_tell_the_progress_where_there_is_no_terminal(run: tuple[Pat
     lines = run[2].err.splitlines()
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [f"step {n}/4" for n in range(1, 5)]
     assert any("left" in line and "denoising" in line for line in lines)
-    assert any(line.startswith("echo at step 3: drew 4") for line in lines)
+    assert any(line.startswith("echo at step 3: generated 4") for line in lines)
     assert "\x1b" not in run[2].err
     assert not [line for line in lines if "warning" in line.lower() or "%|" in line]
 

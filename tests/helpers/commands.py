@@ -1,4 +1,4 @@
-"""Commands run in this process, as a person runs them in a shell: arguments in; exit code, stdout and stderr out."""
+"""Run commands in this process as in a shell: arguments in; exit code, stdout and stderr out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.helpers.runs import small_config
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left: its exit code and what it wrote."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -33,7 +33,7 @@ class Done:
 
     @property
     def result(self) -> Any:
-        """stdout as the one JSON object it must be."""
+        """The one JSON object on stdout."""
         return json.loads(self.out)
 
     @property
@@ -55,7 +55,7 @@ def command(*arguments: object) -> Done:
 
 @contextlib.contextmanager
 def unchanged_environment() -> Iterator[None]:
-    """Undo what a command sets for the libraries underneath, and write as to a pipe of 200 columns."""
+    """Context that restores the environment, and in which output is 200 columns wide."""
     before = dict(os.environ)
     os.environ["COLUMNS"] = "200"
     try:
@@ -66,27 +66,27 @@ def unchanged_environment() -> Iterator[None]:
 
 
 def write_config(folder: Path, config: Config) -> Path:
-    """A configuration as a TOML file."""
+    """Write a configuration as a TOML file."""
     file = folder / "run.toml"
     file.write_text(config_to_toml(config), encoding="utf-8")
     return file
 
 
 def small_toml(folder: Path, pair: tuple[Path, Path], backbones: dict[str, Path], **changes: Any) -> Path:
-    """The small run of `tests.helpers.runs`, four steps with an echo at the third, as a TOML file."""
+    """Write the settings of `tests.helpers.runs`, with four steps and an echo at the third, as TOML."""
     settings = {"train__steps": 4, "echo__start": 3, "run__save_every": 2, "run__sample_every": 2}
     return write_config(folder, small_config(pair, backbones, **{**settings, **changes}))
 
 
 def files_below(folder: Path) -> set[str]:
-    """The relative paths of all files below a folder."""
+    """Return the relative paths of all files below a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def trained_run(
     folder: Path, pair: tuple[Path, Path], backbones: dict[str, Path], photos: Path, **changes: Any
 ) -> Path:
-    """The folder of a finished run of two steps, below `folder`/runs; `changes` as in `small_toml`."""
+    """Train for two steps and return the run folder, below `folder`/runs; `changes` as in `small_toml`."""
     file = small_toml(folder, pair, backbones, train__steps=2, echo__start="off", **changes)
     output = folder / "runs" / "first"
     assert command("train", photos, "--config", file, "-o", output, "--lr", "1e-2", "-q").code == 0
@@ -94,7 +94,7 @@ def trained_run(
 
 
 def missing_flags(hint: str, *commands: str) -> set[str]:
-    """The flags in a hint that a person cannot give: none of the command named before them, else of all `commands`."""
+    """Return the flags of a hint that do not exist in the command named before them, or else in any of `commands`."""
     app_commands: Any = typer.main.get_command(app)
     missing: set[str] = set()
     for part in re.split(r"\. |(?=echodistill [a-z])|(?=hf download)", hint):

@@ -217,7 +217,7 @@ def test_a_single_file_that_does_not_say_what_it_predicts_is_spoken_of(tmp_path:
     file = write(tmp_path / "mine.safetensors", sd2_state(student))
     (said,) = planning.assumptions(ModelConfig(student=str(file), teacher=str(student)))
     assert said.startswith("mine.safetensors does not say what it predicts; noise (epsilon) is assumed.")
-    assert "--student-prediction v_prediction" in said
+    assert "--set model.student_prediction=v_prediction" in said
     assert not list(planning.assumptions(ModelConfig(student=str(file), student_prediction="epsilon")))
 
 
