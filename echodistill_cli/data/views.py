@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli.data.photos import Photo
-from echodistill_cli.data.prompts import _UNFRAMED, TEMPLATES, with_subject
+from echodistill_cli.data.prompts import TEMPLATES, UNFRAMED_TEMPLATES, with_subject
 
 PASTE_PROBABILITY = 0.66
 SMALL_SCALE = 0.6  # pasted below this scale, the prompt speaks of it
@@ -105,7 +105,7 @@ def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
     token = rf"(?<!\w){re.escape(subject.split()[0])}(?!\w)"
     named = f"{view.colour} {subject}".lstrip()
     if view.caption is None:
-        text = with_subject(_choice(_UNFRAMED if view.framing else TEMPLATES, generator), named)
+        text = with_subject(_choice(UNFRAMED_TEMPLATES if view.framing else TEMPLATES, generator), named)
     elif re.search(token, view.caption, re.IGNORECASE):
         text = re.sub(token, lambda found: f"{view.colour} {found[0]}".lstrip(), view.caption, flags=re.IGNORECASE)
     else:

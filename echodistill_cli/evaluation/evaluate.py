@@ -28,6 +28,7 @@ from torch import Tensor
 from echodistill_cli import __version__
 from echodistill_cli.data.images import Notes, UnusableError, read_picture, save_png
 from echodistill_cli.data.photos import load_photos
+from echodistill_cli.data.prompts import fill
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import make_folder, public_name, write_text
 from echodistill_cli.lora.safetensors_io import read_header
@@ -141,11 +142,6 @@ def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[
         ("mini:clip" if ours else CLIP) if clip == AUTO else clip,
         ("mini:vit" if ours else DINO) if dino == AUTO else dino,
     )
-
-
-def fill(template: str, subject: str) -> str:
-    """A prompt from its template: `{}` and `{subject}` become the subject's words."""
-    return template.replace("{subject}", subject).replace("{}", subject)
 
 
 def _subject(request: EvaluationRequest, found: FoundLora) -> tuple[str, str]:

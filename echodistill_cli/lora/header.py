@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import write_bytes, write_text
+from echodistill_cli.files import last_part, write_bytes, write_text
 from echodistill_cli.lora.safetensors_io import body_sha256
 
 MODELSPEC_VERSION = "1.0.0"
@@ -111,7 +111,7 @@ def _kohya(card: LoraHeader) -> dict[str, str]:
     dates = {"ss_training_started_at": card.started_at, "ss_training_finished_at": card.finished_at}
     return {
         "ss_output_name": card.name,
-        "ss_sd_model_name": _last_part(card.base_model),
+        "ss_sd_model_name": last_part(card.base_model),
         "ss_clip_skip": "None",
         "ss_resolution": f"({side}, {side})",
         "ss_num_train_images": str(card.photos),
@@ -137,7 +137,7 @@ def _modelspec(card: LoraHeader, digest: str) -> dict[str, str]:
         "architecture": f"{architecture}/lora",
         "implementation": implementation,
         "title": card.name,
-        "description": f"{card.trigger}, learned from {card.photos} photos for {_last_part(card.base_model)}. "
+        "description": f"{card.trigger}, learned from {card.photos} photos for {last_part(card.base_model)}. "
         f"{card.usage}",
         "resolution": f"{card.resolution}x{card.resolution}",
         "usage_hint": card.usage,
@@ -172,11 +172,6 @@ def _cover(cover: bytes | None) -> dict[str, str]:
         raise ConfigError(f"The cover picture has {len(cover)} bytes; a header takes {MAX_COVER_BYTES}.", "Shrink it.")
     text = base64.b64encode(cover).decode("ascii")
     return {"ssmd_cover_images": json.dumps([text]), "modelspec.thumbnail": f"data:image/png;base64,{text}"}
-
-
-def _last_part(base_model: str) -> str:
-    # A folder's path would tell who trained where.
-    return base_model.replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def sidecar_paths(lora: Path) -> tuple[Path, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.lora.keys import locate, split_key
 from echodistill_cli.lora.read import LoraFile, read_lora
-from echodistill_cli.lora.readers import Verdict, judge
+from echodistill_cli.lora.readers import Verdict, compatibility
 
 _CHECKPOINT_MARKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 MOST_TRIGGERS = 5
@@ -101,7 +101,7 @@ def inspect_file(path: Path) -> Inspection:
         usage=said("modelspec.usage_hint"),
         made_by=f"echodistill {version}" if version else None,
         role=said("echodistill.role"),
-        readers={"lora": judge, "token": _judge_token}.get(kind, _judge_nothing)(file),
+        readers={"lora": compatibility, "token": _token_compatibility}.get(kind, _no_compatibility)(file),
         notes=tuple(_notes(file, kind)),
     )
 
@@ -151,12 +151,12 @@ def _notes(file: LoraFile, kind: str) -> list[str]:
     return notes
 
 
-def _judge_nothing(file: LoraFile) -> tuple[Verdict, ...]:
-    names = [verdict.reader for verdict in judge(file)]
+def _no_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
+    names = [verdict.reader for verdict in compatibility(file)]
     return tuple(Verdict(name, "no", 0, len(file.table), "Not a LoRA or token file.") for name in names)
 
 
-def _judge_token(file: LoraFile) -> tuple[Verdict, ...]:
+def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     word, count = file.path.stem, len(file.table)
     if count > 1:
         diffusers = "partly", "Give load_textual_inversion clip_l and clip_g by themselves, each with its encoder."

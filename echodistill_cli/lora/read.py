@@ -14,31 +14,10 @@ from pathlib import Path
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.lora.header import header
 from echodistill_cli.lora.keys import ARCHITECTURES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, locate, split_key
-from echodistill_cli.lora.safetensors_io import read_header, read_tensors, write_safetensors
-from echodistill_cli.lora.tensors import (
-    ADAPTER_METADATA_KEY,
-    TOKEN_KEYS,
-    LoraWeights,
-    adapter_metadata,
-    diffusers_tensors,
-    kohya_tensors,
-    token_tensors,
-)
+from echodistill_cli.lora.safetensors_io import read_header, read_tensors
+from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, TOKEN_KEYS, LoraWeights
 
-__all__ = [
-    "LoraFile",
-    "LoraModule",
-    "LoraWeights",
-    "adapter_metadata",
-    "diffusers_tensors",
-    "header",
-    "kohya_tensors",
-    "read_lora",
-    "token_tensors",
-    "write_safetensors",
-]
 _FAMILY_BY_CONTEXT = {shape.context: family for family, shape in ARCHITECTURES.items()}
 _CROSS_ATTENTION_INPUTS = ("attn2.to_k", "attn2.to_v")
 Table = Mapping[str, tuple[str, tuple[int, ...]]]

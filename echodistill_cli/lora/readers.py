@@ -51,9 +51,9 @@ class Verdict:
     text: str
 
 
-def judge(file: LoraFile) -> tuple[Verdict, ...]:
+def compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     """Every reader's verdict on a LoRA file; the readers load it onto a model of the file's own family."""
-    return tuple(_judge_one(file, reader) for reader in _READERS)
+    return tuple(_verdict(file, reader) for reader in _READERS)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class _Reader:
     bundles: bool = False
 
 
-def _judge_one(file: LoraFile, reader: _Reader) -> Verdict:
+def _verdict(file: LoraFile, reader: _Reader) -> Verdict:
     total = len(file.table)
     if file.family == "unknown" and not reader.any_model:
         text = "Cannot be judged: the file fits no SD 1, SD 2 or SDXL model."

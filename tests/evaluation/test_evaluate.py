@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
-from echodistill_cli.evaluation.evaluate import fill, score_encoder_names
+from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
+from echodistill_cli.evaluation.evaluate import score_encoder_names
 from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer
 from tests.helpers.commands import command, files_below, trained_run
 from tests.helpers.random_models import small_tokenizer
