@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -596,3 +597,9 @@ def test_real_photos_pass_without_a_warning_and_blurred_or_copied_ones_do_not(tm
         assert plain.verdict == "ok"
         assert copy.notes == ("looks like a copy of 1.png",)
         assert "looks blurred" in blurred.notes
+
+
+def test_checking_photos_needs_no_torch() -> None:
+    program = "import sys; from echodistill_cli.data import check_photos; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
