@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli import __version__
-from echodistill_cli.data.images import Notes, UnusableError, read_picture, save_png
+from echodistill_cli.data.images import Notes, UnusableError, read_image, save_png
 from echodistill_cli.data.photos import load_photos
 from echodistill_cli.data.prompts import fill
 from echodistill_cli.errors import ConfigError, EchoDistillError
@@ -263,7 +263,7 @@ def _embedded(embed: Callable[[Sequence[Image.Image]], Tensor], files: Sequence[
 
 def _opened(file: Path) -> Image.Image:
     try:
-        return read_picture(file, Notes())[0]
+        return read_image(file, Notes())[0]
     except UnusableError as error:
         raise EchoDistillError(f"{file} {error}.", "Delete it, and evaluate again.") from error
 
