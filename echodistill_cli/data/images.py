@@ -1,6 +1,6 @@
-"""One file → one upright sRGB picture with its mask, and what had to be done to it.
+"""Read image files as upright 8-bit sRGB without transparency, and write PNGs and grids.
 
-Pictures come out upright, 8-bit, in sRGB, without transparency; an alpha channel that cuts something out is kept aside.
+An alpha channel that cuts out a subject is returned separately.
 """
 
 from __future__ import annotations
@@ -24,42 +24,58 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "HEIF")
-GREY = (128, 128, 128)  # 0 in [-1, 1]: the empty canvas of the augmentation, and no bright or dark fringe
-MIN_TRANSPARENT = 0.01  # share of transparent pixels below which alpha is a frame (rounded corners), not a mask
+GRAY = (128, 128, 128)  # 0 in [-1, 1], the empty canvas of augmented views; leaves no bright or dark fringe
+MIN_TRANSPARENT = 0.01  # fraction of transparent pixels below which alpha only rounds the corners
 _HEIC_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
-# What Pillow's decoders were seen to raise on damaged files of the formats above.
+# Pillow's decoders raise all of these on damaged files.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error)
 
 
 class UnusableError(Exception):
-    """A file cannot be used; the message is its reason."""
+    """A file cannot be used. The message is the reason, without a subject ("is empty")."""
 
 
 @dataclass
 class Notes:
-    """What is said about one file: remarks inform, warnings change the verdict."""
+    """Notes on one file.
+
+    Attributes:
+        remarks: what was done to the image.
+        warnings: what may be wrong with it; these change the verdict.
+    """
 
     remarks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
-def read_picture(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, str]:
-    """A file's first frame: upright sRGB picture, its alpha if it has a real one, its format."""
+def read_image(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, str]:
+    """Read the first frame of a file.
+
+    Args:
+        path: the image file.
+        notes: extended with remarks and warnings.
+
+    Returns:
+        The upright RGB image, its alpha channel (None unless it cuts something out), and the file format.
+
+    Raises:
+        UnusableError: the file cannot be decoded, or is entirely transparent.
+    """
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image, alpha, kind = _decode(path, notes)
-    # Pillow tells of damaged metadata this way; other categories (deprecations, say) are not about the file.
-    told = dict.fromkeys(str(warning.message).strip() for warning in caught if warning.category is UserWarning)
-    notes.warnings += [f"Pillow says: {text}" for text in told]
+    # Pillow reports damaged metadata as UserWarning. Other categories, such as deprecations, are not about the file.
+    messages = dict.fromkeys(str(warning.message).strip() for warning in caught if warning.category is UserWarning)
+    notes.warnings += [f"Pillow says: {text}" for text in messages]
     return *_flatten(image, alpha, notes), kind
 
 
 def _decode(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, str]:
-    """As `read_picture`, the transparency still in the alpha channel."""
+    """Return RGB, alpha and format of the first frame, before the image is flattened."""
     header = b""
     try:
-        if not path.is_file():  # a broken link; or a pipe, which would block
+        if not path.is_file():  # a broken link, or a pipe, which would block
             raise UnusableError("cannot be read: not a regular file")
         with path.open("rb") as file:
             header = file.read(12)
@@ -78,7 +94,7 @@ def _decode(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, 
         raise UnusableError(f"has too many pixels to be safe: {error}") from error
     except _DECODE_ERRORS as error:
         raise UnusableError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    if kind == "MPO":  # a phone's JPEG with a second view behind the photo, which is no animation
+    if kind == "MPO":  # a phone's JPEG with a second view of the scene, not an animation
         return rgb, alpha, "JPEG"
     if frames > 1:
         notes.remarks.append(f"has {frames} frames; only the first is used")
@@ -86,7 +102,7 @@ def _decode(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, 
 
 
 def _formats() -> list[str]:
-    """The formats that can be decoded here; HEIC only where pillow-heif is installed."""
+    """Return the formats that this installation decodes; HEIC needs pillow-heif."""
     Image.init()
     known = [name for name in FORMATS if name in Image.OPEN and name != "HEIF"]
     try:
@@ -106,7 +122,7 @@ def _upright(image: Image.Image, notes: Notes) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, notes: Notes) -> tuple[Image.Image, Image.Image | None]:
-    """The picture in sRGB, and its alpha channel."""
+    """Return the image in sRGB, and its alpha channel."""
     profile, alpha = image.info.get("icc_profile"), None
     if image.mode.startswith(("I", "F")):
         image = _eight_bit(image, notes)
@@ -118,7 +134,7 @@ def _to_srgb(image: Image.Image, notes: Notes) -> tuple[Image.Image, Image.Image
     if profile:
         return _apply_profile(image, profile, notes), alpha
     if image.mode == "CMYK":
-        notes.remarks.append("is CMYK without a colour profile; its colours are approximate")
+        notes.remarks.append("is CMYK without a color profile; its colors are approximate")
     return image.convert("RGB"), alpha
 
 
@@ -132,7 +148,7 @@ def _eight_bit(image: Image.Image, notes: Notes) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, profile: bytes, notes: Notes) -> Image.Image:
-    """Through the embedded ICC profile to sRGB; a profile that does not fit is told and left out."""
+    """Convert to sRGB with the embedded ICC profile; a profile that does not fit is ignored with a warning."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         name = ImageCms.getProfileDescription(source).strip()
@@ -144,35 +160,35 @@ def _apply_profile(image: Image.Image, profile: bytes, notes: Notes) -> Image.Im
         transform = ImageCms.buildTransform(source, srgb, fitting.mode, "RGB")
         converted = ImageCms.applyTransform(fitting, transform) or fitting
     except (ImageCms.PyCMSError, OSError, ValueError) as error:
-        notes.warnings.append(f"has a colour profile that does not fit, so its colours are taken as sRGB: {error}")
+        notes.warnings.append(f"has an invalid color profile, so its colors are assumed to be sRGB: {error}")
         return image.convert("RGB")
     notes.remarks.append(f"converted from {name} to sRGB")
     return converted
 
 
 def _flatten(rgb: Image.Image, alpha: Image.Image | None, notes: Notes) -> tuple[Image.Image, Image.Image | None]:
-    """The picture on mid-grey, because `convert("RGB")` would reveal whatever colours hide behind the transparency."""
+    """Paste the image on gray: `convert("RGB")` would reveal the colors of transparent pixels."""
     if alpha is None or alpha.getextrema()[0] == 255:
         return rgb, None
     if alpha.getextrema()[1] == 0:
         raise UnusableError("is entirely transparent")
-    canvas = Image.new("RGB", rgb.size, GREY)
+    canvas = Image.new("RGB", rgb.size, GRAY)
     canvas.paste(rgb, mask=alpha)
-    notes.remarks.append("its transparency is filled with mid-grey, the colour of the empty training canvas")
+    notes.remarks.append("its transparency is filled with gray, the color of the empty training canvas")
     transparent = float((np.asarray(alpha) < 128).mean())
     return canvas, alpha if transparent >= MIN_TRANSPARENT else None
 
 
-_GAP = 2  # pixels between the pictures of a grid
+_GAP = 2  # pixels between the images of a grid
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """A Pillow image of a uint8 picture [H, W, 3]."""
+    """Return uint8 pixels [H, W, 3] as a Pillow image."""
     return Image.fromarray(pixels.numpy())
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Pictures of one size in rows; a square arrangement unless the number of columns is given."""
+    """Arrange images of one size in a grid, as square as possible unless `columns` is given."""
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
     rows = math.ceil(len(images) / columns)
@@ -184,7 +200,7 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
 
 
 def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
-    """A PNG with text chunks, such as the prompt and the seed."""
+    """Return a PNG file with text chunks, such as the prompt and the seed."""
     chunks = PngImagePlugin.PngInfo()
     for key, text in (texts or {}).items():
         chunks.add_itxt(key, text)

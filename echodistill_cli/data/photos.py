@@ -1,8 +1,7 @@
-"""A folder of files → checked, oriented, described subject photos; and the report of what was wrong with each.
+"""Check a folder of subject photos: the usable photos, and a verdict on each file.
 
-Every file gets one verdict: `ok`, `warning` (used, but look at it) or `skipped`, each with its reasons. Pictures come
-out upright, 8-bit, in sRGB, without transparency. The thresholds were set on the 42 photos of eight DreamBooth
-subjects: none of those is warned about, while blurred versions and re-encoded copies of them are.
+The verdict is `ok`, `warning` (used, but worth a look) or `skipped`, with reasons. The thresholds were set on the 42
+photos of eight DreamBooth subjects: they cause no warning, but blurred versions and re-encoded copies of them do.
 """
 
 from __future__ import annotations
@@ -16,33 +15,49 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from echodistill_cli.data.images import Notes, UnusableError, read_picture
+from echodistill_cli.data.images import Notes, UnusableError, read_image
 from echodistill_cli.errors import PhotoError
 
-MIN_SIDE = 16  # pixels; smaller pictures are icons
-SHARPNESS = 250.0  # the real photos reach 1100 or more; blurred with sigma 3 at 768 px, 92 at most
-COPY_CORRELATION = 0.95  # different photos of one subject reach 0.73; a strongly re-encoded copy has 0.99
-MIN_CONTRAST = 4.0  # standard deviation of the grey values, of 255
+MIN_SIDE = 16  # pixels; smaller images are icons
+SHARPNESS = 250.0  # the reference photos have at least 1100; blurred with sigma 3 at 768 px, at most 92
+COPY_CORRELATION = 0.95  # different photos of one subject have at most 0.73; a strongly re-encoded copy has 0.99
+MIN_CONTRAST = 4.0  # standard deviation of gray values 0…255
 PANORAMA = 2.2  # aspect ratio
-MAX_CUT = 0.4  # share of the picture outside its square crop: 16:9 is told, 3:2 is not
-MAX_MASK_CUT = 0.1  # share of the subject outside the square crop
+MAX_CUT = 0.4  # fraction of the image outside its square crop: 16:9 is reported, 3:2 is not
+MAX_MASK_CUT = 0.1  # fraction of the subject outside the square crop
 _IGNORED = {".txt", ".json", ".md"}
 
 
 @dataclass(frozen=True, eq=False)
 class Photo:
-    """A usable photo. `image` is kept at most at twice the training resolution (short side): no zoom asks for more."""
+    """A usable photo.
+
+    Attributes:
+        path: the file.
+        image: RGB; its short side is at most twice the training resolution, which suffices for every zoom.
+        mask: L, of the image's size, 255 on the subject; None if unknown.
+        caption: first line of <stem>.txt, if there is one.
+        crop: the square to train on: left, top, right, bottom in pixels.
+    """
 
     path: Path
-    image: Image.Image  # RGB
-    mask: Image.Image | None  # L, same size, 255 where the subject is; None if unknown
-    caption: str | None  # first line of <stem>.txt
-    crop: tuple[int, int, int, int]  # the square of `image` to train on: left, top, right, bottom in pixels
+    image: Image.Image
+    mask: Image.Image | None
+    caption: str | None
+    crop: tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class FileReport:
-    """One file's verdict; `size` (width, height of the upright original) and `format` are None if undecodable."""
+    """The verdict on one file.
+
+    Attributes:
+        name: the file's name, without its folder.
+        verdict: "ok", "warning" or "skipped".
+        notes: warnings or the reason for skipping, then remarks.
+        size: width and height of the upright original; None if the file cannot be decoded.
+        format: such as "JPEG"; None if the file cannot be decoded.
+    """
 
     name: str
     verdict: Literal["ok", "warning", "skipped"]
@@ -53,14 +68,20 @@ class FileReport:
 
 @dataclass(frozen=True, eq=False)
 class PhotoReport:
-    """Verdicts in natural order of the names, the usable photos in the same order, and warnings about the folder."""
+    """The result of checking a folder.
+
+    Attributes:
+        files: one report per file, in natural order of the names.
+        photos: the usable photos, in the same order.
+        warnings: about the folder as a whole.
+    """
 
     files: tuple[FileReport, ...]
     photos: tuple[Photo, ...]
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The report for `--json`: plain values, file names without folders."""
+        """Return the report as plain values for `--json`, without folder names."""
         used = {photo.path.name: photo for photo in self.photos}
         files = []
         for file in self.files:
@@ -75,10 +96,18 @@ class PhotoReport:
 
 
 def load_photos(folder: Path, *, min_photos: int, resolution: int, masks: str, captions: bool) -> PhotoReport:
-    """`check_photos`, insisting on `min_photos` usable ones.
+    """Check a folder and require a number of usable photos. Other arguments are those of `check_photos`.
+
+    Args:
+        folder: holds the photos.
+        min_photos: the number required.
+        resolution: side of the training images in pixels.
+        masks: "off" ignores masks.
+        captions: whether to read captions.
 
     Raises:
-        PhotoError: the folder is missing, unreadable or not a folder, or holds fewer than `min_photos` usable photos.
+        PhotoError: the folder is missing, unreadable or not a folder.
+        PhotoError: fewer than `min_photos` photos are usable.
     """
     report = check_photos(folder, resolution=resolution, masks=masks, captions=captions)
     require_enough(report, folder, min_photos)
@@ -86,10 +115,10 @@ def load_photos(folder: Path, *, min_photos: int, resolution: int, masks: str, c
 
 
 def require_enough(report: PhotoReport, folder: Path, min_photos: int) -> None:
-    """Insist on `min_photos` usable ones.
+    """Require a number of usable photos.
 
     Raises:
-        PhotoError: there are fewer; it names the first skipped files with their reasons.
+        PhotoError: there are fewer than `min_photos`; the message names the first skipped files with their reasons.
     """
     usable, total = len(report.photos), len(report.files)
     if usable >= min_photos:
@@ -102,27 +131,27 @@ def require_enough(report: PhotoReport, folder: Path, min_photos: int) -> None:
     skipped = [f"{file.name} ({file.notes[0]})" for file in report.files if file.verdict == "skipped"]
     more = f" and {len(skipped) - 3} more" * (len(skipped) > 3)
     listed = f"; skipped {', '.join(skipped[:3])}{more}" * bool(skipped)
-    found = f"{usable or 'none'} among {total} file{'s' * (total != 1)}{listed}."
-    raise PhotoError(f"{expected} {found}", f"`echodistill check {folder}` gives the verdict on each file.")
+    summary = f"{usable or 'none'} among {total} file{'s' * (total != 1)}{listed}."
+    raise PhotoError(f"{expected} {summary}", f"Run `echodistill check {folder}` for the verdict on each file.")
 
 
 def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -> PhotoReport:
-    """Judge every file of a folder; subfolders, hidden files, .txt, .json and .md files are left out.
+    """Check every file of a folder except subfolders, hidden files, .txt, .json and .md files.
 
     Args:
-        folder: holds the photos; `masks/<stem>.png` (white is the subject) and `<stem>.txt` go with `<stem>.jpg`.
-        resolution: side of the training pictures in pixels.
-        masks: "off" uses none; all else takes them from `masks/` and from alpha channels.
-        captions: whether to read the .txt files.
+        folder: holds the photos; `masks/<stem>.png` (white on the subject) and `<stem>.txt` belong to `<stem>.jpg`.
+        resolution: side of the training images in pixels.
+        masks: "off" ignores masks; any other value reads them from `masks/` and alpha channels.
+        captions: whether to read captions from .txt files.
 
     Raises:
         PhotoError: the folder is missing, unreadable or not a folder.
     """
     paths = [path for path in _entries(folder) if path.suffix.lower() not in _IGNORED]
     mask_files = {}
-    wanted = masks != "off"
-    in_folder = wanted and (folder / "masks").is_dir()
-    if in_folder:
+    with_masks = masks != "off"
+    has_mask_folder = with_masks and (folder / "masks").is_dir()
+    if has_mask_folder:
         mask_files = {path.stem: path for path in _entries(folder / "masks") if path.suffix.lower() == ".png"}
     files: list[FileReport] = []
     photos: list[Photo] = []
@@ -130,8 +159,8 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
     for path in paths:
         notes = Notes()
         try:
-            image, alpha, kind = read_picture(path, notes)
-            mask = _subject_mask(mask_files.get(path.stem), image.size, alpha, notes) if wanted else None
+            image, alpha, kind = read_image(path, notes)
+            mask = _subject_mask(mask_files.get(path.stem), image.size, alpha, notes) if with_masks else None
             photo = _photo(path, image, mask, resolution, _caption(path, notes) if captions else None)
         except UnusableError as error:
             files.append(FileReport(path.name, "skipped", (str(error),)))
@@ -140,16 +169,16 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
         verdict: Literal["ok", "warning"] = "warning" if notes.warnings else "ok"
         files.append(FileReport(path.name, verdict, (*notes.warnings, *notes.remarks), image.size, kind))
         photos.append(photo)
-    unmatched = _mask_warnings(mask_files, paths) if in_folder else []
-    return PhotoReport(tuple(files), tuple(photos), tuple(unmatched))
+    warnings = _mask_warnings(mask_files, paths) if has_mask_folder else []
+    return PhotoReport(tuple(files), tuple(photos), tuple(warnings))
 
 
 def square_crop(image: Image.Image, mask: Image.Image | None) -> tuple[int, int, int, int]:
-    """The largest square of a picture, placed along its long side where the subject is: left, top, right, bottom.
+    """Return the largest square, placed along the long side where the subject is: left, top, right, bottom.
 
-    With a mask it centres on the mask's bounding box. Without, it takes the square with the largest share of the
-    picture's gradient energy, less its squared distance from the centre (as a share of the room there is): subjects
-    have more detail than their background, and photographers centre them.
+    With a mask, the square is centered on the mask's bounding box. Without a mask, it maximizes its fraction of the
+    image's gradient energy minus its squared distance from the center: subjects have more detail than backgrounds, and
+    photographers center them.
     """
     (width, height), side = image.size, min(image.size)
     room, wide = max(width, height) - side, width > height
@@ -157,7 +186,7 @@ def square_crop(image: Image.Image, mask: Image.Image | None) -> tuple[int, int,
     if box:
         offset = ((box[0] + box[2] if wide else box[1] + box[3]) - side) / 2
     else:
-        small = _grey(image, 64)
+        small = _gray(image, 64)
         detail = np.add(*np.abs(np.gradient(small))).sum(axis=0 if wide else 1)
         shares = np.convolve(detail, np.ones(min(small.shape)), mode="valid") / max(float(detail.sum()), 1e-8)
         places = (np.arange(len(shares)) + 0.5) / len(shares)  # 0…1 of the room
@@ -167,18 +196,18 @@ def square_crop(image: Image.Image, mask: Image.Image | None) -> tuple[int, int,
 
 
 def _entries(folder: Path, *, folders: bool = False) -> list[Path]:
-    """Visible files, or else folders, in natural order: 2.jpg before 10.jpg, whatever the case."""
-    expected = "Give the folder that holds 3 to 6 photos of the subject."
+    """Return visible files, or folders, in natural order: 2.jpg before 10.jpg, ignoring case."""
+    remedy = "Give the folder that holds 3 to 6 photos of the subject."
     try:
         if not folder.exists():
-            raise PhotoError(f"{folder} does not exist.", expected)
+            raise PhotoError(f"{folder} does not exist.", remedy)
         if not folder.is_dir():
-            raise PhotoError(f"{folder} is a file, not a folder.", expected)
-        shown = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
-        visible = [entry for entry in shown if entry.is_dir() == folders]
+            raise PhotoError(f"{folder} is a file, not a folder.", remedy)
+        visible = (entry for entry in folder.iterdir() if not entry.name.startswith("."))
+        entries = [entry for entry in visible if entry.is_dir() == folders]
     except OSError as error:
-        raise PhotoError(f"{folder} cannot be read: {error.strerror}.", expected) from error
-    return sorted(visible, key=lambda entry: (_padded(entry.name.casefold()), entry.name))
+        raise PhotoError(f"{folder} cannot be read: {error.strerror}.", remedy) from error
+    return sorted(entries, key=lambda entry: (_padded(entry.name.casefold()), entry.name))
 
 
 def _padded(name: str) -> str:
@@ -199,24 +228,24 @@ def _photo(path: Path, image: Image.Image, mask: Image.Image | None, resolution:
 def _subject_mask(
     path: Path | None, size: tuple[int, int], alpha: Image.Image | None, notes: Notes
 ) -> Image.Image | None:
-    """The mask file if there is a good one, else the photo's own alpha."""
+    """Return the mask file if it is usable, else the photo's alpha channel."""
     if path is not None:
         name, aspect = f"masks/{path.name}", size[0] / size[1]
         try:
-            picture, cutout, _ = read_picture(path, Notes())
+            image, cutout, _ = read_image(path, Notes())
         except UnusableError as error:
             notes.warnings.append(f"{name} is ignored: it {error}")
             return alpha
-        mask = cutout or picture.convert("L")
+        mask = cutout or image.convert("L")
         if abs(mask.width / mask.height / aspect - 1) > 0.02:
-            notes.warnings.append(f"{name} is ignored: it has {mask.size}, the photo {size}")
+            notes.warnings.append(f"{name} is ignored: it has size {mask.size}, but the photo has {size}")
         elif mask.point(lambda value: 255 * (value > 127)).getbbox() is None:
             notes.warnings.append(f"{name} is ignored: it has no white, so no subject")
         else:
             notes.remarks.append(f"subject mask from {name}")
             return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
     if alpha is not None:
-        notes.remarks.append("its transparency is the subject mask")
+        notes.remarks.append("its transparency is used as the subject mask")
     return alpha
 
 
@@ -237,25 +266,25 @@ def _caption(path: Path, notes: Notes) -> str | None:
 
 def _quality_warnings(photo: Photo, size: tuple[int, int], resolution: int) -> list[str]:
     (width, height), aspect = size, max(size) / min(size)
-    sample = _grey(photo.image.crop(photo.crop), 384)
+    sample = _gray(photo.image.crop(photo.crop), 384)
     flat, cut, cut_mask = bool(sample.std() < MIN_CONTRAST), 1 - 1 / aspect, 0.0
     if photo.mask is not None:
         inside = np.asarray(photo.mask.crop(photo.crop), dtype=np.float64).sum()
         cut_mask = 1 - float(inside / np.asarray(photo.mask, dtype=np.float64).sum())
     findings = (
         (min(size) < resolution, f"{width} x {height} is smaller than the resolution {resolution}, so it is enlarged"),
-        (flat, "almost one colour"),
+        (flat, "is almost one color"),
         (not flat and _sharpness(sample) < SHARPNESS, "looks blurred"),
-        (aspect > PANORAMA, f"is a panorama ({aspect:.1f} : 1); the square crop cuts {cut:.0%} of it away"),
-        (cut > MAX_CUT and aspect <= PANORAMA and photo.mask is None, f"the square crop cuts {cut:.0%} of it away"),
-        (cut_mask > MAX_MASK_CUT, f"the square crop cuts {cut_mask:.0%} of the subject away"),
+        (aspect > PANORAMA, f"is a panorama ({aspect:.1f} : 1); the square crop removes {cut:.0%} of it"),
+        (cut > MAX_CUT and aspect <= PANORAMA and photo.mask is None, f"the square crop removes {cut:.0%} of it"),
+        (cut_mask > MAX_MASK_CUT, f"the square crop removes {cut_mask:.0%} of the subject"),
     )
-    return [text for found, text in findings if found]
+    return [text for is_true, text in findings if is_true]
 
 
-def _sharpness(grey: NDArray[np.float64]) -> float:
-    """Largest variance of the Laplacian among up to 8 x 8 tiles: one sharp place is enough, backgrounds may be soft."""
-    laplacian = 4 * grey[1:-1, 1:-1] - grey[:-2, 1:-1] - grey[2:, 1:-1] - grey[1:-1, :-2] - grey[1:-1, 2:]
+def _sharpness(gray: NDArray[np.float64]) -> float:
+    """Return the largest variance of the Laplacian among up to 8 x 8 tiles: backgrounds may be soft."""
+    laplacian = 4 * gray[1:-1, 1:-1] - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:]
     count = min(8, max(1, len(laplacian) // 8))  # tiles of fewer than 8 pixels a side would measure noise
     tile = len(laplacian) // count
     tiles = laplacian[: count * tile, : count * tile].reshape(count, tile, count, tile)
@@ -263,10 +292,10 @@ def _sharpness(grey: NDArray[np.float64]) -> float:
 
 
 def _copy_warnings(photo: Photo, thumbnails: dict[str, NDArray[np.float64]]) -> list[str]:
-    """Compare with the photos before and remember this one.
+    """Compare with the thumbnails of earlier photos, then add this photo's.
 
-    Correlation of 32 x 32 grey thumbnails: on the real photos other views reach 0.73 at most and brightened copies
-    0.94 at least, where a 128-bit dHash leaves no gap (a brightened copy differs in 23 %, another view in 23 %).
+    Correlates 32 x 32 gray thumbnails. On the reference photos, other views reach at most 0.73 and brightened copies at
+    least 0.94. A 128-bit dHash cannot separate them: both differ in 23 % of the bits.
     """
     small = np.asarray(photo.image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
     if small.std() < MIN_CONTRAST:
@@ -279,19 +308,18 @@ def _copy_warnings(photo: Photo, thumbnails: dict[str, NDArray[np.float64]]) -> 
 
 
 def _mask_warnings(mask_files: dict[str, Path], paths: list[Path]) -> list[str]:
-    """What in `masks/` would otherwise be silently ignored."""
+    """Report masks without a photo and photos without a mask."""
     stems = {path.stem for path in paths}
     if not stems & set(mask_files):
-        return [
-            f"masks/ holds {len(mask_files)} .png files, none named like a photo (masks/<stem>.png): no mask is used"
-        ]
-    orphans = [f"masks/{file.name} is named like no photo" for stem, file in mask_files.items() if stem not in stems]
+        count = len(mask_files)
+        return [f"masks/ holds {count} .png files, but none is named like a photo (masks/<stem>.png): no mask is used"]
+    orphans = [f"masks/{file.name} belongs to no photo" for stem, file in mask_files.items() if stem not in stems]
     bare = [path.name for path in paths if path.stem not in mask_files]
     return orphans + ([f"masks/ has no mask for {', '.join(bare)}"] if bare else [])
 
 
-def _grey(image: Image.Image, side: int) -> NDArray[np.float64]:
-    """Grey values 0…255 [H, W], reduced (never enlarged) to a short side of `side` pixels."""
+def _gray(image: Image.Image, side: int) -> NDArray[np.float64]:
+    """Return gray values 0…255 [H, W], scaled down to a short side of at most `side` pixels."""
     scale = min(1.0, side / min(image.size))
     size = (round(image.width * scale), round(image.height * scale))
     return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)

@@ -1,11 +1,11 @@
-"""Every list of prompts, and how a subject gets into one."""
+"""All prompt templates, and how a subject is put into one."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-# Neutral wordings: what the photos share should attach to the subject's words, not to "photo" or "good".
+# For photos of the subject. Neutral and varied, so that the model attaches what the photos share to the subject.
 TEMPLATES = (
     "a photo of a {}",
     "a photo of the {}",
@@ -32,8 +32,9 @@ TEMPLATES = (
     "a rendition of the {}",
     "a depiction of a {}",
 )
-# These speak of the framing themselves and would contradict or repeat a view's.
-_UNFRAMED = tuple(text for text in TEMPLATES if "cropped" not in text and "close-up" not in text)
+# For augmented views whose framing is added to the prompt: without the templates that state a framing themselves.
+UNFRAMED_TEMPLATES = tuple(text for text in TEMPLATES if "cropped" not in text and "close-up" not in text)
+# For images that no photo shows: what the student is asked to generate in training.
 SCENES = (
     "a {} in the snow",
     "a {} on a sandy beach at noon",
@@ -77,34 +78,53 @@ SCENES = (
     "a {} in dramatic evening light",
 )
 
-
-def scene_prompt(subject: str, index: int, scenes: Sequence[str] = ()) -> str:
-    """Scene number `index`, starting over after the last, with the subject in it; of the built-in ones if none are."""
-    scenes = scenes or SCENES
-    return with_subject(scenes[index % len(scenes)], subject)
-
-
-def with_subject(template: str, subject: str) -> str:
-    """Put the subject's words into a template's `{}`; "a {}" becomes "an owl" before a vowel sound."""
-    # The exceptions sound like "you" or "one": a unicorn, a European, a used car, a one-eyed cat.
-    vowel = re.match(r"(?!uni[^mn]|eu|us[eu]|one\b)[aeiou]", subject, re.IGNORECASE)
-    article = r"\1n {}" if vowel else r"\1 {}"
-    return re.sub(r"\b([aA]) \{\}", article, template).replace("{}", subject)
-
-
-def class_prompts(class_name: str, count: int, *, given: Sequence[str] = (), scenes: Sequence[str] = ()) -> list[str]:
-    """Prompts for the class without the subject's word: the given ones, or plain wordings and scenes in turn."""
-    if given:
-        return [scene_prompt(class_name, index, given) for index in range(count)]
-    plain = [with_subject(TEMPLATES[index % len(TEMPLATES)], class_name) for index in range(count)]
-    in_scenes = [scene_prompt(class_name, index, scenes) for index in range(count)]
-    return [text for both in zip(plain, in_scenes, strict=True) for text in both][:count]
-
-
-# Our own, in the spirit of DreamBench: places, grounds, colours, sizes. DreamBench's come with its checkout.
+# For evaluation without --prompts. Not DreamBench's, but like them: places, surfaces, colors, sizes.
 EVALUATION_TEMPLATES = (
     *("a photo of a {}", "a {} on a sandy beach", "a {} in deep snow", "a {} in a dense forest"),
     *("a {} on a city street at night", "a {} in a kitchen", "a {} on a wooden table", "a {} on a red carpet"),
     *("a {} in front of a lake and mountains", "a {} in a field of yellow flowers", "a {} in the rain", "a tiny {}"),
     *("a huge {} seen from below", "a blue {}", "a golden {}", "a black and white photo of a {}"),
 )
+
+
+def scene_prompt(subject: str, index: int, scenes: Sequence[str] = ()) -> str:
+    """Return a prompt for a scene with the subject.
+
+    Args:
+        subject: such as "sks dog".
+        index: number of the scene; counts past the end start over.
+        scenes: templates; the built-in `SCENES` if empty.
+    """
+    scenes = scenes or SCENES
+    return with_subject(scenes[index % len(scenes)], subject)
+
+
+def with_subject(template: str, subject: str) -> str:
+    """Return the template with `{}` replaced by the subject; "a {}" becomes "an owl" before a vowel sound."""
+    # Exceptions that begin with the sound of "you" or "one": a unicorn, a European, a used car, a one-eyed cat.
+    vowel = re.match(r"(?!uni[^mn]|eu|us[eu]|one\b)[aeiou]", subject, re.IGNORECASE)
+    article = r"\1n {}" if vowel else r"\1 {}"
+    return re.sub(r"\b([aA]) \{\}", article, template).replace("{}", subject)
+
+
+def class_prompts(
+    class_name: str, count: int, *, templates: Sequence[str] = (), scenes: Sequence[str] = ()
+) -> list[str]:
+    """Return prompts for the class, without the token.
+
+    Args:
+        class_name: such as "dog".
+        count: number of prompts.
+        templates: used in turn; if empty, `TEMPLATES` and scenes alternate.
+        scenes: as in `scene_prompt`.
+    """
+    if templates:
+        return [scene_prompt(class_name, index, templates) for index in range(count)]
+    plain = [with_subject(TEMPLATES[index % len(TEMPLATES)], class_name) for index in range(count)]
+    in_scenes = [scene_prompt(class_name, index, scenes) for index in range(count)]
+    return [text for both in zip(plain, in_scenes, strict=True) for text in both][:count]
+
+
+def fill(template: str, subject: str) -> str:
+    """Return the template with `{}` and `{subject}` replaced by the subject, the article unchanged."""
+    return template.replace("{subject}", subject).replace("{}", subject)

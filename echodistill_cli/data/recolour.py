@@ -1,7 +1,7 @@
-"""Views of the photos with the subject in another colour and the colour's name in the prompt, so that it stays a word.
+"""Recolor the subject in augmented views and name the color in their prompts (extension).
 
-Photos show a subject in one colour only; a model that learns from them alone soon forgets the subject or the word when
-it is asked for "a red sks dog". Where the colour belongs a mask says, or the teacher.
+Photos show the subject in one color. A model trained on them alone loses either the subject or the color when the
+prompt says "a red sks dog". A mask, or else the teacher, locates the subject.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ def recoloured(
     pair: ModelPair,
     generator: torch.Generator,
 ) -> list[View]:
-    """The views, a share of them with the subject tinted, each colour equally often; the order stays.
+    """Return the views in the same order, the subject tinted in some of them, each color equally often.
 
     Args:
-        photos: those the views are of; a photo's own mask says where its subject is.
-        share: 0…1. class_name: the subject's class, such as dog.
-        pair: its teacher, not yet trained, says where the subject is in photos without a mask.
+        views: augmented views of the photos.
+        photos: the photos; their own masks locate the subject.
+        share: 0…1, fraction of the views to tint.
+        class_name: the subject's class, such as "dog".
+        pair: its untrained teacher locates the subject in photos without a mask.
         generator: a CPU generator, the only source of randomness.
     """
     rows = torch.randperm(len(views), generator=generator)[: round(share * len(views))].tolist()
@@ -60,47 +62,62 @@ def recoloured(
 
 
 def without_colour(prompt: str, subject: str) -> tuple[str, str | None]:
-    """A prompt without the colour that it gives the subject, and that colour; or as it is, and None.
+    """Split off the subject's color: "a red sks dog" gives ("a sks dog", "red").
 
-    "a red sks dog in the snow" becomes "a sks dog in the snow", and "red".
+    A prompt that gives the subject no color is returned unchanged, with None.
     """
-    coloured = re.compile(rf"\b(an? )?({'|'.join(COLOURS)}) {re.escape(subject)}", re.IGNORECASE)
-    found = coloured.search(prompt)
-    if found is None:
+    pattern = re.compile(rf"\b(an? )?({'|'.join(COLOURS)}) {re.escape(subject)}", re.IGNORECASE)
+    match = pattern.search(prompt)
+    if match is None:
         return prompt, None
-    plain = with_subject("a {}" if found[1] else "{}", subject)
-    return prompt[: found.start()] + plain + prompt[found.end() :], found[2].lower()
+    plain = with_subject("a {}" if match[1] else "{}", subject)
+    return prompt[: match.start()] + plain + prompt[match.end() :], match[2].lower()
 
 
 @torch.no_grad()
 def tinted_latents(
     latents: Tensor, colours: Sequence[str | None], class_name: str, pair: ModelPair, generator: torch.Generator
 ) -> Tensor:
-    """Pictures as latents [B, C, h, w], the subject of each in its colour; None leaves one as it is.
+    """Return the latents with the subject of each tinted in its color.
 
     Args:
-        pair: its teacher, as if not trained, says where the subject is. generator: a CPU generator.
+        latents: [B, C, h, w], scaled.
+        colours: B names from `COLOURS`; None leaves an image unchanged.
+        class_name: the subject's class, such as "dog".
+        pair: its teacher, with adapters disabled, locates the subject.
+        generator: a CPU generator.
     """
     result = latents.clone()
     for row, name in enumerate(colours):
         if name is not None:
             image = pair.codec.decode(latents[row : row + 1])[0].clamp(-1, 1)
-            rough = subject_mask(image, class_name, pair, generator, contrasts=1)  # refining makes up for the others
+            rough = subject_mask(image, class_name, pair, generator, contrasts=1)  # one suffices before refining
             where = refined_mask(rough, image, generator)
             result[row] = pair.codec.encode(tinted_where(where, image, name)[None])[0]
     return result
 
 
 def tinted_where(mask: Tensor, image: Tensor, name: str) -> Tensor:
-    """A picture [3, H, W] in [-1, 1], inside a mask [1, H, W] in [0, 1] in shades of the colour of that name."""
+    """Tint an image inside a mask.
+
+    Args:
+        mask: [1, H, W] in 0…1.
+        image: [3, H, W] in [-1, 1].
+        name: a key of `COLOURS`.
+    """
     return image * (1 - mask) + tinted(image, COLOURS[name]) * mask
 
 
 def tinted(image: Tensor, colour: tuple[int, int, int]) -> Tensor:
-    """A picture [3, H, W] in [-1, 1] in shades of one colour, dark stays dark and bright stays bright."""
+    """Tint an image in shades of one color; black stays black and white stays white.
+
+    Args:
+        image: [3, H, W] in [-1, 1].
+        colour: red, green and blue, 0…255.
+    """
     weights = torch.tensor([0.299, 0.587, 0.114], device=image.device).view(3, 1, 1)
     light = ((image + 1) / 2 * weights).sum(dim=0, keepdim=True)
     tint = torch.tensor(colour, device=image.device).view(3, 1, 1) / 255
-    middle = 0.6  # the lightness that has the colour itself
+    middle = 0.6  # the lightness that is mapped to the color itself
     shaded = torch.where(light < middle, tint * light / middle, tint + (1 - tint) * (light - middle) / (1 - middle))
     return shaded.clamp(0, 1) * 2 - 1

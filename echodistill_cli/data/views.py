@@ -1,7 +1,7 @@
-"""Photos → augmented (image, mask, prompt) views from one seeded generator; prompt templates.
+"""Augmented views of the photos and their prompts, from one seeded generator.
 
-The teacher's augmentation is Custom Diffusion's (Kumari et al., CVPR 2023): the photo is either pasted small on an
-empty canvas, where the loss counts on the photo alone, or zoomed into, and the prompt says which.
+The teacher's augmentation is Custom Diffusion's (Kumari et al., CVPR 2023). The photo is either pasted at a small scale
+on an empty canvas, which the loss ignores, or zoomed into. The prompt states which.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli.data.photos import Photo
-from echodistill_cli.data.prompts import _UNFRAMED, TEMPLATES, with_subject
+from echodistill_cli.data.prompts import TEMPLATES, UNFRAMED_TEMPLATES, with_subject
 
 PASTE_PROBABILITY = 0.66
-SMALL_SCALE = 0.6  # pasted below this scale, the prompt speaks of it
+SMALL_SCALE = 0.6  # pasted below this scale, the prompt says so
 PASTE_SCALES = (1 / 3, 1.0)
 ZOOMS = (1.2, 1.4)
 REAL_ZOOMS = (1.0, 1.15)
 SMALL_FRAMINGS = ("far away", "very small")
 ZOOMED_FRAMINGS = ("zoomed in", "close up")
-# Outside the subject mask the loss keeps this weight: at 0 the adapters could put anything there, and would.
+# Weight of the loss outside of the subject mask. At 0, the adapters would generate arbitrary backgrounds.
 BACKGROUND_WEIGHT = 0.1
 
 
@@ -35,12 +35,12 @@ class View:
 
     Attributes:
         image: float32 [3, H, W] in [-1, 1].
-        mask: float32 [1, H, W] in 0…1, how much the denoising loss counts there.
+        mask: float32 [1, H, W] in 0…1, weight of the denoising loss.
         framing: "", "far away", "very small", "zoomed in" or "close up".
-        caption: the photo's own caption, if it has one.
+        caption: the photo's caption, if it has one.
         photo: index of the photo.
-        crop: (top, left) of the view in the whole photo, in pixels of the view, as SDXL is told; (0, 0) on a canvas.
-        colour: "", or the one that the subject has been given.
+        crop: SDXL's crop coordinates: (top, left) of the view in the photo, in pixels of the view; (0, 0) on a canvas.
+        colour: the color that the subject was tinted in; "" for none.
     """
 
     image: Tensor
@@ -53,20 +53,20 @@ class View:
 
 
 def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
-    """Views for the teacher's denoising loss, each photo equally often (give or take one), in random order.
+    """Return views for the teacher's denoising loss, all photos equally often (±1), in random order.
 
-    Each is flipped with probability ½. With probability 0.66 its square crop is pasted at a scale of ⅓…1 of the side
-    at a random place of an empty canvas (0, mid-grey); the mask is 0 outside and, below scale 0.6, the framing says so.
-    Otherwise it is zoomed 1.2…1.4 into a random place of the crop. Subject masks weigh the background 0.1.
+    A view is flipped with probability ½. With probability 0.66, the square crop is pasted at a scale of ⅓…1 at a random
+    place of an empty gray canvas. The mask is 0 on the canvas, and below scale 0.6 the framing says so. Otherwise, the
+    view zooms 1.2…1.4 into a random place of the crop. With a subject mask, the background has weight 0.1.
 
     Args:
         photos: at least one, unless `count` is 0.
         resolution: side H = W of the views in pixels.
-        count: how many views.
-        generator: a CPU generator, the only source of randomness: the same state gives bit-identical views.
+        count: number of views.
+        generator: a CPU generator, the only source of randomness.
 
     Raises:
-        ValueError: views are wanted of no photos.
+        ValueError: there are no photos, but `count` is not 0.
     """
     views = []
     for index in _balanced(len(photos), count, generator):
@@ -81,11 +81,11 @@ def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, gener
 
 
 def real_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
-    """Views as the discriminators' reals, for identity features, and for a teacher that sees plain photos: no canvas.
+    """Return views without a canvas, for discriminators and identity features.
 
-    The first `len(photos)` are the plain square crops in order, a reference set; the others are flipped with
-    probability ½ and zoomed 1…1.15 into a random place, each photo equally often (give or take one). Arguments and
-    errors are those of `teacher_views`.
+    The first `len(photos)` are the square crops in order, a reference set. The others are flipped with probability ½
+    and zoomed 1…1.15 into a random place, all photos equally often (±1). Arguments and errors are those of
+    `teacher_views`.
     """
     plain = range(min(count, len(photos)))
     views = [_framed(photos[index], index, photos[index].crop, False, resolution, "") for index in plain]
@@ -97,19 +97,24 @@ def real_views(photos: Sequence[Photo], *, resolution: int, count: int, generato
 
 
 def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
-    """A prompt for a view, such as "a photo of a sks dog, far away".
+    """Return a prompt for a view, such as "a photo of a sks dog, far away".
 
-    A caption that holds the subject's token (the first word of `subject`) stands as it is; another one follows
-    "a photo of a {subject}". Without a caption a template is drawn. A view's colour comes before the token.
+    A caption with the token is used as it is. A caption without it is appended to "a photo of a {subject}". Without a
+    caption, a random template is used. The view's color is put before the token.
+
+    Args:
+        view: the augmented view.
+        subject: such as "sks dog"; its first word is the token.
+        generator: picks the template.
     """
     token = rf"(?<!\w){re.escape(subject.split()[0])}(?!\w)"
-    named = f"{view.colour} {subject}".lstrip()
+    colored = f"{view.colour} {subject}".lstrip()
     if view.caption is None:
-        text = with_subject(_choice(_UNFRAMED if view.framing else TEMPLATES, generator), named)
+        text = with_subject(_choice(UNFRAMED_TEMPLATES if view.framing else TEMPLATES, generator), colored)
     elif re.search(token, view.caption, re.IGNORECASE):
-        text = re.sub(token, lambda found: f"{view.colour} {found[0]}".lstrip(), view.caption, flags=re.IGNORECASE)
+        text = re.sub(token, lambda match: f"{view.colour} {match[0]}".lstrip(), view.caption, flags=re.IGNORECASE)
     else:
-        text = f"{with_subject('a photo of a {}', named)}, {view.caption}"
+        text = f"{with_subject('a photo of a {}', colored)}, {view.caption}"
     return f"{text}, {view.framing}" if view.framing else text
 
 
@@ -128,7 +133,7 @@ def _pasted(photo: Photo, index: int, flip: bool, resolution: int, generator: to
 def _framed(
     photo: Photo, index: int, box: tuple[float, float, float, float], flip: bool, side: int, framing: str
 ) -> View:
-    """The part `box` of a photo, resized (antialiased) to `side` pixels."""
+    """Return the part `box` of a photo as a view of `side` pixels, antialiased."""
     pixels = np.asarray(photo.image.resize((side, side), Image.Resampling.LANCZOS, box=box), dtype=np.float32)
     image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
     mask = torch.ones(1, side, side)
@@ -145,18 +150,18 @@ def _framed(
 def _zoomed_box(
     crop: tuple[int, int, int, int], zoom: float, generator: torch.Generator
 ) -> tuple[float, float, float, float]:
-    """A square 1 / zoom as wide as the crop, at a random place in it."""
+    """Return a square 1 / zoom as wide as the crop, at a random place in it."""
     side = (crop[2] - crop[0]) / zoom
     left = _uniform(crop[0], crop[2] - side, generator)
     top = _uniform(crop[1], crop[3] - side, generator)
-    # Pillow refuses a box that rounding lifts over the edge.
+    # Pillow rejects a box that crosses the edge, which rounding can cause.
     return left, top, min(left + side, crop[2]), min(top + side, crop[3])
 
 
 def _balanced(length: int, count: int, generator: torch.Generator) -> list[int]:
-    """`count` indices below `length`: shuffled rounds, each through all of them."""
+    """Return `count` indices below `length`, in consecutive random permutations."""
     if count > 0 and length == 0:
-        raise ValueError(f"{count} views are wanted, but there are no photos")
+        raise ValueError(f"There are no photos to make {count} views of.")
     order: list[int] = []
     while len(order) < count:
         order += torch.randperm(length, generator=generator).tolist()

@@ -1,12 +1,11 @@
-"""What a run holds of its two models: a UNet and a schedule for each role, the shared text side, the shared latents.
+"""Teacher and student in memory: a UNet and a schedule each, one prompt encoder and one latent codec for both.
 
-Teacher and student are two UNets over the same latents and the same text encoder(s); those come from the student, since
-it is the student's files that the result is used with.
+The text encoders and the VAE come from the student, because the trained LoRA is used with the student's files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -24,24 +23,32 @@ _LEVELS = {True: "block_out_channels", False: "encoder_block_out_channels"}
 
 @dataclass
 class Denoiser:
-    """A UNet with the schedule it was trained on; called with float32, it answers in float32.
+    """A UNet with the noise schedule it was trained on. Inputs and outputs are float32.
 
-    Its last layer runs in float32 whatever the precision of the rest: a one-step model divides that layer's rounding
-    error by √ᾱ_999 = 0.068.
+    The loader keeps the UNet's last layer in float32: a one-step model divides that layer's rounding error by
+    √ᾱ_999 = 0.068.
 
-    Args:
+    Attributes:
+        unet: a UNet2DConditionModel, or a module with the same call.
+        schedule: its ᾱ_t and prediction type.
         time_ids: SDXL's (original height, width, crop top, left, target height, width) in pixels; None for SD.
-        prepare: called before each use, where the two roles cannot be at work at once.
     """
 
     unet: Any
     schedule: NoiseSchedule
     time_ids: tuple[int, ...] | None = None
-    prepare: Callable[[], None] = lambda: None
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The output (ε or v), float32 [B, C, H, W], at z_t of shape [B, C, H, W] and integer timesteps [B]."""
-        self.prepare()
+        """Return the UNet's output, ε or v.
+
+        Args:
+            noisy: [B, C, h, w], z_t.
+            timesteps: [B], integers.
+            conditioning: of B prompts.
+
+        Returns:
+            float32 [B, C, h, w].
+        """
         output = self.unet(
             noisy.to(self.unet.conv_in.weight.dtype),
             timesteps,
@@ -52,10 +59,13 @@ class Denoiser:
         return torch.as_tensor(output).float()
 
     def at_crops(self, conditioning: Conditioning, crops: Sequence[tuple[int, int]]) -> Conditioning:
-        """The conditioning of samples cut out of photos at (top, left) [B]; for SD, which does not ask, as it is.
+        """Condition SDXL on where each training image was cropped; SD's conditioning is returned unchanged.
 
-        Podell et al. 2023 (arXiv 2307.01952), section 2.2: told where a picture was cropped, the model does not learn
-        to cut subjects off.
+        Without it the model learns to cut subjects off (Podell et al. 2023, arXiv 2307.01952, section 2.2).
+
+        Args:
+            conditioning: of B prompts.
+            crops: B pairs (top, left) in pixels.
         """
         if self.time_ids is None:
             return conditioning
@@ -63,17 +73,22 @@ class Denoiser:
         return replace(conditioning, time_ids=torch.tensor(rows, device=conditioning.hidden.device))
 
     def pure_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The most noisy input for unit noise [B, C, H, W], and its timesteps [B]."""
+        """Return z_T, the UNet's input at the last timestep, and that timestep repeated: [B, C, h, w] and [B].
+
+        Args:
+            noise: [B, C, h, w], standard normal.
+        """
         timesteps = torch.full((len(noise),), self.schedule.last_timestep, device=noise.device)
         return pure_noise(self.schedule, noise), timesteps
 
 
 @dataclass
 class LatentCodec:
-    """Pictures ↔ the latents that the UNets work on (the VAE's, scaled).
+    """Images to scaled latents and back.
 
-    Args:
-        encoder: the VAE. decoder: the same, or an AutoencoderTiny for the same latent space.
+    Attributes:
+        encoder: the VAE.
+        decoder: the same VAE, or an AutoencoderTiny for its latent space.
     """
 
     encoder: Any
@@ -81,34 +96,56 @@ class LatentCodec:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent along one side."""
-        # Both VAE classes halve the picture between two levels.
+        """Downsampling factor f of the VAE: pixels per latent along one side."""
+        # Both VAE classes halve the resolution between two levels.
         return int(2 ** (len(self.encoder.config[_LEVELS[_is_kl(self.encoder)]]) - 1))
 
     @property
     def channels(self) -> int:
-        """Latent channels."""
+        """Number of latent channels C."""
         return int(self.encoder.config.latent_channels)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Latents, float32 [B, C, H/f, W/f], of pictures [B, 3, H, W] in [-1, 1]; the mean of a VAE with a spread."""
+        """Encode images deterministically: the mode of the VAE's posterior, scaled.
+
+        Args:
+            images: [B, 3, H, W] in [-1, 1].
+
+        Returns:
+            float32 [B, C, H/f, W/f].
+        """
         encoded = self.encoder.encode(images.to(self.encoder.dtype))
         latents = encoded.latent_dist.mode() if _is_kl(self.encoder) else encoded.latents
         return torch.as_tensor(latents).float() * float(self.encoder.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures, float32 [B, 3, H, W], about [-1, 1] (not clamped), with gradient."""
+        """Decode scaled latents; differentiable and not clamped.
+
+        Args:
+            latents: [B, C, h, w], scaled.
+
+        Returns:
+            float32 [B, 3, f·h, f·w], about [-1, 1].
+        """
         scaled = latents / float(self.decoder.config.scaling_factor)
         return torch.as_tensor(self.decoder.decode(scaled.to(self.decoder.dtype)).sample).float()
 
 
 @dataclass
 class ModelPair:
-    """Everything frozen that a run needs of its two models, on one device.
+    """Student, teacher and what they share, on one device.
 
-    `alternating` says that the two UNets cannot be at work at once: then no graph through one may be alive while the
-    other is used.
+    Attributes:
+        family: "sd" or "sdxl".
+        encoder: tokenizers and text encoders, the student's.
+        codec: the VAE, the student's.
+        student: the one-step model.
+        loaded_teacher: the multi-step model; None if it was not loaded.
+        device: where the models run.
+        dtype: precision of the frozen weights.
+        alternating: only one UNet is on the device at a time, so no autograd graph through one may be alive while
+            the other runs.
     """
 
     family: Family
@@ -130,14 +167,14 @@ class ModelPair:
         """The multi-step model.
 
         Raises:
-            ModelError: it was not loaded.
+            ModelError: the teacher was not loaded.
         """
         if self.loaded_teacher is None:
-            raise ModelError("The teacher was not loaded.", "Name it with --teacher.")
+            raise ModelError("The teacher was not loaded.", "Set it with --teacher.")
         return self.loaded_teacher
 
     def role(self, role: Role) -> Denoiser:
-        """The student, or the teacher.
+        """Return the student or the teacher.
 
         Raises:
             ModelError: the teacher was not loaded.

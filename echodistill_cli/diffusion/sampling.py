@@ -1,7 +1,7 @@
-"""From noise to pictures: the student's single step, the teacher's guided x0, and `generate` for people.
+"""Sampling: the student's single step, the teacher's guided x0, and `generate` from prompts and seeds.
 
-Noise is always drawn on the CPU, from one generator per picture, so that a picture depends on its own seed alone: not
-on the device, the batch size or its neighbours.
+Noise is always drawn on the CPU, from one generator per image. An image therefore depends on its own seed, not on the
+device, the batch size or the other images of the batch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from echodistill_cli.errors import EchoDistillError
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How pictures are drawn.
+    """How images are generated.
 
-    Args:
-        role: which of the two models draws. steps: denoising steps. guidance_scale: 0 or 1 mean without guidance.
-        size: side in pixels. batch_size: pictures drawn at once; it changes speed, not pictures.
+    Attributes:
+        role: which model generates, "student" or "teacher".
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance; 0 and 1 both disable it.
+        size: side of the images in pixels.
+        batch_size: images per forward pass; it affects speed and memory only.
     """
 
     role: Role = "student"
@@ -35,7 +38,13 @@ class SamplingSettings:
 
 
 def student_x0(student: Denoiser, noise: Tensor, conditioning: Conditioning) -> Tensor:
-    """The student's picture as a clean latent: one Euler step from the last timestep. Noise [B, C, h, w] is unit."""
+    """Return the student's one-step sample: its x0 at the last timestep, float32 [B, C, h, w], differentiable.
+
+    Args:
+        student: the one-step model.
+        noise: [B, C, h, w], standard normal.
+        conditioning: of B prompts.
+    """
     noisy, timesteps = student.pure_noise(noise)
     return predict_x0(student.schedule, student(noisy, timesteps, conditioning), noisy, timesteps)
 
@@ -48,23 +57,27 @@ def teacher_x0(
     null: Conditioning,
     guidance_scale: float,
 ) -> Tensor:
-    """The teacher's guided prediction of the clean latent at z_t; both halves of the guidance in one pass.
+    """Return the teacher's guided x0 at z_t, float32 [B, C, h, w]. One forward pass evaluates both prompts.
 
     Args:
-        null: the empty prompt's conditioning, batch 1.
-        guidance_scale: of classifier-free guidance; at 1 the empty prompt is not asked.
+        teacher: the multi-step model.
+        noisy: [B, C, h, w], z_t.
+        timesteps: [B].
+        conditioning: of B prompts.
+        null: of the empty prompt, batch 1.
+        guidance_scale: of classifier-free guidance; at 1 the empty prompt is not evaluated.
     """
     if guidance_scale == 1:
         output = teacher(noisy, timesteps, conditioning)
     else:
         both = conditioning.join(null.expand(len(noisy)))
-        guided, unguided = teacher(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
-        output = guide(guided, unguided, guidance_scale)
+        conditional, unconditional = teacher(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
+        output = guide(conditional, unconditional, guidance_scale)
     return predict_x0(teacher.schedule, output, noisy, timesteps)
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Unit noise [len(seeds), *shape] on the CPU, each from its own seed."""
+    """Return standard normal noise [len(seeds), *shape] on the CPU, one generator per seed."""
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
 
@@ -77,30 +90,35 @@ def sample_latents(
     *,
     steps: int,
     guidance_scale: float,
-    picture: Tensor | None = None,
+    init_latents: Tensor | None = None,
     strength: float = 1.0,
 ) -> Tensor:
-    """Clean latents [B, C, h, w] from unit noise in `steps` deterministic steps, trailing spacing.
+    """Sample clean latents [B, C, h, w] with DDIM (η = 0) in trailing spacing.
+
+    SDXL-Turbo is published with an ancestral scheduler, which adds new noise between steps. At one step both are
+    bit-identical. With more steps, only the deterministic sampler makes an image a function of its seed and steps.
 
     Args:
-        picture: latents to begin with instead, given as much of the noise as the last `strength` of the steps need
-            (SDEdit, arXiv 2108.01073; at least one step is taken); at 1 they count for nothing.
-
-    SDXL-Turbo is published with an ancestral scheduler, which adds new noise between steps. At one step the two are
-    the same bit for bit; in more, the deterministic one keeps a picture a function of its seed and the steps alone.
+        denoiser: the student or the teacher.
+        noise: [B, C, h, w], standard normal.
+        conditioning: of B prompts.
+        null: of the empty prompt, batch 1.
+        steps: denoising steps of the whole schedule.
+        guidance_scale: of classifier-free guidance; values up to 1 disable it.
+        init_latents: [B, C, h, w], noised and used as the start (SDEdit, arXiv 2108.01073); None starts from noise.
+        strength: 0…1, fraction of the steps to run on `init_latents`, at least one; at 1 they have no effect.
     """
     scale = max(guidance_scale, 1.0)
-    taken = steps if picture is None else max(1, round(strength * steps))
-    timesteps = trailing_timesteps(denoiser.schedule, steps)[steps - taken :]
-    if picture is None or taken == steps:
+    steps_to_run = steps if init_latents is None else max(1, round(strength * steps))
+    timesteps = trailing_timesteps(denoiser.schedule, steps)[steps - steps_to_run :]
+    if init_latents is None or steps_to_run == steps:
         noisy, _ = denoiser.pure_noise(noise)
     else:
-        first = torch.full((len(noise),), timesteps[0], device=noise.device)
-        noisy = add_noise(denoiser.schedule, picture, noise, first)
-    for now, then in zip(timesteps, [*timesteps[1:], None], strict=True):
-        at = torch.full((len(noise),), now, device=noise.device)
-        x0 = teacher_x0(denoiser, noisy, at, conditioning, null, scale)
-        noisy = ddim_step(denoiser.schedule, x0, noisy, now, then)
+        start = torch.full((len(noise),), timesteps[0], device=noise.device)
+        noisy = add_noise(denoiser.schedule, init_latents, noise, start)
+    for t, t_next in zip(timesteps, [*timesteps[1:], None], strict=True):
+        x0 = teacher_x0(denoiser, noisy, torch.full((len(noise),), t, device=noise.device), conditioning, null, scale)
+        noisy = ddim_step(denoiser.schedule, x0, noisy, t, t_next)
     return noisy
 
 
@@ -108,13 +126,20 @@ def sample_latents(
 def generate(
     pair: ModelPair, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingSettings
 ) -> Iterator[Tensor]:
-    """Draw one picture per (prompt, seed), batch by batch.
+    """Generate one image per prompt and seed, batch by batch.
 
     Args:
-        prompts, seeds: of equal length.
+        pair: the models.
+        prompts: one per image.
+        seeds: one per image.
+        settings: how to generate.
 
     Yields:
-        uint8 pictures [H, W, 3] on the CPU, in order.
+        uint8 [H, W, 3] on the CPU, in the order of the prompts.
+
+    Raises:
+        EchoDistillError: an image is not finite.
+        ModelError: the settings ask for the teacher, which was not loaded.
     """
     denoiser = pair.role(settings.role)
     side = settings.size // pair.codec.factor
@@ -126,21 +151,26 @@ def generate(
         latents = sample_latents(
             denoiser, noise, conditioning, null, steps=settings.steps, guidance_scale=settings.guidance_scale
         )
-        yield from to_uint8(_not_black(pair.codec.decode(latents)))
+        images = pair.codec.decode(latents)
+        _require_finite(images)
+        yield from to_uint8(images)
 
 
-def _not_black(images: Tensor) -> Tensor:
-    """The pictures; where there are none but overflowed numbers, which would be written as black, an error."""
-    if torch.isfinite(images).all():
-        return images
-    raise EchoDistillError(
-        "The picture is not finite: half precision overflowed in the VAE, or the LoRA had diverged.",
-        "Draw with --precision fp32, or train with a VAE made for fp16: "
-        "echodistill train --vae madebyollin/sdxl-vae-fp16-fix",
-    )
+def _require_finite(images: Tensor) -> None:
+    # NaN would be written as black pixels.
+    if not torch.isfinite(images).all():
+        raise EchoDistillError(
+            "The image is not finite: half precision overflowed in the VAE, or the LoRA diverged in training.",
+            "Generate with --precision fp32, or train with a VAE made for fp16: "
+            "echodistill train --vae madebyollin/sdxl-vae-fp16-fix",
+        )
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] as uint8 [B, H, W, 3] on the CPU; what is outside the range is clipped."""
+    """Convert images to uint8 [B, H, W, 3] on the CPU, clipped.
+
+    Args:
+        images: [B, 3, H, W] in [-1, 1].
+    """
     scaled = (images.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).permute(0, 2, 3, 1).cpu()

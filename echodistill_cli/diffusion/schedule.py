@@ -1,8 +1,8 @@
-"""Schedule maths in closed form: every function is pure, noise and timesteps are arguments.
+"""Noise schedule and parameterizations in closed form. All functions are pure: noise and timesteps are arguments.
 
-Notation: `z` a clean latent, `z_t = √ᾱ_t z + √(1-ᾱ_t) ε` its noised version (variance preserving, as in DDPM), `x0`
+Notation: `z` is a clean latent, `z_t = √ᾱ_t z + √(1-ᾱ_t) ε` its noised version (variance preserving, as in DDPM), `x0`
 a prediction of `z`. Everything is computed in float32: at t = 999 of Stable Diffusion's schedule an error in ε is
-amplified 14.6 times in x0, which half precision does not survive.
+amplified 14.6 times in x0, too much for half precision.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ PredictionType = Literal["epsilon", "v_prediction"]
 class NoiseSchedule:
     """The discrete noise schedule of one model.
 
-    Args:
-        alphas_cumprod: ᾱ_t for t = 0 … T-1, float32 of shape [T], falling from near 1 to near 0.
-        prediction_type: what the model's output means, ε or v = √ᾱ ε - √(1-ᾱ) z (Salimans & Ho 2022).
+    Attributes:
+        alphas_cumprod: float32 [T], ᾱ_t for t = 0 … T-1, decreasing from near 1 to near 0.
+        prediction_type: the meaning of the model's output: ε, or v = √ᾱ ε - √(1-ᾱ) z (Salimans & Ho 2022).
     """
 
     alphas_cumprod: Tensor
@@ -30,28 +30,39 @@ class NoiseSchedule:
 
     @property
     def last_timestep(self) -> int:
-        """T - 1, the noisiest step: where a one-step model starts."""
+        """T - 1, the noisiest timestep. A one-step model starts there."""
         return len(self.alphas_cumprod) - 1
 
     def alpha_bar(self, timesteps: Tensor) -> Tensor:
-        """ᾱ_t at integer timesteps of shape [B]; float32 of shape [B] on their device."""
+        """Return ᾱ_t, float32 [B], on the device of the timesteps.
+
+        Args:
+            timesteps: [B], integers.
+        """
         return self.alphas_cumprod.to(timesteps.device)[timesteps]
 
 
 def scales(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-    """(√ᾱ_t, √(1-ᾱ_t)) at timesteps [B], each of shape [B, 1, 1, 1]."""
-    signal = schedule.alpha_bar(timesteps).view(-1, 1, 1, 1)
-    return signal.sqrt(), (1 - signal).sqrt()
+    """Return (√ᾱ_t, √(1-ᾱ_t)) for timesteps [B], each of shape [B, 1, 1, 1]."""
+    alpha_bar = schedule.alpha_bar(timesteps).view(-1, 1, 1, 1)
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
 def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """z_t for latents and noise of shape [B, C, H, W]; equals diffusers' `DDPMScheduler.add_noise`."""
+    """Return z_t, the forward process; equals diffusers' `DDPMScheduler.add_noise`.
+
+    Args:
+        schedule: of the model that will denoise.
+        latents: [B, C, h, w], z.
+        noise: [B, C, h, w], ε.
+        timesteps: [B].
+    """
     alpha, sigma = scales(schedule, timesteps)
     return alpha * latents.float() + sigma * noise.float()
 
 
 def prediction_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What the model should output at z_t: ε or v, by the schedule's prediction type."""
+    """Return what the model is trained to output at z_t, ε or v. Arguments are those of `add_noise`."""
     if schedule.prediction_type == "epsilon":
         return noise.float()
     alpha, sigma = scales(schedule, timesteps)
@@ -59,7 +70,14 @@ def prediction_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, t
 
 
 def predict_x0(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The clean latent that the model's output at z_t implies, float32 of the same shape."""
+    """Convert the model's output at z_t into a prediction of the clean latent.
+
+    Args:
+        schedule: of the model.
+        output: [B, C, h, w], ε or v.
+        noisy: [B, C, h, w], z_t.
+        timesteps: [B].
+    """
     alpha, sigma = scales(schedule, timesteps)
     if schedule.prediction_type == "epsilon":
         return (noisy.float() - sigma * output.float()) / alpha
@@ -67,41 +85,51 @@ def predict_x0(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps
 
 
 def noise_from_x0(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """The ε for which z_t is exactly x0 noised at t."""
+    """Return the ε that takes x0 to z_t: (z_t - √ᾱ_t x0) / √(1-ᾱ_t)."""
     alpha, sigma = scales(schedule, timesteps)
     return (noisy.float() - alpha * x0.float()) / sigma
 
 
 def pure_noise(schedule: NoiseSchedule, noise: Tensor) -> Tensor:
-    """The one-step model's input: unit noise [B, C, H, W] at the last timestep's level, √(1-ᾱ_999) ε.
+    """Return the one-step model's input √(1-ᾱ_T) ε.
 
-    This is what diffusers' Euler scheduler hands to the UNet after `scale_model_input` with trailing spacing.
+    diffusers' Euler scheduler passes the same tensor to the UNet after `scale_model_input`, with trailing spacing.
+
+    Args:
+        schedule: of the model.
+        noise: [B, C, h, w], standard normal.
     """
     sigma = (1 - schedule.alphas_cumprod[-1]).sqrt().to(noise.device)
     return sigma * noise.float()
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): u + scale (c - u); it is the same on ε, v and x0."""
+    """Classifier-free guidance u + scale (c - u), the same on ε, v and x0 (Ho & Salimans 2022)."""
     return unconditional.float() + scale * (conditional.float() - unconditional.float())
 
 
 def trailing_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
-    """`steps` timesteps from the last down, spaced as "trailing": 1 gives [999], 4 give [999, 749, 499, 249].
+    """Return `steps` timesteps in "trailing" spacing: 1 gives [999], 4 give [999, 749, 499, 249].
 
-    Source: Lin et al. 2023 (arXiv 2305.08891), table 2; the only spacing that starts where one-step models do.
+    This is the spacing that starts at the last timestep, as one-step models do (Lin et al. 2023, arXiv 2305.08891,
+    table 2).
     """
     total = len(schedule.alphas_cumprod)
     return [round(total - index * total / steps) - 1 for index in range(steps)]
 
 
-def ddim_step(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, now: int, then: int | None) -> Tensor:
-    """One deterministic step (DDIM, η = 0) from timestep `now` to `then`; `None` means to the clean latent.
+def ddim_step(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, t: int, t_next: int | None) -> Tensor:
+    """Take one deterministic DDIM step (η = 0) from z_t; it equals an Euler step on the σ scale.
 
-    In these coordinates it is the same step as Euler's on the σ scale, so it serves teacher and student alike.
+    Args:
+        schedule: of the model.
+        x0: [B, C, h, w], the model's prediction at z_t.
+        noisy: [B, C, h, w], z_t.
+        t: the timestep of `noisy`.
+        t_next: the timestep to step to; None for the clean latent.
     """
-    if then is None:
+    if t_next is None:
         return x0
-    timesteps = torch.full((len(noisy),), now, device=noisy.device)
+    timesteps = torch.full((len(noisy),), t, device=noisy.device)
     noise = noise_from_x0(schedule, x0, noisy, timesteps)
-    return add_noise(schedule, x0, noise, torch.full_like(timesteps, then))
+    return add_noise(schedule, x0, noise, torch.full_like(timesteps, t_next))

@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli import __version__
-from echodistill_cli.data.images import Notes, UnusableError, read_picture, save_png
+from echodistill_cli.data.images import Notes, UnusableError, read_image, save_png
 from echodistill_cli.data.photos import load_photos
-from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
+from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import make_folder, public_name, sha256, write_text
 from echodistill_cli.lora.safetensors_io import read_header
@@ -145,11 +145,6 @@ def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[
     )
 
 
-def fill(template: str, subject: str) -> str:
-    """A prompt from its template: `{}` and `{subject}` become the subject's words."""
-    return template.replace("{subject}", subject).replace("{}", subject)
-
-
 def _subject(request: EvaluationRequest, found: FoundLora) -> tuple[str, str]:
     """The rare word and what the subject is."""
     header = read_header(found.lora)[0]
@@ -264,7 +259,7 @@ def _embedded(embed: Callable[[Sequence[Image.Image]], Tensor], files: Sequence[
 
 def _opened(file: Path) -> Image.Image:
     try:
-        return read_picture(file, Notes())[0]
+        return read_image(file, Notes())[0]
     except UnusableError as error:
         raise EchoDistillError(f"{file} {error}.", "Delete it, and evaluate again.") from error
 

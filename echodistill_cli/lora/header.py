@@ -1,4 +1,4 @@
-"""The header of a LoRA file as other tools read it, and the preview and A1111 card beside the file."""
+"""The header of a LoRA file as other tools read it, and the preview and A1111 card next to the file."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from echodistill_cli.lora.keys import RESERVED_NAMES
 from echodistill_cli.lora.safetensors_io import body_sha256
 
 MODELSPEC_VERSION = "1.0.0"
-# Readers stop at 8 MiB of header, and base64 adds a third to each of the two copies.
+# Readers accept 8 MiB of header. The cover is stored twice, and base64 adds a third to each copy.
 MAX_COVER_BYTES = 2**20
 
 
 @dataclass(frozen=True)
 class LoraHeader:
-    """What the header of a LoRA file says.
+    """What the header of a LoRA file says about the LoRA.
 
     Attributes:
-        name: the file's stem, the word in `<lora:name:1>`.
+        name: the file's stem, used as `<lora:name:1>`.
         family: "sd" (Stable Diffusion 2 and SD-Turbo) or "sdxl".
-        base_model: hub id, folder or file of the model that the LoRA goes with; only its last part is written.
-        token: the rare word.
-        class_name: what the subject is, if that was said.
-        trigger: the words that call the subject, such as "sks dog".
-        rank: of the UNet's LoRA.
-        alpha: as trained; the files hold it folded, so that their own alpha is the rank.
-        resolution: side of the training pictures in pixels.
+        base_model: hub id, folder or file of the base model; only its last part is written.
+        token: the word that stands for the subject.
+        class_name: the subject's class; None if unknown.
+        trigger: the subject's words in a prompt, such as "sks dog".
+        rank: rank of the UNet's LoRA.
+        alpha: as trained; the files fold it into the weights and state alpha = rank.
+        resolution: side of the training images in pixels.
         steps: training steps done.
-        seed: of the run.
-        photos: how many were trained on.
+        seed: seed of the run.
+        photos: number of photos trained on.
         role: "student" (one step) or "teacher".
         prediction_type: "epsilon" or "v_prediction", of the base model.
-        usage: one line on how to draw with it, such as "1 step, guidance 0, 512x512".
-        config_sha256: of the settings that made it.
-        version: of echodistill.
-        started_at: seconds since the epoch; `None` leaves the date out.
-        finished_at: the same.
-        cover: a small PNG picture, at most 1 MiB; 256 x 256 is what viewers expect.
+        usage: one line on how to generate with it, such as "1 step, guidance 0, 512x512".
+        config_sha256: hash of the run's settings.
+        version: version of echodistill.
+        started_at: start of training in seconds since the epoch; None omits it.
+        finished_at: end of training in seconds since the epoch; None omits it.
+        cover: a PNG of at most 1 MiB; viewers expect 256 x 256 pixels.
     """
 
     name: str
@@ -70,62 +70,65 @@ class LoraHeader:
     cover: bytes | None = None
 
 
-def header(card: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
-    """The metadata of a LoRA file.
+def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
+    """Return the metadata to write into a LoRA file.
 
     Args:
-        card: what to say.
+        lora: what the header says.
         tensors: the file's tensors, for their hash.
-        minimal: only the six keys without which kohya's tools do not work, and A1111 hides the file.
+        minimal: return only the six keys without which kohya's tools fail and A1111 hides the file.
 
     Raises:
-        ConfigError: the family is unknown, the name is one that A1111 reserves, or the cover is too large.
+        ConfigError: the family is neither "sd" nor "sdxl".
+        ConfigError: A1111 reserves the name.
+        ConfigError: the cover is too large.
     """
-    if card.family not in ("sd", "sdxl"):
-        raise ConfigError(f"There is no LoRA header for family {card.family!r}.", "Use sd or sdxl.")
-    if card.name.lower() in RESERVED_NAMES:
-        raise ConfigError(f"A1111 cannot load a LoRA named {card.name!r}.", "Choose another --name.")
-    metadata = _minimum(card)
+    if lora.family not in ("sd", "sdxl"):
+        raise ConfigError(f"A LoRA header cannot describe family {lora.family!r}.", "Use sd or sdxl.")
+    if lora.name.lower() in RESERVED_NAMES:
+        raise ConfigError(f"A1111 cannot load a LoRA named {lora.name!r}.", "Choose another --name.")
+    metadata = _minimum(lora)
     if minimal:
         return metadata
     digest = body_sha256(tensors)
-    metadata |= _kohya(card) | _modelspec(card, digest) | _cover(card.cover) | _own(card)
+    metadata |= _kohya(lora) | _modelspec(lora, digest) | _cover(lora.cover) | _echodistill(lora)
     return metadata | {"sshs_model_hash": digest}
 
 
-def _minimum(card: LoraHeader) -> dict[str, str]:
-    sd = "sd_v2_v" if card.prediction_type == "v_prediction" else "sd_v2"
+def _minimum(lora: LoraHeader) -> dict[str, str]:
+    sd = "sd_v2_v" if lora.prediction_type == "v_prediction" else "sd_v2"
     return {
-        "ss_v2": str(card.family == "sd"),
-        "ss_base_model_version": "sdxl_base_v1-0" if card.family == "sdxl" else sd,
+        "ss_v2": str(lora.family == "sd"),
+        "ss_base_model_version": "sdxl_base_v1-0" if lora.family == "sdxl" else sd,
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(card.rank),
-        "ss_network_alpha": str(float(card.rank)),
+        "ss_network_dim": str(lora.rank),
+        "ss_network_alpha": str(float(lora.rank)),
         "ss_network_args": "{}",
     }
 
 
-def _kohya(card: LoraHeader) -> dict[str, str]:
-    side, subject = card.resolution, card.class_name or card.token
-    dates = {"ss_training_started_at": card.started_at, "ss_training_finished_at": card.finished_at}
+def _kohya(lora: LoraHeader) -> dict[str, str]:
+    side, subject = lora.resolution, lora.class_name or lora.token
+    dates = {"ss_training_started_at": lora.started_at, "ss_training_finished_at": lora.finished_at}
     return {
-        "ss_output_name": card.name,
-        "ss_sd_model_name": last_part(card.base_model),
+        "ss_output_name": lora.name,
+        # The whole path of a folder would reveal where it was trained.
+        "ss_sd_model_name": last_part(lora.base_model),
         "ss_clip_skip": "None",
         "ss_resolution": f"({side}, {side})",
-        "ss_num_train_images": str(card.photos),
-        "ss_max_train_steps": str(card.steps),
-        "ss_steps": str(card.steps),
-        "ss_seed": str(card.seed),
-        "ss_bucket_info": json.dumps({"buckets": {"0": {"resolution": [side, side], "count": card.photos}}}),
-        "ss_dataset_dirs": json.dumps({subject: {"n_repeats": 1, "img_count": card.photos}}),
-        "ss_tag_frequency": json.dumps({subject: {card.trigger: card.photos}}),
+        "ss_num_train_images": str(lora.photos),
+        "ss_max_train_steps": str(lora.steps),
+        "ss_steps": str(lora.steps),
+        "ss_seed": str(lora.seed),
+        "ss_bucket_info": json.dumps({"buckets": {"0": {"resolution": [side, side], "count": lora.photos}}}),
+        "ss_dataset_dirs": json.dumps({subject: {"n_repeats": 1, "img_count": lora.photos}}),
+        "ss_tag_frequency": json.dumps({subject: {lora.trigger: lora.photos}}),
     } | {key: str(float(value)) for key, value in dates.items() if value is not None}
 
 
-def _modelspec(card: LoraHeader, digest: str) -> dict[str, str]:
-    velocity = card.prediction_type == "v_prediction"
-    if card.family == "sdxl":
+def _modelspec(lora: LoraHeader, digest: str) -> dict[str, str]:
+    velocity = lora.prediction_type == "v_prediction"
+    if lora.family == "sdxl":
         architecture = "stable-diffusion-xl-v1-base"
         implementation = "https://github.com/Stability-AI/generative-models"
     else:
@@ -135,31 +138,31 @@ def _modelspec(card: LoraHeader, digest: str) -> dict[str, str]:
         "sai_model_spec": MODELSPEC_VERSION,
         "architecture": f"{architecture}/lora",
         "implementation": implementation,
-        "title": card.name,
-        "description": f"{card.trigger}, learned from {card.photos} photos for {last_part(card.base_model)}. "
-        f"{card.usage}",
-        "resolution": f"{card.resolution}x{card.resolution}",
-        "usage_hint": card.usage,
-        "trigger_phrase": card.trigger,
+        "title": lora.name,
+        "description": f"{lora.trigger}, learned from {lora.photos} photos for {last_part(lora.base_model)}. "
+        f"{lora.usage}",
+        "resolution": f"{lora.resolution}x{lora.resolution}",
+        "usage_hint": lora.usage,
+        "trigger_phrase": lora.trigger,
         "prediction_type": "v" if velocity else "epsilon",
         "hash_sha256": f"0x{digest}",
     }
-    if card.class_name:
-        fields["tags"] = card.class_name
-    if card.finished_at is not None:
-        fields["date"] = datetime.fromtimestamp(card.finished_at, UTC).isoformat(timespec="seconds")
+    if lora.class_name:
+        fields["tags"] = lora.class_name
+    if lora.finished_at is not None:
+        fields["date"] = datetime.fromtimestamp(lora.finished_at, UTC).isoformat(timespec="seconds")
     return {f"modelspec.{key}": value for key, value in fields.items()}
 
 
-def _own(card: LoraHeader) -> dict[str, str]:
+def _echodistill(lora: LoraHeader) -> dict[str, str]:
     fields = {
-        "version": card.version,
-        "role": card.role,
-        "token": card.token,
-        "alpha": f"{card.alpha:g}",
-        "steps": str(card.steps),
-        "seed": str(card.seed),
-        "config_sha256": card.config_sha256,
+        "version": lora.version,
+        "role": lora.role,
+        "token": lora.token,
+        "alpha": f"{lora.alpha:g}",
+        "steps": str(lora.steps),
+        "seed": str(lora.seed),
+        "config_sha256": lora.config_sha256,
     }
     return {f"echodistill.{key}": value for key, value in fields.items()}
 
@@ -168,20 +171,23 @@ def _cover(cover: bytes | None) -> dict[str, str]:
     if cover is None:
         return {}
     if len(cover) > MAX_COVER_BYTES:
-        raise ConfigError(f"The cover picture has {len(cover)} bytes; a header takes {MAX_COVER_BYTES}.", "Shrink it.")
+        raise ConfigError(
+            f"The cover image has {len(cover)} bytes, more than the {MAX_COVER_BYTES} allowed.", "Use a smaller image."
+        )
     text = base64.b64encode(cover).decode("ascii")
     return {"ssmd_cover_images": json.dumps([text]), "modelspec.thumbnail": f"data:image/png;base64,{text}"}
 
 
 def sidecar_paths(lora: Path) -> tuple[Path, Path]:
-    """The preview and the card that belong to a LoRA file."""
+    """Return the paths of a LoRA file's preview image and A1111 card."""
     return lora.with_suffix(".png"), lora.with_suffix(".json")
 
 
 def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
-    """Write the card, and the preview if the header has a cover picture; returns what was written.
+    """Write the A1111 card, and the preview if the header has a cover; return the paths written.
 
     Args:
+        lora: path of the LoRA file.
         metadata: the LoRA file's header.
 
     Raises:
@@ -197,7 +203,7 @@ def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
 
 
 def a1111_card(metadata: Mapping[str, str]) -> dict[str, str | float]:
-    """A1111's user metadata of a LoRA with that header."""
+    """Return A1111's user metadata for a LoRA with this header."""
     sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl")
     base_model = metadata.get("ss_sd_model_name", "")
     return {
@@ -211,7 +217,7 @@ def a1111_card(metadata: Mapping[str, str]) -> dict[str, str | float]:
 
 
 def cover_of(metadata: Mapping[str, str]) -> bytes | None:
-    """The cover picture in a LoRA file's header, if there is one that can be read."""
+    """Return the cover of a LoRA file's header as PNG bytes; None if there is none or it is damaged."""
     try:
         covers = json.loads(metadata.get("ssmd_cover_images", "[]"))
         content = base64.b64decode(covers[0], validate=True)

@@ -1,4 +1,4 @@
-"""What a LoRA or token file is, how it is used, and who can load it."""
+"""Explain a LoRA or token file: what it is, how to use it, and which tools can load it."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from typing import Any
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.lora.keys import locate, split_key
 from echodistill_cli.lora.read import LoraFile, read_lora
-from echodistill_cli.lora.readers import Verdict, judge
+from echodistill_cli.lora.readers import Verdict, compatibility
 
-_CHECKPOINT_MARKS = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
+_CHECKPOINT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 MOST_TRIGGERS = 5
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Everything that a file says about itself, and what follows from its keys.
+    """What a file's header says and what its keys imply.
 
     Attributes:
         file: the file's name, without its folder.
-        size: in bytes.
+        size: size in bytes.
         kind: "lora", "token", "checkpoint" (a whole model) or "unknown".
         format: as in `LoraFile`.
         family: "sd1", "sd2", "sdxl" or "unknown".
-        dtypes: of the tensors, as safetensors names them, such as "F16".
-        ranks: every rank that occurs.
-        alphas: every α that occurs; a module that says none has α = rank.
-        scales: every α / rank that occurs: the strength at weight 1.
+        dtypes: dtypes of the tensors as safetensors names them, such as "F16".
+        ranks: all ranks in the file.
+        alphas: all α in the file; a module without α has α = rank.
+        scales: all α / rank in the file, the strength at LoRA weight 1.
         modules: number of adapted modules by component.
         tensors: number of tensors.
         triggers: words for the prompt.
-        base_model: what it was trained on or for.
-        resolution: such as "512x512".
-        usage: how to draw with it, as its maker says.
-        made_by: "echodistill" and the version, if it was made here.
-        role: "student" or "teacher", if it was made here.
-        readers: each reader's verdict.
-        notes: what a person should know besides.
+        base_model: the model it was trained on; None if the header does not say.
+        resolution: such as "512x512"; None if the header does not say.
+        usage: how to generate with it; None if the header does not say.
+        made_by: "echodistill" and its version; None for files of other tools.
+        role: "student" or "teacher"; None for files of other tools.
+        readers: one verdict per reader.
+        notes: warnings for a person.
     """
 
     file: str
@@ -66,22 +66,23 @@ class Inspection:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 def inspect_file(path: Path) -> Inspection:
-    """Say what a .safetensors file is, whoever made it.
+    """Explain a .safetensors file of any origin.
 
     Raises:
-        ConfigError: there is no such file. ModelError: it is damaged, or no safetensors file.
+        ConfigError: the file does not exist.
+        ModelError: the file is damaged or not a safetensors file.
     """
     if not path.exists():
-        raise ConfigError(f"{path}: no such file.")
+        raise ConfigError(f"{path} does not exist.")
     file = read_lora(path)
     kind = _kind(file)
-    said = file.metadata.get
-    version = said("echodistill.version")
+    from_header = file.metadata.get
+    version = from_header("echodistill.version")
     alphas = [float(module.rank) if module.alpha is None else module.alpha for module in file.modules]
     return Inspection(
         file=path.name,
@@ -96,12 +97,12 @@ def inspect_file(path: Path) -> Inspection:
         modules=_modules(file),
         tensors=len(file.table),
         triggers=_triggers(file),
-        base_model=said("ss_sd_model_name"),
-        resolution=said("modelspec.resolution"),
-        usage=said("modelspec.usage_hint"),
+        base_model=from_header("ss_sd_model_name"),
+        resolution=from_header("modelspec.resolution"),
+        usage=from_header("modelspec.usage_hint"),
         made_by=f"echodistill {version}" if version else None,
-        role=said("echodistill.role"),
-        readers={"lora": judge, "token": _judge_token}.get(kind, _judge_nothing)(file),
+        role=from_header("echodistill.role"),
+        readers={"lora": compatibility, "token": _token_compatibility}.get(kind, _no_compatibility)(file),
         notes=tuple(_notes(file, kind)),
     )
 
@@ -111,13 +112,13 @@ def _kind(file: LoraFile) -> str:
         return "token"
     if file.modules or file.format == "lycoris":
         return "lora"
-    return "checkpoint" if any(key.startswith(_CHECKPOINT_MARKS) for key in file.table) else "unknown"
+    return "checkpoint" if any(key.startswith(_CHECKPOINT_PREFIXES) for key in file.table) else "unknown"
 
 
 def _modules(file: LoraFile) -> dict[str, int]:
     parsed = [split_key(key) for key in file.table]
-    spots = {locate(key.module) for key in parsed if key.part}
-    return dict(sorted(Counter(spot[0] for spot in spots if spot).items()))
+    places = {locate(key.module) for key in parsed if key.part}
+    return dict(sorted(Counter(place[0] for place in places if place).items()))
 
 
 def _triggers(file: LoraFile) -> tuple[str, ...]:
@@ -138,34 +139,36 @@ def _triggers(file: LoraFile) -> tuple[str, ...]:
 def _notes(file: LoraFile, kind: str) -> list[str]:
     notes = []
     if kind == "checkpoint":
-        notes.append("This is a whole model, not a LoRA; use it with --model.")
+        notes.append("This is a whole model, not a LoRA. Use it with --model.")
     parts = {split_key(key).part for key in file.table}
     if parts & {"dora_scale", "lora_magnitude_vector"}:
-        notes.append("This is a DoRA; tools that know plain LoRA only draw something else with it.")
+        notes.append("This is a DoRA. Tools that support only plain LoRA generate different images with it.")
     elif file.format == "lycoris":
-        notes.append("This is a LyCORIS file, not plain LoRA; echodistill itself cannot load it.")
+        notes.append("This is a LyCORIS file, not a plain LoRA. echodistill cannot load it.")
     if any(key.startswith("bundle_emb.") for key in file.table):
-        notes.append("A learned token is bundled in; only A1111 and SD.Next read it.")
+        notes.append("A learned token is bundled into the file. Only A1111 and SD.Next read it.")
     if file.format == "diffusers" and any(module.alpha not in (None, module.rank) for module in file.modules):
-        notes.append("Its alpha stands in the header, where only diffusers looks; others apply it at strength 1.")
+        notes.append(
+            "Its alpha is in the header, which only diffusers reads. Other tools apply the LoRA at strength 1."
+        )
     return notes
 
 
-def _judge_nothing(file: LoraFile) -> tuple[Verdict, ...]:
-    names = [verdict.reader for verdict in judge(file)]
+def _no_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
+    names = [verdict.reader for verdict in compatibility(file)]
     return tuple(Verdict(name, "no", 0, len(file.table), "Not a LoRA or token file.") for name in names)
 
 
-def _judge_token(file: LoraFile) -> tuple[Verdict, ...]:
-    word, count = file.path.stem, len(file.table)
+def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
+    token, count = file.path.stem, len(file.table)
     if count > 1:
-        diffusers = "partly", "Give load_textual_inversion clip_l and clip_g by themselves, each with its encoder."
+        diffusers = "partly", "Pass clip_l and clip_g to load_textual_inversion separately, each with its text encoder."
     else:
         diffusers = "fully", "Loads completely with load_textual_inversion."
-    by_name = f"Loads from the embeddings folder; write {word}, the file's name."
+    by_name = f"Loads from the embeddings folder; write {token}, the file's name, in the prompt."
     texts = {
         "diffusers": diffusers,
-        "ComfyUI": ("fully", f"Loads from models/embeddings; write embedding:{word}."),
+        "ComfyUI": ("fully", f"Loads from models/embeddings; write embedding:{token} in the prompt."),
         "A1111": ("fully", by_name),
         "Forge": ("fully", by_name),
         "sd-scripts": ("fully", "Loads with --textual_inversion_embeddings of its image generators."),

@@ -1,7 +1,7 @@
-"""What modules are called, in the models and in LoRA files. Pure strings; no torch.
+"""Module names in models and in LoRA files. Pure strings; no torch.
 
-A *path* is a module's dotted name as diffusers and transformers have it, text encoders always with `text_model.`:
-`down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`. Files spell the same module in other ways:
+A *path* is a module's dotted name in diffusers and transformers, for text encoders always with `text_model.`:
+`down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q`. Files use other names for the same module:
 
     kohya, SD        lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q
     kohya, SDXL      lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q    (Stability's own "SGM" block names)
@@ -10,7 +10,7 @@ A *path* is a module's dotted name as diffusers and transformers have it, text e
     peft             base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
 
 Sources: kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_conversion_utils.py`, ComfyUI
-`comfy/lora.py`; the module lists are checked against diffusers' own classes in the tests.
+`comfy/lora.py`. The tests check the module lists against diffusers' own classes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ RESERVED_NAMES = ("none", "addams")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What decides the module names of one model family.
+    """The numbers that determine the module names of one model family.
 
     Attributes:
         channels: width of each down block of the UNet.
-        depths: transformer blocks in each attention of a down block; 0 where the block has none.
-        text_layers: layers of each text encoder, by component.
-        context: width of the text features that the cross-attention reads.
+        depths: transformer blocks per attention of each down block; 0 for a block without attention.
+        text_layers: number of layers of each text encoder, by component.
+        context: width of the text features that cross-attention reads.
     """
 
     channels: tuple[int, ...]
@@ -56,10 +56,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 @dataclass(frozen=True)
 class ParsedKey:
-    """A tensor's key taken apart.
+    """A tensor's key, split into module and part.
 
     Attributes:
-        module: the key up to `part`, as the file spells it.
+        module: the key up to `part`, in the file's own naming.
         part: "down", "up", "alpha", one of `OTHER_PARTS`, or "" if it is none of these.
     """
 
@@ -82,7 +82,7 @@ _OTHER = (
 )
 OTHER_PARTS = frozenset(_OTHER.split("|"))
 _OTHER_SUFFIX = re.compile(rf"\.({_OTHER})(?:\.weight|\.default)*$")
-# What holds an underscore inside one part of a path; everywhere else kohya's underscore stands for a dot.
+# Parts of a path that contain an underscore. Any other underscore in a kohya name stands for a dot.
 _WORDS = re.compile(
     r"(?:down_blocks|up_blocks|mid_block|transformer_blocks|to_[qkv]|to_out|proj_in|proj_out|time_emb_proj"
     r"|conv_shortcut|conv_in|conv_out|time_embedding|add_embedding|linear_[12]|text_model|text_projection|self_attn"
@@ -114,7 +114,7 @@ _SGM_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(
 
 
 def split_key(key: str) -> ParsedKey:
-    """Take a tensor's key apart into module and part."""
+    """Split a tensor's key into module and part."""
     for suffix, part in _SUFFIXES.items():
         if key.endswith(suffix):
             return ParsedKey(key[: -len(suffix)], part)
@@ -123,7 +123,7 @@ def split_key(key: str) -> ParsedKey:
 
 
 def locate(module: str) -> tuple[str, str] | None:
-    """Component and path of a module as a file spells it; `None` if no rule covers the spelling.
+    """Return component and path of a module in a file's own naming; None if the naming is unknown.
 
     Examples:
         "lora_te_text_model_encoder_layers_0_mlp_fc1" -> ("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
@@ -144,19 +144,19 @@ def locate(module: str) -> tuple[str, str] | None:
 
 
 def canonical(component: str, path: str) -> str:
-    """A path in the one spelling used here: no `.processor`, and text encoders with `text_model.`."""
+    """Normalize a path: without `.processor`, and for text encoders with `text_model.`."""
     if component == UNET:
         path = path.replace(".processor.", ".")
         return f"{path}.0" if path.endswith(".to_out") else path
-    # transformers 5.6 took the wrapper out of CLIPTextModel; files keep it.
+    # transformers 5.6 removed this wrapper from CLIPTextModel; files keep it.
     return f"text_model.{path}" if path.startswith("encoder.") else path
 
 
 def kohya_module(family: str, component: str, path: str) -> str:
-    """A module's canonical name in kohya's format.
+    """Return a module's canonical name in kohya's format.
 
     Args:
-        family: "sd" or "sdxl"; SDXL's UNet gets SGM block names, as kohya's own files have them.
+        family: "sd" or "sdxl"; SDXL's UNet gets SGM block names, as in kohya's own files.
         component: "unet", "text_encoder" or, for SDXL, "text_encoder_2".
         path: with or without `text_model.`.
     """
@@ -167,12 +167,11 @@ def kohya_module(family: str, component: str, path: str) -> str:
 
 
 def to_sgm(path: str, *, first_upsampler: int = 2) -> str:
-    """A UNet path in SGM block names; the path itself if it lies in no known block.
+    """Convert a UNet path to SGM block names; a path in no known block is returned unchanged.
 
     Args:
         path: in diffusers block names, of a UNet with two layers per block.
-        first_upsampler: place of the upsampler in its output block: 2 after an attention, else 1. All of SDXL's
-            stand after one; SD's first does not.
+        first_upsampler: index of the first upsampler in its output block: 2 after an attention (SDXL), else 1 (SD).
     """
     match = _DIFFUSERS_BLOCK.fullmatch(path)
     if match is None:
@@ -194,7 +193,7 @@ def to_sgm(path: str, *, first_upsampler: int = 2) -> str:
 
 
 def from_sgm(path: str) -> str:
-    """The inverse of `to_sgm`; paths in diffusers block names pass through."""
+    """Convert a UNet path from SGM block names; a path in diffusers block names is returned unchanged."""
     match = _SGM_BLOCK.fullmatch(path)
     if path in _FROM_SGM_OUTER or match is None:
         return _FROM_SGM_OUTER.get(path, path)
@@ -213,7 +212,7 @@ def from_sgm(path: str) -> str:
 
 
 def unet_paths(family: str) -> tuple[str, ...]:
-    """Paths of every linear and convolution layer of a family's UNet: "sd1", "sd2" or "sdxl"."""
+    """Return the paths of all linear and convolution layers of a UNet; family is "sd1", "sd2" or "sdxl"."""
     shape = ARCHITECTURES[family]
     last = len(shape.channels) - 1
     paths = [path for path in _SGM_OUTER if family == "sdxl" or not path.startswith("add_embedding")]
@@ -226,14 +225,14 @@ def unet_paths(family: str) -> tuple[str, ...]:
         paths += _layer("mid_block", layer, max(shape.depths) * (layer == 0), shortcut=False)
     for block, depth in enumerate(reversed(shape.depths)):
         for layer in range(LAYERS_PER_BLOCK + 1):
-            # An up block's inputs are joined with the skips, so every resnet narrows them.
+            # The input is concatenated with a skip connection, so every resnet changes the width.
             paths += _layer(f"up_blocks.{block}", layer, depth, shortcut=True)
         paths += [f"up_blocks.{block}.upsamplers.0.conv"] * (block < last)
     return tuple(paths)
 
 
 def text_paths(layers: int) -> tuple[str, ...]:
-    """Paths of every linear layer inside a CLIP text encoder of that many layers."""
+    """Return the paths of all linear layers of a CLIP text encoder with this many layers."""
     names = [f"self_attn.{name}" for name in TEXT_ATTENTION] + ["mlp.fc1", "mlp.fc2"]
     return tuple(f"text_model.encoder.layers.{layer}.{name}" for layer in range(layers) for name in names)
 

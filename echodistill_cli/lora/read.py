@@ -1,7 +1,4 @@
-"""Adapters <-> LoRA and token files: what is written (`lora_formats`, `lora_header`), and reading it back.
-
-`read_lora` reads anybody's file and says what it is; `LoraFile.to_peft` gives plain LoRA back as adapters.
-"""
+"""Read LoRA and token files of any tool. `LoraFile.to_peft` returns a plain LoRA as peft adapters."""
 
 from __future__ import annotations
 
@@ -14,34 +11,12 @@ from pathlib import Path
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.lora.header import header
 from echodistill_cli.lora.keys import ARCHITECTURES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, locate, split_key
-from echodistill_cli.lora.safetensors_io import read_header, read_tensors, write_safetensors
-from echodistill_cli.lora.tensors import (
-    ADAPTER_METADATA_KEY,
-    TOKEN_KEYS,
-    LoraWeights,
-    adapter_metadata,
-    diffusers_tensors,
-    kohya_tensors,
-    token_tensors,
-)
+from echodistill_cli.lora.safetensors_io import Table, read_header, read_tensors
+from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, TOKEN_KEYS, LoraWeights
 
-__all__ = [
-    "LoraFile",
-    "LoraModule",
-    "LoraWeights",
-    "adapter_metadata",
-    "diffusers_tensors",
-    "header",
-    "kohya_tensors",
-    "read_lora",
-    "token_tensors",
-    "write_safetensors",
-]
 _FAMILY_BY_CONTEXT = {shape.context: family for family, shape in ARCHITECTURES.items()}
 _CROSS_ATTENTION_INPUTS = ("attn2.to_k", "attn2.to_v")
-Table = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +24,12 @@ class LoraModule:
     """One adapted module of a LoRA file.
 
     Attributes:
-        component: as in `LoraWeights`.
-        path: as in diffusers and transformers; text encoders with `text_model.`.
-        down: key of its A in the file.
-        up: key of its B in the file.
+        component: "unet", "text_encoder" or "text_encoder_2".
+        path: its name in diffusers or transformers; in text encoders with `text_model.`.
+        down: key of A in the file.
+        up: key of B in the file.
         rank: r.
-        alpha: as the file has it; `None` if it does not say, which all readers take as r.
+        alpha: α; None if the file does not state it, which all readers take as r.
     """
 
     component: str
@@ -67,67 +42,69 @@ class LoraModule:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file that was read and found sound; its tensors stay on the disk.
+    """A checked LoRA or token file. Its tensors stay on the disk.
 
     Attributes:
-        path: where it is.
-        metadata: the header's texts.
+        path: path of the file.
+        metadata: the header's metadata.
         table: dtype ("F16") and shape of every tensor, by key.
-        format: "kohya", "diffusers", "peft", "lycoris" (LoHa, LoKr, DoRA: all but plain LoRA), "token" or "unknown".
+        format: "kohya", "diffusers", "peft", "lycoris" (LoHa, LoKr, DoRA and others), "token" or "unknown".
         family: "sd1", "sd2", "sdxl" or "unknown".
-        modules: what plain LoRA adapts.
+        modules: the modules with plain LoRA.
         unmatched: keys that belong to none of these modules.
     """
 
     path: Path
     metadata: Mapping[str, str]
-    table: Mapping[str, tuple[str, tuple[int, ...]]]
+    table: Table
     format: str
     family: str
     modules: tuple[LoraModule, ...]
     unmatched: tuple[str, ...]
 
     def to_peft(self, model_modules: Mapping[str, Collection[str]] | None = None) -> list[LoraWeights]:
-        """The adapters, as trained or loaded by peft, one entry per component, rank and alpha.
+        """Return the adapters with peft's keys, one entry per component, rank and alpha.
 
         Args:
-            model_modules: names of the modules of the models at hand, by component, as `named_modules` gives them.
-                Paths are then spelled as these models do, and each must exist. `None`: text encoders get
-                `text_model.`.
+            model_modules: module names of the loaded models by component, from `named_modules`. If given, paths
+                follow these names, and each must exist. If None, text encoders get `text_model.`.
 
         Raises:
-            ModelError: the file is no plain LoRA, or one of its keys matches no module of the models.
+            ModelError: the file is not a plain LoRA.
+            ModelError: a key matches no module of the models.
         """
         if self.unmatched or not self.modules:
-            rest = f"; {len(self.unmatched)} keys such as {self.unmatched[0]} are not" if self.unmatched else ""
+            count = len(self.unmatched)
+            rest = f"; {count} of its keys are unknown, such as {self.unmatched[0]}" if count else ""
             raise ModelError(f"{self.path} is not a plain LoRA (format: {self.format}){rest}.")
         tensors = dict(read_tensors(self.path, [key for module in self.modules for key in (module.down, module.up)]))
         groups: dict[tuple[str, int, float], dict[str, Tensor]] = defaultdict(dict)
         for module in self.modules:
-            path = module.path if model_modules is None else self._spell(module, model_modules)
+            path = module.path if model_modules is None else self._model_path(module, model_modules)
             alpha = float(module.rank) if module.alpha is None else module.alpha
             group = groups[module.component, module.rank, alpha]
             group[f"{path}.lora_A.weight"] = tensors[module.down]
             group[f"{path}.lora_B.weight"] = tensors[module.up]
         return [LoraWeights(component, group, rank, alpha) for (component, rank, alpha), group in groups.items()]
 
-    def _spell(self, module: LoraModule, model_modules: Mapping[str, Collection[str]]) -> str:
+    def _model_path(self, module: LoraModule, model_modules: Mapping[str, Collection[str]]) -> str:
         names = model_modules.get(module.component, ())
         for path in (module.path, module.path.removeprefix("text_model.")):
             if path in names:
                 return path
         raise ModelError(
             f"{self.path}: {module.down} matches no module of this model's {module.component}.",
-            f"The file looks made for family {self.family}.",
+            f"Use a model of the file's family ({self.family}).",
         )
 
 
 def read_lora(path: Path) -> LoraFile:
-    """Read a LoRA or token file of any origin, and check all of it; the tensors stay on the disk.
+    """Read and check a LoRA or token file of any tool.
 
     Raises:
-        ModelError: naming the file and what is wrong: missing, empty, cut off, another kind of file under this name,
-            half of a pair missing, ranks that do not fit, NaN or infinity.
+        ModelError: the file is missing, empty, truncated or not a safetensors file.
+        ModelError: a module lacks A or B, or their ranks differ.
+        ModelError: a tensor holds NaN or infinity.
     """
     metadata, table = read_header(path)
     if not table:
@@ -136,22 +113,22 @@ def read_lora(path: Path) -> LoraFile:
     for key, tensor in read_tensors(path, table):
         if split_key(key).part == "alpha" and tensor.numel() == 1:
             alphas[key] = float(tensor)
-    spots: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    keys_by_module: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for key in table:
         parsed = split_key(key)
-        spot = locate(parsed.module)
-        if spot and parsed.part:
-            spots[spot][parsed.part] = key
-    plain = {spot: keys for spot, keys in spots.items() if keys.keys() <= {"down", "up", "alpha"}}
-    said = _said_alphas(metadata)
-    modules = tuple(_module(path, table, spot, keys, alphas, said) for spot, keys in plain.items())
+        place = locate(parsed.module)
+        if place and parsed.part:
+            keys_by_module[place][parsed.part] = key
+    plain = {place: keys for place, keys in keys_by_module.items() if keys.keys() <= {"down", "up", "alpha"}}
+    header_alphas = _header_alphas(metadata)
+    modules = tuple(_module(path, table, place, keys, alphas, header_alphas) for place, keys in plain.items())
     known = {key for keys in plain.values() for key in keys.values()}
     return LoraFile(
         path=path,
         metadata=metadata,
         table=table,
         format=_format(table, modules),
-        family=_family(metadata, table, modules, spots),
+        family=_family(metadata, table, modules, keys_by_module),
         modules=modules,
         unmatched=tuple(key for key in table if key not in known),
     )
@@ -160,25 +137,25 @@ def read_lora(path: Path) -> LoraFile:
 def _module(
     path: Path,
     table: Table,
-    spot: tuple[str, str],
+    place: tuple[str, str],
     keys: Mapping[str, str],
     alphas: Mapping[str, float],
-    said: Mapping[str, float],
+    header_alphas: Mapping[str, float],
 ) -> LoraModule:
-    component, name = spot
+    component, name = place
     if "down" not in keys or "up" not in keys:
         missing = "down" if "up" in keys else "up"
-        raise ModelError(f"{path}: {next(iter(keys.values()))} has no {missing} weight beside it.")
+        raise ModelError(f"{path}: {next(iter(keys.values()))} has no matching {missing} weight.")
     down, up = keys["down"], keys["up"]
     down_shape, up_shape = table[down][1], table[up][1]
     if len(down_shape) < 2 or len(up_shape) < 2 or down_shape[0] != up_shape[1] or down_shape[0] == 0:
-        raise ModelError(f"{path}: {down} {list(down_shape)} and {up} {list(up_shape)} do not have one rank.")
-    alpha = alphas.get(keys["alpha"]) if "alpha" in keys else said.get(component)
+        raise ModelError(f"{path}: {down} {list(down_shape)} and {up} {list(up_shape)} differ in rank.")
+    alpha = alphas.get(keys["alpha"]) if "alpha" in keys else header_alphas.get(component)
     return LoraModule(component, name, down, up, down_shape[0], alpha)
 
 
-def _said_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """α by component from diffusers' own header entry, which no other reader knows."""
+def _header_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
+    """Return α by component from diffusers' header entry, which no other tool reads."""
     try:
         fields = json.loads(metadata.get(ADAPTER_METADATA_KEY, "{}"))
         return {key.removesuffix(".lora_alpha"): float(fields[key]) for key in fields if key.endswith(".lora_alpha")}
@@ -208,16 +185,16 @@ def _is_token(table: Table) -> bool:
 
 
 def _family(
-    metadata: Mapping[str, str], table: Table, modules: Sequence[LoraModule], spots: Collection[tuple[str, str]]
+    metadata: Mapping[str, str], table: Table, modules: Sequence[LoraModule], places: Collection[tuple[str, str]]
 ) -> str:
-    """By what only one family can have: the width of the text features, then names, then what the header claims."""
+    """Determine the family from the width of the text features, then from module names, then from the header."""
     if _is_token(table):
         width = next(iter(table.values()))[1][-1]
         return "sdxl" if len(table) > 1 else _FAMILY_BY_CONTEXT.get(width, "unknown")
     for module in modules:
         if module.component == UNET and module.path.endswith(_CROSS_ATTENTION_INPUTS):
             return _FAMILY_BY_CONTEXT.get(table[module.down][1][1], "unknown")
-    if any(component == TEXT_ENCODER_2 or "transformer_blocks.1." in path for component, path in spots):
+    if any(component == TEXT_ENCODER_2 or "transformer_blocks.1." in path for component, path in places):
         return "sdxl"
     text_inputs = {table[module.down][1][1] for module in modules if module.component == TEXT_ENCODER}
     if ARCHITECTURES["sd2"].context in text_inputs:

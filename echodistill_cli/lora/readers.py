@@ -1,9 +1,9 @@
-"""What each reader of LoRA files makes of a file's keys: sets of module names, and a verdict in one line.
+"""Predict which tools load a LoRA file: the module names that each tool knows, and a one-line verdict.
 
-The rules are facts read in the readers' sources: ComfyUI `comfy/lora.py` and `comfy/utils.py`, A1111
+The rules come from the tools' sources: ComfyUI `comfy/lora.py` and `comfy/utils.py`, A1111
 `extensions-builtin/Lora/networks.py`, Forge `extensions-builtin/sd_forge_lora/networks.py` (it vendors ComfyUI's
-names), kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_pipeline.py`. A reader knows a key if it
-knows the name of its module and its part.
+names), kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_pipeline.py`. A reader applies a
+key if it knows both the name of its module and its part.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class Verdict:
     """What one reader does with one file.
 
     Attributes:
-        reader: its name.
-        loads: "fully", "partly", "hidden" (it would load, but is not listed) or "no".
-        matched: keys it applies.
-        unmatched: keys it does not.
+        reader: the tool's name.
+        loads: "fully", "partly", "hidden" (loadable, but the user interface does not list it) or "no".
+        matched: number of keys it applies.
+        unmatched: number of keys it ignores.
         text: one line for a person.
     """
 
@@ -51,16 +51,22 @@ class Verdict:
     text: str
 
 
-def judge(file: LoraFile) -> tuple[Verdict, ...]:
-    """Every reader's verdict on a LoRA file; the readers load it onto a model of the file's own family."""
-    return tuple(_judge_one(file, reader) for reader in _READERS)
+def compatibility(file: LoraFile) -> tuple[Verdict, ...]:
+    """Return each reader's verdict on loading a LoRA file onto a model of the file's family."""
+    return tuple(_verdict(file, reader) for reader in _READERS)
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """One reader's rules: names and parts it knows, whether it serves models beyond SD and SDXL, its conclusion.
+    """The rules of one reader.
 
-    `bundles` says that it takes a learned word out of a LoRA file.
+    Attributes:
+        name: the tool's name.
+        names: module names that it knows, by family.
+        parts: parts of a module that it knows.
+        any_model: it also loads LoRAs of models other than SD and SDXL.
+        verdict: from the file and its matched and unmatched keys to `loads` and `text`.
+        bundles: it reads a learned token that is bundled into a LoRA file.
     """
 
     name: str
@@ -71,10 +77,10 @@ class _Reader:
     bundles: bool = False
 
 
-def _judge_one(file: LoraFile, reader: _Reader) -> Verdict:
+def _verdict(file: LoraFile, reader: _Reader) -> Verdict:
     total = len(file.table)
     if file.family == "unknown" and not reader.any_model:
-        text = "Cannot be judged: the file fits no SD 1, SD 2 or SDXL model."
+        text = "Unknown: the file fits no SD 1, SD 2 or SDXL model."
         return Verdict(reader.name, "no", 0, total, text)
     parsed = [split_key(key) for key in file.table]
     if file.family == "unknown":
@@ -97,7 +103,10 @@ def _comfy_verdict(_file: LoraFile, matched: int, unmatched: int) -> tuple[str, 
 
 def _forge_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
     if unmatched > FORGE_TOLERATES:
-        return "no", f"Applies nothing: {unmatched} keys are unknown to it, and it gives up above {FORGE_TOLERATES}."
+        return (
+            "no",
+            f"Applies nothing: {unmatched} keys are unknown, and it rejects a file with more than {FORGE_TOLERATES}.",
+        )
     sdxl = file.metadata.get("modelspec.architecture", "") == "stable-diffusion-xl-v1-base/lora"
     if hidden := _hidden(file, also_sdxl=sdxl):
         return "hidden", hidden
@@ -106,11 +115,11 @@ def _forge_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, s
 
 def _a1111_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
     if matched == 0:
-        return "no", "Applies nothing, and does not say so: it knows none of the keys."
+        return "no", "Applies nothing, without a warning: it knows none of the keys."
     if unmatched:
-        return "partly", f"Applies {matched} keys and drops {unmatched} without a word."
+        return "partly", f"Applies {matched} keys and ignores {unmatched} without a warning."
     if incomplete := _incomplete_attention(file):
-        return "partly", f"Leaves out {incomplete} text-encoder layers that lack one of q, k, v and out."
+        return "partly", f"Ignores {incomplete} text-encoder layers that lack one of q, k, v and out."
     if hidden := _hidden(file):
         return "hidden", hidden
     return "fully", "Loads completely."
@@ -126,11 +135,11 @@ def _scripts_verdict(_file: LoraFile, matched: int, unmatched: int) -> tuple[str
 
 def _diffusers_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
     kohya = all(key.startswith(_KOHYA) for key in file.table)
-    # Of kohya's keys it must understand each; of its own it asks for a word. dora_scale it drops beforehand.
-    allowed = _PLAIN | {"dora_scale"}
-    foreign = [key for key in file.table if (split_key(key).part not in allowed if kohya else "lora" not in key)]
-    if foreign:
-        return "no", f"Refuses the file because of {len(foreign)} keys such as {foreign[0]}."
+    # It must know every kohya key (it drops dora_scale first). Its own keys only need to contain "lora".
+    known = _PLAIN | {"dora_scale"}
+    unknown = [key for key in file.table if (split_key(key).part not in known if kohya else "lora" not in key)]
+    if unknown:
+        return "no", f"Rejects the file because of {len(unknown)} keys such as {unknown[0]}."
     if matched == 0:
         return "no", "Applies nothing: no key names a module of a pipeline."
     if unmatched:
@@ -139,23 +148,23 @@ def _diffusers_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[st
 
 
 def _hidden(file: LoraFile, *, also_sdxl: bool = False) -> str:
-    """Both web UIs list a LoRA only beside models of the family that its header names."""
-    # A file without any header is shown everywhere.
+    """Return why both web UIs do not list the file with models of its own family; "" if they do."""
+    # A file without a header is always listed.
     if not file.metadata:
         return ""
     if file.family == "sd1":
-        says_sd2 = file.metadata.get("ss_v2") == "True"
-        return "Is hidden beside SD 1 models: the header says ss_v2 = True, which is SD 2." if says_sd2 else ""
+        header_says_sd2 = file.metadata.get("ss_v2") == "True"
+        return "Hidden with SD 1 models: the header says ss_v2 = True, which is SD 2." if header_says_sd2 else ""
     sdxl = file.metadata.get("ss_base_model_version", "").startswith("sdxl_") or also_sdxl
     if file.family == "sdxl" and not sdxl:
-        return "Is hidden beside SDXL models: the header lacks ss_base_model_version = sdxl_base_v1-0."
+        return "Hidden with SDXL models: the header lacks ss_base_model_version = sdxl_base_v1-0."
     if file.family == "sd2" and file.metadata.get("ss_v2") != "True":
-        return "Is hidden beside SD 2 models: the header lacks ss_v2 = True."
+        return "Hidden with SD 2 models: the header lacks ss_v2 = True."
     return ""
 
 
 def _incomplete_attention(file: LoraFile) -> int:
-    # Only OpenCLIP joins q, k and v into one weight: SD 2's encoder and SDXL's second.
+    # Only OpenCLIP, SD 2's encoder and SDXL's second, has q, k and v in one weight.
     component = {"sd2": TEXT_ENCODER, "sdxl": TEXT_ENCODER_2}.get(file.family)
     paths = {module.path for module in file.modules if module.component == component}
     blocks = {path.rpartition(".")[0] for path in paths if path.endswith(TEXT_ATTENTION)}
@@ -172,7 +181,7 @@ def _sgm(family: str, path: str) -> str:
 
 
 def _processor(path: str) -> str:
-    """A path as diffusers had it while LoRA lived in attention processors."""
+    """Return a path as diffusers named it while LoRA was part of attention processors."""
     old = path.replace(".to_", ".processor.to_")
     return old.removesuffix(".0") if old.endswith(".to_out.0") else old
 
@@ -199,7 +208,7 @@ def _a1111_names(family: str) -> frozenset[str]:
     names: set[str] = set()
     for path in unet_paths(family):
         names.add(_flat("lora_unet_", _sgm(family, path)))
-        # Its rules for diffusers' names are SD 1's: they know no add_embedding, and misplace SDXL's first upsampler.
+        # Its rules for diffusers' names are SD 1's: they lack add_embedding and misplace SDXL's first upsampler.
         misplaced = family == "sdxl" and path.startswith(("add_embedding", "up_blocks.0.upsamplers"))
         names |= set() if misplaced else {_flat("lora_unet_", path)}
     first = {"sd1": ("lora_te_", "lora_te1_"), "sd2": ("lora_te_",), "sdxl": ("lora_te1_",)}[family]

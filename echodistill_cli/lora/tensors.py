@@ -1,9 +1,9 @@
-"""Adapters and learned tokens as the tensors of the files that other tools read.
+"""Convert adapters and learned tokens to the tensors of LoRA and token files.
 
-A LoRA changes a layer's weight by B A α/r: A ("down") is [r, in], B ("up") [out, r]. Readers disagree on α, and
-diffusers' own format drops it, so every file here holds B α/r, and says α = r where its format has a place for α.
+A LoRA adds B A α/r to a layer's weight: A ("down") is [r, in], B ("up") is [out, r]. Tools treat α differently, and
+diffusers' own format drops it. All files therefore hold B α/r, and α = r where the format has a place for it.
 
-Formats: kohya's, which every reader knows, and diffusers' own. Sources: kohya-ss/sd-scripts `networks/lora.py`,
+Formats: kohya's, which all tools read, and diffusers' own. Sources: kohya-ss/sd-scripts `networks/lora.py`,
 diffusers 0.42.1 `loaders/lora_conversion_utils.py` and `loaders/peft.py`, A1111 `extensions-builtin/Lora/networks.py`.
 """
 
@@ -31,12 +31,12 @@ from echodistill_cli.lora.keys import (
     split_key,
 )
 
-# The key in the header under which diffusers looks for the adapters' configuration.
+# The header key from which diffusers reads the adapters' configuration.
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
-# A token's file is named after it, on every system.
+# A token names its file, so it must be a valid name on every system.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 TOKEN_KEYS = {TEXT_ENCODER: "clip_l", TEXT_ENCODER_2: "clip_g"}
-# The text encoder that web UIs build as OpenCLIP's, which has q, k and v in one weight.
+# The text encoder that web UIs build as OpenCLIP, with q, k and v in one weight.
 _OPEN_CLIP = {"sd": TEXT_ENCODER, "sdxl": TEXT_ENCODER_2}
 
 
@@ -47,10 +47,10 @@ class LoraWeights:
     Attributes:
         component: "unet", "text_encoder" or "text_encoder_2".
         tensors: `<module path>.lora_A.weight` [r, in] and `<module path>.lora_B.weight` [out, r] (convolutions:
-            [r, in, k, k] and [out, r, 1, 1]), as `peft.utils.get_peft_model_state_dict` gives them; text encoders
+            [r, in, k, k] and [out, r, 1, 1]), as `peft.utils.get_peft_model_state_dict` returns them; text encoders
             with or without `text_model.`.
-        rank: r of all of them.
-        alpha: the change of a weight is B A α/r.
+        rank: r, the same for all modules.
+        alpha: α in B A α/r.
     """
 
     component: str
@@ -60,22 +60,23 @@ class LoraWeights:
 
 
 def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    """A LoRA file's tensors under kohya's keys, the format that every reader knows.
+    """Return a LoRA file's tensors under kohya's keys, the format that all tools read.
 
     Args:
         weights: at least one.
         family: "sd" or "sdxl".
-        dtype: of A and B in the file; `.alpha` is always a float32 scalar.
+        dtype: dtype of A and B; `.alpha` is always a float32 scalar.
 
     Raises:
-        ConfigError: an incomplete pair, a shape that contradicts the rank, a component that the family lacks, or an
-            OpenCLIP text encoder's attention of which not all four projections are there, whatever their ranks (A1111
-            ignores such a layer).
+        ConfigError: a module lacks A or B, or a shape contradicts the rank.
+        ConfigError: the family is unknown or lacks a component.
+        ConfigError: an attention layer of an OpenCLIP text encoder lacks one of its four projections, which makes
+            A1111 ignore the layer.
     """
     if family not in KOHYA_PREFIXES:
-        raise ConfigError(f"There are no kohya keys for family {family!r}.", "Use sd or sdxl.")
+        raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use sd or sdxl.")
     tensors: dict[str, Tensor] = {}
-    joined: set[str] = set()
+    open_clip_paths: set[str] = set()
     for part in weights:
         if part.component not in KOHYA_PREFIXES[family]:
             raise ConfigError(f"Family {family!r} has no {part.component}.")
@@ -84,21 +85,25 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
             tensors[f"{name}.lora_down.weight"] = down
             tensors[f"{name}.lora_up.weight"] = up
             tensors[f"{name}.alpha"] = torch.tensor(float(part.rank))
-            # SD 1's encoder goes by the same name as SD 2's, and is narrower; nothing is joined there.
+            # SD 1's text encoder has the same name as SD 2's, but it is narrower and not an OpenCLIP.
             if part.component == _OPEN_CLIP[family] and down.shape[1] != ARCHITECTURES["sd1"].context:
-                joined.add(path)
-    _check_attention(_OPEN_CLIP[family], joined)
+                open_clip_paths.add(path)
+    _check_attention(_OPEN_CLIP[family], open_clip_paths)
     return tensors
 
 
 def diffusers_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dict[str, Tensor]:
-    """A LoRA file's tensors under diffusers' own keys, as `save_lora_weights` writes a UNet's attention.
+    """Return a LoRA file's tensors under diffusers' keys, as `save_lora_weights` names a UNet's attention.
 
-    diffusers itself mixes two spellings in one file and then decides by the first key how to read all of them; here
-    each component has one spelling.
+    diffusers itself mixes two naming schemes in one file and then reads all keys by the scheme of the first. Here each
+    component has one scheme.
+
+    Args:
+        weights: at most one per component.
+        dtype: dtype of A and B.
 
     Raises:
-        ConfigError: as `folded`.
+        ConfigError: a module lacks A or B, or a shape contradicts the rank.
     """
     tensors: dict[str, Tensor] = {}
     for part in weights:
@@ -110,16 +115,17 @@ def diffusers_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dic
 
 
 def adapter_metadata(weights: Sequence[LoraWeights]) -> dict[str, str]:
-    """The header entry from which diffusers rebuilds peft's configuration; it goes with `diffusers_tensors` only.
+    """Return the header entry with peft's configuration that belongs to `diffusers_tensors`.
 
     Raises:
-        ConfigError: two entries for one component; as `folded`.
+        ConfigError: a component occurs twice.
+        ConfigError: a module lacks A or B, or a shape contradicts the rank.
     """
     fields: dict[str, object] = {}
     for part in weights:
         if f"{part.component}.r" in fields:
-            raise ConfigError(f"{part.component} comes twice; diffusers' format has one rank per component.")
-        # peft compares the ends of names, so these fit CLIPTextModel with and without its wrapper.
+            raise ConfigError(f"{part.component} occurs twice; diffusers' format has one rank per component.")
+        # peft matches the ends of names, so these match CLIPTextModel with and without its wrapper.
         paths = [path.removeprefix("text_model.") for path, _, _ in folded(part, torch.float32)]
         fields |= {
             f"{part.component}.r": part.rank,
@@ -130,18 +136,20 @@ def adapter_metadata(weights: Sequence[LoraWeights]) -> dict[str, str]:
 
 
 def token_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """The tensors of a learned token's file.
+    """Return the tensors of a learned token's file.
 
     Args:
-        token: the word; the file must be named after it, since most readers go by the file's name.
+        token: the word; the file must have the same name, because most tools take the token from the file name.
         vectors: [n, width] by component: "text_encoder" and, for SDXL, "text_encoder_2".
         family: "sd" (one tensor under the token's name) or "sdxl" ("clip_l" and "clip_g").
 
     Raises:
-        ConfigError: a token that cannot be a file's name, missing or superfluous vectors, or a wrong shape.
+        ConfigError: the token cannot be a file name.
+        ConfigError: the components are not those of the family.
+        ConfigError: a vector's shape is not [n, width].
     """
     if not _TOKEN.fullmatch(token):
-        raise ConfigError(f"The token {token!r} cannot name a file everywhere.", "Use letters, digits, - and _ only.")
+        raise ConfigError(f"The token {token!r} cannot be used as a file name.", "Use letters, digits, - and _.")
     names = TOKEN_KEYS if family == "sdxl" else {TEXT_ENCODER: token}
     if vectors.keys() != names.keys():
         raise ConfigError(f"A token of family {family!r} needs vectors for {', '.join(names)}.")
@@ -152,9 +160,10 @@ def token_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dic
 
 
 def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
-    """A learned token under the keys with which A1111 and SD.Next read it out of a LoRA file; no other tool does.
+    """Return a learned token's tensors for bundling into a LoRA file, which only A1111 and SD.Next read.
 
-    Source: A1111 `extensions-builtin/Lora/networks.py::load_network`. Arguments and errors as for `token_tensors`.
+    Source: A1111 `extensions-builtin/Lora/networks.py::load_network`. Arguments and errors are those of
+    `token_tensors`.
     """
     tensors = token_tensors(token, vectors, family)
     if family != "sdxl":
@@ -163,10 +172,14 @@ def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> d
 
 
 def folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Path, A and B α/r of every module, checked; text encoders with `text_model.`.
+    """Yield path, A and B α/r of every module; paths of text encoders have `text_model.`.
+
+    Args:
+        weights: the LoRA of one component.
+        dtype: dtype of the tensors.
 
     Raises:
-        ConfigError: an incomplete pair, or a shape that contradicts the rank.
+        ConfigError: a module lacks A or B, or a shape contradicts the rank.
     """
     halves: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in weights.tensors.items():
@@ -177,7 +190,7 @@ def folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tens
             raise ConfigError(f"{weights.component}: {path} needs lora_A.weight and lora_B.weight.")
         down, up = pair["down"].detach(), pair["up"].detach()
         if down.shape[0] != weights.rank or up.shape[1] != weights.rank:
-            raise ConfigError(f"{weights.component}: {path} is not of rank {weights.rank}.")
+            raise ConfigError(f"{weights.component}: {path} does not have rank {weights.rank}.")
         yield path, down.to(dtype).contiguous(), (up.float() * (weights.alpha / weights.rank)).to(dtype).contiguous()
 
 
@@ -187,6 +200,6 @@ def _check_attention(component: str, paths: Collection[str]) -> None:
         missing = [other for other in TEXT_ATTENTION if f"{block}.{other}" not in paths]
         if name in TEXT_ATTENTION and missing:
             raise ConfigError(
-                f"{component}: {block} has no {', '.join(missing)}; A1111 would leave the whole layer out.",
+                f"{component}: {block} has no {', '.join(missing)}; A1111 would ignore the whole layer.",
                 "Train all four projections, or use --format diffusers, which A1111 does not read.",
             )

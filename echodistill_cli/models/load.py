@@ -316,7 +316,8 @@ def alternate_on_device(pair: ModelPair) -> None:
     pair.alternating = True
     roles = (pair.student, pair.teacher)
     for role, other in (roles, roles[::-1]):
-        role.prepare = functools.partial(_exchange, role.unet, other.unet, pair.device)
+        exchange = functools.partial(_exchange, role.unet, other.unet, pair.device)
+        role.unet.register_forward_pre_hook(lambda _unet, _inputs, exchange=exchange: exchange())
     _exchange(pair.student.unet, pair.teacher.unet, pair.device)
 
 

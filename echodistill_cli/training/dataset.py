@@ -132,7 +132,7 @@ def build_prior(config: Config, pair: ModelPair, generator: torch.Generator) -> 
     if not (config.loss.prior or replayed) or config.concept.class_name is None:
         return None
     prompts = class_prompts(
-        config.concept.class_name, PRIOR_PICTURES, given=config.concept.class_prompts, scenes=config.concept.scenes
+        config.concept.class_name, PRIOR_PICTURES, templates=config.concept.class_prompts, scenes=config.concept.scenes
     )
     side = config.model.resolution // pair.codec.factor
     noise = torch.randn(len(prompts), pair.codec.channels, side, side, generator=generator).to(pair.device)

@@ -38,7 +38,7 @@ def drawn_target(
         encoder.encode_null(),
         steps=settings.target_steps,
         guidance_scale=settings.guidance_scale,
-        picture=x0,
+        init_latents=x0,
         strength=settings.target_strength,
     )
     target = in_asked_colours(state, target, colours)

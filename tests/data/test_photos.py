@@ -6,6 +6,7 @@ import io
 import json
 import os
 import struct
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -128,7 +129,7 @@ def test_hidden_colours_behind_transparency_become_grey_and_the_alpha_the_mask(t
     assert photo.mask is not None
     assert (photo.mask.getpixel((10, 50)), photo.mask.getpixel((80, 50))) == (0, 255)
     assert file.verdict == "ok"
-    assert any("mid-grey" in note for note in file.notes)
+    assert any("filled with gray" in note for note in file.notes)
     assert any("subject mask" in note for note in file.notes)
     assert only(tmp_path, masks="off")[1].mask is None
 
@@ -170,7 +171,7 @@ def test_cmyk_keeps_its_colours_whether_inverted_by_adobe_or_not(tmp_path: Path,
     file, photo = only(tmp_path)
     for place, colour in (((0.2, 0.2), RED), ((0.8, 0.2), GREEN), ((0.2, 0.8), BLUE), ((0.8, 0.8), WHITE)):
         assert near(at(photo, *place), colour)
-    assert any("CMYK without a colour profile" in note for note in file.notes)
+    assert any("CMYK without a color profile" in note for note in file.notes)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
@@ -243,7 +244,7 @@ def test_a_broken_or_foreign_profile_is_told_and_left_out(tmp_path: Path, mode: 
     noise().convert(mode).save(tmp_path / "a.tiff", icc_profile=profile)
     file, _ = only(tmp_path)
     assert file.verdict == "warning"
-    assert "colour profile that does not fit" in file.notes[0]
+    assert "invalid color profile" in file.notes[0]
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp"])
@@ -364,16 +365,16 @@ def test_a_sharp_subject_before_a_soft_background_is_not_blurred(tmp_path: Path)
 def test_a_picture_of_almost_one_colour_is_warned_about(tmp_path: Path) -> None:
     Image.new("RGB", (96, 96), BLUE).save(tmp_path / "a.png")
     Image.new("RGB", (96, 96), RED).save(tmp_path / "b.png")
-    assert [file.notes for file in check(tmp_path).files] == [("almost one colour",)] * 2
+    assert [file.notes for file in check(tmp_path).files] == [("is almost one color",)] * 2
 
 
 def test_a_panorama_and_a_wide_picture_are_told_what_the_crop_cuts(tmp_path: Path) -> None:
     for name, width in (("panorama", 480), ("phone", 288), ("wide", 171)):
         noise(width, (width, 96)).save(tmp_path / f"{name}.png")
     notes = [file.notes for file in check(tmp_path).files]
-    assert notes[0] == ("is a panorama (5.0 : 1); the square crop cuts 80% of it away",)
-    assert notes[1] == ("is a panorama (3.0 : 1); the square crop cuts 67% of it away",)
-    assert notes[2] == ("the square crop cuts 44% of it away",)
+    assert notes[0] == ("is a panorama (5.0 : 1); the square crop removes 80% of it",)
+    assert notes[1] == ("is a panorama (3.0 : 1); the square crop removes 67% of it",)
+    assert notes[2] == ("the square crop removes 44% of it",)
 
 
 def test_with_a_mask_only_a_cut_subject_is_warned_about(tmp_path: Path) -> None:
@@ -385,7 +386,7 @@ def test_with_a_mask_only_a_cut_subject_is_warned_about(tmp_path: Path) -> None:
         mask.paste(255, box)
         mask.save(masks / f"{name}.png")
     long, small = check(tmp_path).files
-    assert long.notes[0] == "the square crop cuts 40% of the subject away"
+    assert long.notes[0] == "the square crop removes 40% of the subject"
     assert small.verdict == "ok"
 
 
@@ -447,9 +448,9 @@ def test_masks_that_match_no_photo_are_never_silent(tmp_path: Path) -> None:
         noise(ord(name)).save(tmp_path / f"{name}.jpg")
     (tmp_path / "masks").mkdir()
     Image.new("L", (96, 96), 255).save(tmp_path / "masks" / "mask_a.png")
-    assert "none named like a photo" in check(tmp_path).warnings[0]
+    assert "none is named like a photo" in check(tmp_path).warnings[0]
     Image.new("L", (96, 96), 255).save(tmp_path / "masks" / "a.png")
-    assert check(tmp_path).warnings == ("masks/mask_a.png is named like no photo", "masks/ has no mask for b.jpg")
+    assert check(tmp_path).warnings == ("masks/mask_a.png belongs to no photo", "masks/ has no mask for b.jpg")
     assert check(tmp_path, masks="off").warnings == ()
 
 
@@ -596,3 +597,9 @@ def test_real_photos_pass_without_a_warning_and_blurred_or_copied_ones_do_not(tm
         assert plain.verdict == "ok"
         assert copy.notes == ("looks like a copy of 1.png",)
         assert "looks blurred" in blurred.notes
+
+
+def test_checking_photos_needs_no_torch() -> None:
+    program = "import sys; from echodistill_cli.data import check_photos; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -12,13 +12,11 @@ from echodistill_cli.data.photos import Photo
 from echodistill_cli.data.recolour import COLOURS, recoloured, tinted, tinted_latents, without_colour
 from echodistill_cli.data.views import View, prompt_for, real_views
 from echodistill_cli.diffusion.pair import ModelPair
-from examples.mini_world.world import Picture
+from tests.helpers.drawn_subjects import SUBJECT, DrawnSubject
 from tests.helpers.runs import seeded
 
-SUBJECT = "backpack"
 
-
-def as_photos(pictures: list[Picture], *, masks: bool) -> list[Photo]:
+def as_photos(pictures: list[DrawnSubject], *, masks: bool) -> list[Photo]:
     whole = (0, 0, 64, 64)
     return [
         Photo(Path(f"{index}.png"), Image.fromarray(p.image), Image.fromarray(p.mask) if masks else None, None, whole)
@@ -31,9 +29,9 @@ def as_views(photos: list[Photo], count: int = 20) -> list[View]:
 
 
 def test_a_share_of_the_views_is_tinted_each_colour_as_often_and_the_others_stay(
-    mini_pair: ModelPair, backpack_pictures: list[Picture]
+    mini_pair: ModelPair, backpacks: list[DrawnSubject]
 ) -> None:
-    photos = as_photos(backpack_pictures, masks=True)
+    photos = as_photos(backpacks, masks=True)
     views = as_views(photos)
     some = recoloured(views, photos, 0.6, SUBJECT, mini_pair, seeded())
     changed = [(before, after) for before, after in zip(views, some, strict=True) if after.colour]
@@ -45,19 +43,19 @@ def test_a_share_of_the_views_is_tinted_each_colour_as_often_and_the_others_stay
     assert recoloured(views, photos, 0.0, SUBJECT, mini_pair, seeded()) == views
 
 
-def test_only_what_a_photos_own_mask_covers_is_tinted(mini_pair: ModelPair, backpack_pictures: list[Picture]) -> None:
-    photos = as_photos(backpack_pictures, masks=True)
+def test_only_what_a_photos_own_mask_covers_is_tinted(mini_pair: ModelPair, backpacks: list[DrawnSubject]) -> None:
+    photos = as_photos(backpacks, masks=True)
     views = as_views(photos, len(photos))
     for picture, before, after in zip(
-        backpack_pictures, views, recoloured(views, photos, 1.0, SUBJECT, mini_pair, seeded()), strict=True
+        backpacks, views, recoloured(views, photos, 1.0, SUBJECT, mini_pair, seeded()), strict=True
     ):
         background, subject = (torch.from_numpy(picture.mask == value) for value in (0, 255))
         torch.testing.assert_close(after.image[:, background], before.image[:, background])
         assert (after.image - before.image)[:, subject].abs().mean() > 0.1
 
 
-def test_an_empty_canvas_stays_empty(mini_pair: ModelPair, backpack_pictures: list[Picture]) -> None:
-    photos = as_photos(backpack_pictures, masks=False)
+def test_an_empty_canvas_stays_empty(mini_pair: ModelPair, backpacks: list[DrawnSubject]) -> None:
+    photos = as_photos(backpacks, masks=False)
     whole = as_views(photos, 1)[0]
     half = torch.ones(1, 64, 64)
     half[:, :, :32] = 0
@@ -108,13 +106,13 @@ def test_a_prompt_without_its_colour_has_the_right_article() -> None:
 
 
 def test_pictures_are_tinted_where_the_subject_is_and_only_those_with_a_colour(
-    mini_pair: ModelPair, backpack_pictures: list[Picture]
+    mini_pair: ModelPair, backpacks: list[DrawnSubject]
 ) -> None:
-    pictures = torch.stack([torch.from_numpy(p.image.copy()).permute(2, 0, 1) for p in backpack_pictures[:2]])
+    pictures = torch.stack([torch.from_numpy(p.image.copy()).permute(2, 0, 1) for p in backpacks[:2]])
     latents = mini_pair.codec.encode(pictures / 127.5 - 1)
     kept, blue = tinted_latents(latents, [None, "blue"], SUBJECT, mini_pair, seeded())
     assert torch.equal(kept, latents[0])
     before, after = mini_pair.codec.decode(torch.stack([latents[1], blue]))
-    background, subject = (torch.from_numpy(backpack_pictures[1].mask == value) for value in (0, 255))
+    background, subject = (torch.from_numpy(backpacks[1].mask == value) for value in (0, 255))
     assert (after - before)[:, subject].abs().mean() > 5 * (after - before)[:, background].abs().mean()
     assert (after[2] - after[0])[subject].mean() > 0.3

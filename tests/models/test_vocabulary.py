@@ -209,5 +209,5 @@ def test_a_word_of_two_tokens_is_refused_with_a_suggestion(clip_tokenizer: CLIPT
     with pytest.raises(ConfigError, match=r"--token 'zwx' is 2 tokens.*such as 'sks'.*--text token"):
         check_token(clip_tokenizer, "zwx", "dog", learned=False)
     check_token(clip_tokenizer, "zwx", "dog", learned=True)
-    with pytest.raises(ConfigError, match="already means something"):
+    with pytest.raises(ConfigError, match="already has a meaning"):
         check_token(clip_tokenizer, "backpack", "dog", learned=False)
