@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from echodistill_cli import planning
-from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.build import PRESETS
 
 
 @pytest.fixture(autouse=True)

@@ -19,8 +19,7 @@ from echodistill_cli.cli.options import (
     with_flags,
 )
 from echodistill_cli.cli.show import TrainingProgress, plan_table, print_paths, print_table, say_to, stderr_console
-from echodistill_cli.config.build import build_config
-from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.build import PRESETS, build_config
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.runs import resumed_config
 

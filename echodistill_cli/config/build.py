@@ -11,12 +11,12 @@ import json
 import tomllib
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
-from echodistill_cli.config.catalogue import PRESETS
 from echodistill_cli.config.schema import RETIRED, Config, nearest
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import expanded
@@ -24,6 +24,31 @@ from echodistill_cli.files import expanded
 OFF = "off"
 _LARGEST_HEADER = 100_000_000
 Tables = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A pair of models that has a short name, with the settings for it.
+
+    Args:
+        about: what it is, in one line.
+        settings: plain values by section and key.
+        family: of models of published size, whose memory needs are known; None for the embedded toy pair.
+    """
+
+    about: str
+    settings: Mapping[str, Mapping[str, Any]]
+    family: Literal["sd", "sdxl"] | None
+
+
+def _read_preset(name: str) -> Preset:
+    tables = tomllib.loads((Path(__file__).parent / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
+    header = tables.pop("preset")
+    return Preset(header["about"], tables, header.get("family"))
+
+
+# In the order in which the help shows them.
+PRESETS: Mapping[str, Preset] = {name: _read_preset(name) for name in ("sd-turbo", "sdxl-turbo", "mini")}
 
 
 def build_config(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from echodistill_cli.config.build import (
+    PRESETS,
     build_config,
     config_from_dict,
     config_hash,
@@ -17,7 +18,6 @@ from echodistill_cli.config.build import (
     config_to_toml,
     read_toml,
 )
-from echodistill_cli.config.catalogue import PRESETS
 from echodistill_cli.config.schema import RETIRED, Config
 from echodistill_cli.errors import ConfigError
 
