@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from echodistill_cli.config.build import config_to_dict
-from echodistill_cli.config.schema import Config
+from echodistill_cli.config.schema import Config, warnings
 from echodistill_cli.data.photos import PhotoReport, check_photos, load_photos
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.evaluation.evaluate import Evaluation, evaluate
@@ -171,35 +171,7 @@ def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
         if file.verdict != "ok":
             yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
     yield from report.warnings
-    wanting = {
-        "--masks teacher": config.concept.masks == "teacher",
-        "--recolour": config.concept.recolour,
-        "--tint-scenes": config.concept.tint_scenes,
-        "--prior-weight": config.loss.prior,
-        "--class-share": config.replays and config.train.class_share,
-        "--pair-share": config.replays and config.train.pair_share,
-    }
-    if config.concept.class_name is None and any(wanting.values()):
-        yield f"Without --class-name nothing comes of {', '.join(flag for flag, on in wanting.items() if on)}."
-    yield from _settings_without_effect(config)
-
-
-def _settings_without_effect(config: Config) -> Iterator[str]:
-    """A line for what was asked for in vain, with what it waits for."""
-    train, start, once = config.train, config.echo.start, config.train.target_steps == 1
-    in_vain = (
-        ("--target-steps above 1", "--target-strength", once and train.target_strength < 1),
-        ("--target-steps above 1", "--replays", once and train.replays),
-        ("loss.latent above 0", "--replays", not config.loss.latent and train.replays),
-        ("--replays", "--first-targets", train.first_targets and not train.replays),
-        ("--replays", "--class-share", train.class_share and not train.replays),
-        ("--replays", "--pair-share", train.pair_share and not train.replays),
-    )
-    yield from (f"Without {needed} nothing comes of {flag}." for needed, flag, vain in in_vain if vain)
-    if train.scene_share and train.photo_prompts == train.batch_size:
-        yield f"--scene-share {train.scene_share:g} of --batch-size {train.batch_size} is no whole sample: no scenes."
-    if start is not None and start > train.steps:
-        yield f"The echo would begin at step {start} of {train.steps}: there is none. --echo-start says when."
+    yield from warnings(config)
 
 
 def export(source: Path | None = None, on_message: OnMessage = lambda _line: None, **wanted: Any) -> list[Path]:
