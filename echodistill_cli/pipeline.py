@@ -28,7 +28,7 @@ from echodistill_cli.planning import (
     sources_of,
     suit_device,
 )
-from echodistill_cli.runs import OnMessage, OnStep, Run, check_output, create_run, resume_run
+from echodistill_cli.runs import OnMessage, OnStep, Run, check_output, create_run, resume_run, resumed_config
 from echodistill_cli.training.loop import check_trackers, train_to_end
 from echodistill_cli.training.state import build_state
 
@@ -46,11 +46,12 @@ __all__ = [
     "evaluate",
     "export",
     "export_request",
+    "fit_to_memory",
     "inspect",
     "plan",
+    "resumed_config",
     "sample",
     "sample_to_folder",
-    "suited",
     "train",
 ]
 
@@ -97,7 +98,7 @@ def train(
     return write_results(state.pair, state.state_dict(), run, started, on_message)
 
 
-def suited(
+def fit_to_memory(
     build: Callable[[Mapping[str, Any]], Config], vram: str, on_message: OnMessage = lambda _line: None
 ) -> Config:
     """The configuration with what suits a device of `vram` GiB (or "auto") under what was set; says what it chose.

@@ -217,7 +217,7 @@ class CriticConfig:
     """Discriminators and the identity encoder; all backbones are frozen."""
 
     discriminators: tuple[str, ...] = setting(
-        ("dino", "dinov2", "clip"), "discriminator backbones: any of dino, dinov2, clip, teacher, or folders"
+        ("dino", "dinov2", "clip"), "discriminator backbones: dino, dinov2, clip, teacher or folders; none (TOML: [])"
     )
     identity: str = setting("clip", "identity encoder: clip, dino, dinov2, a folder, or none")
     identity_target: str = choice(("teacher", "photos"), "reference of the identity loss: teacher's target or photos")

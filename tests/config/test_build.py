@@ -132,7 +132,10 @@ def test_a_value_of_the_wrong_kind_is_refused(tables: dict[str, Any], message: s
     [
         ({"critic": {"identity": "none"}}, "critic.identity is none.*--no-echo"),
         ({"text": {"form": "frozen", "initializer": "dog"}}, "learns no token"),
-        ({"concept": {"class_prompts": ["a dog"]}}, "'a dog' in .* concept.class_prompts does not contain {} exactly once"),
+        (
+            {"concept": {"class_prompts": ["a dog"]}},
+            "'a dog' in .*class_prompts does not contain {} exactly once",
+        ),
         ({"train": {"lr": 0.0, "teacher_lr": 0.0}}, "nothing would be trained"),
         ({"echo": {"carry_back": 5}}, "train.carry_over is false.*echo.carry_back to 0"),
         ({"model": {"resolution": 16}, "critic": {"swd_patch": 17}}, "swd_patch exceeds"),
