@@ -107,8 +107,8 @@ class ConceptConfig:
         ("custom-diffusion", "plain"),
         "teacher's views: custom-diffusion = pasted small or zoomed in, as in the paper; plain = photos as they are",
     )
-    recolour: float = fraction(0.0, "fraction of the teacher's views in another color, with its name in the prompt")
-    tint_scenes: bool = setting(False, "generate colored scenes in the subject's own color, then tint the subject")
+    recolour: float = fraction(0.0, "fraction of teacher views in another color (needs class_name)")
+    tint_scenes: bool = setting(False, "generate a colored subject in its own color, then tint it (needs class_name)")
     scenes: tuple[str, ...] = setting((), "scene prompts, each with {} for the subject; empty: a built-in list")
     class_prompts: tuple[str, ...] = setting((), "class prompts, each with {} for the class; empty: a built-in list")
 
@@ -184,10 +184,10 @@ class TrainConfig:
     max_grad_norm: float = amount(1.0, "gradient clipping norm of each optimizer")
     target_steps: int = count(1, "teacher steps per target; 1 = x0 of the renoised student image, as in the paper")
     target_strength: float = fraction(1.0, "fraction of the target's steps; below 1 starts from the student's image")
-    replays: int = amount(0, "extra student updates per step on stored targets of several teacher steps")
-    first_targets: int = amount(0, "batches of targets to store before the first replay")
-    class_share: float = fraction(0.0, "fraction of replay samples that show the class as the base student draws it")
-    pair_share: float = fraction(0.0, "fraction of replay samples that keep the class for the subject's own noise")
+    replays: int = amount(0, "extra student updates per step on stored targets (needs target_steps above 1)")
+    first_targets: int = amount(0, "batches of targets to store before the first replay (needs replays)")
+    class_share: float = fraction(0.0, "fraction of replays that show the class as before training (needs class_name)")
+    pair_share: float = fraction(0.0, "fraction of replays that keep the class for the same noise (needs class_name)")
     head_start: int = amount(0, "teacher-only steps before step 1, ending at the mean of the teacher's weights")
     carry_over: bool = setting(False, "initialize the student's LoRA with the teacher's after the head start")
     scene_share: float = fraction(0.0, "fraction of the student's samples with a scene prompt, not a photo prompt")
@@ -208,7 +208,7 @@ class LossConfig:
     latent: float = amount(1.0, "weight of the student's distance to the target in latent space")
     identity: float = amount(1.0, "weight of the student's distance to the target in image-encoder features")
     sliced_wasserstein: float = amount(0.1, "weight of the student's distance to the target in patch statistics")
-    prior: float = amount(0.0, "weight of prior preservation in both models")
+    prior: float = amount(0.0, "weight of prior preservation in both models (needs class_name)")
     adversarial: float = amount(1.0, "weight of each discriminator in the student's loss")
 
 
@@ -240,7 +240,7 @@ class EchoConfig:
     teacher_share: float = fraction(0.25, "fraction of the teacher's samples taken from the echo pool")
     teacher_noise: float = setting(0.0, "lowest noise of echoed images, as a fraction of the schedule", 0, 0.99)
     real_weight: float = amount(0.25, "weight of echoed images among the discriminators' real images")
-    carry_back: int = amount(0, "teacher-only steps after the last step, starting from the student's LoRA")
+    carry_back: int = amount(0, "teacher-only steps at the end, from the student's LoRA (needs carry_over)")
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ def test_shell_completion_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train p --from-step 3", "--resume"),
         ("train p --no-echo --echo-start 5", "contradict"),
         ("train p --identity none", "--no-echo"),
-        ("train p --config none.toml", "none.toml: cannot be read"),
+        ("train p --config none.toml", "none.toml cannot be read"),
         ("train p --report-to tensorbord --dry-run", "Did you mean tensorboard?"),
         ("train p --name none --dry-run", "Choose another --name"),
         ("train p --token a/b --dry-run", "--token 'a/b'"),
