@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echodistill_cli.config.schema import Config
+from echodistill_cli.config.schema import Config, warnings
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
 from echodistill_cli.runs import (
     OnMessage,
@@ -325,32 +325,4 @@ def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
         if file.verdict != "ok":
             yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
     yield from report.warnings
-    yield from _setting_warnings(config)
-
-
-def _setting_warnings(config: Config) -> Iterator[str]:
-    """Yield a line for each setting that has no effect without another one."""
-    train, start, once = config.train, config.echo.start, config.train.target_steps == 1
-    needs_class_name = {
-        "--masks teacher": config.concept.masks == "teacher",
-        "--recolour": config.concept.recolour,
-        "--tint-scenes": config.concept.tint_scenes,
-        "--prior-weight": config.loss.prior,
-        "--class-share": config.replays and train.class_share,
-        "--pair-share": config.replays and train.pair_share,
-    }
-    if config.concept.class_name is None and any(needs_class_name.values()):
-        yield f"Without --class-name nothing comes of {', '.join(flag for flag, on in needs_class_name.items() if on)}."
-    without_effect = (
-        ("--target-steps above 1", "--target-strength", once and train.target_strength < 1),
-        ("--target-steps above 1", "--replays", once and train.replays),
-        ("loss.latent above 0", "--replays", not config.loss.latent and train.replays),
-        ("--replays", "--first-targets", train.first_targets and not train.replays),
-        ("--replays", "--class-share", train.class_share and not train.replays),
-        ("--replays", "--pair-share", train.pair_share and not train.replays),
-    )
-    yield from (f"Without {needed} nothing comes of {flag}." for needed, flag, vain in without_effect if vain)
-    if train.scene_share and train.photo_prompts == train.batch_size:
-        yield f"--scene-share {train.scene_share:g} of --batch-size {train.batch_size} is no whole sample: no scenes."
-    if start is not None and start > train.steps:
-        yield f"The echo would begin at step {start} of {train.steps}: there is none. --echo-start says when."
+    yield from warnings(config)

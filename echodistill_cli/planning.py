@@ -17,8 +17,7 @@ import psutil
 import torch
 
 from echodistill_cli import __version__
-from echodistill_cli.config.build import build_config, config_to_dict
-from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.pair import Family
 from echodistill_cli.errors import ConfigError, ModelError

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from echodistill_cli import pipeline, planning
-from echodistill_cli.config.build import build_config
-from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.build import PRESETS, build_config
 
 
 @pytest.fixture(autouse=True)

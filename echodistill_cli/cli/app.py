@@ -21,7 +21,15 @@ import typer
 from echodistill_cli import __version__, pipeline
 from echodistill_cli.cli.evaluate import evaluate
 from echodistill_cli.cli.export import export
-from echodistill_cli.cli.options import ALIASES, Json, accepting_aliases, bool_option, quiet_libraries, value_option
+from echodistill_cli.cli.options import (
+    ALIASES,
+    CommandWithSettings,
+    Json,
+    accepting_aliases,
+    bool_option,
+    quiet_libraries,
+    value_option,
+)
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
 from echodistill_cli.cli.train import ALSO, train
@@ -53,7 +61,7 @@ def version_option(
 
 
 _SAMPLING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
-app.command(context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
+app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
 app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
 app.command()(export)
 app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)

@@ -1,38 +1,46 @@
-"""Typer's options: those of `train` made from the flags, and short forms for those that a command declares itself."""
+"""Options of the command line: those of `train` from the settings, `--set`, and options that several commands share."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
+import json
 import os
+import shlex
 import sys
+import tomllib
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import typer
+import typer.core
 
 from echodistill_cli.config.build import OFF
-from echodistill_cli.config.schema import Config
+from echodistill_cli.config.schema import RETIRED, Config, nearest
 from echodistill_cli.errors import ConfigError
 
-# Headings of `train --help`, in the order in which a person needs them; options without one come first.
-PANELS = ("Subject", "Run", "Training", "LoRA and text side", "Models", "Losses and critics", "Echo phase")
+# Headings of `train --help`, in the order in which a person needs them. Options without a heading come first.
+SUBJECT, RUN, TRAINING = "Subject", "Run", "Training"
+MODELS_AND_MEMORY, LOSSES_AND_ECHO = "Models and memory", "Losses and echo"
+PANELS = (SUBJECT, RUN, TRAINING, MODELS_AND_MEMORY, LOSSES_AND_ECHO)
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A configuration key with its names on the command line.
+    """A setting that has an option of its own.
 
     Args:
-        key: dotted, such as "train.lr". names: with dashes; the first is the one in the help. panel: heading there.
-        repeated: may come many times.
+        key: dotted key, such as "train.lr".
+        names: names of the option, such as "--output -o" or "--captions/--no-captions".
+        panel: heading in the help.
+        repeated: the option may be given several times.
     """
 
     key: str
-    names: tuple[str, ...]
+    names: str
     panel: str
     repeated: bool = False
 
@@ -41,189 +49,234 @@ class Flag:
         """Name of the option as a Python parameter."""
         return self.key.replace(".", "_")
 
-    @property
-    def shown(self) -> tuple[str, ...]:
-        """The names in the help: the first, and a single letter."""
-        return tuple(name for name in self.names if name == self.names[0] or not name.startswith("--"))
 
-
-def _rows(panel: str, rows: Mapping[str, str]) -> list[Flag]:
-    return [Flag(key, tuple(names.split()), panel) for key, names in rows.items()]
-
-
-# The extra names are what users of kohya's scripts, diffusers' and other trainers type.
+# What people type in a terminal. Everything else is a setting: --set or a file.
 FLAGS: tuple[Flag, ...] = (
-    *_rows(
-        "Subject",
-        {
-            "concept.token": "--token --trigger-word",
-            "concept.class_name": "--class-name --class",
-            "concept.min_photos": "--min-photos",
-            "concept.masks": "--masks",
-            "concept.captions": "--captions/--no-captions",
-            "concept.views": "--views",
-            "concept.augmentation": "--augmentation",
-            "concept.recolour": "--recolour",
-            "concept.tint_scenes": "--tint-scenes/--no-tint-scenes",
-        },
-    ),
-    *_rows(
-        "Models",
-        {
-            "model.teacher": "--teacher",
-            "model.resolution": "--resolution",
-            "model.precision": "--precision --mixed-precision",
-            "model.device": "--device",
-            "model.decoder": "--decoder",
-            "model.tiny_decoder": "--tiny-decoder",
-            "model.vae": "--vae",
-            "model.tokenizer": "--tokenizer",
-            "model.variant": "--variant",
-            "model.student_lora": "--student-lora",
-            "model.student_revision": "--revision",
-            "model.teacher_revision": "--teacher-revision",
-            "model.single_file_config": "--single-file-config",
-            "model.teacher_single_file_config": "--teacher-single-file-config",
-            "model.student_prediction": "--student-prediction",
-            "model.teacher_prediction": "--teacher-prediction",
-            "model.teacher_original_size": "--teacher-original-size",
-            "model.offload": "--offload/--no-offload",
-            "model.offline": "--offline/--no-offline",
-        },
-    ),
-    *_rows(
-        "LoRA and text side",
-        {
-            "adapter.rank": "--rank --lora-rank --network-dim",
-            "adapter.alpha": "--alpha --lora-alpha --network-alpha",
-            "adapter.targets": "--targets",
-            "adapter.strength": "--strength",
-            "text.form": "--text",
-            "text.trained_by": "--text-trained-by",
-            "text.rank": "--text-rank",
-            "text.initializer": "--initializer",
-        },
-    ),
-    *_rows(
-        "Training",
-        {
-            "train.steps": "--steps --max-train-steps",
-            "train.batch_size": "--batch-size --train-batch-size",
-            "train.lr": "--lr --learning-rate",
-            "train.teacher_lr": "--teacher-lr",
-            "train.text_lr": "--text-lr --token-lr --text-encoder-lr",
-            "train.discriminator_lr": "--discriminator-lr --disc-lr",
-            "train.lr_schedule": "--lr-schedule --lr-scheduler",
-            "train.weight_decay": "--weight-decay",
-            "train.max_grad_norm": "--max-grad-norm",
-            "train.target_steps": "--target-steps",
-            "train.target_strength": "--target-strength",
-            "train.replays": "--replays",
-            "train.first_targets": "--first-targets",
-            "train.head_start": "--head-start",
-            "train.carry_over": "--carry-over/--no-carry-over",
-            "train.scene_share": "--scene-share",
-            "train.class_share": "--class-share",
-            "train.pair_share": "--pair-share",
-            "train.guidance_scale": "--guidance-scale",
-            "train.gradient_checkpointing": "--gradient-checkpointing/--no-gradient-checkpointing",
-        },
-    ),
-    *_rows(
-        "Losses and critics",
-        {
-            "loss.denoising": "--denoising-weight",
-            "loss.latent": "--latent-weight",
-            "loss.identity": "--identity-weight",
-            "loss.sliced_wasserstein": "--sliced-wasserstein-weight --swd-weight",
-            "loss.prior": "--prior-weight --prior-loss-weight",
-            "loss.adversarial": "--adversarial-weight",
-            "critic.discriminators": "--discriminators",
-            "critic.identity": "--identity",
-            "critic.identity_target": "--identity-target",
-            "critic.head_width": "--head-width",
-            "critic.swd_scales": "--swd-scales",
-            "critic.swd_projections": "--swd-projections",
-            "critic.swd_patch": "--swd-patch",
-        },
-    ),
-    *_rows(
-        "Echo phase",
-        {
-            "echo.start": "--echo-start",
-            "echo.every": "--echo-every",
-            "echo.candidates": "--echo-candidates",
-            "echo.pool_size": "--echo-pool-size",
-            "echo.min_identity": "--echo-min-identity",
-            "echo.max_similarity": "--echo-max-similarity",
-            "echo.teacher_share": "--echo-teacher-share",
-            "echo.teacher_noise": "--echo-teacher-noise",
-            "echo.real_weight": "--echo-real-weight",
-            "echo.carry_back": "--carry-back",
-        },
-    ),
-    *_rows(
-        "Run",
-        {
-            "run.name": "--name",
-            "run.output": "--output -o --output-dir",
-            "run.seed": "--seed",
-            "run.save_every": "--save-every --checkpointing-steps",
-            "run.keep": "--keep",
-            "run.sample_every": "--sample-every",
-            "run.sample_seeds": "--sample-seeds",
-            "run.report_to": "--report-to",
-        },
-    ),
-    Flag("concept.scenes", ("--scene",), "Subject", repeated=True),
-    Flag("concept.class_prompts", ("--class-prompt",), "Subject", repeated=True),
-    Flag("run.sample_prompts", ("--sample-prompt", "--validation-prompt"), "Run", repeated=True),
+    Flag("concept.token", "--token", SUBJECT),
+    Flag("concept.class_name", "--class-name", SUBJECT),
+    Flag("concept.min_photos", "--min-photos", SUBJECT),
+    Flag("concept.masks", "--masks", SUBJECT),
+    Flag("concept.captions", "--captions/--no-captions", SUBJECT),
+    Flag("run.name", "--name", RUN),
+    Flag("run.output", "--output -o", RUN),
+    Flag("run.seed", "--seed", RUN),
+    Flag("run.save_every", "--save-every", RUN),
+    Flag("run.keep", "--keep", RUN),
+    Flag("run.sample_every", "--sample-every", RUN),
+    Flag("run.sample_prompts", "--sample-prompt", RUN, repeated=True),
+    Flag("run.report_to", "--report-to", RUN),
+    Flag("train.steps", "--steps", TRAINING),
+    Flag("train.batch_size", "--batch-size", TRAINING),
+    Flag("train.lr", "--lr", TRAINING),
+    Flag("train.teacher_lr", "--teacher-lr", TRAINING),
+    Flag("train.text_lr", "--text-lr", TRAINING),
+    Flag("train.lr_schedule", "--lr-schedule", TRAINING),
+    Flag("train.guidance_scale", "--guidance-scale", TRAINING),
+    Flag("adapter.rank", "--rank", TRAINING),
+    Flag("adapter.alpha", "--alpha", TRAINING),
+    Flag("adapter.targets", "--targets", TRAINING),
+    Flag("text.form", "--text", TRAINING),
+    Flag("model.teacher", "--teacher", MODELS_AND_MEMORY),
+    Flag("model.student_lora", "--student-lora", MODELS_AND_MEMORY),
+    Flag("model.vae", "--vae", MODELS_AND_MEMORY),
+    Flag("model.resolution", "--resolution", MODELS_AND_MEMORY),
+    Flag("model.precision", "--precision", MODELS_AND_MEMORY),
+    Flag("model.device", "--device", MODELS_AND_MEMORY),
+    Flag("model.decoder", "--decoder", MODELS_AND_MEMORY),
+    Flag("train.gradient_checkpointing", "--gradient-checkpointing/--no-gradient-checkpointing", MODELS_AND_MEMORY),
+    Flag("model.offline", "--offline/--no-offline", MODELS_AND_MEMORY),
+    Flag("loss.prior", "--prior-weight", LOSSES_AND_ECHO),
+    Flag("critic.discriminators", "--discriminators", LOSSES_AND_ECHO),
+    Flag("critic.identity", "--identity", LOSSES_AND_ECHO),
+    Flag("echo.start", "--echo-start", LOSSES_AND_ECHO),
 )
+# What users of kohya's scripts, diffusers' scripts and other trainers type.
 ALIASES: Mapping[str, str] = {
-    name: flag.names[0] for flag in FLAGS for name in flag.names[1:] if name not in flag.shown
-} | {"--pretrained-model-name-or-path": "--model"}
+    "--pretrained-model-name-or-path": "--model",
+    "--trigger-word": "--token",
+    "--class": "--class-name",
+    "--output-dir": "--output",
+    "--checkpointing-steps": "--save-every",
+    "--validation-prompt": "--sample-prompt",
+    "--max-train-steps": "--steps",
+    "--train-batch-size": "--batch-size",
+    "--learning-rate": "--lr",
+    "--token-lr": "--text-lr",
+    "--text-encoder-lr": "--text-lr",
+    "--lr-scheduler": "--lr-schedule",
+    "--lora-rank": "--rank",
+    "--network-dim": "--rank",
+    "--lora-alpha": "--alpha",
+    "--network-alpha": "--alpha",
+    "--mixed-precision": "--precision",
+    "--prior-loss-weight": "--prior-weight",
+}
+# Flags of version 0.1 whose names do not follow from the setting's key.
+_OLD_NAMES: Mapping[str, str] = {
+    "revision": "model.student_revision",
+    "scene": "concept.scenes",
+    "class-prompt": "concept.class_prompts",
+    "disc-lr": "train.discriminator_lr",
+    "swd-weight": "loss.sliced_wasserstein",
+}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def value_option(metavar: str, about: str, *names: str, panel: str | None = None, **more: Any) -> Any:
-    """Typer's option with a value; its names are the parameter's own unless given."""
+    """An option with a value. Its name is the parameter's own unless `names` are given."""
     return typer.Option(*names, metavar=metavar, help=about, rich_help_panel=panel, **more)
 
 
 def bool_option(names: str, about: str, panel: str | None = None) -> Any:
-    """Typer's option for something to turn on or off."""
+    """An option that is turned on or off."""
     return typer.Option(*names.split(), metavar="", help=about, rich_help_panel=panel, show_default=False)
 
 
 Json = Annotated[bool, bool_option("--json", "print one JSON object on stdout")]
-Quiet = Annotated[bool, bool_option("--quiet -q", "no progress on stderr")]
+Quiet = Annotated[bool, bool_option("--quiet -q", "print no progress on stderr")]
 
 
 def with_flags(command: Command) -> Command:
-    """Give a command an option for each flag; it receives them as one `flags` mapping.
+    """Add an option for each of `FLAGS` to a command.
 
-    The mapping has dotted keys, as `presets.build_config` wants its overrides, and only flags that were given.
+    Typer reads a command's signature, so the options are appended to it. The command receives those that were given
+    as `flags`: values by dotted key, as `build_config` takes its overrides.
     """
 
-    def wrapped(**given: Any) -> Any:
-        values = {flag.key: given.pop(flag.parameter) for flag in FLAGS}
-        return command(**given, flags={key: _tidy(value) for key, value in values.items() if value is not None})
+    def wrapped(**values: Any) -> Any:
+        flags = {flag.key: values.pop(flag.parameter) for flag in FLAGS}
+        given = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+        return command(**values, flags={key: value for key, value in given.items() if value is not None})
 
-    named = inspect.Parameter.KEYWORD_ONLY
-    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
-    options = [inspect.Parameter(flag.parameter, named, default=None, annotation=_option(flag)) for flag in FLAGS]
-    by_panel = sorted([*(p.replace(kind=named) for p in own), *options], key=_place)
-    wrapped.__signature__ = inspect.Signature(by_panel)  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {p.name: p.annotation for p in by_panel}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
+    parameters += [inspect.Parameter(flag.parameter, kind, default=None, annotation=_option(flag)) for flag in FLAGS]
+    wrapped.__signature__ = inspect.Signature(sorted(parameters, key=_panel_index))  # type: ignore[attr-defined]
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     return typing.cast(Command, wrapped)
 
 
-def accepting_aliases(aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Typer's context settings of a command that takes `--batch_size` as `--batch-size`, and aliases as what they mean.
+def _panel_index(parameter: inspect.Parameter) -> int:
+    panel = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
+    return PANELS.index(panel) if panel in PANELS else -1
+
+
+def _option(flag: Flag) -> Any:
+    """Typer's annotation of a flag: its type, names, description and default come from the settings."""
+    hint, entry = _settings()[flag.key]
+    kind: Any = list[str] if flag.repeated else bool if hint is bool else str
+    parser, metavar = (None, "TEXT") if flag.repeated else _parser(hint)
+    more: dict[str, Any] = {"parser": parser} if parser else {}
+    if choices := entry.metadata["choices"]:
+        more["autocompletion"] = lambda incomplete: [word for word in choices if word.startswith(incomplete)]
+    about = entry.metadata["about"] + "; repeatable" * flag.repeated + _shown_default(entry.default)
+    return Annotated[
+        kind | None, value_option(metavar, about, *flag.names.split(), panel=flag.panel, show_default=False, **more)
+    ]
+
+
+@functools.cache
+def _settings() -> Mapping[str, tuple[Any, dataclasses.Field[Any]]]:
+    """Type and dataclass field of each setting by dotted key."""
+    return {
+        f"{section}.{entry.name}": (typing.get_type_hints(kind)[entry.name], entry)
+        for section, kind in typing.get_type_hints(Config).items()
+        for entry in dataclasses.fields(kind)
+    }
+
+
+def _shown_default(default: Any) -> str:
+    """A default for the help; empty for none, as the description says what happens then."""
+    if default in (None, ()):
+        return ""
+    shown = ",".join(default) if isinstance(default, tuple) else default
+    shown = {True: "on", False: "off"}[default] if isinstance(default, bool) else shown
+    return f" [dim]\\[{f'{shown:g}' if isinstance(shown, float) else shown}][/dim]"
+
+
+def _parser(hint: Any) -> tuple[Callable[[str], Any] | None, str]:
+    """Return how the text of an option becomes a value, None for Typer's own way, and its metavar."""
+    kinds = typing.get_args(hint) or (hint,)
+    if hint is bool:
+        return None, ""
+    if typing.get_origin(hint) is tuple:
+        return _parse_list, "A,B,..."
+    if int in kinds:
+        return _number(int, "an integer"), "N"
+    return (_number(float, "a number"), "X") if float in kinds else (None, "TEXT")
+
+
+def _number(kind: type[int] | type[float], name: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        try:
+            return OFF if text == OFF else kind(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"{text!r} is not {name}.") from error
+
+    return parse
+
+
+def _parse_list(text: str) -> tuple[str, ...]:
+    return () if text in ("none", OFF) else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def with_settings(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
+    """Join the values of flags with those of `--set`.
 
     Args:
-        aliases: from a name to the option's own, both with dashes.
+        flags: values by dotted key.
+        settings: texts such as "train.target_steps=5"; of two for one key the last one counts.
+
+    Raises:
+        ConfigError: a text is not KEY=VALUE, or a flag gives the same key.
+    """
+    values: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or "." not in key:
+            known = {name.partition(".")[2]: name for name in _settings()}
+            near = known.get(key) or nearest(key, list(_settings())) or "train.target_steps"
+            raise ConfigError(f"--set {text} is not KEY=VALUE with a dotted key.", f"Write --set {near}=VALUE.")
+        if key in flags:
+            names = {flag.key: flag.names for flag in FLAGS} | {"model.student": "--model", "concept.photos": "PHOTOS"}
+            raise ConfigError(f"{key} is given by {names[key]} and by --set {text}.", "Use one of them.")
+        values[key] = _toml_value(value)
+    return {**flags, **values}
+
+
+def _toml_value(text: str) -> Any:
+    """A TOML value; a text that is none, such as a bare word, stands for itself."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def echo_setting(echo: bool | None, overrides: Mapping[str, Any], planned: Callable[[], Config]) -> dict[str, Any]:
+    """Return what `--echo` or `--no-echo` overrides.
+
+    Args:
+        echo: True for `--echo`, False for `--no-echo`, None for neither.
+        overrides: values by dotted key that flags and `--set` give.
+        planned: returns the configuration without the option. Its echo, if it has one, starts when it says.
+
+    Raises:
+        ConfigError: the option contradicts `overrides`, or `planned` raised it.
+    """
+    start = overrides.get("echo.start")
+    if echo is not None and start is not None and echo is (start == OFF):
+        name = "--echo" if echo else "--no-echo"
+        raise ConfigError(f"{name} contradicts --echo-start {start}.", "Use one of them.")
+    if echo is False:
+        return {"echo.start": None}
+    return {"echo.start": Config().echo.start} if echo and planned().echo.start is None else {}
+
+
+def accepting_aliases(aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Typer's context settings for a command that takes `--batch_size` for `--batch-size`, and aliases.
+
+    Args:
+        aliases: from an alias to the option's own name, both with dashes.
     """
     known = {alias.lstrip("-"): name.lstrip("-") for alias, name in (aliases or {}).items()}
 
@@ -234,113 +287,68 @@ def accepting_aliases(aliases: Mapping[str, str] | None = None) -> dict[str, Any
     return {"token_normalize_func": normalize}
 
 
-def echo_setting(echo: bool | None, flags: Mapping[str, Any], planned: Callable[[], Config]) -> dict[str, Any]:
-    """What --echo and --no-echo override.
+class CommandWithSettings(typer.core.TyperCommand):
+    """A command that answers a flag which is no longer one with the setting that replaces it."""
 
-    Args:
-        planned: the configuration without them: its echo, if it has one, begins when it says.
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments of the command.
 
-    Raises:
-        ConfigError: one of them contradicts --echo-start. What `planned` raises.
-    """
-    start = flags.get("echo.start")
-    if echo is not None and start is not None and echo is (start == OFF):
-        name = "--echo" if echo else "--no-echo"
-        raise ConfigError(f"{name} and --echo-start {start} contradict each other.", "Use one of them.")
-    if echo is False:
-        return {"echo.start": None}
-    return {"echo.start": Config().echo.start} if echo and planned().echo.start is None else {}
-
-
-def _place(parameter: inspect.Parameter) -> int:
-    """Where a command's parameter stands in its help: arguments and options without a panel first."""
-    panel = getattr(parameter.annotation.__metadata__[0], "rich_help_panel", None)
-    return PANELS.index(panel) if panel in PANELS else -1
-
-
-def _option(flag: Flag) -> Any:
-    """Typer's annotation of a flag: its type, names, help and default, all from the configuration."""
-    section, _, name = flag.key.partition(".")
-    hints, fields = _section(section)
-    hint, entry = hints[name], fields[name]
-    parser, metavar = _parser(hint, flag)
-    choices = entry.metadata["choices"]
-    about = _about(entry.metadata["about"], choices) + _shown_default(entry.default)
-    settings: dict[str, Any] = {"help": about, "rich_help_panel": flag.panel, "metavar": metavar}
-    if parser is not None:
-        settings["parser"] = parser
-    if choices:
-        settings["autocompletion"] = _completing(choices)
-    kind: Any = list[str] if flag.repeated else bool if hint is bool else str
-    return Annotated[kind | None, typer.Option(*flag.shown, show_default=False, **settings)]
-
-
-def _completing(choices: Sequence[str]) -> Callable[[str], list[str]]:
-    def complete(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
-
-    return complete
-
-
-def _about(about: str, choices: Sequence[str] | None) -> str:
-    """A setting's description, with its choices if it does not name them itself."""
-    return about if all(choice in about for choice in choices or ()) else f"{about}: {', '.join(choices or ())}"
-
-
-def _shown_default(default: Any) -> str:
-    """A setting's default for the help; nothing where there is none, as the description says what that means."""
-    if default in (None, ()):
-        return ""
-    words = {bool: "on" if default else "off", tuple: ",".join(map(str, default)) if type(default) is tuple else ""}
-    shown = words.get(type(default)) or (f"{default:g}" if type(default) is float else default)
-    return f" [dim]\\[{shown}][/dim]"
-
-
-@functools.cache
-def _section(name: str) -> tuple[Mapping[str, Any], Mapping[str, dataclasses.Field[Any]]]:
-    """The types and the fields of a section's settings."""
-    section = typing.get_type_hints(Config)[name]
-    return typing.get_type_hints(section), {entry.name: entry for entry in dataclasses.fields(section)}
-
-
-def _parser(hint: Any, flag: Flag) -> tuple[Callable[[str], Any] | None, str]:
-    """How a flag's text becomes a value, and what stands for it in the help; None where Typer's own way will do."""
-    if hint is bool:
-        return None, ""
-    if flag.repeated:
-        return None, "TEXT"
-    options = typing.get_args(hint) or (hint,)
-    if typing.get_origin(hint) is tuple:
-        return _parse_list, "A,B,..."
-    if int in options:
-        return _number(int, "a whole number"), "N"
-    if float in options:
-        return _number(float, "a number"), "X"
-    return None, "TEXT"
-
-
-def _number(kind: type[int] | type[float], words: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        if text == OFF:
-            return OFF
+        Raises:
+            ConfigError: one is a flag that has become a setting or was removed.
+        """
+        typed = list(args)  # parsing consumes the list
         try:
-            return kind(text)
-        except ValueError as error:
-            raise typer.BadParameter(f"{text!r} is not {words}.") from error
-
-    return parse
-
-
-def _parse_list(text: str) -> tuple[str, ...]:
-    return () if text in ("none", OFF) else tuple(part.strip() for part in text.split(",") if part.strip())
+            return super().parse_args(ctx, args)
+        except typer.TyperException as error:
+            former = _former_flag(getattr(error, "option_name", "") or "", typed)
+            raise former or error from error
 
 
-def _tidy(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _former_flag(option: str, arguments: Sequence[str]) -> ConfigError | None:
+    """Return the error for a flag of version 0.1 that is none now, or None if it never was one."""
+    name = option.removeprefix("--").replace("_", "-")
+    positive = name.removeprefix("no-")
+    flags = {flag.key for flag in FLAGS} | {"model.student", "concept.photos"}
+    keys = [key for key in (*_settings(), *RETIRED) if key not in flags and positive in _names_of(key)]
+    if not keys:
+        return None
+    if keys[0] in RETIRED:
+        neutral = json.dumps(RETIRED[keys[0]] if RETIRED[keys[0]] is not None else OFF)
+        return ConfigError(f"{option} was removed.", f"Omit it: every run does what {keys[0]} = {neutral} did.")
+    value = _value_of(keys[0], option, arguments) if positive == name else "false"
+    return ConfigError(f"{option} is a setting now: --set {shlex.quote(f'{keys[0]}={value}')}.")
+
+
+def _names_of(key: str) -> set[str]:
+    section, _, name = key.replace("_", "-").partition(".")
+    old = {name for name, old_key in _OLD_NAMES.items() if old_key == key}
+    return {name, f"{section}-{name}", f"{name}-weight" if section == "loss" else name} | old
+
+
+def _value_of(key: str, option: str, arguments: Sequence[str]) -> str:
+    """The value that a person typed for a former flag, as TOML."""
+    hint, _ = _settings()[key]
+    if hint is bool:
+        return "true"
+    values = list(_typed_values(option, arguments))
+    return json.dumps(values) if typing.get_origin(hint) is tuple else values[-1] if values else "VALUE"
+
+
+def _typed_values(option: str, arguments: Sequence[str]) -> Iterator[str]:
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name.replace("_", "-") == option.replace("_", "-"):
+            following = arguments[index + 1 : index + 2]
+            yield from [value] if equals else [word for word in following if not word.startswith("--")]
 
 
 def quiet_libraries(*, offline: bool, quiet: bool) -> None:
-    """Set the other libraries' environment before they are imported: no telemetry, no chatter, no socket if offline."""
+    """Set the environment of other libraries before they are imported.
+
+    Args:
+        offline: let the hub's library open no connection.
+        quiet: show no download progress.
+    """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     # Threads that wait by spinning starve each other as soon as anything else wants a core: a step of the small pair
     # took 5 to 20 s beside one busy process, and 0.3 s with threads that sleep. OpenMP reads this when torch is loaded.

@@ -1,4 +1,4 @@
-"""`train`: config from flags, one pipeline call."""
+"""`train`: a configuration from flags, settings and files, and one pipeline call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from echodistill_cli import pipeline
 from echodistill_cli.cli.options import (
+    LOSSES_AND_ECHO,
+    MODELS_AND_MEMORY,
+    RUN,
     Json,
     Quiet,
     bool_option,
@@ -17,15 +21,17 @@ from echodistill_cli.cli.options import (
     quiet_libraries,
     value_option,
     with_flags,
+    with_settings,
 )
 from echodistill_cli.cli.show import TrainingProgress, plan_table, print_paths, print_table, say_to, stderr_console
-from echodistill_cli.config.build import build_config
-from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.build import PRESETS, build_config
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.pipeline import resumed_config
 
 MODELS = f"{', '.join(PRESETS)}, a hub id, a folder or a .safetensors file"
-ALSO = "Names that other trainers use, such as --network_dim, --learning_rate and --max_train_steps, are understood."
+ALSO = (
+    "All settings, for --set and --config: examples/train.toml. "
+    "Names that other trainers use, such as --network_dim, --learning_rate and --max_train_steps, are understood."
+)
 
 
 @with_flags
@@ -33,19 +39,20 @@ def train(
     photos: Annotated[
         Path | None, typer.Argument(metavar="PHOTOS", help="folder with three to six photos of the subject")
     ] = None,
-    model: Annotated[str | None, value_option("MODEL", f"the student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
-    config_file: Annotated[
-        Path | None, value_option("FILE", "settings as TOML; flags go before them", "--config")
+    model: Annotated[str | None, value_option("MODEL", f"student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
+    config_file: Annotated[Path | None, value_option("FILE", "TOML file with settings", "--config")] = None,
+    settings: Annotated[
+        list[str] | None, value_option("KEY=VALUE", "any setting, such as train.target_steps=5; repeatable", "--set")
     ] = None,
     vram: Annotated[
-        str | None,
-        value_option("8|12|16|24|auto", "choose what fits into so many GiB, under all other flags", panel="Models"),
+        str | None, value_option("GIB", "fit settings to device memory: 8, 12, 16, 24 or auto", panel=MODELS_AND_MEMORY)
     ] = None,
-    resume: Annotated[bool, bool_option("--resume", "go on with a run, by default the newest", "Run")] = False,
-    from_step: Annotated[int | None, value_option("N", "with --resume: the checkpoint's step", panel="Run")] = None,
-    overwrite: Annotated[bool, bool_option("--overwrite", "replace the run that is there", "Run")] = False,
+    resume: Annotated[bool, bool_option("--resume", "continue the newest run, or that of --output", RUN)] = False,
+    from_step: Annotated[int | None, value_option("N", "checkpoint from which to --resume", panel=RUN)] = None,
+    overwrite: Annotated[bool, bool_option("--overwrite", "replace an existing run", RUN)] = False,
     echo: Annotated[
-        bool | None, bool_option("--echo/--no-echo", "the student's own pictures train both models", "Echo phase")
+        bool | None,
+        bool_option("--echo/--no-echo", "train both models on the student's own best images", LOSSES_AND_ECHO),
     ] = None,
     dry_run: Annotated[bool, bool_option("--dry-run", "check photos and settings; load and write nothing")] = False,
     as_json: Json = False,
@@ -57,21 +64,22 @@ def train(
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite contradict each other.", "Use one of them.")
     if from_step is not None and not resume:
-        raise ConfigError("--from-step says where to --resume.", "Use both, or neither.")
-    overrides = dict(flags) | ({} if photos is None else {"concept.photos": str(photos)})
-    own = resume and model is None and config_file is None
+        raise ConfigError("--from-step needs --resume.", "Use both, or neither.")
+    flags = flags if photos is None else {**flags, "concept.photos": str(photos)}
+    flags = flags if model is None else {**flags, "model.student": model}
+    overrides = with_settings(flags, settings or ())
+    model = overrides.pop("model.student", None)
+    is_resumed = resume and model is None and config_file is None
     build = functools.partial(build_config, model, config_file)
-    layered = resumed_config if own else build
-    overrides |= echo_setting(echo, flags, lambda: layered(overrides))
+    layered = pipeline.resumed_config if is_resumed else build
+    overrides |= echo_setting(echo, overrides, lambda: layered(overrides))
     config = layered(overrides)
     if not config.concept.photos:
-        raise ConfigError("No photos were named.", "echodistill train PHOTOS --token sks --class-name dog")
+        raise ConfigError("The folder of photos is missing.", "echodistill train PHOTOS --token sks --class-name dog")
     quiet_libraries(offline=config.model.offline, quiet=quiet)
-    from echodistill_cli import pipeline
-
-    if vram is not None and not own:
+    if vram is not None and not is_resumed:
         on_message = say_to(stderr_console(), quiet=quiet)
-        config = pipeline.fit_to_memory(functools.partial(build, overrides), vram, on_message=on_message)
+        config = pipeline.fit_to_memory(functools.partial(build, overrides), vram, on_message)
     if dry_run:
         plan = pipeline.plan(config)
         print_table(plan.to_dict(), plan_table(plan), as_json=as_json)

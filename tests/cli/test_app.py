@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import io
 import os
 import re
@@ -12,35 +10,18 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
-from typer.main import get_command
 
 from echodistill_cli import __version__
-from echodistill_cli.cli.app import app
-from echodistill_cli.cli.options import ALIASES, FLAGS, PANELS, quiet_libraries
+from echodistill_cli.cli.options import quiet_libraries
 from echodistill_cli.cli.show import TrainingProgress
-from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config, EchoConfig, TrainConfig
 from tests.helpers.commands import command, small_toml
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "export", "evaluate", "check", "inspect", "doctor")
-
-
-@functools.cache
-def commands() -> Any:
-    """Typer's group of commands."""
-    return get_command(app)
-
-
-def seen_by_train(*arguments: str) -> Any:
-    """What `train` is given by Typer for these arguments; nothing runs."""
-    group = commands()
-    with group.make_context("echodistill", ["train"]) as parent:
-        return group.commands["train"].make_context("train", list(arguments), parent=parent).params
 
 
 # --- help -------------------------------------------------------------------------------------------------------------
@@ -75,16 +56,6 @@ def test_every_command_explains_itself_and_has_json(name: str) -> None:
     assert done.out == command(name, "--help").out
 
 
-def test_the_help_of_train_has_every_flag_under_its_heading_and_says_nothing_is_off_by_default() -> None:
-    text = command("train", "--help").out
-    headings = re.findall(r"─ ([A-Z][\w ]+) ─", text)
-    assert headings == ["Arguments", "Options", *PANELS]
-    assert all(flag.names[0].split("/")[0] in text for flag in FLAGS)
-    assert "[off]" in text  # of a switch
-    assert "--max-train-steps" not in text
-    assert "unset: the class name\n" in re.sub(r" *│", "", text)
-
-
 def test_the_version_is_printed() -> None:
     assert command("--version").out == f"echodistill {__version__}\n"
 
@@ -96,61 +67,6 @@ def test_shell_completion_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "_ECHODISTILL_COMPLETE=complete_bash" in done.out
 
 
-# --- flags and configuration keys -------------------------------------------------------------------------------------
-
-
-def test_every_configuration_key_has_one_flag_and_every_flag_a_key() -> None:
-    keys = [
-        f"{s.name}.{e.name}" for s in dataclasses.fields(Config) for e in dataclasses.fields(getattr(Config(), s.name))
-    ]
-    flags = [flag.key for flag in FLAGS]
-    assert len(set(flags)) == len(flags)
-    # --model and PHOTOS, which name a preset and a folder, are arguments of their own.
-    assert set(keys) - set(flags) == {"model.student", "concept.photos"}
-    assert set(flags) <= set(keys)
-    names = [name for flag in FLAGS for name in flag.names]
-    assert len(set(names)) == len(names)
-
-
-def test_every_boolean_can_be_said_both_ways() -> None:
-    for flag in FLAGS:
-        section, name = flag.key.split(".")
-        if isinstance(getattr(getattr(Config(), section), name), bool):
-            on, off = flag.names[0].split("/")
-            assert off == f"--no-{on[2:]}"
-            assert seen_by_train(on)[flag.parameter] is True
-            assert seen_by_train(off)[flag.parameter] is False
-
-
-@pytest.mark.parametrize("alias", sorted(ALIASES))
-def test_names_that_other_trainers_use_mean_the_same_with_dashes_and_underscores(alias: str) -> None:
-    for written in (alias, "--" + alias[2:].replace("-", "_")):
-        assert seen_by_train(written, "7") == seen_by_train(ALIASES[alias], "7")
-
-
-def test_underscores_in_a_value_stay() -> None:
-    assert seen_by_train("--class_name=toy_dog", "my_photos")["concept_class_name"] == "toy_dog"
-    assert str(seen_by_train("my_photos")["photos"]) == "my_photos"
-
-
-def test_flags_go_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
-    (tmp_path / "run.toml").write_text("[train]\nsteps = 7\nbatch_size = 3\n[echo]\nstart = 'off'\n")
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    done = command("train", photos, "--config", tmp_path / "run.toml", "--steps", 9, "--echo", "--dry-run")
-    assert done.code == 3  # after the configuration, the photos are looked at
-    config = build_config(None, tmp_path / "run.toml", {"train.steps": 9})
-    assert (config.train.steps, config.train.batch_size, config.echo.start) == (9, 3, None)
-
-
-def test_off_and_none_and_lists_are_understood() -> None:
-    given = seen_by_train("--echo-start", "off", "--discriminators", "dino, teacher", "--report-to", "none")
-    assert given["echo_start"] == "off"
-    assert given["critic_discriminators"] == ("dino", "teacher")
-    assert given["run_report_to"] == ()
-    assert seen_by_train("--sample-prompt", "a", "--sample-prompt", "b")["run_sample_prompts"] == ["a", "b"]
-
-
 # --- bad lines: exit 2, one line, nothing on stdout -------------------------------------------------------------------
 
 
@@ -159,19 +75,19 @@ def test_off_and_none_and_lists_are_understood() -> None:
     [
         ("train p --stpes 3", "--steps"),
         ("trian p", "Did you mean 'train'?"),
-        ("train p --steps many", "'many' is not a whole number"),
+        ("train p --steps many", "'many' is not an integer"),
         ("train p --lr fast", "'fast' is not a number"),
         ("train p --lr", "requires an argument"),
         ("train p q", "unexpected extra argument"),
         ("train p --rank 0", "adapter.rank = 0 is below 1"),
-        ("train p --echo-teacher-share 1.5", "above 1"),
+        ("train p --set echo.teacher_share=1.5", "above 1"),
         ("train p --precision fp61", "Did you mean 'fp16'?"),
         ("train p --text tokens", "Did you mean 'token'?"),
         ("train p --resume --overwrite", "contradict"),
         ("train p --from-step 3", "--resume"),
         ("train p --no-echo --echo-start 5", "contradict"),
         ("train p --identity none", "--no-echo"),
-        ("train p --config none.toml", "none.toml: cannot be read"),
+        ("train p --config none.toml", "none.toml cannot be read"),
         ("train p --report-to tensorbord --dry-run", "Did you mean tensorboard?"),
         ("train p --name none --dry-run", "Choose another --name"),
         ("train p --token a/b --dry-run", "--token 'a/b'"),
@@ -384,42 +300,6 @@ def test_a_dry_run_is_a_table_or_json_and_writes_nothing(
     assert "4 usable" in table
     assert "{" not in table
     assert list(Path().iterdir()) == []
-
-
-def test_what_needs_a_class_name_is_said_to_be_off_without(photo_folder: Path) -> None:
-    line = ("train", photo_folder, "--model", "mini", "--pair-share", "0.2", "--dry-run", "--json")
-    (warning,) = [text for text in command(*line).result["warnings"] if "--class-name" in text]
-    assert "--recolour" in warning
-    assert "--class-share" in warning
-    assert "--pair-share" in warning
-    assert not any("--class-name" in text for text in command(*line, "--class", "dog").result["warnings"])
-
-
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--replays 2", "Without --target-steps above 1 nothing comes of --replays."),
-        ("--target-strength 0.5", "Without --target-steps above 1 nothing comes of --target-strength."),
-        ("--target-steps 2 --first-targets 2", "Without --replays nothing comes of --first-targets."),
-        ("--scene-share 0.5 --batch-size 1", "--scene-share 0.5 of --batch-size 1 is no whole sample: no scenes."),
-        ("--steps 500", "The echo would begin at step 600 of 500: there is none. --echo-start says when."),
-        ("--target-steps 2 --replays 1 --first-targets 2 --scene-share 0.5", None),
-    ],
-)
-def test_what_is_asked_for_in_vain_is_said(photo_folder: Path, flags: str, said: str | None) -> None:
-    line = ("train", photo_folder, "--class-name", "dog", "--steps", "700", *flags.split(), "--dry-run", "--json")
-    warnings = [text for text in command(*line).result["warnings"] if not text.startswith("photo-")]
-    assert warnings == ([] if said is None else [said])
-
-
-def test_echo_keeps_the_start_that_is_planned(photo_folder: Path, tmp_path: Path) -> None:
-    line = ("train", photo_folder, "--class-name", "dog", "--echo", "--dry-run", "--json")
-    assert command(*line).result["echo_from_step"] == Config().echo.start
-    assert command(*line, "--model", "mini").result["echo_from_step"] == build_config("mini").echo.start
-    (tmp_path / "off.toml").write_text("[echo]\nstart = 'off'\n")
-    assert command(*line, "--config", tmp_path / "off.toml").result["echo_from_step"] == Config().echo.start
-    assert command(*line, "--echo-start", 7).result["echo_from_step"] == 7
-    assert "--echo and --echo-start off contradict each other" in command(*line, "--echo-start", "off").err
 
 
 def test_a_dry_run_knows_what_would_have_to_be_fetched(photo_folder: Path) -> None:

@@ -365,7 +365,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
 ) -> None:
     assert command("train", photo_folder, *small_line, "--steps", 2, "--no-echo", "-q").code == 0
     kept = (tmp_path / "run" / "checkpoints" / "step-000002" / "state.pt").read_bytes()
-    again = ("train", "--resume", "-o", tmp_path / "run", "--steps", 9, "--max-bad-steps", 2)
+    again = ("train", "--resume", "-o", tmp_path / "run", "--steps", 9, "--keep", 9)
     done = command(*again, "--lr", "1e30", "--teacher-lr", "1e30")
     fails(done, 1, "not finite", "Lower --lr", "--resume")
     assert any(": skipped " in line for line in done.err.splitlines())

@@ -73,8 +73,10 @@ def test_the_teacher_draws_them_in_many(mini_pair: ModelPair) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
     """A run on the example photos with every phase of the preset, each as short as it can be; and what it left."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    short = shlex.split("--steps 2 --head-start 1 --first-targets 1 --replays 1 --batch-size 1 --views 4")
-    short += shlex.split("--echo-start 1 --carry-back 1 --echo-candidates 4 --sample-every 2")
+    short = shlex.split("--steps 2 --batch-size 1 --echo-start 1 --sample-every 2")
+    for key in ("train.head_start", "train.first_targets", "train.replays", "echo.carry_back"):
+        short += ["--set", f"{key}=1"]
+    short += shlex.split("--set concept.views=4 --set echo.candidates=4")
     done = command("train", PHOTOS, "--class-name", "dog", "--model", "mini", "-o", run, "--offline", "--json", *short)
     assert done.code == 0, done.err
     return run, done

@@ -179,8 +179,8 @@ def test_a_plan_says_what_it_chose_and_what_it_expects() -> None:
 
 
 def test_auto_plans_for_this_machine() -> None:
-    def build(suited: Mapping[str, Any]) -> Config:
-        return build_config("sd-turbo", None, {"model.device": "cpu", "model.resolution": 64}, suited)
+    def build(fitted: Mapping[str, Any]) -> Config:
+        return build_config("sd-turbo", None, {"model.device": "cpu", "model.resolution": 64}, fitted)
 
     try:
         plan = planning.fit_to_memory(build, "auto")

@@ -217,7 +217,7 @@ def test_with_offload_what_is_trained_stays_on_the_device_while_its_unet_waits(
 
 
 def test_the_teacher_is_no_critic_under_offload(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"only one UNet is on the device .* --no-offload"):
+    with pytest.raises(ConfigError, match=r"only one UNet on the device.* model.offload=false"):
         configure(tmp_path, model__offload=True)
 
 

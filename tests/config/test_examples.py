@@ -1,0 +1,63 @@
+"""The example configurations. `python -m tests.config.test_examples` writes examples/train.toml anew."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import tomli_w
+
+from echodistill_cli.config.build import build_config, config_to_dict, read_toml
+from echodistill_cli.config.schema import Config, warnings
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+HEADER = """\
+# Every setting of `echodistill train` with its default: echodistill train ./photos --config FILE
+#
+# Copy this file and uncomment the settings that you change. Flags and --set win over the file, and the file wins over
+# the preset of --model and over --vram. The value "off" stands for none. A misspelled key is an error.
+"""
+
+
+def default_toml() -> str:
+    """All settings as comments: a description, then the key with its default."""
+    return HEADER + "\n".join(_lines()) + "\n"
+
+
+def _lines() -> Iterator[str]:
+    values = config_to_dict(Config())
+    for section in dataclasses.fields(Config):
+        kind = type(getattr(Config(), section.name))
+        yield from ("", f"# {kind.__doc__}", f"[{section.name}]")
+        for entry in dataclasses.fields(kind):
+            assignment = tomli_w.dumps({entry.name: values[section.name][entry.name]})
+            one_line = " ".join(assignment.split()).replace("[ ", "[").replace(", ]", "]")
+            yield from ("", f"# {entry.metadata['about']}", f"#{one_line}")
+
+
+def test_the_example_file_holds_every_setting_with_its_default() -> None:
+    assert (EXAMPLES / "train.toml").read_text(encoding="utf-8") == default_toml()
+
+
+def test_the_example_file_changes_nothing_and_uncommented_gives_the_defaults(tmp_path: Path) -> None:
+    for preset in ("sd-turbo", "sdxl-turbo", "mini"):
+        assert build_config(preset, EXAMPLES / "train.toml") == build_config(preset)
+    lines = (EXAMPLES / "train.toml").read_text(encoding="utf-8").splitlines()
+    uncommented = [line.removeprefix("#") for line in lines if not line.startswith(("# ", "#\n")) and line != "#"]
+    (tmp_path / "all.toml").write_text("\n".join(uncommented), encoding="utf-8")
+    assert read_toml(tmp_path / "all.toml") == config_to_dict(Config())
+
+
+def test_the_extensions_beyond_the_paper_are_a_valid_configuration_without_idle_settings() -> None:
+    file = EXAMPLES / "beyond_the_paper.toml"
+    config = build_config("sd-turbo", file, {"concept.class_name": "dog"})
+    assert list(warnings(config)) == []
+    defaults = config_to_dict(build_config("sd-turbo"))
+    keys = [(section, key) for section, table in read_toml(file).items() for key in table]
+    assert len(keys) == 19
+    assert not [key for section, key in keys if config_to_dict(config)[section][key] == defaults[section][key]]
+
+
+if __name__ == "__main__":
+    (EXAMPLES / "train.toml").write_text(default_toml(), encoding="utf-8")
