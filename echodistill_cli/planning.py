@@ -19,8 +19,8 @@ import torch
 from echodistill_cli import __version__
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.catalogue import PRESETS
+from echodistill_cli.config.families import FAMILIES, Family, family_of_width
 from echodistill_cli.config.schema import Config, ModelConfig
-from echodistill_cli.diffusion.pair import Family
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.models.device import (
@@ -33,24 +33,18 @@ from echodistill_cli.models.device import (
     pick_dtype,
     plan_memory,
 )
-from echodistill_cli.models.load import TINY_DECODERS
 from echodistill_cli.models.single_file import prediction_in, shipped_configuration
 from echodistill_cli.models.sources import Download, downloads, is_cached, is_embedded, resolve
 from echodistill_cli.models.vision import IMAGE_BACKBONES
 
 _UNET_PARTS = ("unet", "scheduler")
-_SHARED_PARTS = {
-    "sd": ("vae", "text_encoder", "tokenizer"),
-    "sdxl": ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-}
-_KNOWN_WIDTHS: Mapping[int, Family] = {1024: "sd", 2048: "sdxl"}
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def family_of(model: ModelConfig) -> Family | None:
-    """The true-size family of the configured student; None if it is smaller than life, or cannot be known unloaded."""
-    known: dict[str, Family] = {
-        str(preset.settings["model"][role]): preset.family
+    """Return the family of a published-size student; None for toy models and for weights that are not here yet."""
+    known = {
+        str(preset.settings["model"][role]): FAMILIES[preset.family]
         for preset in PRESETS.values()
         for role in ("student", "teacher")
         if preset.family
@@ -64,18 +58,18 @@ def family_of(model: ModelConfig) -> Family | None:
         settings = json.loads((folder / "unet" / "config.json").read_text())
     except (ModelError, OSError):
         return None
-    return _KNOWN_WIDTHS.get(settings.get("cross_attention_dim"))
+    return family_of_width(settings.get("cross_attention_dim"))
 
 
 def sources_of(config: Config) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
     """Every model that a run loads: source, parts, revision."""
-    model, family = config.model, family_of(config.model) or "sd"
-    yield model.student, (*_UNET_PARTS, *_SHARED_PARTS[family]), model.student_revision
+    model, family = config.model, family_of(config.model) or FAMILIES["sd"]
+    yield model.student, (*_UNET_PARTS, *family.parts), model.student_revision
     yield model.teacher, _UNET_PARTS, model.teacher_revision
     if model.vae:
         yield model.vae, ("",), None
     if model.decoder == "tiny":
-        yield model.tiny_decoder or TINY_DECODERS[family], ("",), None
+        yield model.tiny_decoder or family.tiny_decoder, ("",), None
     for name in sorted(backbones(config)):
         yield IMAGE_BACKBONES.get(name, name), ("",), None
 

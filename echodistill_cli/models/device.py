@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 
+from echodistill_cli.config.families import FAMILIES, Family, Size
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
 
@@ -60,42 +61,6 @@ def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
-class FamilySize:
-    """Sizes of one family's models.
-
-    Args:
-        unet, text: parameters of one UNet, and of the text encoders together.
-        adapter: LoRA parameters per rank, by `adapter.targets`; text_adapter: of the text encoders.
-        activations, checkpointed: GiB kept per sample for the UNet's backward pass, without and with checkpointing.
-    """
-
-    unet: int
-    text: int
-    adapter: Mapping[str, int]
-    text_adapter: int
-    activations: Mapping[str, float]
-    checkpointed: float
-
-
-FAMILIES: Mapping[str, FamilySize] = {
-    "sd": FamilySize(
-        unet=865_910_724,
-        text=340_387_840,
-        adapter={"cross-kv": 57_728, "attention": 207_488, "attention-conv": 697_088},
-        text_adapter=188_416,
-        activations={"cross-kv": 0.66, "attention": 0.94, "attention-conv": 1.08},
-        checkpointed=0.11,
-    ),
-    "sdxl": FamilySize(
-        unet=2_567_463_684,
-        text=123_060_480 + 694_659_840,
-        adapter={"cross-kv": 453_120, "attention": 1_451_520, "attention-conv": 1_778_560},
-        text_adapter=73_728 + 327_680,
-        activations={"cross-kv": 1.30, "attention": 1.90, "attention-conv": 2.06},
-        checkpointed=0.12,
-    ),
-}
 VAE, TINY_DECODER = 83_653_863, 2_445_063
 BACKBONES: Mapping[str, int] = {"dino": 21_665_664, "dinov2": 304_368_640, "clip": 303_966_208}
 # GiB per sample; the first two grow with the picture, the backbones see 224 pixels whatever it is.
@@ -140,13 +105,13 @@ _LADDER: tuple[Mapping[str, Any], ...] = (
 )
 
 
-def estimate(config: Config, family: Literal["sd", "sdxl"], *, half: bool) -> Estimate:
+def estimate(config: Config, family: Family, *, half: bool) -> Estimate:
     """What a run with this configuration needs.
 
     Args:
         half: the frozen weights are bf16 or fp16, and not float32.
     """
-    size, bytes_each = FAMILIES[family], 2 if half else 4
+    size, bytes_each = family.size, 2 if half else 4
     text_trained = size.text_adapter * config.text.rank if config.text.form == "lora" else 0
     trained = 2 * size.adapter[config.adapter.targets] * config.adapter.rank + text_trained
     # These VAEs overflow in fp16 and are then kept in float32.
@@ -166,7 +131,7 @@ def estimate(config: Config, family: Literal["sd", "sdxl"], *, half: bool) -> Es
     return Estimate(parts | {"activations": _activations(config, size, bytes_each / 2), "libraries": _BASE})
 
 
-def _activations(config: Config, size: FamilySize, scale: float) -> float:
+def _activations(config: Config, size: Size, scale: float) -> float:
     """GiB at the peak, which is in the student's step: its UNet, the decoder and the critics in one graph."""
     unet = size.checkpointed if config.train.gradient_checkpointing else size.activations[config.adapter.targets]
     decoder = _DECODER_ACTIVATIONS[config.model.decoder]
@@ -188,7 +153,7 @@ def backbones(config: Config) -> set[str]:
 
 
 def plan_memory(
-    build: Callable[[Mapping[str, Any]], Config], family: Literal["sd", "sdxl"], budget: float, precision: str
+    build: Callable[[Mapping[str, Any]], Config], family: Family, budget: float, precision: str
 ) -> MemoryPlan:
     """The first settings on the way down that fit.
 
@@ -207,9 +172,11 @@ def plan_memory(
         expected = estimate(config, family, half=chosen != "fp32")
         if expected.total <= budget * _USABLE:
             return MemoryPlan(settings, expected, budget)
+    smallest = min(FAMILIES.values(), key=lambda other: other.size.unet)
+    smaller = "" if family is smallest else f", or --model {smallest.preset}"
     raise ConfigError(
         f"No plan for this model fits into {budget:.1f} GiB: the smallest needs about {expected.total:.1f}.",
-        "Try a smaller --resolution, or --model sd-turbo." if family == "sdxl" else "Try a smaller --resolution.",
+        f"Try a smaller --resolution{smaller}.",
     )
 
 

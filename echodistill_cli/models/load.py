@@ -16,14 +16,15 @@ from typing import Any, cast
 
 import torch
 
+from echodistill_cli.config.families import Family, family_of_unet
 from echodistill_cli.config.schema import ModelConfig
-from echodistill_cli.diffusion.pair import Denoiser, Family, LatentCodec, ModelPair, Role
+from echodistill_cli.diffusion.pair import Denoiser, LatentCodec, ModelPair
 from echodistill_cli.diffusion.schedule import NoiseSchedule, PredictionType
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.adapters import DISTILLATION, lora_layers
-from echodistill_cli.models.device import memory_gib, pick_device, pick_dtype
+from echodistill_cli.models.device import pick_device, pick_dtype
 from echodistill_cli.models.single_file import (
     configuration_folder,
     load_part,
@@ -33,20 +34,6 @@ from echodistill_cli.models.single_file import (
 )
 from echodistill_cli.models.sources import find_vocabulary, resolve, vocabulary_in, weight_variant
 
-__all__ = [
-    "Denoiser",
-    "Family",
-    "LatentCodec",
-    "ModelPair",
-    "Role",
-    "load_pair",
-    "load_schedule",
-    "memory_gib",
-    "pick_device",
-]
-# The padding token of each tokenizer: it matters, as the text encoder attends to no mask.
-_PADDING = {("sd", "tokenizer"): "!", ("sdxl", "tokenizer"): "<|endoftext|>", ("sdxl", "tokenizer_2"): "!"}
-TINY_DECODERS = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
 # Of the UNet's first level, and of the text that it reads.
 _SD1_WIDTHS = (320, 768)
 
@@ -63,12 +50,12 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     loader = _Loader(config, dtype, device)
     loader.check_generation()
     student = loader.denoiser(loader.student)
-    family = _family(student)
+    family = family_of_unet(student.unet.config)
     base = share_weights(student, loader.teacher.sizes) if config.student_lora and teacher else None
     if config.student_lora:
         load_distillation_lora(student, family, Path(config.student_lora), fold=base is None)
     pair = ModelPair(
-        family=family,
+        family=family.name,
         encoder=loader.prompt_encoder(family),
         codec=loader.codec(family),
         student=student,
@@ -146,20 +133,19 @@ class _Loader:
         if prediction == "auto" and (path := self.folder(source, "scheduler")).is_file():
             prediction = prediction_in(path) or "auto"
         original, target = source.sizes
-        is_xl = unet.config.addition_embed_type == "text_time"
-        sizes = (original, original, 0, 0, target, target) if is_xl else None
+        sized = family_of_unet(unet.config).size_conditioning
+        sizes = (original, original, 0, 0, target, target) if sized else None
         return as_denoiser(unet, load_schedule(self.settings(source, "scheduler"), prediction), sizes)
 
     def prompt_encoder(self, family: Family) -> PromptEncoder:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        parts = list(kinds) if family == "sdxl" else ["text_encoder"]
-        encoders = [self.load(kinds[part], self.student, part) for part in parts]
-        tokenizers = [self.tokenizer(family, part.replace("text_encoder", "tokenizer")) for part in parts]
+        encoders = [self.load(kinds[part], self.student, part) for part in family.text_encoders]
+        tokenizers = [self.tokenizer(family, part) for part in family.tokenizers]
         for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        return PromptEncoder(tokenizers, encoders, zero_null=family == "sdxl" and self.zero_null())
+        return PromptEncoder(tokenizers, encoders, zero_null=family.zero_null and self.zero_null())
 
     def tokenizer(self, family: Family, part: str) -> Any:
         from transformers import CLIPTokenizer
@@ -171,7 +157,7 @@ class _Loader:
         named = self.config.tokenizer
         folder = vocabulary_in(Path(named)) if named else find_vocabulary(offline=self.config.offline)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-        tokenizer.pad_token = _PADDING[family, part]
+        tokenizer.pad_token = family.padding[part]
         return tokenizer
 
     def zero_null(self) -> bool:
@@ -191,7 +177,7 @@ class _Loader:
             vae.float()  # these VAEs overflow in half precision and give black pictures
         if self.config.decoder == "full" or name == "AutoencoderTiny":
             return LatentCodec(vae, vae)
-        tiny = _Source(self.config.tiny_decoder or TINY_DECODERS[family])
+        tiny = _Source(self.config.tiny_decoder or family.tiny_decoder)
         return LatentCodec(vae, self.load(AutoencoderTiny, tiny, ""))
 
     def settings(self, source: _Source, part: str) -> Path:
@@ -244,10 +230,6 @@ def load_schedule(folder: Path, prediction: str = "auto") -> NoiseSchedule:
     return NoiseSchedule(scheduler.alphas_cumprod.float(), cast(PredictionType, prediction_type))
 
 
-def _family(denoiser: Denoiser) -> Family:
-    return "sdxl" if denoiser.unet.config.addition_embed_type == "text_time" else "sd"
-
-
 def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
     """Teacher, student and VAE must share their latents and their text."""
     if config.resolution % (pair.codec.factor * 2 ** (len(pair.student.unet.config.block_out_channels) - 1)):
@@ -285,13 +267,13 @@ def load_distillation_lora(student: Denoiser, family: Family, file: Path, *, fol
     Raises:
         ModelError: the file is missing, damaged, or made for other models.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    import diffusers
 
-    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    kind = getattr(diffusers, family.pipeline)
     read_header(file)
     try:
-        extra = {"unet_config": student.unet.config} if family == "sdxl" else {}
-        state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, **extra)
+        unet_config = student.unet.config
+        state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, unet_config=unet_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # what does not fit is counted below
             kind.load_lora_into_unet(state, alphas, student.unet, adapter_name=DISTILLATION, metadata=metadata)

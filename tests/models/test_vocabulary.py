@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.diffusion.text import RARE_WORDS, check_token
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.load import load_pair
@@ -152,7 +153,8 @@ def test_a_single_file_of_a_known_family_needs_nothing_but_a_vocabulary(
     for part in ("tokenizer", "tokenizer_2"):
         shutil.rmtree(shipped / part, ignore_errors=True)
     monkeypatch.setattr("echodistill_cli.models.single_file._SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr("echodistill_cli.models.single_file._FAMILIES", {32: "sd2", 80: "sdxl"})
+    families = {32: FAMILIES["sd"], 80: FAMILIES["sdxl"]}
+    monkeypatch.setattr("echodistill_cli.models.single_file.family_of_width", families.get)
     state = sd2_state(model) if folder == "sd2" else sdxl_state(model)
     file = write(tmp_path / "mine.safetensors", state)
     with pytest.raises(ModelError, match="holds no vocabulary"):
