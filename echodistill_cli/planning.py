@@ -24,6 +24,7 @@ from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.models.device import (
+    PRECISIONS,
     Estimate,
     MemoryPlan,
     backbones,
@@ -38,7 +39,6 @@ from echodistill_cli.models.sources import Download, downloads, is_cached, is_em
 from echodistill_cli.models.vision import IMAGE_BACKBONES
 
 _UNET_PARTS = ("unet", "scheduler")
-_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def family_of(model: ModelConfig) -> Family | None:
@@ -111,7 +111,7 @@ def suit_device(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Memo
         )
     budget = None if vram == "auto" else _gib(vram)
     device = pick_device(config.model.device)
-    precision = _PRECISIONS[str(pick_dtype("auto", device)).removeprefix("torch.")]
+    precision = PRECISIONS[pick_dtype("auto", device)]
     # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
     if device.type == "cpu" or (budget is not None and precision == "fp32"):
         precision = "bf16"

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from echodistill_cli.config.schema import Config
@@ -35,6 +34,7 @@ from echodistill_cli.lora.tensors import (
     kohya_tensors,
     token_tensors,
 )
+from echodistill_cli.models.device import DTYPES
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import (
     check_same_pictures,
@@ -326,7 +326,6 @@ def _cover(preview: Path, side: int) -> bytes:
 
 
 _NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32))}  # on any system
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def check_name(config: Config) -> None:

@@ -36,7 +36,7 @@ from echodistill_cli.data.photos import load_photos
 from echodistill_cli.diffusion.pair import Denoiser, Family, LatentCodec, ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import PromptEncoder
-from echodistill_cli.models.device import VAE, estimate
+from echodistill_cli.models.device import DTYPES, VAE, estimate
 from echodistill_cli.models.load import as_denoiser, load_pair, load_schedule
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training import losses
@@ -48,7 +48,6 @@ from tests.helpers.random_models import small_tokenizer
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "models" / "configurations"
 GIB = 2**30
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 # --- true architectures, random weights -------------------------------------------------------------------------------

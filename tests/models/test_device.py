@@ -35,7 +35,7 @@ from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.adapters import TEXT_LAYERS, UNET_LAYERS
-from echodistill_cli.models.device import BACKBONES, TINY_DECODER, VAE, estimate, plan_memory
+from echodistill_cli.models.device import BACKBONES, TINY_DECODER, VAE, estimate, next_saving, plan_memory
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, write
 
 CONFIGURATIONS = Path(planning.__file__).parent / "models" / "configurations"
@@ -171,7 +171,7 @@ def test_what_a_person_set_is_not_changed_by_a_plan(tmp_path: Path) -> None:
 
 
 def test_a_model_that_fits_in_no_way_is_refused_with_the_least_it_needs() -> None:
-    with pytest.raises(ConfigError, match=r"fits into 8\.0 GiB: the smallest needs about 10\.\d"):
+    with pytest.raises(ConfigError, match=r"does not fit into 8\.0 GiB: the smallest plan needs about 10\.\d"):
         planning.suit_device(partial(build_config, "sdxl-turbo", None, {}), "8")
 
 
@@ -277,6 +277,41 @@ def test_a_dry_run_in_json_has_the_estimate_and_every_download(photo_folder: Pat
     # What was given on the command line stays; the rest makes room for it.
     assert plan["config"]["train"]["batch_size"] == 2
     assert plan["config"]["train"]["gradient_checkpointing"]
+
+
+def test_after_an_exhausted_memory_the_savings_of_a_plan_are_named_one_after_the_other() -> None:
+    steps: list[dict[str, Any]] = [
+        {"model.precision": "fp32"},
+        {"model.precision": "auto"},
+        {"model.decoder": "tiny"},
+        {"train.batch_size": 1},
+        {"critic.discriminators": ("dino", "clip")},
+        {"train.gradient_checkpointing": True},
+        {"model.offload": True},
+    ]
+    changes: dict[str, Any] = {"train.batch_size": 2}
+    hints = []
+    for step in steps:
+        changes |= step
+        hints.append(next_saving(build_config("sd-turbo", overrides=changes)))
+    assert hints == [
+        "Try --precision bf16.",
+        "Try --decoder tiny.",
+        "Try --batch-size 1.",
+        "Try --discriminators dino,clip.",
+        "Try --gradient-checkpointing.",
+        "Try --set model.offload=true.",
+        "Try a smaller --resolution, or a device with more memory.",
+    ]
+
+
+def test_after_an_exhausted_memory_no_setting_is_named_that_saves_nothing() -> None:
+    common = {"model.decoder": "tiny", "train.batch_size": 1, "train.gradient_checkpointing": True}
+    # On small images this critic is smaller than the others, and it contradicts offloading.
+    critics = {"critic.discriminators": ("teacher",), "model.resolution": 64}
+    assert "--resolution" in next_saving(build_config("sd-turbo", overrides=common | critics))
+    shared = {"model.student_lora": "one-step.safetensors", "critic.discriminators": ("dino",)}
+    assert "--resolution" in next_saving(build_config("someone/base", overrides=common | shared))
 
 
 def test_a_plan_is_made_by_arithmetic_alone() -> None:

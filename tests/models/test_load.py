@@ -187,7 +187,7 @@ def test_a_number_of_gib_is_planned_in_the_half_precision_of_the_card() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:x"])
 def test_a_device_that_is_not_there_is_named(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"--device {name}: there is no such device here. Try --device auto"):
+    with pytest.raises(ConfigError, match=f"--device {name} does not exist on this machine. Try --device auto"):
         pick_device(name)
 
 
