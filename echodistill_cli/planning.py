@@ -54,7 +54,7 @@ def family_of(model: ModelConfig) -> Family | None:
     try:
         folder = resolve(model.student, ("unet",), revision=model.student_revision, offline=True)
         if folder.is_file():
-            folder = Path(model.single_file_config or shipped_configuration(folder, ""))
+            folder = Path(model.single_file_config or shipped_configuration(folder))
         settings = json.loads((folder / "unet" / "config.json").read_text())
     except (ModelError, OSError):
         return None

@@ -112,7 +112,7 @@ def test_a_folder_of_stable_diffusion_1_is_refused_by_name_before_its_weights_ar
     for lora in (None, "lcm.safetensors"):
         config = settings((copied[0], copied[0]), student_lora=lora)
         with pytest.raises(
-            ModelError, match=r"student is a Stable Diffusion 1 model; .* SD 2\.1 and SDXL\. Use sd_turbo"
+            ModelError, match=r"student is a Stable Diffusion 1 model; .* SD 2\.1 and SDXL are supported\. Use sd_turbo"
         ):
             load_pair(config)
 
@@ -126,7 +126,7 @@ def test_a_small_model_that_reads_text_as_wide_as_stable_diffusion_1_does_is_no_
 
 
 def test_a_resolution_that_the_unet_cannot_halve_is_refused(small_pair: Pair) -> None:
-    with pytest.raises(ConfigError, match="--resolution 72"):
+    with pytest.raises(ConfigError, match=r"--resolution 72 is not a multiple of 16, .* Try --resolution 64\."):
         load_pair(settings(small_pair, resolution=72))
     load_pair(settings(small_pair, resolution=80))
 
@@ -318,9 +318,7 @@ def test_a_model_whose_own_vae_is_tiny_encodes_and_decodes_with_it(copied: Pair,
 def test_a_single_file_without_its_configuration_says_how_to_name_it(tmp_path: Path, small_pair: Pair) -> None:
     file = tmp_path / "model.safetensors"
     shutil.copy(small_pair[0] / "unet" / "diffusion_pytorch_model.safetensors", file)
-    with pytest.raises(
-        ModelError, match=r"model\.safetensors: a single file .*only `train` takes: --single-file-config"
-    ):
+    with pytest.raises(ModelError, match=r"model\.safetensors: a single file .*--set model\.single_file_config=NAME"):
         load_pair(settings(small_pair, student=str(file)), teacher=False)
-    with pytest.raises(ModelError, match=r"a single file .*only `train` takes: --teacher-single-file-config"):
+    with pytest.raises(ModelError, match=r"a single file .*model\.teacher_single_file_config for the teacher"):
         load_pair(settings(small_pair, teacher=str(file)))

@@ -154,27 +154,27 @@ def test_the_configuration_may_be_a_hub_id_of_which_only_the_small_files_are_cac
         load_pair(config(file, file, "someone/else"), teacher=False)
 
 
-def test_without_a_configuration_the_flag_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
+def test_without_a_configuration_its_setting_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
     file = write(tmp_path / "student.safetensors", sd2_state(folders[0]))
-    with pytest.raises(ModelError, match=r"student\.safetensors.* --single-file-config") as caught:
+    with pytest.raises(ModelError, match=r"student\.safetensors.* --set model\.single_file_config=NAME") as caught:
         load_pair(config(file, folders[1]))
     assert caught.value.exit_code == 4
 
 
-def test_of_a_teachers_file_the_teachers_own_flag_is_named(
+def test_a_wrong_configuration_of_the_teachers_file_is_refused_and_its_setting_is_named(
     folders: tuple[Path, Path], small_pair: tuple[Path, Path], settings: Path, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "teacher.safetensors", sd2_state(folders[1]))
     incomplete = without_weights(settings, tmp_path / "incomplete")
     (incomplete / "unet" / "config.json").unlink()
     cases = {
-        str(small_pair[0]): r"its unet does not fit .* when you train: --teacher-single-file-config",
-        str(incomplete): r"config\.json is missing\. Train with --teacher-single-file-config naming",
-        str(file): r"is a file; --teacher-single-file-config of `train` takes a folder or a hub id",
+        str(small_pair[0]): r"teacher\.safetensors: its unet does not fit the configuration in",
+        str(incomplete): r"incomplete/unet/config\.json is missing\.",
+        str(file): r"teacher\.safetensors is a file, not a model's configuration\.",
     }
-    for named, said in cases.items():
-        with pytest.raises(ModelError, match=said):
-            load_pair(config(folders[0], file, teacher_single_file_config=named))
+    for configuration, message in cases.items():
+        with pytest.raises(ModelError, match=rf"{message}.* model\.teacher_single_file_config for the teacher"):
+            load_pair(config(folders[0], file, teacher_single_file_config=configuration))
 
 
 def lacking(state: State, start: str) -> State:
@@ -209,7 +209,7 @@ def test_a_file_that_lacks_a_part_is_refused_by_name(
 ) -> None:
     state = {name: value for name, value in sd2_state(folders[0]).items() if not name.startswith(prefix)}
     file = write(tmp_path / "student.safetensors", state)
-    with pytest.raises(ModelError, match=rf"student\.safetensors holds no {part} in the original"):
+    with pytest.raises(ModelError, match=rf"student\.safetensors has no {part} in the original"):
         load_pair(config(file, file, settings), teacher=False)
 
 
@@ -228,7 +228,7 @@ def test_an_incomplete_configuration_is_refused(folders: tuple[Path, Path], sett
         (copy / lost).unlink()
         with pytest.raises(ModelError, match=Path(lost).name):
             load_pair(config(file, file, copy), teacher=False)
-    with pytest.raises(ModelError, match="takes a folder or a hub id"):
+    with pytest.raises(ModelError, match="is a file, not a model's configuration"):
         load_pair(config(file, file, file), teacher=False)
 
 
@@ -236,5 +236,5 @@ def test_a_tiny_decoder_is_not_read_from_a_single_file(
     folders: tuple[Path, Path], settings: Path, tmp_path: Path
 ) -> None:
     file = write(tmp_path / "student.safetensors", sd2_state(folders[0]))
-    with pytest.raises(ModelError, match="AutoencoderTiny is not read from a single file"):
+    with pytest.raises(ModelError, match="AutoencoderTiny cannot be read from a single file"):
         load_pair(config(file, file, settings, decoder="tiny", tiny_decoder=str(file)), teacher=False)
