@@ -90,9 +90,7 @@ def _is_variant(name: str, variant: str | None) -> bool:
 
 def _checked_file(path: Path) -> Path:
     if path.suffix != ".safetensors":
-        raise ModelError(
-            f"{path.name}: only .safetensors files are read, never pickles.", "Convert it to safetensors first."
-        )
+        raise ModelError(f"{path.name}: only .safetensors files are read, never pickles.", "Convert it first.")
     return path
 
 

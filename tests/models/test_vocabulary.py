@@ -22,6 +22,7 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.single_file import prediction_in, shipped_configuration
 from echodistill_cli.models.sources import find_vocabulary, vocabulary_in
+from tests.helpers.commands import missing_flags
 from tests.helpers.original_layout import build_sd2_pair, build_sdxl, sd2_state, sdxl_state, write
 from tests.models.test_single_file import assert_equal, config, weights, without_weights
 
@@ -122,8 +123,9 @@ def test_the_vocabulary_is_found_in_the_cache_of_any_model_that_has_it(
 
 def test_without_a_vocabulary_both_ways_to_get_one_are_named() -> None:
     both_ways = r"not in the cache.*hf download stabilityai/sd-turbo.*--set model\.tokenizer=DIR"
-    with pytest.raises(ModelError, match=both_ways):
+    with pytest.raises(ModelError, match=both_ways) as caught:
         find_vocabulary(offline=True)
+    assert missing_flags(str(caught.value.hint), "train", "sample", "evaluate", "export") <= {"--set"}
 
 
 def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
