@@ -34,9 +34,9 @@ from echodistill_cli.outputs.export import export_lora
 from echodistill_cli.pipeline import export
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import TrainingState, build_state
+from tests.helpers.models import write_distillation
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, sdxl_state
 from tests.helpers.runs import small_config, small_photos
-from tests.models.test_sharing import write_distillation
 
 Pair = tuple[Path, Path]
 SEED = 7
