@@ -53,7 +53,7 @@ _OPEN_CLIP_LAYER = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
-_FROM_OPEN_CLIP = {theirs: ours for ours, theirs in (_OPEN_CLIP | _OPEN_CLIP_LAYER).items()}
+_FROM_OPEN_CLIP = {open_clip: clip for clip, open_clip in (_OPEN_CLIP | _OPEN_CLIP_LAYER).items()}
 _LOGIT_SCALE = 4.6052  # ln 100, where CLIP's training ends; no image depends on it
 _VAE_RULES = tuple(
     (re.compile(pattern), replacement)
@@ -334,8 +334,8 @@ def _whole_open_clip(state: State) -> dict[str, Tensor]:
 def _open_clip_layer(state: State, source: int, target: int) -> Iterator[tuple[str, Tensor]]:
     start = f"transformer.resblocks.{target}"
     for leaf in ("weight", "bias"):
-        for ours, theirs in _OPEN_CLIP_LAYER.items():
-            yield f"{start}.{theirs}.{leaf}", state[f"encoder.layers.{source}.{ours}.{leaf}"]
+        for clip, open_clip in _OPEN_CLIP_LAYER.items():
+            yield f"{start}.{open_clip}.{leaf}", state[f"encoder.layers.{source}.{clip}.{leaf}"]
         parts = [state[f"encoder.layers.{source}.self_attn.{which}_proj.{leaf}"] for which in "qkv"]
         yield f"{start}.attn.in_proj_{leaf}", torch.cat(parts)
 
