@@ -18,11 +18,12 @@ import torch
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
+from echodistill_cli.config.families import FAMILIES, Family, family_of_width
 from echodistill_cli.config.schema import Config, ModelConfig
-from echodistill_cli.diffusion.pair import Family
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.models.device import (
+    PRECISIONS,
     Estimate,
     MemoryPlan,
     backbones,
@@ -32,24 +33,17 @@ from echodistill_cli.models.device import (
     pick_dtype,
     plan_memory,
 )
-from echodistill_cli.models.load import TINY_DECODERS
 from echodistill_cli.models.single_file import prediction_in, shipped_configuration
 from echodistill_cli.models.sources import Download, downloads, is_cached, is_embedded, resolve, where
 from echodistill_cli.models.vision import IMAGE_BACKBONES
 
 _UNET_PARTS = ("unet", "scheduler")
-_SHARED_PARTS = {
-    "sd": ("vae", "text_encoder", "tokenizer"),
-    "sdxl": ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
-}
-_KNOWN_WIDTHS: Mapping[int, Family] = {1024: "sd", 2048: "sdxl"}
-_PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def family_of(model: ModelConfig) -> Family | None:
-    """The true-size family of the configured student; None if it is smaller than life, or cannot be known unloaded."""
-    known: dict[str, Family] = {
-        str(preset.settings["model"][role]): preset.family
+    """Return the family of a published-size student; None for toy models and for weights that are not here yet."""
+    known = {
+        str(preset.settings["model"][role]): FAMILIES[preset.family]
         for preset in PRESETS.values()
         for role in ("student", "teacher")
         if preset.family
@@ -59,11 +53,11 @@ def family_of(model: ModelConfig) -> Family | None:
     try:
         folder = resolve(model.student, ("unet",), revision=model.student_revision, offline=True)
         if folder.is_file():
-            folder = Path(model.single_file_config or shipped_configuration(folder, ""))
+            folder = Path(model.single_file_config or shipped_configuration(folder))
         settings = json.loads((folder / "unet" / "config.json").read_text())
     except (ModelError, OSError):
         return None
-    return _KNOWN_WIDTHS.get(settings.get("cross_attention_dim"))
+    return family_of_width(settings.get("cross_attention_dim"))
 
 
 @dataclass(frozen=True)
@@ -130,14 +124,14 @@ def plan_run(config: Config, photos: int, warnings: tuple[str, ...]) -> Plan:
 
 
 def sources_of(config: Config) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
-    """Yield every model that a run loads: source, parts, revision."""
-    model, family = config.model, family_of(config.model) or "sd"
-    yield model.student, (*_UNET_PARTS, *_SHARED_PARTS[family]), model.student_revision
+    """Every model that a run loads: source, parts, revision."""
+    model, family = config.model, family_of(config.model) or FAMILIES["sd"]
+    yield model.student, (*_UNET_PARTS, *family.parts), model.student_revision
     yield model.teacher, _UNET_PARTS, model.teacher_revision
     if model.vae:
         yield model.vae, ("",), None
     if model.decoder == "tiny":
-        yield model.tiny_decoder or TINY_DECODERS[family], ("",), None
+        yield model.tiny_decoder or family.tiny_decoder, ("",), None
     for name in sorted(backbones(config)):
         yield IMAGE_BACKBONES.get(name, name), ("",), None
 
@@ -181,8 +175,8 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Me
         )
     budget = None if vram == "auto" else _gib(vram)
     device = pick_device(config.model.device)
-    precision = _PRECISIONS[str(pick_dtype("auto", device)).removeprefix("torch.")]
-    # bf16 is slow on a CPU, but float32 may not fit into its memory. A number may be meant for another machine.
+    precision = PRECISIONS[pick_dtype("auto", device)]
+    # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
     if device.type == "cpu" or (budget is not None and precision == "fp32"):
         precision = "bf16"
     return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision)

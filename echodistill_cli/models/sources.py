@@ -1,6 +1,6 @@
-"""Where a model's files are: hub id, folder, file or the package's own → local paths, or a line on what is missing.
+"""Find a model's files: hub id, folder, single file or embedded model → local path, or an error about what is missing.
 
-Only safetensors are ever read, and no remote code is run.
+Only safetensors files are read, and no remote code is run.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def resolve(
     revision: str | None = None,
     offline: bool = False,
 ) -> Path:
-    """The local folder that holds the wanted parts of a model, downloaded if it must be; or a single file's path.
+    """Return the local folder with some parts of a model, or the path of a single file; downloads if necessary.
 
     Args:
-        source: hub id (`owner/name@revision` for a branch of it), folder, `.safetensors` file, or one of the package's
-            own such as "mini:student".
-        parts: subfolders such as "unet" or "tokenizer"; "" for a model that lies at the top.
-        variant: preferred file variant, such as "fp16"; where a part has none, its plain files are taken.
+        source: hub id (`owner/name@revision` for a branch), folder, `.safetensors` file, or an embedded model such as
+            "mini:student".
+        parts: subfolders such as "unet" or "tokenizer"; "" for a model at the top of its folder.
+        variant: preferred file variant, such as "fp16"; a part without it is loaded from its plain files.
         revision: git revision on the hub; None for the newest.
-        offline: only look into the cache.
+        offline: whether to look in the cache only.
 
     Raises:
-        ModelError: unknown, unreachable, incomplete, or without safetensors.
+        ModelError: the model is unknown, unreachable, incomplete, or has no safetensors files.
     """
     path = embedded_folder(source) if is_embedded(source) else expanded(source)
     if path.is_file():
@@ -53,15 +53,15 @@ def resolve(
 
 
 def _split_revision(source: str, revision: str | None) -> tuple[str, str | None]:
-    """A hub id and its revision: what stands after its @, unless another one is given."""
+    """Split `owner/name@revision`; an explicit revision takes precedence."""
     if expanded(source).exists():
         return source, revision
-    name, _, named = source.partition("@")
-    return name, revision or named or None
+    name, _, suffix = source.partition("@")
+    return name, revision or suffix or None
 
 
 def is_cached(source: str) -> bool:
-    """Whether a hub model's files are in the cache, in any revision, whole or in part."""
+    """Return whether the cache has files of a hub model, complete or not, in any revision."""
     from huggingface_hub import constants
 
     source, _ = _split_revision(source, None)
@@ -69,7 +69,7 @@ def is_cached(source: str) -> bool:
 
 
 def where(source: str) -> str:
-    """Where a source's files are: "in the package", "on this disk", "in the cache" or "to be downloaded"."""
+    """Return where a model's files are: "in the package", "on this disk", "in the cache" or "to be downloaded"."""
     if is_embedded(source):
         return "in the package"
     if expanded(source).exists():
@@ -78,13 +78,13 @@ def where(source: str) -> str:
 
 
 def weight_variant(folder: Path, variant: str | None) -> str | None:
-    """`variant` if this part's folder has weights of that variant, else None for its plain files."""
+    """Return `variant` if this part's folder has weights of that variant, otherwise None for its plain files."""
     names = [path.name for path in folder.glob("*.safetensors") if path.name.startswith(WEIGHT_NAMES)]
     return variant if any(_is_variant(name, variant) for name in names) else None
 
 
 def _is_variant(name: str, variant: str | None) -> bool:
-    """Whether a weight file is of a variant; shards are named in two ways, `x.fp16-1.safetensors` and `x-1.fp16.…`."""
+    """Return whether a weight file belongs to a variant. Shards are named `x.fp16-1.safetensors` or `x-1.fp16.…`."""
     return bool(variant) and (f".{variant}." in name or f".{variant}-" in name)
 
 
@@ -95,15 +95,15 @@ def _checked_file(path: Path) -> Path:
 
 
 def _missing_from(folder: Path) -> str | None:
-    """What a part's folder lacks, in words; None if it is complete."""
+    """Describe what a part's folder lacks; None if it is complete."""
     if not folder.is_dir():
         return "this part is missing"
     if folder.name.startswith("scheduler"):
         return None if (folder / "scheduler_config.json").is_file() else "scheduler_config.json is missing"
     if folder.name.startswith("tokenizer"):
         vocabulary = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-        ready = vocabulary or (folder / "tokenizer.json").is_file()
-        return None if ready else "vocab.json and merges.txt, or tokenizer.json, are missing"
+        complete = vocabulary or (folder / "tokenizer.json").is_file()
+        return None if complete else "vocab.json and merges.txt, or tokenizer.json, are missing"
     if not (folder / "config.json").is_file():
         return "config.json is missing"
     if not any(folder.glob("*.safetensors")):
@@ -113,17 +113,17 @@ def _missing_from(folder: Path) -> str | None:
 
 
 def _missing_shard(folder: Path) -> str | None:
-    """A download that was cut off may hold some of a model's several weight files and not the others."""
+    """Describe the shards that an interrupted download lacks; None if it lacks none."""
     for index in folder.glob("*.safetensors.index*.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        there = [name for name in shards if (folder / name).is_file()]
-        if there and len(there) < len(shards):
-            return f"{len(shards) - len(there)} of its {len(shards)} weight files are missing"
+        present = [name for name in shards if (folder / name).is_file()]
+        if present and len(present) < len(shards):
+            return f"{len(shards) - len(present)} of its {len(shards)} weight files are missing"
     return None
 
 
 def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: str | None, offline: bool) -> Path:
-    """The snapshot folder: from the cache if it is whole there (no network is asked), else downloaded."""
+    """Return the snapshot folder, from the cache if it is complete there (without a request), otherwise downloaded."""
     from huggingface_hub import constants
 
     _check_id(source)
@@ -138,17 +138,19 @@ def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: 
 
 
 def _check_id(source: str) -> None:
-    """See that what is no folder or file has the form of a hub id.
+    """Check that a name has the form of a hub id.
 
     Raises:
-        ModelError: it has not.
+        ModelError: it does not.
     """
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise _neither(source)
 
 
 def _neither(source: str) -> ModelError:
-    return ModelError(f"{source}: no such folder or file, and not a hub id of the form owner/name.")
+    return ModelError(
+        f"{source}: no such folder or file, and not a hub id of the form owner/name.", "Check the spelling."
+    )
 
 
 def _cached(source: str, revision: str | None) -> Path | None:
@@ -169,15 +171,17 @@ def _download(source: str, parts: Sequence[str], variant: str | None, revision: 
 
     try:
         listing = HfApi().list_repo_files(source, revision=revision)
-        wanted = [*wanted_files(listing, parts, variant), "model_index.json"]
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        files = [*wanted_files(listing, parts, variant), "model_index.json"]
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
     except errors.GatedRepoError as error:
-        raise ModelError(f"{source}: access must be granted on its page first.", "Then: hf auth login") from error
+        raise ModelError(
+            f"{source}: access must be granted on its hub page.", "Request access there, then run: hf auth login"
+        ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{source}: the hub has no revision {revision}.") from error
+        raise ModelError(f"{source}: the hub has no revision {revision}.", "Check the revision.") from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"{source}: no such model on the hub, or a private one.", "Check the name, or: hf auth login"
+            f"{source}: the hub has no such model, or it is private.", "Check the name, or run: hf auth login"
         ) from error
     except (HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
@@ -187,27 +191,27 @@ def _download(source: str, parts: Sequence[str], variant: str | None, revision: 
 
 
 def wanted_files(listing: Iterable[str], parts: Sequence[str], variant: str | None) -> list[str]:
-    """Of a repository's files, those to download for some parts: configurations, and one set of safetensors each.
+    """Select the files to download for some parts: configurations, and one set of safetensors per part.
 
     Args:
         listing: paths in the repository.
         parts: subfolders; "" for the top.
-        variant: preferred; a part that has no weights of that variant gets its plain ones.
+        variant: preferred file variant; a part without it gets its plain files.
     """
-    wanted = []
+    files = []
     for part in parts:
         inside = [path for path in listing if str(Path(path).parent) == (part or ".")]
         weights = [path for path in inside if ".safetensors" in path and Path(path).name.startswith(WEIGHT_NAMES)]
         preferred = [path for path in weights if _is_variant(Path(path).name, variant)]
         plain = [path for path in weights if len(Path(path).name.split(".")) == 2 or "index" in path]
-        wanted += preferred or plain or weights
-        wanted += [path for path in inside if path.endswith((".json", ".txt")) and ".safetensors" not in path]
-    return wanted
+        files += preferred or plain or weights
+        files += [path for path in inside if path.endswith((".json", ".txt")) and ".safetensors" not in path]
+    return files
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file that would be fetched; its size in bytes is None where the hub was not asked."""
+    """A file to download, and its size in bytes; None if the hub was not asked."""
 
     file: str
     size: int | None
@@ -216,12 +220,17 @@ class Download:
 def downloads(
     source: str, parts: Sequence[str], *, variant: str | None = None, revision: str | None = None, offline: bool = False
 ) -> list[Download]:
-    """What `resolve` would fetch, without fetching it; whatever cannot be known is said without a size.
+    """Return what `resolve` would download. Offline, that is one entry per part, without a size.
 
-    Arguments are those of `resolve`.
+    Args:
+        source: hub id, folder, single file or embedded model.
+        parts: subfolders such as "unet".
+        variant: preferred file variant.
+        revision: git revision on the hub.
+        offline: whether to look in the cache only.
 
     Raises:
-        ModelError: the source is no folder or file, and cannot be a hub id either.
+        ModelError: the source is neither a folder, nor a file, nor a hub id.
     """
     from httpx2 import HTTPError
     from huggingface_hub import HfApi, constants, errors
@@ -247,32 +256,32 @@ def _fetch_command(source: str, parts: Sequence[str], revision: str | None) -> s
     pinned = f" --revision {revision}" if revision else ""
     kinds = ("json", "txt", "safetensors")
     include = "".join(f' --include "{part}/*.{kind}"' for part in parts if part for kind in kinds)
-    return f"Fetch it on a machine with a network: hf download {source}{pinned}{include}"
+    return f"Download it on a machine with a network: hf download {source}{pinned}{include}"
 
 
 PREFIX = "mini:"
 
 
 def is_embedded(source: str) -> bool:
-    """Whether a model's source names one of the package's own."""
+    """Return whether a source names an embedded model, which is part of this package."""
     return source.startswith(PREFIX)
 
 
 def embedded_folder(source: str) -> Path:
-    """The folder of an embedded model.
+    """Return the folder of an embedded model.
 
     Raises:
-        ModelError: there is none of this name.
+        ModelError: the package has no model of this name.
     """
     home = Path(__file__).parent / "embedded"
     folder = home / source.removeprefix(PREFIX)
     if not folder.is_dir():
-        there = ", ".join(f"{PREFIX}{path.name}" for path in sorted(home.glob("*/")))
-        raise ModelError(f"{source}: no model of this name is in the package.", f"There are {there or 'none'}.")
+        names = ", ".join(f"{PREFIX}{path.name}" for path in sorted(home.glob("*/")))
+        raise ModelError(f"{source}: the package has no model of this name.", f"Use one of {names}.")
     return folder
 
 
-# Models that people have in their cache and that come with the vocabulary; the first is where it is fetched from.
+# Common models that come with CLIP's vocabulary. It is downloaded from the first one.
 _OWNERS = (
     "stabilityai/sd-turbo",
     "stabilityai/sdxl-turbo",
@@ -284,7 +293,7 @@ _OWNERS = (
 
 
 def vocabulary_in(folder: Path) -> Path:
-    """The folder itself, or its `tokenizer` subfolder, whichever holds a vocabulary.
+    """Return the folder itself or its `tokenizer` subfolder, whichever holds a vocabulary.
 
     Raises:
         ModelError: neither does.
@@ -293,29 +302,32 @@ def vocabulary_in(folder: Path) -> Path:
     for place in (top, top / "tokenizer"):
         if _holds_vocabulary(place):
             return place
-    raise ModelError(f"--tokenizer {folder}: it holds neither vocab.json with merges.txt nor tokenizer.json.")
+    raise ModelError(
+        f"model.tokenizer: {folder} has neither vocab.json and merges.txt nor tokenizer.json.",
+        "Name a folder with a tokenizer: --set model.tokenizer=DIR",
+    )
 
 
 def find_vocabulary(*, offline: bool) -> Path:
-    """A folder with CLIP's vocabulary: in the cache of any model that has it, else from the hub.
+    """Return a folder with CLIP's vocabulary: from the cache of any model that has it, otherwise from the hub.
 
     Raises:
-        ModelError: there is none, and the hub may not or cannot be asked.
+        ModelError: the cache has none, and this run is offline or the hub cannot be reached.
     """
     from huggingface_hub import constants
 
     for owner in _OWNERS:
         snapshots = Path(constants.HF_HUB_CACHE) / f"models--{owner.replace('/', '--')}" / "snapshots"
         places = [place for snapshot in snapshots.glob("*") for place in (snapshot / "tokenizer", snapshot)]
-        if found := next(filter(_holds_vocabulary, places), None):
-            return found
+        if vocabulary := next(filter(_holds_vocabulary, places), None):
+            return vocabulary
     try:
         return resolve(_OWNERS[0], ("tokenizer",), offline=offline) / "tokenizer"
     except ModelError as error:
         raise ModelError(
             f"A single file holds no vocabulary, and CLIP's is not in the cache. {error.message}",
-            f"A run can be given a folder with it: echodistill train --tokenizer DIR. For all commands, fetch it: "
-            f'hf download {_OWNERS[0]} --include "tokenizer/*"',
+            f'Download it: hf download {_OWNERS[0]} --include "tokenizer/*". Or name a folder with it when you train: '
+            "echodistill train --set model.tokenizer=DIR",
         ) from error
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import build_config, config_hash
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig, TrainConfig, check_section
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.errors import ConfigError, ModelError
@@ -191,7 +192,7 @@ def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
     return FoundLora(lora, models_for(request, config.model), token_file, config.train.guidance_scale)
 
 
-_FAMILIES = {"sd1": "sd", "sd2": "sd", "sdxl": "sdxl"}
+_FAMILIES: Mapping[str, str] = {name: family.name for family in FAMILIES.values() for name in family.architectures}
 # What another layout or precision makes untrue.
 _OF_THE_OLD_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", ADAPTER_METADATA_KEY)
 

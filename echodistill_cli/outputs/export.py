@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from echodistill_cli.config.schema import Config
@@ -35,6 +34,7 @@ from echodistill_cli.lora.tensors import (
     kohya_tensors,
     token_tensors,
 )
+from echodistill_cli.models.device import DTYPES
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import (
     check_same_pictures,
@@ -323,9 +323,6 @@ def _cover(preview: Path, side: int) -> bytes:
     """The first picture of the last preview, small enough for a header."""
     with Image.open(preview) as sheet:
         return png_bytes(sheet.convert("RGB").crop((0, 0, side, side)).resize((256, 256), Image.Resampling.LANCZOS))
-
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export_lora(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> Path:

@@ -19,7 +19,7 @@ from echodistill_cli.data.images import grid, save_png, to_image
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 from echodistill_cli.files import public_name
-from echodistill_cli.models.device import peak_memory_mib
+from echodistill_cli.models.device import next_saving, peak_memory_mib
 from echodistill_cli.runs import OnStep, Run
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.steps import carry_back_step, head_start_step, training_step
@@ -114,7 +114,7 @@ def memory_watched(state: TrainingState) -> Iterator[None]:
             raise
         device = state.pair.device
         raise DeviceMemoryError(
-            f"Out of memory on {device}, after a peak of {peak_memory_mib(device):,.0f} MiB.", _saving(state)
+            f"Out of memory on {device}, after a peak of {peak_memory_mib(device):,.0f} MiB.", next_saving(state.config)
         ) from error
 
 
@@ -154,20 +154,6 @@ def preview(state: TrainingState, run: Run) -> None:
         sheet = grid([to_image(pixels) for pixels in drawn], columns=2 * len(seeds))
     texts = {"prompts": " | ".join(asked), "seeds": ", ".join(map(str, seeds)), "step": str(state.step)}
     save_png(run.samples / f"step-{state.step:06d}.png", sheet, texts)
-
-
-def _saving(state: TrainingState) -> str:
-    """The next setting that saves memory in this run."""
-    config = state.config
-    if config.train.batch_size > 1:
-        return "Try --batch-size 1."
-    if not config.train.gradient_checkpointing:
-        return "Try --gradient-checkpointing."
-    if config.model.decoder == "full":
-        return "Try --decoder tiny."
-    if set(config.critic.discriminators) - {"teacher"}:
-        return "Try --discriminators teacher."
-    return "Try a smaller --resolution, or a device with more memory."
 
 
 TRACKERS = ("tensorboard", "wandb")

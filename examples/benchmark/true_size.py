@@ -30,12 +30,13 @@ from torch import Tensor, nn
 
 import echodistill_cli
 from echodistill_cli.config.build import build_config
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import load_photos
 from echodistill_cli.diffusion.pair import Denoiser, Family, LatentCodec, ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import PromptEncoder
-from echodistill_cli.models.device import FAMILIES, VAE, estimate
+from echodistill_cli.models.device import DTYPES, VAE, estimate
 from echodistill_cli.models.load import as_denoiser, load_pair, load_schedule
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training import losses
@@ -46,9 +47,7 @@ from echodistill_cli.training.steps import active_losses, frozen, teacher_step, 
 from tests.helpers.random_models import small_tokenizer
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "models" / "configurations"
-FOLDERS: dict[Family, str] = {"sd": "sd2", "sdxl": "sdxl"}
 GIB = 2**30
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 # --- true architectures, random weights -------------------------------------------------------------------------------
@@ -74,10 +73,10 @@ def random_denoiser(family: Family, dtype: torch.dtype, device: torch.device, si
     """A UNet of the family's true architecture."""
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-    folder = CONFIGURATIONS / FOLDERS[family]
+    folder = CONFIGURATIONS / FAMILIES[family].configuration
     with born_as(dtype, device):
         unet = frozen_module(UNet2DConditionModel(**_settings(folder / "unet")))
-    assert parameters(unet) == FAMILIES[family].unet
+    assert parameters(unet) == FAMILIES[family].size.unet
     sizes = (side, side, 0, 0, side, side) if family == "sdxl" else None
     return as_denoiser(unet, load_schedule(folder / "scheduler"), sizes)
 
@@ -90,7 +89,7 @@ def random_pair(
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    dtype, folder = DTYPES[precision], CONFIGURATIONS / FOLDERS[family]
+    dtype, folder = DTYPES[precision], CONFIGURATIONS / FAMILIES[family].configuration
     kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders, tokenizers = [], []
     with born_as(dtype, device):
@@ -99,7 +98,7 @@ def random_pair(
         for part, kind in list(kinds.items())[: 1 + (family == "sdxl")]:
             encoders.append(frozen_module(kind(CLIPTextConfig(**_settings(folder / part)))))
     assert parameters(vae) == VAE
-    assert sum(map(parameters, encoders)) == FAMILIES[family].text
+    assert sum(map(parameters, encoders)) == FAMILIES[family].size.text
     for _ in encoders:
         tokenizers.append(small_tokenizer(words))
         tokenizers[-1].model_max_length = 77
@@ -347,7 +346,7 @@ def run_design(
     line = f"{family:5} {design:10} batch {batch}  {found.seconds:8.3f} s/step  {batch / found.seconds:7.2f} images/s"
     line += f"  peak {found.peak:5.1f} GiB"
     if design == "lean":  # the one that the memory plan knows
-        line += f" (estimate {estimate(_by_name(config), family, half=True).total:4.1f})"
+        line += f" (estimate {estimate(_by_name(config), FAMILIES[family], half=True).total:4.1f})"
     line += f"  draws {found.pictures:6.2f} images/s"
     if found.flops is not None:
         rate = matmul_rate(state.pair.device, state.pair.dtype)

@@ -378,9 +378,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
 @pytest.mark.parametrize(
     ("flags", "remedy"),
     [
-        ((), "--batch-size 1"),
-        (("--batch-size", 1), "--gradient-checkpointing"),
-        (("--batch-size", 1, "--gradient-checkpointing"), "--decoder tiny"),
+        ((), "Try --decoder tiny."),
+        (("--precision", "fp32"), "Try --precision bf16."),
     ],
 )
 def test_an_exhausted_memory_ends_with_5_and_the_next_setting_to_try(

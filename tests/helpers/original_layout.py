@@ -1,7 +1,8 @@
-"""Diffusers folders → one file each in the original Stable Diffusion layout, as sd_turbo.safetensors and its like have.
+"""Write a diffusers folder as one file in the original Stable Diffusion layout, such as sd_turbo.safetensors.
 
-Only names differ, and three shapes: OpenCLIP keeps query, key and value in one matrix and its projection transposed,
-and the VAE's attention is made of 1 x 1 convolutions.
+Only names and three shapes differ: OpenCLIP has query, key and value in one matrix and its projection transposed, and
+the VAE's attention consists of 1 x 1 convolutions. The package writes this layout too; this second mapping is
+independent of it. OpenCLIP's names are taken from diffusers.
 """
 
 from __future__ import annotations
@@ -47,19 +48,6 @@ _VAE = {
     r"conv_shortcut": "nin_shortcut",
     r"\.to_out\.0\.": ".proj_out.",
     r"\.to_([qkv])\.": r".\1.",
-}
-_OPEN_CLIP = {
-    "embeddings.token_embedding.weight": "token_embedding.weight",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "final_layer_norm.weight": "ln_final.weight",
-    "final_layer_norm.bias": "ln_final.bias",
-}
-_OPEN_CLIP_LAYER = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
 }
 
 
@@ -217,17 +205,38 @@ def _flat_text(state: State) -> State:
 
 
 def _open_clip(state: State) -> State:
-    """OpenCLIP's text tower, with the last layer that SD2 leaves unused, and what no CLIPTextModel has."""
-    state = _flat_text(state)
-    count = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder."))
-    width = len(state["final_layer_norm.weight"])
-    named = {theirs: state[ours] for ours, theirs in _OPEN_CLIP.items()}
-    for index in range(count + 1):
-        source, layer = f"encoder.layers.{min(index, count - 1)}.", f"transformer.resblocks.{index}."
-        for leaf in ("weight", "bias"):
-            for ours, theirs in _OPEN_CLIP_LAYER.items():
-                named[f"{layer}{theirs}.{leaf}"] = state[f"{source}{ours}.{leaf}"]
-            parts = [state[f"{source}self_attn.{which}_proj.{leaf}"] for which in "qkv"]
-            named[f"{layer}attn.in_proj_{leaf}"] = torch.cat(parts)
-    projection = state.get("text_projection.weight", torch.eye(width))
-    return {**named, "text_projection": projection.T, "logit_scale": torch.tensor(4.6)}
+    """OpenCLIP's text encoder, with the last layer that SD 2 does not use and what CLIPTextModel lacks.
+
+    The names are diffusers' own table, and its conversion in the other direction must give the weights back.
+    """
+    from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING, convert_open_clip_checkpoint
+
+    flat = {name: value for name, value in _flat_text(state).items() if name != "text_projection.weight"}
+    names = DIFFUSERS_TO_LDM_MAPPING["openclip"]
+    projection = state.get("text_projection.weight", torch.eye(len(flat["final_layer_norm.weight"])))
+    named: State = {"text_projection": projection.T, "logit_scale": torch.tensor(4.6)}
+    for name, value in flat.items():
+        path = f"text_model.{name}"
+        if path in names["layers"]:
+            named[names["layers"][path]] = value
+            continue
+        for ours, theirs in names["transformer"].items():
+            path = path.replace(ours, theirs)
+        named[f"transformer.{path}"] = value
+    named = _joined_attention(named)
+    back = convert_open_clip_checkpoint(None, named, prefix="")
+    assert all(torch.equal(back[f"text_model.{name}"], value) for name, value in flat.items())
+    last = max(int(name.split(".")[2]) for name in named if name.startswith("transformer."))
+    layer = f"transformer.resblocks.{last}."
+    extra = {name.replace(layer, f"transformer.resblocks.{last + 1}."): name for name in named if layer in name}
+    return named | {name: named[source] for name, source in extra.items()}
+
+
+def _joined_attention(named: State) -> State:
+    """Query, key and value in one matrix."""
+    joined = {name: value for name, value in named.items() if not re.search(r"[qkv]_proj", name)}
+    for name in named:
+        if "q_proj" in name:
+            parts = [named[name.replace("q_proj", f"{which}_proj")] for which in "qkv"]
+            joined[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return joined

@@ -31,10 +31,11 @@ from transformers import (
 
 from echodistill_cli import planning
 from echodistill_cli.config.build import build_config
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.adapters import TEXT_LAYERS, UNET_LAYERS
-from echodistill_cli.models.device import BACKBONES, FAMILIES, TINY_DECODER, VAE, estimate, plan_memory
+from echodistill_cli.models.device import BACKBONES, TINY_DECODER, VAE, estimate, next_saving, plan_memory
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, write
 
 CONFIGURATIONS = Path(planning.__file__).parent / "models" / "configurations"
@@ -66,9 +67,10 @@ def _on_meta() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_on_meta")
-@pytest.mark.parametrize(("family", "folder"), [("sd", "sd2"), ("sdxl", "sdxl")])
-def test_the_shipped_configurations_build_the_true_models_of_the_counted_size(family: str, folder: str) -> None:
-    size = FAMILIES[family]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shipped_configurations_build_the_true_models_of_the_counted_size(family: str) -> None:
+    folder = FAMILIES[family].configuration
+    size = FAMILIES[family].size
     unet = UNet2DConditionModel(**shipped(folder, "unet"))
     assert count(unet) == size.unet
     for name, targets in UNET_LAYERS.items():
@@ -79,7 +81,7 @@ def test_the_shipped_configurations_build_the_true_models_of_the_counted_size(fa
     assert sum(map(count, encoders)) == size.text
     assert sum(lora_size(encoder, TEXT_LAYERS) for encoder in encoders) == size.text_adapter
     assert count(AutoencoderKL(**shipped(folder, "vae"))) == VAE
-    assert (unet.config.cross_attention_dim, unet.config.in_channels) == ({"sd": 1024, "sdxl": 2048}[family], 4)
+    assert (unet.config.cross_attention_dim, unet.config.in_channels) == (FAMILIES[family].text_width, 4)
 
 
 @pytest.mark.usefixtures("_on_meta")
@@ -100,12 +102,12 @@ def test_the_backbones_and_the_tiny_decoder_have_the_counted_size() -> None:
 
 def test_the_estimate_of_the_lean_sd_step_is_the_sum_of_the_measured_parts() -> None:
     config = build_config("sd-turbo", overrides={"model.decoder": "tiny", "train.batch_size": 1})
-    parts = estimate(config, "sd", half=True).parts
+    parts = estimate(config, FAMILIES["sd"], half=True).parts
     assert parts["UNets"] == pytest.approx(3.23, abs=0.01)
     assert parts["text encoders"] == pytest.approx(0.63, abs=0.01)
     assert parts["VAE"] == pytest.approx(0.16, abs=0.01)
     assert parts["activations"] == pytest.approx(2.7, abs=0.1)
-    assert estimate(config, "sd", half=False).parts["UNets"] == 2 * parts["UNets"]
+    assert estimate(config, FAMILIES["sd"], half=False).parts["UNets"] == 2 * parts["UNets"]
 
 
 @pytest.mark.parametrize(
@@ -122,13 +124,16 @@ def test_the_estimate_of_the_lean_sd_step_is_the_sum_of_the_measured_parts() -> 
     ],
 )
 def test_each_saving_saves(change: dict[str, Any]) -> None:
-    whole = estimate(build_config("sdxl-turbo"), "sdxl", half=True)
-    assert estimate(build_config("sdxl-turbo", overrides=change), "sdxl", half=True).total < whole.total
+    whole = estimate(build_config("sdxl-turbo"), FAMILIES["sdxl"], half=True)
+    assert estimate(build_config("sdxl-turbo", overrides=change), FAMILIES["sdxl"], half=True).total < whole.total
 
 
 def test_a_vae_in_fp16_is_counted_in_single_precision() -> None:
-    bf16, fp16 = (build_config("sdxl-turbo", overrides={"model.precision": name}) for name in ("bf16", "fp16"))
-    assert estimate(fp16, "sdxl", half=True).parts["VAE"] == 2 * estimate(bf16, "sdxl", half=True).parts["VAE"]
+    bf16, fp16 = (
+        estimate(build_config("sdxl-turbo", overrides={"model.precision": name}), FAMILIES["sdxl"], half=True).parts
+        for name in ("bf16", "fp16")
+    )
+    assert fp16["VAE"] == 2 * bf16["VAE"]
 
 
 # --- plans ------------------------------------------------------------------------------------------------------------
@@ -166,7 +171,7 @@ def test_what_a_person_set_is_not_changed_by_a_plan(tmp_path: Path) -> None:
 
 
 def test_a_model_that_fits_in_no_way_is_refused_with_the_least_it_needs() -> None:
-    with pytest.raises(ConfigError, match=r"fits into 8\.0 GiB: the smallest needs about 10\.\d"):
+    with pytest.raises(ConfigError, match=r"does not fit into 8\.0 GiB: the smallest plan needs about 10\.\d"):
         planning.fit_to_memory(partial(build_config, "sdxl-turbo", None, {}), "8")
 
 
@@ -207,8 +212,8 @@ def test_the_family_of_a_model_is_known_before_it_is_loaded(tmp_path: Path) -> N
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").touch()
     (folder / "unet" / "config.json").write_text(json.dumps(shipped("sdxl", "unet")))
-    assert planning.family_of(ModelConfig(student=str(folder))) == "sdxl"
-    assert planning.family_of(ModelConfig(student="stabilityai/sdxl-turbo")) == "sdxl"
+    assert planning.family_of(ModelConfig(student=str(folder))) is FAMILIES["sdxl"]
+    assert planning.family_of(ModelConfig(student="stabilityai/sdxl-turbo")) is FAMILIES["sdxl"]
     assert planning.family_of(ModelConfig(student="someone/something", offline=True)) is None
 
 
@@ -240,8 +245,8 @@ def test_a_student_made_by_a_lora_needs_one_unet_and_the_lora(tmp_path: Path) ->
     file = tmp_path / "one-step.safetensors"
     file.write_bytes(bytes(2**20))
     changes = {"model.student_lora": str(file)}
-    shared = estimate(build_config("someone/base", overrides=changes), "sdxl", half=True).parts
-    two = estimate(build_config("someone/base"), "sdxl", half=True).parts
+    shared = estimate(build_config("someone/base", overrides=changes), FAMILIES["sdxl"], half=True).parts
+    two = estimate(build_config("someone/base"), FAMILIES["sdxl"], half=True).parts
     assert shared["UNets"] == two["UNets"] / 2
     assert shared["student LoRA"] == pytest.approx(1 / 1024)
 
@@ -274,6 +279,41 @@ def test_a_dry_run_in_json_has_the_estimate_and_every_download(photo_folder: Pat
     assert plan["config"]["train"]["gradient_checkpointing"]
 
 
+def test_after_an_exhausted_memory_the_savings_of_a_plan_are_named_one_after_the_other() -> None:
+    steps: list[dict[str, Any]] = [
+        {"model.precision": "fp32"},
+        {"model.precision": "auto"},
+        {"model.decoder": "tiny"},
+        {"train.batch_size": 1},
+        {"critic.discriminators": ("dino", "clip")},
+        {"train.gradient_checkpointing": True},
+        {"model.offload": True},
+    ]
+    changes: dict[str, Any] = {"train.batch_size": 2}
+    hints = []
+    for step in steps:
+        changes |= step
+        hints.append(next_saving(build_config("sd-turbo", overrides=changes)))
+    assert hints == [
+        "Try --precision bf16.",
+        "Try --decoder tiny.",
+        "Try --batch-size 1.",
+        "Try --discriminators dino,clip.",
+        "Try --gradient-checkpointing.",
+        "Try --set model.offload=true.",
+        "Try a smaller --resolution, or a device with more memory.",
+    ]
+
+
+def test_after_an_exhausted_memory_no_setting_is_named_that_saves_nothing() -> None:
+    common = {"model.decoder": "tiny", "train.batch_size": 1, "train.gradient_checkpointing": True}
+    # On small images this critic is smaller than the others, and it contradicts offloading.
+    critics = {"critic.discriminators": ("teacher",), "model.resolution": 64}
+    assert "--resolution" in next_saving(build_config("sd-turbo", overrides=common | critics))
+    shared = {"model.student_lora": "one-step.safetensors", "critic.discriminators": ("dino",)}
+    assert "--resolution" in next_saving(build_config("someone/base", overrides=common | shared))
+
+
 def test_a_plan_is_made_by_arithmetic_alone() -> None:
-    plan = plan_memory(partial(build_config, "sd-turbo", None, {}), "sd", 100.0, "fp32")
+    plan = plan_memory(partial(build_config, "sd-turbo", None, {}), FAMILIES["sd"], 100.0, "fp32")
     assert plan.settings == {"model.precision": "fp32", "model.decoder": "full", "train.batch_size": 2}

@@ -1,8 +1,11 @@
-"""Where model files are found: folders, a fabricated hub cache, and what the messages say when they are not."""
+"""Where model files and CLIP's vocabulary are found: folders, a fabricated hub cache; and what the errors say."""
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -11,10 +14,23 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from transformers import CLIPTokenizer
 
-from echodistill_cli.errors import ModelError
-from echodistill_cli.models.sources import downloads, resolve, wanted_files, weight_variant
-from tests.helpers.commands import command
+from echodistill_cli.diffusion.text import RARE_WORDS, check_token
+from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.models.load import load_pair
+from echodistill_cli.models.sources import (
+    downloads,
+    find_vocabulary,
+    resolve,
+    vocabulary_in,
+    wanted_files,
+    weight_variant,
+)
+from tests.helpers.commands import command, missing_flags
+from tests.helpers.models import model_config
+from tests.helpers.original_layout import build_sd2_pair, build_sdxl
+from tests.helpers.random_models import byte_letters, small_tokenizer
 
 PARTS = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
 HUB_ID = "somebody/tiny-turbo"
@@ -296,3 +312,111 @@ def test_a_folder_without_the_variant_is_loaded_plain(folder: Path) -> None:
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".fp16.safetensors"))
     assert weight_variant(folder / "unet", "fp16") == "fp16"
+
+
+# --- CLIP's vocabulary ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty hub cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("words")
+    small_tokenizer(folder)
+    return folder
+
+
+def in_cache(cache: Path, owner: str, vocabulary: Path, place: str) -> None:
+    folder = cache / f"models--{owner.replace('/', '--')}" / "snapshots" / "0123abc" / place
+    folder.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(vocabulary / name, folder)
+
+
+@pytest.mark.parametrize(
+    ("owner", "place"),
+    [("stabilityai/sdxl-turbo", "tokenizer"), ("openai/clip-vit-large-patch14", "")],
+)
+def test_the_vocabulary_is_found_in_the_cache_of_any_model_that_has_it(
+    cache: Path, small_vocabulary: Path, owner: str, place: str
+) -> None:
+    in_cache(cache, owner, small_vocabulary, place)
+    found = find_vocabulary(offline=True)
+    assert CLIPTokenizer.from_pretrained(found)("a dog").input_ids
+
+
+@pytest.mark.usefixtures("cache")
+def test_without_a_vocabulary_both_ways_to_get_one_are_named() -> None:
+    both_ways = r"not in the cache.*hf download stabilityai/sd-turbo.*--set model\.tokenizer=DIR"
+    with pytest.raises(ModelError, match=both_ways) as caught:
+        find_vocabulary(offline=True)
+    assert not missing_flags(str(caught.value.hint), "train", "sample", "evaluate", "export")
+
+
+def test_a_folder_without_a_vocabulary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.tokenizer: .*neither vocab\.json.*--set model\.tokenizer=DIR"):
+        vocabulary_in(tmp_path)
+
+
+def test_a_vocabulary_of_another_model_pads_as_the_family_does(tmp_path: Path, small_vocabulary: Path) -> None:
+    folder = build_sdxl(tmp_path / "sdxl")
+    pair = load_pair(model_config(folder, folder, tokenizer=str(small_vocabulary)), teacher=False)
+    assert [tokenizer.pad_token for tokenizer in pair.encoder.tokenizers] == ["<|endoftext|>", "!"]
+    assert [tokenizer.model_max_length for tokenizer in pair.encoder.tokenizers] == [32, 32]
+    student = build_sd2_pair(tmp_path / "sd2")[0]
+    pair = load_pair(model_config(student, student, tokenizer=str(small_vocabulary)), teacher=False)
+    assert [tokenizer.pad_token for tokenizer in pair.encoder.tokenizers] == ["!"]
+
+
+# --- CLIP's own -------------------------------------------------------------------------------------------------------
+
+
+def published_vocabulary() -> Path | None:
+    """CLIP's file as open_clip's wheel ships it; the package itself is never imported."""
+    if named := os.environ.get("CLIP_BPE_FILE"):
+        return Path(named)
+    found = importlib.util.find_spec("open_clip")
+    places = (found.submodule_search_locations or []) if found else []
+    files = (Path(place) / "bpe_simple_vocab_16e6.txt.gz" for place in places)
+    return next((file for file in files if file.is_file()), None)
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> CLIPTokenizer:
+    file = published_vocabulary()
+    if file is None:
+        pytest.skip("CLIP's vocabulary is not here: set CLIP_BPE_FILE to open_clip's bpe_simple_vocab_16e6.txt.gz")
+    merges = gzip.decompress(file.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    # OpenAI lists the bytes that print first.
+    letters = sorted(byte_letters(), key=lambda letter: ord(letter) > 255)
+    tokens = letters + [f"{letter}</w>" for letter in letters] + ["".join(merge.split()) for merge in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def test_the_true_vocabulary_gives_openais_ids(clip_tokenizer: CLIPTokenizer) -> None:
+    assert len(clip_tokenizer) == 49408
+    assert clip_tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+
+
+def test_the_rare_words_we_suggest_are_single_tokens_of_it(clip_tokenizer: CLIPTokenizer) -> None:
+    assert clip_tokenizer("sks", add_special_tokens=False).input_ids == [48136]
+    assert clip_tokenizer("ohwx", add_special_tokens=False).input_ids == [47993]
+    for word in RARE_WORDS:
+        check_token(clip_tokenizer, word, "dog", learned=False)
+
+
+def test_a_word_of_two_tokens_is_refused_with_a_suggestion(clip_tokenizer: CLIPTokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"--token 'zwx' is 2 tokens.*such as 'sks'.*--text token"):
+        check_token(clip_tokenizer, "zwx", "dog", learned=False)
+    check_token(clip_tokenizer, "zwx", "dog", learned=True)
+    with pytest.raises(ConfigError, match="already has a meaning"):
+        check_token(clip_tokenizer, "backpack", "dog", learned=False)
