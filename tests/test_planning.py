@@ -65,7 +65,7 @@ def test_no_published_model_fits_into_little_memory(monkeypatch: pytest.MonkeyPa
     assert "--model mini" in mini
     for line in published:
         assert "does not fit on this machine's" in line
-        assert "fits into 4.0 GiB: the smallest needs about" in line
+        assert "does not fit into 4.0 GiB: the smallest plan needs about" in line
 
 
 def test_the_whole_method_fits_into_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
