@@ -17,9 +17,9 @@ from echodistill_cli.errors import ConfigError
 from echodistill_cli.evaluation.evaluate import Evaluation, evaluate
 from echodistill_cli.lora.inspect import Inspection, inspect_file
 from echodistill_cli.models.sources import where
-from echodistill_cli.outputs.export import ExportResult, TrainResult, check_name, export_request, write_results
+from echodistill_cli.outputs.export import ExportResult, TrainResult, check_name, export, write_results
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
-from echodistill_cli.outputs.sample import Sample, WrittenSamples, sample, sample_to_folder
+from echodistill_cli.outputs.sample import Sample, WrittenSamples, sample, write_samples
 from echodistill_cli.planning import (
     assumptions,
     expected_memory,
@@ -45,13 +45,12 @@ __all__ = [
     "check",
     "evaluate",
     "export",
-    "export_request",
     "inspect",
     "plan",
     "sample",
-    "sample_to_folder",
     "suited",
     "train",
+    "write_samples",
 ]
 
 
@@ -200,18 +199,6 @@ def _settings_without_effect(config: Config) -> Iterator[str]:
         yield f"--scene-share {train.scene_share:g} of --batch-size {train.batch_size} is no whole sample: no scenes."
     if start is not None and start > train.steps:
         yield f"The echo would begin at step {start} of {train.steps}: there is none. --echo-start says when."
-
-
-def export(source: Path | None = None, on_message: OnMessage = lambda _line: None, **wanted: Any) -> list[Path]:
-    """Write files for other tools: LoRA files, a merged model, ONNX, and the learned word's file if there is one.
-
-    Args:
-        source: run folder or LoRA file; None for the newest run. wanted: the other fields of `ExportRequest`.
-
-    Raises:
-        as `export_request`, which takes the whole request.
-    """
-    return list(export_request(ExportRequest(source, **wanted), on_message).files)
 
 
 def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:

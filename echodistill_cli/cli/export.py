@@ -71,7 +71,7 @@ def export(
         dry_run=dry_run,
     )
     on_message = say_to(stderr_console(), quiet=quiet)
-    result = pipeline.export_request(request, on_message=on_message)
+    result = pipeline.export(request, on_message=on_message)
     print_paths(result.to_dict(), result.files, as_json=as_json)
     for line in result.sent if not as_json else ():
         on_message(f"{push_to_hub}: {line}")

@@ -68,7 +68,7 @@ def sample(
         model_overrides={key: value for key, value in changed.items() if value is not None},
         backend=backend,
     )
-    written = pipeline.sample_to_folder(request, output, on_message=say_to(stderr_console(), quiet=quiet))
+    written = pipeline.write_samples(request, output, on_message=say_to(stderr_console(), quiet=quiet))
     print_paths(written.to_dict(), [*written.files, *filter(None, [written.grid])], as_json=as_json)
 
 

@@ -98,7 +98,7 @@ class ExportResult:
         return {"files": [str(file) for file in self.files], "sent": list(self.sent), "address": self.address}
 
 
-def export_request(request: ExportRequest, on_message: OnMessage = lambda _line: None) -> ExportResult:
+def export(request: ExportRequest, on_message: OnMessage = lambda _line: None) -> ExportResult:
     """Write what a request asks for, and send it if that is asked too.
 
     Raises:
@@ -132,7 +132,7 @@ def plan_export(request: ExportRequest) -> tuple[Learned, list[ExportItem]]:
     """What was learned, and what a request would write of it; writes nothing.
 
     Raises:
-        ConfigError: as `export_request`. ModelError: a LoRA file is damaged.
+        ConfigError: as `export`. ModelError: a LoRA file is damaged.
     """
     learned = find_learned(
         request.source, step=request.step, model=request.model, model_overrides=request.model_overrides

@@ -101,9 +101,7 @@ class WrittenSamples:
         }
 
 
-def sample_to_folder(
-    request: SampleRequest, folder: Path, on_message: OnMessage = lambda _line: None
-) -> WrittenSamples:
+def write_samples(request: SampleRequest, folder: Path, on_message: OnMessage = lambda _line: None) -> WrittenSamples:
     """Draw, and write one PNG per picture (with its making in its metadata) and a grid of all; nothing is overwritten.
 
     Raises:

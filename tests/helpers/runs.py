@@ -12,6 +12,9 @@ from PIL import Image
 from echodistill_cli.config.build import config_from_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import Photo
+from echodistill_cli.outputs.export import export
+from echodistill_cli.outputs.requests import ExportRequest
+from echodistill_cli.runs import OnMessage
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -61,3 +64,8 @@ def small_photos(count: int = 4) -> list[Photo]:
         caption = "a sks dog on the beach" if index == 1 else None
         photos.append(Photo(Path(f"{index}.png"), image, mask, caption, (0, 0, 64, 64)))
     return photos
+
+
+def export_files(source: Path | None = None, on_message: OnMessage = lambda _line: None, **fields: Any) -> list[Path]:
+    """Export a run or LoRA file; the other arguments are fields of `ExportRequest`. Returns the files."""
+    return list(export(ExportRequest(source, **fields), on_message).files)

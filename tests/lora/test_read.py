@@ -41,7 +41,7 @@ from echodistill_cli.lora.safetensors_io import read_tensors, serialize, write_s
 from echodistill_cli.lora.tensors import LoraWeights, adapter_metadata, diffusers_tensors, kohya_tensors, token_tensors
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import fold_lora
-from echodistill_cli.pipeline import export
+from tests.helpers.runs import export_files
 
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "ff.net.0.proj", "ff.net.2", "conv1"]
@@ -374,7 +374,9 @@ def test_projections_of_several_ranks_are_whole_and_written_again_in_both_layout
         tensors[f"{layer}_{name}.lora_down.weight"] = torch.randn(rank, 1024)
         tensors[f"{layer}_{name}.lora_up.weight"] = torch.randn(1024, rank)
     save_file(tensors, tmp_path / "a.safetensors")
-    for file in export(tmp_path / "a.safetensors", layouts=("kohya", "diffusers"), output=tmp_path / "b", dtype="fp32"):
+    for file in export_files(
+        tmp_path / "a.safetensors", layouts=("kohya", "diffusers"), output=tmp_path / "b", dtype="fp32"
+    ):
         found = read_lora(file)
         assert sorted(module.rank for module in found.modules) == [2, 2, 3, 4]
         assert {module.path.rpartition(".")[2] for module in found.modules} == set(TEXT_LAYERS)

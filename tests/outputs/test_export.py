@@ -31,12 +31,11 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.card import model_card
 from echodistill_cli.outputs.export import export_lora
-from echodistill_cli.pipeline import export
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import TrainingState, build_state
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, sdxl_state
-from tests.helpers.runs import small_config, small_photos
-from tests.models.test_sharing import write_distillation
+from tests.helpers.random_models import write_distillation
+from tests.helpers.runs import export_files, small_config, small_photos
 
 Pair = tuple[Path, Path]
 SEED = 7
@@ -156,7 +155,7 @@ def test_every_form_draws_the_picture_of_the_run(
     ours = case.picture()
     assert np.abs(ours - draw_stock(stock(case), case.prompt)).mean() > 0.01  # what was learned shows
     layouts = ("kohya", "diffusers", "pipeline", "checkpoint")
-    files = export(case.run.folder, layouts=layouts, output=tmp_path, dtype="fp32")
+    files = export_files(case.run.folder, layouts=layouts, output=tmp_path, dtype="fp32")
     kohya, diffusers, folder, checkpoint = files[:4]
     assert (len(files) == 5) == (text == "token")
     for file in (kohya, diffusers):
@@ -198,7 +197,7 @@ def test_a_new_word_becomes_a_row_of_the_merged_vocabulary(
 ) -> None:
     case = make_case(family, "token", "zwx")
     ours = case.picture()
-    (folder,) = export(case.run.folder, layouts=("pipeline",), output=tmp_path, dtype="fp32")
+    (folder,) = export_files(case.run.folder, layouts=("pipeline",), output=tmp_path, dtype="fp32")
     kind = StableDiffusionPipeline if family == "sd" else StableDiffusionXLPipeline
     merged = kind.from_pretrained(folder)
     assert len(merged.tokenizer("zwx", add_special_tokens=False).input_ids) == 1
@@ -209,7 +208,7 @@ def test_a_new_word_has_no_row_in_a_checkpoint_so_its_file_comes_along(
     make_case: Callable[..., Case], tmp_path: Path
 ) -> None:
     case, said = make_case("sd", "token", "zwx"), []
-    checkpoint, token = export(case.run.folder, said.append, layouts=("checkpoint",), output=tmp_path)
+    checkpoint, token = export_files(case.run.folder, said.append, layouts=("checkpoint",), output=tmp_path)
     assert token.name == "zwx.safetensors"
     assert any("needs zwx.safetensors beside the model" in line for line in said)
     rows = load_file(checkpoint)["cond_stage_model.model.token_embedding.weight"].shape[0]
@@ -218,12 +217,12 @@ def test_a_new_word_has_no_row_in_a_checkpoint_so_its_file_comes_along(
 
 def test_the_teacher_can_be_merged_too(make_case: Callable[..., Case], tmp_path: Path) -> None:
     case = make_case("sd")
-    folder, checkpoint = export(
+    folder, checkpoint = export_files(
         case.run.folder, layouts=("pipeline", "checkpoint"), roles=("teacher",), output=tmp_path, dtype="fp32"
     )
     assert folder.name == "sks-dog-teacher-merged"
     assert "Subject: sks dog." in (folder / "README.md").read_text()
-    (bare,) = export(
+    (bare,) = export_files(
         case.run.folder, layouts=("pipeline",), roles=("teacher",), output=tmp_path / "bare", metadata=False
     )
     assert not (bare / "README.md").exists()
@@ -240,7 +239,7 @@ def test_half_precision_halves_a_merged_model_and_changes_little(
     make_case: Callable[..., Case], dtype: str, tmp_path: Path
 ) -> None:
     case = make_case("sdxl")
-    folder, checkpoint = export(case.run.folder, layouts=("pipeline", "checkpoint"), output=tmp_path, dtype=dtype)
+    folder, checkpoint = export_files(case.run.folder, layouts=("pipeline", "checkpoint"), output=tmp_path, dtype=dtype)
     wanted = {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     stored = [*load_file(checkpoint).values(), *load_file(folder / "unet/diffusion_pytorch_model.safetensors").values()]
     assert {value.dtype for value in stored if value.is_floating_point()} == {wanted}
@@ -256,7 +255,7 @@ def test_the_names_and_values_in_a_checkpoint_are_those_of_a_second_mapping(
 ) -> None:
     for family, mapped in (("sd", sd2_state), ("sdxl", sdxl_state)):
         case = make_case(family)
-        folder, checkpoint = export(
+        folder, checkpoint = export_files(
             case.run.folder, layouts=("pipeline", "checkpoint"), output=tmp_path / family, dtype="fp32"
         )
         expected, found = mapped(folder), load_file(checkpoint)
@@ -270,7 +269,7 @@ def test_the_names_and_values_in_a_checkpoint_are_those_of_a_second_mapping(
 def test_a_merged_text_encoder_has_the_names_that_every_transformers_reads(
     make_case: Callable[..., Case], tmp_path: Path
 ) -> None:
-    (folder,) = export(make_case("sd").run.folder, layouts=("pipeline",), output=tmp_path)
+    (folder,) = export_files(make_case("sd").run.folder, layouts=("pipeline",), output=tmp_path)
     names = load_file(folder / "text_encoder" / "model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
 
@@ -280,7 +279,8 @@ def test_a_checkpoint_says_what_it_is_and_has_equal_bytes_each_time(
 ) -> None:
     case = make_case("sd")
     first, second = (
-        export(case.run.folder, layouts=("checkpoint",), output=tmp_path / name)[0] for name in ("first", "second")
+        export_files(case.run.folder, layouts=("checkpoint",), output=tmp_path / name)[0]
+        for name in ("first", "second")
     )
     assert first.read_bytes() == second.read_bytes()
     found = inspect_file(first)
@@ -288,7 +288,7 @@ def test_a_checkpoint_says_what_it_is_and_has_equal_bytes_each_time(
     metadata = read_lora(first).metadata
     assert metadata["modelspec.architecture"] == "stable-diffusion-v2-512"
     assert "1 step" in metadata["modelspec.usage_hint"]
-    (bare,) = export(case.run.folder, layouts=("checkpoint",), output=tmp_path / "bare", metadata=False)
+    (bare,) = export_files(case.run.folder, layouts=("checkpoint",), output=tmp_path / "bare", metadata=False)
     assert read_lora(bare).metadata == {"format": "pt"}
 
 
@@ -300,7 +300,7 @@ def test_a_model_without_a_place_in_the_original_layout_is_refused_and_leaves_no
     run = create_run(config, overwrite=False)
     run.save_checkpoint(1, build_state(config, small_photos()).state_dict())
     with pytest.raises(ConfigError, match=r"1 layers per block .* --format pipeline"):
-        export(run.folder, layouts=("checkpoint",))
+        export_files(run.folder, layouts=("checkpoint",))
     assert not any((run.folder / "export").iterdir())
 
 
@@ -309,12 +309,12 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_as_a_whole(
 ) -> None:
     case = make_case("sd")
     layouts = ("kohya", "pipeline", "checkpoint")
-    files = export(case.run.folder, layouts=layouts, output=tmp_path)
+    files = export_files(case.run.folder, layouts=layouts, output=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for layout in layouts:
         with pytest.raises(ConfigError, match="exists already"):
-            export(case.run.folder, layouts=(layout,), output=tmp_path)
-    again = export(case.run.folder, layouts=layouts, output=tmp_path, overwrite=True)
+            export_files(case.run.folder, layouts=(layout,), output=tmp_path)
+    again = export_files(case.run.folder, layouts=layouts, output=tmp_path, overwrite=True)
     assert again == files
 
     def full(*_: Any, **__: Any) -> None:
@@ -325,7 +325,7 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_as_a_whole(
     monkeypatch.setattr("diffusers.models.modeling_utils.ModelMixin.save_pretrained", full)
     for layout in ("pipeline", "checkpoint"):
         with pytest.raises(EchoDistillError, match="The disk is full"):
-            export(case.run.folder, layouts=(layout,), output=tmp_path, overwrite=True)
+            export_files(case.run.folder, layouts=(layout,), output=tmp_path, overwrite=True)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -333,9 +333,9 @@ def test_a_lora_of_another_model_is_refused_by_module(
     make_case: Callable[..., Case], small_pair: Pair, tmp_path: Path
 ) -> None:
     with pytest.raises(ModelError, match="The LoRA does not fit this model"):
-        export(make_case("sd").run.folder, layouts=("pipeline",), model=str(small_pair[0]), output=tmp_path)
+        export_files(make_case("sd").run.folder, layouts=("pipeline",), model=str(small_pair[0]), output=tmp_path)
     with pytest.raises(ConfigError, match="is for sdxl, and the model is sd"):
-        export(make_case("sdxl").run.folder, layouts=("pipeline",), model=str(small_pair[0]), output=tmp_path)
+        export_files(make_case("sdxl").run.folder, layouts=("pipeline",), model=str(small_pair[0]), output=tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -347,9 +347,9 @@ def test_a_file_goes_from_kohya_to_diffusers_and_back_unchanged(
     make_case: Callable[..., Case], family: str, tmp_path: Path
 ) -> None:
     case = make_case(family)
-    (kohya,) = export(case.run.folder, output=tmp_path)
-    (diffusers,) = export(kohya, layouts=("diffusers",))
-    (back,) = export(diffusers, layouts=("kohya",), output=tmp_path / "back")
+    (kohya,) = export_files(case.run.folder, output=tmp_path)
+    (diffusers,) = export_files(kohya, layouts=("diffusers",))
+    (back,) = export_files(diffusers, layouts=("kohya",), output=tmp_path / "back")
     assert (diffusers.name, back.name) == ("sks-dog-diffusers.safetensors", "sks-dog-diffusers-kohya.safetensors")
     first, last = load_file(kohya), load_file(back)
     assert first.keys() == last.keys()
@@ -367,7 +367,7 @@ def test_a_foreign_file_gets_folded_alpha_another_precision_and_what_readers_nee
     source = tmp_path / "theirs.safetensors"
     metadata = {"ss_tag_frequency": '{"a": {"xyz cat": 3}}', "sshs_model_hash": "of another body"}
     save_file({f"{module}.{part}": value for part, value in tensors.items()}, source, metadata)
-    diffusers, kohya = export(source, layouts=("diffusers", "kohya"), dtype="bf16")
+    diffusers, kohya = export_files(source, layouts=("diffusers", "kohya"), dtype="bf16")
     path = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.lora"
     assert torch.equal(load_file(diffusers)[f"{path}.up.weight"], (up * 0.5).bfloat16())
     assert torch.equal(load_file(diffusers)[f"{path}.down.weight"], down.bfloat16())
@@ -385,31 +385,33 @@ def test_a_file_of_several_ranks_is_written_again_in_both_layouts(tmp_path: Path
         tensors |= {f"{stem}_{name}.lora_down.weight": torch.randn(rank, 1024)}
         tensors |= {f"{stem}_{name}.lora_up.weight": torch.randn(1280, rank)}
     save_file(tensors, tmp_path / "a.safetensors")
-    for file in export(tmp_path / "a.safetensors", layouts=("kohya", "diffusers"), output=tmp_path / "b"):
+    for file in export_files(tmp_path / "a.safetensors", layouts=("kohya", "diffusers"), output=tmp_path / "b"):
         assert sorted(module.rank for module in read_lora(file).modules) == [2, 3]
 
 
 def test_a_damaged_file_another_kind_and_a_step_of_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pickle.safetensors").write_bytes(b"\x80\x02}q\x00" + bytes(100))
     with pytest.raises(ModelError, match=r"pickle\.safetensors is a Python pickle"):
-        export(tmp_path / "pickle.safetensors")
+        export_files(tmp_path / "pickle.safetensors")
     save_file({"model.diffusion_model.out.0.weight": torch.ones(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ModelError):
-        export(tmp_path / "model.safetensors")
+        export_files(tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match="has no --step"):
-        export(tmp_path / "model.safetensors", step=3)
+        export_files(tmp_path / "model.safetensors", step=3)
     with pytest.raises(ConfigError, match="no such run folder or LoRA file"):
-        export(tmp_path / "nowhere.safetensors")
+        export_files(tmp_path / "nowhere.safetensors")
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_lora_file_is_merged_into_the_model_that_is_named(make_case: Callable[..., Case], tmp_path: Path) -> None:
     case = make_case("sd")
-    (lora,) = export(case.run.folder, output=tmp_path, dtype="fp32")
+    (lora,) = export_files(case.run.folder, output=tmp_path, dtype="fp32")
     with pytest.raises(ConfigError, match="Name the model"):
-        export(lora, layouts=("pipeline",))
+        export_files(lora, layouts=("pipeline",))
     overrides = {"device": "cpu", "offline": True, "resolution": 64}
-    (folder,) = export(lora, layouts=("pipeline",), dtype="fp32", model=str(case.pair[0]), model_overrides=overrides)
+    (folder,) = export_files(
+        lora, layouts=("pipeline",), dtype="fp32", model=str(case.pair[0]), model_overrides=overrides
+    )
     merged = StableDiffusionPipeline.from_pretrained(folder)
     assert np.abs(draw_stock(merged, case.prompt) - case.picture()).max() < CLOSE
 
@@ -424,7 +426,7 @@ def test_a_kohya_file_has_a_card_and_the_runs_preview_beside_it(make_case: Calla
     settings = ExportSettings(cover=picture, started_at=1.7e9, finished_at=1.7e9 + 9)
     export_lora(run.config, case.state.state_dict(), "student", run.folder / "sks-dog.safetensors", settings)
     assert (run.folder / "sks-dog.png").read_bytes() == picture
-    (lora,) = export(run.folder)
+    (lora,) = export_files(run.folder)
     assert lora.with_suffix(".png").read_bytes() == picture
     assert read_lora(lora).metadata["ss_training_finished_at"] == str(1.7e9 + 9)
     card = json.loads(lora.with_suffix(".json").read_text())
@@ -436,13 +438,13 @@ def test_sidecars_are_left_out_with_the_metadata_and_in_other_layouts(
     make_case: Callable[..., Case], tmp_path: Path
 ) -> None:
     case = make_case("sdxl")
-    export(case.run.folder, layouts=("diffusers",), output=tmp_path)
-    export(case.run.folder, output=tmp_path, metadata=False)
+    export_files(case.run.folder, layouts=("diffusers",), output=tmp_path)
+    export_files(case.run.folder, output=tmp_path, metadata=False)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
     (tmp_path / "sks-dog.safetensors").unlink()
     (tmp_path / "sks-dog.json").write_text("a person's own notes")
     with pytest.raises(ConfigError, match=r"sks-dog\.json exists already"):
-        export(case.run.folder, output=tmp_path)
+        export_files(case.run.folder, output=tmp_path)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -450,7 +452,7 @@ def test_a_bundled_word_lies_under_a1111s_keys_in_a_file_of_its_own_name(
     make_case: Callable[..., Case], family: str, tmp_path: Path
 ) -> None:
     case, said = make_case(family, "token"), []
-    bundled, token = export(case.run.folder, said.append, output=tmp_path, bundle_embedding=True)
+    bundled, token = export_files(case.run.folder, said.append, output=tmp_path, bundle_embedding=True)
     assert bundled.name == "sks-dog-a1111.safetensors"
     ours = [vector.detach()[None] for vector in case.state.token.vectors] if case.state.token else []
     keys = ["string_to_param.*"] if family == "sd" else ["clip_l", "clip_g"]
@@ -463,9 +465,11 @@ def test_a_bundled_word_lies_under_a1111s_keys_in_a_file_of_its_own_name(
 
 def test_there_must_be_a_word_to_bundle(make_case: Callable[..., Case], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is none"):
-        export(make_case("sd").run.folder, output=tmp_path, bundle_embedding=True)
+        export_files(make_case("sd").run.folder, output=tmp_path, bundle_embedding=True)
     with pytest.raises(ConfigError, match="--format kohya"):
-        export(make_case("sd", "token").run.folder, layouts=("diffusers",), output=tmp_path, bundle_embedding=True)
+        export_files(
+            make_case("sd", "token").run.folder, layouts=("diffusers",), output=tmp_path, bundle_embedding=True
+        )
 
 
 def test_what_is_said_of_a_bundled_word_is_what_inspect_finds(tmp_path: Path) -> None:
@@ -490,7 +494,7 @@ def test_what_is_said_of_a_bundled_word_is_what_inspect_finds(tmp_path: Path) ->
 
 def draw_as_the_card_says(case: Case, folder: Path, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """The picture of the card's own lines, run in a folder that the run's files lie in, on a CPU in full precision."""
-    export(case.run.folder, output=folder, dtype="fp32")
+    export_files(case.run.folder, output=folder, dtype="fp32")
     (folder / case.pair[0].name).symlink_to(case.pair[0])
     card = model_card(case.run.config, case.state.state_dict(), Path("sks-dog.safetensors"), "preview.png")
     code = card.split("```python\n")[1].split("```")[0]

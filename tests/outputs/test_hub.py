@@ -21,7 +21,7 @@ from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.outputs import hub
 from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.card import model_card
-from echodistill_cli.outputs.export import export_lora, export_request
+from echodistill_cli.outputs.export import export, export_lora
 from echodistill_cli.outputs.requests import ExportRequest
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import build_state
@@ -138,7 +138,7 @@ def test_a_dry_run_names_every_file_and_opens_no_socket(
 
     monkeypatch.setattr("socket.socket.connect", refuse)
     request = ExportRequest(run.folder, output=tmp_path / "new", push_to="me/dog", dry_run=True)
-    result = export_request(request)
+    result = export(request)
     assert list(result.sent) == EXPECTED
     assert result.address is None
     assert result.files == (tmp_path / "new" / "sks-dog.safetensors",)
@@ -147,7 +147,7 @@ def test_a_dry_run_names_every_file_and_opens_no_socket(
 
 def test_one_commit_carries_the_card_the_lora_and_the_settings(run: Run, server: _Hub, tmp_path: Path) -> None:
     request = ExportRequest(run.folder, output=tmp_path, dtype="fp32", push_to="me/dog", private=True)
-    result = export_request(request)
+    result = export(request)
     assert result.address == f"{server.address}/me/dog"
     files = sent_files(server)
     assert sorted(files) == EXPECTED == list(result.sent)
@@ -163,7 +163,7 @@ def test_one_commit_carries_the_card_the_lora_and_the_settings(run: Run, server:
 def test_a_new_repository_is_as_the_account_has_it_unless_private_is_said(
     run: Run, server: _Hub, tmp_path: Path
 ) -> None:
-    export_request(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
+    export(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
     created = next(json.loads(body) for path, _, body in server.requests if path.endswith("create"))
     assert not {"private", "visibility"} & created.keys()
 
@@ -211,23 +211,23 @@ def test_what_is_no_path_is_told_as_it_is(run: Run) -> None:
 def test_a_refusal_is_one_line_and_the_exported_file_stays(run: Run, server: _Hub, tmp_path: Path) -> None:
     server.refuses = True
     with pytest.raises(EchoDistillError, match=r"me/dog was not sent \(.*\)\. Log in with: hf auth login"):
-        export_request(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
+        export(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
     assert (tmp_path / "sks-dog.safetensors").is_file()
 
 
 def test_offline_nothing_is_tried(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EchoDistillError, match="this is offline"):
-        export_request(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
+        export(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
 
 
 def test_a_bad_repository_a_file_and_an_unfinished_run_are_refused_before_anything_is_written(
     run: Run, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="OWNER/NAME"):
-        export_request(ExportRequest(run.folder, output=tmp_path, push_to="dog"))
+        export(ExportRequest(run.folder, output=tmp_path, push_to="dog"))
     with pytest.raises(ConfigError, match="Name a run folder"):
-        export_request(ExportRequest(run.folder / "sks-dog.safetensors", output=tmp_path, push_to="me/dog"))
+        export(ExportRequest(run.folder / "sks-dog.safetensors", output=tmp_path, push_to="me/dog"))
     unfinished = Run(tmp_path / "unfinished", run.config)
     unfinished.folder.mkdir()
     with pytest.raises(ConfigError, match="no finished LoRA"):

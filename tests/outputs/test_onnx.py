@@ -20,10 +20,9 @@ from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.export import export_lora, export_token
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
-from echodistill_cli.pipeline import export
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import build_state
-from tests.helpers.runs import small_config, small_photos
+from tests.helpers.runs import export_files, small_config, small_photos
 
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -53,7 +52,7 @@ def run(
     whole = ExportSettings(dtype="fp32")  # as the graphs are
     export_lora(config, state.state_dict(), "student", made.folder / f"{config.name}.safetensors", whole)
     export_token(config, state.state_dict(), made.folder)
-    export(made.folder, layouts=("onnx",))
+    export_files(made.folder, layouts=("onnx",))
     return made
 
 
@@ -108,7 +107,7 @@ def test_a_folder_without_graphs_and_a_damaged_graph_are_named(run: Run, tmp_pat
 
 def test_the_teacher_has_no_graphs(run: Run, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one-step student only"):
-        export(run.folder, layouts=("onnx",), roles=("teacher",), output=tmp_path)
+        export_files(run.folder, layouts=("onnx",), roles=("teacher",), output=tmp_path)
 
 
 def test_the_command_draws_with_the_graphs(run: Run, tmp_path: Path) -> None:

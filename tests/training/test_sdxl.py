@@ -31,11 +31,11 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.export import TrainResult
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
-from echodistill_cli.pipeline import export, train
+from echodistill_cli.pipeline import train
 from echodistill_cli.training.batches import draw_student_pass, draw_teacher_batch
 from echodistill_cli.training.state import add_trained_parts, build_state
 from echodistill_cli.training.steps import student_step, training_step
-from tests.helpers.runs import small_config, small_photos
+from tests.helpers.runs import export_files, small_config, small_photos
 
 Pair = tuple[Path, Path]
 Configure = Callable[..., Config]
@@ -257,7 +257,7 @@ def test_stock_diffusers_draws_the_same_picture_from_the_exported_file(
     base = draw_with_diffusers(small_sdxl_pair[0], 7, prompt=prompt, steps=steps)
     assert np.abs(pixels(drawn.image) - base).max() > 3
     for layout in ("kohya", "diffusers"):
-        (file,) = export(trained.run, layouts=(layout,), output=tmp_path / layout)
+        (file,) = export_files(trained.run, layouts=(layout,), output=tmp_path / layout)
         expected = draw_with_diffusers(small_sdxl_pair[0], 7, file, prompt=prompt, steps=steps)
         assert np.abs(pixels(drawn.image) - expected).max() <= 2
 
