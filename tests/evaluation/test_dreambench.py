@@ -10,8 +10,8 @@ import pytest
 
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.evaluation.dreambench import TABLE, read_classes, read_prompts, read_subjects
-from tests.evaluation.test_evaluate import build_judges, without_a_network
-from tests.helpers.commands import Done, command, small_toml
+from tests.helpers.commands import Done, command, small_toml, without_a_network
+from tests.helpers.random_models import build_score_encoders
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]
@@ -108,7 +108,7 @@ class Bench:
     def __init__(self, folder: Path, checkout: Path, pair: Pair, backbones: Backbones) -> None:
         self.output = folder / "out"
         self.toml = small_toml(folder, pair, backbones, echo__start="off", run__save_every=1)
-        self.clip, self.dino = build_judges(folder, backbones)
+        self.clip, self.dino = build_score_encoders(folder, backbones)
         self.checkout = checkout
 
     def __call__(self, *more: object) -> Done:

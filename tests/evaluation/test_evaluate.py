@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +15,18 @@ from PIL import Image
 from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
 from echodistill_cli.evaluation.evaluate import fill, score_encoder_names
 from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer
-from tests.helpers.commands import command, files_below, trained_run
-from tests.helpers.random_models import small_tokenizer
+from tests.helpers.commands import command, files_below, trained_run, without_a_network
+from tests.helpers.random_models import CLIP_SEES, DINO_SEES, build_score_encoders
 
 Pair = tuple[Path, Path]
 Backbones = dict[str, Path]
 ScoreEncoders = tuple[Path, Path]
 
-# As in the published files: CLIP resizes the short side and crops, DINO resizes to a square.
-CLIP_SEES = {
-    "image_processor_type": "CLIPImageProcessor",
-    "size": {"shortest_edge": 32},
-    "crop_size": {"height": 32, "width": 32},
-    "resample": 3,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
-DINO_SEES = {
-    "image_processor_type": "ViTImageProcessor",
-    "size": {"height": 32, "width": 32},
-    "resample": 2,
-    "image_mean": [0.485, 0.456, 0.406],
-    "image_std": [0.229, 0.224, 0.225],
-}
-
-
-def build_judges(folder: Path, backbones: Backbones) -> ScoreEncoders:
-    """Folders of a whole tiny CLIP with its tokenizer, and of a tiny ViT, both with random weights."""
-    from transformers import CLIPConfig, CLIPModel
-
-    torch.manual_seed(0)
-    clip, dino = folder / "clip", folder / "dino"
-    tokenizer = small_tokenizer(clip)
-    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    size |= {"num_attention_heads": 2, "projection_dim": 24}
-    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": 2}
-    config = CLIPConfig(
-        text_config=size | words, vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=24
-    )
-    CLIPModel(config).save_pretrained(clip)
-    shutil.copytree(backbones["dino"], dino)
-    for place, sees in ((clip, CLIP_SEES), (dino, DINO_SEES)):
-        (place / "preprocessor_config.json").write_text(json.dumps(sees))
-    return clip, dino
-
 
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory: pytest.TempPathFactory, small_backbones: Backbones) -> ScoreEncoders:
-    """See `build_judges`; not to be written to."""
-    return build_judges(tmp_path_factory.mktemp("judges"), small_backbones)
+    """See `build_score_encoders`; not to be written to."""
+    return build_score_encoders(tmp_path_factory.mktemp("judges"), small_backbones)
 
 
 @pytest.fixture(scope="module")
@@ -90,18 +51,6 @@ def apart(found: dict[str, Any]) -> tuple[list[Any], list[float]]:
     names, rows = ("clip_i", "dino", "clip_t"), [found, *found["per_prompt"]]
     rest = [{key: value for key, value in row.items() if key not in (*names, "per_prompt")} for row in rows]
     return rest, [row[name] for row in rows for name in names]
-
-
-def without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have no hub in reach, and nobody wait for it, whatever is set here about being offline."""
-
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(socket, "create_connection", unreachable)
-    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the hub client's attempts
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 def pictures(folder: Path) -> dict[str, int]:

@@ -7,11 +7,14 @@ import io
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer
 
 from echodistill_cli.cli.app import app, main
@@ -100,3 +103,15 @@ def missing_flags(hint: str, *commands: str) -> set[str]:
             options = {flag for one in app_commands.commands[name].params for flag in (*one.opts, *one.secondary_opts)}
             missing |= set(re.findall(r"--[a-z][a-z-]*", part)) - options
     return missing
+
+
+def without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no hub in reach, and nobody wait for it, whatever is set here about being offline."""
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the hub client's attempts
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)

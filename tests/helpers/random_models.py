@@ -6,6 +6,7 @@ The tests train on it; `make bench` times it: python -m tests.helpers.random_mod
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ _SCHEDULE = {
     "clip_sample": False,
 }
 _EULER = {k: v for k, v in _SCHEDULE.items() if k not in ("set_alpha_to_one", "clip_sample")}
+# As in the published files: CLIP resizes the short side and crops, DINO resizes to a square.
+CLIP_SEES = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 32},
+    "crop_size": {"height": 32, "width": 32},
+    "resample": 3,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+DINO_SEES = {
+    "image_processor_type": "ViTImageProcessor",
+    "size": {"height": 32, "width": 32},
+    "resample": 2,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 
 
 def build_small_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
@@ -207,6 +224,47 @@ def _save(folder: Path, parts: dict[str, Any]) -> Path:
     )
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def write_distillation(base: Path, file: Path) -> Path:
+    """Write a random LoRA on attention and convolutions in diffusers' layout, as Hyper-SD's and LCM's are."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(5)
+    unet = UNet2DConditionModel.from_pretrained(base / "unet")
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
+    layers = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(
+        file.parent,
+        unet_lora_layers=layers,
+        weight_name=file.name,
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    return file
+
+
+def build_score_encoders(folder: Path, backbones: dict[str, Path]) -> tuple[Path, Path]:
+    """Folders of a whole tiny CLIP with its tokenizer, and of a tiny ViT, both with random weights."""
+    from transformers import CLIPConfig, CLIPModel
+
+    torch.manual_seed(0)
+    clip, dino = folder / "clip", folder / "dino"
+    tokenizer = small_tokenizer(clip)
+    size: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "projection_dim": 24}
+    words = {"vocab_size": len(tokenizer), "max_position_embeddings": 32, "eos_token_id": 2}
+    config = CLIPConfig(
+        text_config=size | words, vision_config=size | {"image_size": 32, "patch_size": 8}, projection_dim=24
+    )
+    CLIPModel(config).save_pretrained(clip)
+    shutil.copytree(backbones["dino"], dino)
+    for place, sees in ((clip, CLIP_SEES), (dino, DINO_SEES)):
+        (place / "preprocessor_config.json").write_text(json.dumps(sees))
+    return clip, dino
 
 
 def main() -> None:

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config, ModelConfig
@@ -29,25 +27,10 @@ from echodistill_cli.pipeline import train
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
 from echodistill_cli.training.targets import base_x0
+from tests.helpers.random_models import write_distillation
 from tests.helpers.runs import small_config, small_photos
 
 Pair = tuple[Path, Path]
-
-
-def write_distillation(base: Path, file: Path) -> Path:
-    """A random LoRA on attention and convolutions, in diffusers' format, as Hyper-SD's and LCM's are."""
-    torch.manual_seed(5)
-    unet = UNet2DConditionModel.from_pretrained(base / "unet")
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False))
-    layers = get_peft_model_state_dict(unet)
-    StableDiffusionPipeline.save_lora_weights(
-        file.parent,
-        unet_lora_layers=layers,
-        weight_name=file.name,
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )
-    return file
 
 
 @pytest.fixture(scope="module")
