@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import shutil
@@ -92,6 +93,12 @@ def make_folder(path: Path) -> Path:
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _failed_write(error: Exception) -> tuple[str | None, str | None]:

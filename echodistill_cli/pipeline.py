@@ -14,6 +14,7 @@ from echodistill_cli.config.build import config_to_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import PhotoReport, check_photos, load_photos
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.evaluation.dreambench import Benchmark, run_benchmark
 from echodistill_cli.evaluation.evaluate import Evaluation, evaluate
 from echodistill_cli.lora.inspect import Inspection, inspect_file
 from echodistill_cli.models.sources import where
@@ -33,6 +34,7 @@ from echodistill_cli.training.loop import check_trackers, train_to_end
 from echodistill_cli.training.state import build_state
 
 __all__ = [
+    "Benchmark",
     "BenchmarkRequest",
     "Evaluation",
     "EvaluationRequest",
@@ -42,6 +44,7 @@ __all__ = [
     "SampleRequest",
     "TrainResult",
     "WrittenSamples",
+    "benchmark",
     "check",
     "evaluate",
     "export",
@@ -199,6 +202,16 @@ def _settings_without_effect(config: Config) -> Iterator[str]:
         yield f"--scene-share {train.scene_share:g} of --batch-size {train.batch_size} is no whole sample: no scenes."
     if start is not None and start > train.steps:
         yield f"The echo would begin at step {start} of {train.steps}: there is none. --echo-start says when."
+
+
+def benchmark(
+    request: BenchmarkRequest,
+    *,
+    on_step: OnStep = lambda _metrics: None,
+    on_message: OnMessage = lambda _line: None,
+) -> Benchmark:
+    """Train and score every subject of DreamBench that has no result yet."""
+    return run_benchmark(request, train, on_message, on_step)
 
 
 def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:

@@ -189,7 +189,7 @@ class TrainingProgress:
         self.on_message = say_to(console, quiet=quiet)
         self.bar: Progress | None = None
         self.live: Live | None = None
-        self.started, self.first_step = 0.0, 0
+        self.started, self.first_step, self.step = 0.0, 0, 0
         self.latest: dict[str, float] = {}
 
     def __enter__(self) -> TrainingProgress:
@@ -207,8 +207,9 @@ class TrainingProgress:
             return
         counted = next(name for name in _PHASES if name in metrics)
         step, phase = int(metrics[counted]), _PHASES[counted]
-        if self.phase != phase:
+        if self.phase != phase or step <= self.step:  # a benchmark trains one run after another
             self._start(phase, self.lengths[counted], step, metrics.get("step_seconds", 0.0))
+        self.step = step
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
         skipped = [name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")]
         if skipped:

@@ -129,7 +129,7 @@ def read_token_file(file: Path) -> list[Tensor]:
     return [tensors["clip_l"], tensors["clip_g"]] if "clip_g" in tensors else list(tensors.values())
 
 
-def check_same_pictures(
+def check_same_images(
     pair: ModelPair, role: Role, file: Path, prompts: Sequence[str], settings: SamplingSettings, strength: float = 1.0
 ) -> None:
     """Take the trained adapters off, read `file` back in their place, and compare pictures; the file's stay on.
@@ -198,7 +198,7 @@ def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> No
 
 
 @torch.no_grad()
-def place_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
+def insert_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
     """Write a learned word into the vocabularies: over its own row, or into a new one for a new word.
 
     Args:
@@ -215,7 +215,7 @@ def place_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
         embedding.weight[row] = vector[0].to(embedding.weight)
 
 
-def knows_word(pair: ModelPair, token: str) -> bool:
+def has_token(pair: ModelPair, token: str) -> bool:
     """Whether every tokenizer has the word as one token already."""
     return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
 

@@ -162,7 +162,7 @@ def test_pictures_are_reused_and_only_what_is_missing_is_drawn(flags: list[objec
     second = command("evaluate", *flags, "--json")
     assert second.result == first.result
     assert pictures(out) == before
-    assert "4 pictures are there already" in second.err
+    assert "4 images exist already" in second.err
     assert "Replacing the earlier" in second.err
     assert "Loading" not in second.err
 
@@ -191,7 +191,7 @@ def test_a_person_sees_a_row_per_prompt_the_whole_and_the_photos_own(flags: list
     for words in ("CLIP-I", "DINO", "CLIP-T", "a sks dog on the beach", "all 4 pictures", "the 4 photos among"):
         assert words in done.out
     assert done.out.splitlines()[-1] == str(tmp_path / "out" / "evaluation.json")
-    assert "picture 4/4" in done.err
+    assert "image 4/4" in done.err
 
 
 def test_the_newest_run_is_meant_and_a_lora_file_needs_its_model(
@@ -242,8 +242,8 @@ def test_our_own_prompts_have_a_place_for_the_subject_each() -> None:
         (("--dino", "nobody/has-this", "--offline"), 4, "nobody/has-this is not in the cache"),
         (("--device", "cuda:99"), 2, "--device auto"),
         (("--prompts", "nowhere.txt"), 2, "nowhere.txt: it cannot be read"),
-        (("--subject", "dog2"), 2, "--subject needs --dreambench"),
-        (("--dreambench", "nowhere"), 2, "RUN|LORA does not go with --dreambench"),
+        (("--subject", "dog2"), 2, "--subject has no effect without --dreambench"),
+        (("--dreambench", "nowhere"), 2, "RUN|LORA cannot be combined with --dreambench"),
     ],
 )
 def test_what_cannot_be_measured_ends_with_one_line_and_no_result(
