@@ -166,7 +166,7 @@ def _run_benchmark(request: BenchmarkRequest, *, as_json: bool, quiet: bool) -> 
 
     with TrainingProgress(stderr_console(), request.config, quiet=quiet) as progress:
         result = pipeline.benchmark(request, on_step=progress.on_step, on_message=progress.on_message)
-    print_table(result.to_dict(), benchmark_table(result.to_dict()), as_json=as_json)
+    print_table(result.to_dict(), benchmark_table(result), as_json=as_json)
 
 
 def _read_templates(file: Path) -> list[str]:

@@ -20,6 +20,7 @@ from echodistill_cli.config.schema import Config
 
 if TYPE_CHECKING:  # for their annotations only: these tables must not cost an import of torch
     from echodistill_cli.data.photos import PhotoReport
+    from echodistill_cli.evaluation.dreambench import Benchmark
     from echodistill_cli.evaluation.evaluate import Evaluation
     from echodistill_cli.lora.inspect import Inspection
     from echodistill_cli.planning import Diagnosis
@@ -276,17 +277,17 @@ def evaluation_table(found: Evaluation) -> RenderableType:
     return Group(table, Text(), Text(str(found.file)))
 
 
-def benchmark_table(result: Mapping[str, Any]) -> RenderableType:
-    """A row per subject, then their mean, their photos' own, and what the paper reports."""
+def benchmark_table(benchmark: Benchmark) -> RenderableType:
+    """A row per subject, then their mean, the photos compared with each other, and the paper's mean."""
     table = _score_table("subject")
-    for name, entry in result["subjects"].items():
+    for name, entry in benchmark.subjects.items():
         _add(table, name, entry["clip_i"], entry["dino"], entry["clip_t"])
     table.add_section()
-    mean, paper = result["mean"], result["paper_sd_turbo"]
-    _add(table, f"mean of {len(result['subjects'])}", mean["clip_i"], mean["dino"], mean["clip_t"])
+    mean, paper = benchmark.mean, benchmark.to_dict()["paper_sd_turbo"]
+    _add(table, f"mean of {len(benchmark.subjects)}", mean["clip_i"], mean["dino"], mean["clip_t"])
     _add(table, "photos among themselves", mean["photos_clip_i"], mean["photos_dino"], None)
     _add(table, "paper: SD-Turbo, all 30", paper["clip_i"], paper["dino"], None)
-    return Group(table, Text(), Text(result["file"]))
+    return Group(table, Text(), Text(str(benchmark.file)))
 
 
 def _score_table(first: str) -> Table:
