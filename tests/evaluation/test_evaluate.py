@@ -24,9 +24,9 @@ ScoreEncoders = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
-def judges(tmp_path_factory: pytest.TempPathFactory, small_backbones: Backbones) -> ScoreEncoders:
+def encoders(tmp_path_factory: pytest.TempPathFactory, small_backbones: Backbones) -> ScoreEncoders:
     """See `build_score_encoders`; not to be written to."""
-    return build_score_encoders(tmp_path_factory.mktemp("judges"), small_backbones)
+    return build_score_encoders(tmp_path_factory.mktemp("encoders"), small_backbones)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def run(
 
 
 @pytest.fixture
-def flags(run: Path, judges: ScoreEncoders, photo_folder: Path, tmp_path: Path) -> list[object]:
+def flags(run: Path, encoders: ScoreEncoders, photo_folder: Path, tmp_path: Path) -> list[object]:
     """Arguments with which an evaluation of two prompts works and writes below tmp_path."""
     (tmp_path / "prompts.txt").write_text("a {} on the beach\n\n  the {subject} in snow\n", encoding="utf-8")
-    clip, dino = judges
+    clip, dino = encoders
     where = ["--photos", photo_folder, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "out"]
     return [run, *where, "--clip", clip, "--dino", dino, "--seeds", 2]
 
@@ -58,7 +58,7 @@ def pictures(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in (folder / "pictures").glob("*/*.png")}
 
 
-# --- the judges -------------------------------------------------------------------------------------------------------
+# --- the encoders -------------------------------------------------------------------------------------------------------
 
 
 def seen(image: Image.Image, size: tuple[int, int], how: Image.Resampling, sees: dict[str, Any]) -> torch.Tensor:
@@ -70,18 +70,18 @@ def seen(image: Image.Image, size: tuple[int, int], how: Image.Resampling, sees:
     return torch.tensor(normal, dtype=torch.float32).permute(2, 0, 1).unsqueeze(0)
 
 
-def test_the_judges_see_pictures_as_their_own_files_say(judges: ScoreEncoders) -> None:
+def test_the_encoders_preprocess_images_as_their_own_files_say(encoders: ScoreEncoders) -> None:
     from transformers import CLIPModel, ViTModel
 
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     wide = Image.fromarray(noise)
-    clip, dino = ClipScorer(judges[0], torch.device("cpu")), DinoScorer(judges[1], torch.device("cpu"))
+    clip, dino = ClipScorer(encoders[0], torch.device("cpu")), DinoScorer(encoders[1], torch.device("cpu"))
 
     pixels = seen(wide, (48, 32), Image.Resampling.BICUBIC, CLIP_SEES)
     assert torch.allclose(clip.pixels([wide]), pixels, atol=1e-5)
     ids = clip.tokenizer(["a dog", "a dog on the beach"], padding=True, return_tensors="pt")
     with torch.no_grad():
-        whole = CLIPModel.from_pretrained(judges[0])(pixel_values=pixels, **ids)
+        whole = CLIPModel.from_pretrained(encoders[0])(pixel_values=pixels, **ids)
     for ours, theirs in (
         (clip.embed([wide]), whole.image_embeds),
         (clip.embed_texts(["a dog", "a dog on the beach"]), whole.text_embeds),
@@ -91,15 +91,15 @@ def test_the_judges_see_pictures_as_their_own_files_say(judges: ScoreEncoders) -
     pixels = seen(wide, (32, 32), Image.Resampling.BILINEAR, DINO_SEES)
     assert torch.allclose(dino.pixels([wide]), pixels, atol=1e-5)
     with torch.no_grad():
-        states = ViTModel.from_pretrained(judges[1], add_pooling_layer=False)(pixel_values=pixels).last_hidden_state
+        states = ViTModel.from_pretrained(encoders[1], add_pooling_layer=False)(pixel_values=pixels).last_hidden_state
     assert torch.allclose(dino.embed([wide]), states[:, 0], atol=1e-5)
 
 
-def test_a_text_that_is_too_long_for_clip_is_cut_off(judges: ScoreEncoders) -> None:
-    assert ClipScorer(judges[0], torch.device("cpu")).embed_texts(["dog " * 100]).shape == (1, 24)
+def test_a_text_that_is_too_long_for_clip_is_cut_off(encoders: ScoreEncoders) -> None:
+    assert ClipScorer(encoders[0], torch.device("cpu")).embed_texts(["dog " * 100]).shape == (1, 24)
 
 
-def test_the_judges_are_the_papers_unless_the_student_is_of_the_package() -> None:
+def test_the_encoders_are_the_papers_unless_the_student_is_of_the_package() -> None:
     assert score_encoder_names("auto", "auto", ["stabilityai/sd-turbo", "sd-turbo"]) == (CLIP, DINO)
     assert score_encoder_names("auto", "auto", ["mini:student", ""]) == ("mini:clip", "mini:vit")
     assert score_encoder_names("auto", "auto", ["folder", "mini:student"]) == ("mini:clip", "mini:vit")
@@ -131,11 +131,11 @@ def test_a_run_is_measured_and_the_result_says_on_what_it_hangs(flags: list[obje
 
 
 def test_the_scores_are_those_of_a_plain_loop_over_the_pictures(
-    flags: list[object], judges: ScoreEncoders, photo_folder: Path, tmp_path: Path
+    flags: list[object], encoders: ScoreEncoders, photo_folder: Path, tmp_path: Path
 ) -> None:
     found = command("evaluate", *flags, "--json").result
     device = torch.device("cpu")
-    clip, dino = ClipScorer(judges[0], device), DinoScorer(judges[1], device)
+    clip, dino = ClipScorer(encoders[0], device), DinoScorer(encoders[1], device)
     photos = [Image.open(file).convert("RGB") for file in sorted(photo_folder.glob("*.jpg"))]
     drawn = [Image.open(file) for file in sorted((tmp_path / "out" / "pictures").glob("*/a-sks-dog-on-the-beach*"))]
     assert [image.info["seed"] for image in drawn] == ["0", "1"]
@@ -144,10 +144,10 @@ def test_the_scores_are_those_of_a_plain_loop_over_the_pictures(
         return float(first @ second / (first.norm() * second.norm()))
 
     first = found["per_prompt"][0]
-    for name, judge in (("clip_i", clip), ("dino", dino)):
-        pairs = [cosine(judge.embed([one])[0], judge.embed([photo])[0]) for one in drawn for photo in photos]
+    for name, scorer in (("clip_i", clip), ("dino", dino)):
+        pairs = [cosine(scorer.embed([one])[0], scorer.embed([photo])[0]) for one in drawn for photo in photos]
         assert first[name] == pytest.approx(sum(pairs) / 8, abs=1e-5)
-        own = [cosine(judge.embed([a])[0], judge.embed([b])[0]) for a in photos for b in photos if a is not b]
+        own = [cosine(scorer.embed([a])[0], scorer.embed([b])[0]) for a in photos for b in photos if a is not b]
         assert found["photos_own"][name] == pytest.approx(sum(own) / 12, abs=1e-5)
     text = clip.embed_texts(["a dog on the beach"])[0]
     asked = [cosine(clip.embed([one])[0], text) for one in drawn]
@@ -297,10 +297,10 @@ def test_prompts_without_a_subject_are_refused(flags: list[object], tmp_path: Pa
     ],
 )
 def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
-    flags: list[object], judges: ScoreEncoders, tmp_path: Path, flag: str, without: str, words: str
+    flags: list[object], encoders: ScoreEncoders, tmp_path: Path, flag: str, without: str, words: str
 ) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(judges[flag == "--dino"], broken)
+    shutil.copytree(encoders[flag == "--dino"], broken)
     for name in without.split():
         (broken / name).unlink()
     done = command("evaluate", *flags, flag, broken)
@@ -310,7 +310,7 @@ def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
 
 
 def test_an_encoder_of_another_kind_or_with_lost_weights_is_refused(
-    flags: list[object], judges: ScoreEncoders, small_backbones: Backbones, tmp_path: Path
+    flags: list[object], encoders: ScoreEncoders, small_backbones: Backbones, tmp_path: Path
 ) -> None:
     done = command("evaluate", *flags, "--clip", small_backbones["clip"])
     assert (done.code, done.out) == (4, "")
@@ -318,7 +318,7 @@ def test_an_encoder_of_another_kind_or_with_lost_weights_is_refused(
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
-    shutil.copytree(judges[0], broken)
+    shutil.copytree(encoders[0], broken)
     tensors = load_file(broken / "model.safetensors")
     del tensors["text_projection.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
