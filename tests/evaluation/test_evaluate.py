@@ -58,7 +58,7 @@ def pictures(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in (folder / "pictures").glob("*/*.png")}
 
 
-# --- the encoders -------------------------------------------------------------------------------------------------------
+# --- the encoders -----------------------------------------------------------------------------------------------------
 
 
 def seen(image: Image.Image, size: tuple[int, int], how: Image.Resampling, sees: dict[str, Any]) -> torch.Tensor:
