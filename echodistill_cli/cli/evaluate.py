@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
+from echodistill_cli.cli.sample import (
+    BatchSize,
+    Device,
+    Guidance,
+    LoraScale,
+    Model,
+    Precision,
+    Role,
+    Seed,
+    Size,
+    Steps,
+    Teacher,
+    read_prompts,
+)
 from echodistill_cli.cli.show import (
     TrainingProgress,
     benchmark_table,
@@ -22,157 +35,148 @@ from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
 
-_DRAWING = "How pictures are drawn"
-_JUDGES = "Encoders"
-_WHOLE = "The whole of DreamBench"
-_ENCODER = "hub id (@revision) or folder; auto: the paper's, or the embedded pair's own"
+if TYPE_CHECKING:
+    from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest
+
+_ENCODERS = "Encoders"
+_DREAMBENCH = "DreamBench"
+_SOURCE = "hub id (@revision) or folder; auto: the paper's, or the embedded one for an embedded student"
 
 
 def evaluate(
     source: Annotated[
         Path | None, typer.Argument(metavar="RUN|LORA", help="run folder or LoRA file; unset: the newest run")
     ] = None,
-    photos: Annotated[Path | None, value_option("DIR", "real photos of the subject")] = None,
+    photos: Annotated[Path | None, value_option("DIR", "folder of real photos of the subject")] = None,
     prompts: Annotated[
-        Path | None, value_option("FILE", "one per line, {} for the subject; unset: 16 of our own")
+        Path | None,
+        value_option("FILE", "text file with one prompt per line, {} for the subject; unset: 16 built-in prompts"),
     ] = None,
-    token: Annotated[str | None, value_option("WORD", "of the subject; unset: the run's, or the file's")] = None,
+    token: Annotated[str | None, value_option("WORD", "token of the subject; unset: the one in the LoRA file")] = None,
     class_name: Annotated[
-        str | None, value_option("WORD", "what the subject is; unset: the run's, or the file's")
+        str | None, value_option("WORD", "what the subject is; unset: the class in the LoRA file")
     ] = None,
     output: Annotated[
-        Path | None, value_option("FOLDER", "for evaluation.json and pictures; unset: in the run", "--output", "-o")
+        Path | None,
+        value_option("FOLDER", "folder for evaluation.json and the images; unset: in the run", "--output", "-o"),
     ] = None,
-    seeds: Annotated[int, value_option("N", "pictures per prompt", panel=_DRAWING, min=1)] = 4,
-    seed: Annotated[
-        int, value_option("N", "of a prompt's first picture; the next count up", panel=_DRAWING, min=0)
-    ] = 0,
-    lora_scale: Annotated[
-        float, value_option("X", "strength; 1 is as trained, 0 the base model: the row to compare with", panel=_DRAWING)
-    ] = 1.0,
-    role: Annotated[Literal["student", "teacher"], value_option("NAME", "who draws", panel=_DRAWING)] = "student",
-    steps: Annotated[
-        int | None, value_option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", panel=_DRAWING, min=1)
+    offline: Annotated[
+        bool | None, bool_option("--offline/--no-offline", "do not use the network; unset: as in training")
     ] = None,
-    guidance: Annotated[
-        float | None, value_option("X", "guidance [dim]\\[student 0, teacher the run's][/dim]", panel=_DRAWING, min=0)
-    ] = None,
-    size: Annotated[
-        int | None, value_option("N", "side in pixels; unset: as in training", panel=_DRAWING, min=16)
-    ] = None,
-    batch_size: Annotated[int, value_option("N", "pictures at once; changes speed only", panel=_DRAWING, min=1)] = 4,
-    model: Annotated[
-        str | None, value_option("MODEL", "as of sample, and of train; unset: the run's", panel=_DRAWING)
-    ] = None,
-    teacher: Annotated[str | None, value_option("MODEL", "with --model", panel=_DRAWING)] = None,
-    device: Annotated[
-        str | None, value_option("NAME", "auto, cpu, cuda or mps; unset: the run's", panel=_DRAWING)
-    ] = None,
-    precision: Annotated[
-        str | None, value_option("NAME", "auto, bf16, fp16 or fp32; unset: the run's", panel=_DRAWING)
-    ] = None,
-    clip: Annotated[str, value_option("MODEL", f"a whole CLIP: {_ENCODER}", panel=_JUDGES)] = "auto",
-    dino: Annotated[str, value_option("MODEL", f"a ViT: {_ENCODER}", panel=_JUDGES)] = "auto",
+    seeds: Annotated[int, value_option("N", "images per prompt", panel="Generation", min=1)] = 4,
+    seed: Seed = 0,
+    lora_scale: LoraScale = 1.0,
+    role: Role = "student",
+    steps: Steps = None,
+    guidance: Guidance = None,
+    size: Size = None,
+    batch_size: BatchSize = 4,
+    model: Model = None,
+    teacher: Teacher = None,
+    device: Device = None,
+    precision: Precision = None,
+    clip: Annotated[
+        str, value_option("MODEL", f"CLIP model of CLIP-I and CLIP-T: {_SOURCE}", panel=_ENCODERS)
+    ] = "auto",
+    dino: Annotated[str, value_option("MODEL", f"ViT of the DINO score: {_SOURCE}", panel=_ENCODERS)] = "auto",
     dreambench: Annotated[
-        Path | None, value_option("DIR", "checkout of google/dreambooth: train and measure its subjects", panel=_WHOLE)
+        Path | None,
+        value_option("DIR", "checkout of google/dreambooth: train and score its subjects", panel=_DREAMBENCH),
     ] = None,
     subject: Annotated[
-        list[str] | None, value_option("NAME", "only this one; may come many times", panel=_WHOLE)
+        list[str] | None,
+        value_option("NAME", "subject to run; may be given several times; unset: all", panel=_DREAMBENCH),
     ] = None,
     config_file: Annotated[
-        Path | None, value_option("FILE", "of the training, as TOML", "--config", panel=_WHOLE)
+        Path | None, value_option("FILE", "settings of the training as TOML", "--config", panel=_DREAMBENCH)
     ] = None,
-    train_steps: Annotated[int | None, value_option("N", "of each subject's training", panel=_WHOLE, min=1)] = None,
-    offline: Annotated[
-        bool | None, bool_option("--offline/--no-offline", "open no socket; unset: as in training")
+    train_steps: Annotated[
+        int | None, value_option("N", "training steps of each subject", panel=_DREAMBENCH, min=1)
     ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure subject and prompt in drawn pictures: [bold]echodistill evaluate --photos ./photos[/bold]"""
-    whole = {"--subject": subject, "--config": config_file, "--train-steps": train_steps}
-    single = {"RUN|LORA": source, "--photos": photos, "--class-name": class_name}
-    _refuse(single if dreambench else whole, "does not go with" if dreambench else "needs")
-    if photos is None and dreambench is None:
-        raise ConfigError("No real photos were named to compare with.", "echodistill evaluate RUN --photos DIR")
-    templates = () if prompts is None else _read_templates(prompts)
+    """Score subject and prompt of generated images: [bold]echodistill evaluate --photos ./photos[/bold]"""
+    _check_options(
+        dreambench,
+        evaluation_only={"RUN|LORA": source, "--photos": photos, "--class-name": class_name},
+        benchmark_only={"--subject": subject, "--config": config_file, "--train-steps": train_steps},
+    )
+    templates = _read_templates(prompts) if prompts else ()
     quiet_libraries(offline=bool(offline), quiet=quiet)
-    given = {"teacher": teacher, "device": device, "precision": precision, "offline": offline}
-    changed = {key: value for key, value in given.items() if value is not None}
-    drawing: dict[str, Any] = {
-        "prompts": templates,
-        "count": seeds,
-        "seed": seed,
-        "lora_scale": lora_scale,
-        "role": role,
-        "steps": steps,
-        "guidance_scale": guidance,
-        "size": size,
-        "batch_size": batch_size,
-        "model_overrides": changed,
-    }
-    on_message = say_to(stderr_console(), quiet=quiet)
-    if photos is not None:
-        subjects = {"token": token, "class_name": class_name, "clip": clip, "dino": dino, "output": output}
-        found = _measure(photos, {**drawing, "lora": source, "model": model}, subjects, on_message)
-        print_table({"file": str(found.file), **found.to_dict()}, evaluation_table(found), as_json=as_json)
-    elif dreambench is not None:
-        training = {
-            "concept.token": token,
-            "train.steps": train_steps,
-            **{f"model.{key}": changed[key] for key in changed},
-        }
-        overrides = {key: value for key, value in training.items() if value is not None}
-        build = functools.partial(_build, model, config_file, overrides)
-        settings = {"build": build, "names": subject or (), "clip": clip, "dino": dino}
-        with TrainingProgress(stderr_console(), build({}), quiet=quiet) as progress:
-            result = _benchmark(dreambench, output or Path("dreambench"), drawing, settings, progress)
-        print_table(result.to_dict(), benchmark_table(result), as_json=as_json)
-
-
-def _measure(
-    photos: Path, drawing: Mapping[str, Any], settings: Mapping[str, Any], on_message: Callable[[str], None]
-) -> Any:
     from echodistill_cli import pipeline
 
-    request = pipeline.EvaluationRequest(photos, pipeline.SampleRequest(**drawing), **settings)
-    return pipeline.evaluate(request, on_message=on_message)
+    options = {"teacher": teacher, "device": device, "precision": precision, "offline": offline}
+    overrides = {key: value for key, value in options.items() if value is not None}
+    sampling = pipeline.SampleRequest(
+        prompts=templates,
+        count=seeds,
+        seed=seed,
+        lora=source,
+        lora_scale=lora_scale,
+        role=role,
+        steps=steps,
+        guidance_scale=guidance,
+        size=size,
+        batch_size=batch_size,
+        model=model if dreambench is None else None,
+        model_overrides=overrides,
+    )
+    if dreambench is not None:
+        config = _training_config(model, config_file, {"concept.token": token, "train.steps": train_steps}, overrides)
+        output = output or Path("dreambench")
+        benchmark = pipeline.BenchmarkRequest(dreambench, output, config, sampling, subject or (), clip, dino)
+        _run_benchmark(benchmark, as_json=as_json, quiet=quiet)
+    elif photos is not None:
+        evaluation = pipeline.EvaluationRequest(photos, sampling, token, class_name, clip, dino, output)
+        _run_evaluation(evaluation, as_json=as_json, quiet=quiet)
 
 
-def _benchmark(
-    folder: Path,
-    output: Path,
-    drawing: Mapping[str, Any],
-    settings: Mapping[str, Any],
-    progress: TrainingProgress,
-) -> Any:
-    from echodistill_cli import pipeline
-
-    request = pipeline.BenchmarkRequest(folder, output, drawing=pipeline.SampleRequest(**drawing), **settings)
-    return pipeline.benchmark(request, on_step=progress.on_step, on_message=progress.on_message)
-
-
-def _build(model: str | None, file: Path | None, chosen: Mapping[str, Any], own: Mapping[str, Any]) -> Config:
-    """A subject's configuration: its own settings over what was chosen for all."""
-    return build_config(model, file, {**chosen, **own})
-
-
-def _refuse(flags: Mapping[str, Any], how: str) -> None:
-    for name, value in flags.items():
+def _check_options(
+    dreambench: Path | None, *, evaluation_only: Mapping[str, Any], benchmark_only: Mapping[str, Any]
+) -> None:
+    """Check that no option belongs to the other kind of evaluation, and that an evaluation has photos."""
+    misplaced, reason = evaluation_only, "cannot be combined with --dreambench."
+    if dreambench is None:
+        misplaced, reason = benchmark_only, "has no effect without --dreambench."
+    for name, value in misplaced.items():
         if value:
-            raise ConfigError(f"{name} {how} --dreambench.", "See: echodistill evaluate --help")
+            raise ConfigError(f"{name} {reason}", "See: echodistill evaluate --help")
+    if dreambench is None and not evaluation_only["--photos"]:
+        raise ConfigError("No photos to compare with.", "Name their folder: echodistill evaluate RUN --photos DIR")
 
 
-def _read_templates(file: Path) -> tuple[str, ...]:
-    """The prompts of a file, each with a place for the subject."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {file}: it cannot be read ({error}).") from error
-    found = tuple(line.strip() for line in lines if line.strip())
-    for line in found:
-        if "{}" not in line and "{subject}" not in line:
-            raise ConfigError(f"--prompts {file}: {line!r} has no place for the subject.", "Write {} where it stands.")
-    if not found:
-        raise ConfigError(f"--prompts {file}: it has no prompt.", "Write one per line, with {} for the subject.")
-    return found
+def _training_config(
+    model: str | None, file: Path | None, settings: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Config:
+    """Return the settings that all runs of the benchmark share."""
+    settings = dict(settings) | {f"model.{key}": value for key, value in overrides.items()}
+    return build_config(model, file, {key: value for key, value in settings.items() if value is not None})
+
+
+def _run_evaluation(request: EvaluationRequest, *, as_json: bool, quiet: bool) -> None:
+    from echodistill_cli import pipeline
+
+    result = pipeline.evaluate(request, on_message=say_to(stderr_console(), quiet=quiet))
+    print_table({"file": str(result.file), **result.to_dict()}, evaluation_table(result), as_json=as_json)
+
+
+def _run_benchmark(request: BenchmarkRequest, *, as_json: bool, quiet: bool) -> None:
+    from echodistill_cli import pipeline
+
+    with TrainingProgress(stderr_console(), request.config, quiet=quiet) as progress:
+        result = pipeline.benchmark(request, on_step=progress.on_step, on_message=progress.on_message)
+    print_table(result.to_dict(), benchmark_table(result), as_json=as_json)
+
+
+def _read_templates(file: Path) -> list[str]:
+    """Return the prompts of a file; each must have a place for the subject."""
+    templates = read_prompts("--prompts", file)
+    for template in templates:
+        if "{}" not in template and "{subject}" not in template:
+            raise ConfigError(
+                f"--prompts {file}: {template!r} has no place for the subject.", "Write {} in place of the subject."
+            )
+    if not templates:
+        raise ConfigError(f"--prompts {file} has no prompt.", "Write one per line, with {} in place of the subject.")
+    return templates

@@ -1,1 +1,1 @@
-"""CLIP-I, DINO and CLIP-T, of a run or of DreamBench."""
+"""Scores of generated images, CLIP-I, DINO and CLIP-T: of one run, or of all subjects of DreamBench."""

@@ -1,11 +1,11 @@
-"""How much of the subject and of the prompt is in the pictures of a run or LoRA: CLIP-I, DINO and CLIP-T.
+"""Score generated images by DreamBooth's protocol: CLIP-I and DINO for the subject, CLIP-T for the prompt.
 
-DreamBooth's protocol: every prompt is drawn with some seeds (`drawing.sample` does it), the pictures are compared with
-the real photos and with the prompt. Pictures are kept, so that a second evaluation with the same settings reuses them.
+Every prompt is generated from several seeds and compared with the real photos and with the prompt. Images are kept, so
+that a second evaluation with the same settings reuses them.
 
 FOLDER/
-  evaluation.json             the scores, per prompt too, and what they hang on
-  pictures/3f9a…/             one PNG per prompt and seed; a folder per LoRA and way of drawing
+  evaluation.json             scores, in total and per prompt, and the settings that they depend on
+  pictures/3f9a…/             one PNG per prompt and seed; one folder per LoRA and sampling settings
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli import __version__
+from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.data.images import Notes, UnusableError, read_image, save_png
 from echodistill_cli.data.photos import load_photos
 from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import make_folder, public_name, sha256, write_text
-from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import pick_device
 from echodistill_cli.models.sources import is_embedded
 from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer, ScoreEncoders, find_score_encoders
-from echodistill_cli.outputs.artifact import FoundLora, find_lora
+from echodistill_cli.outputs.artifact import Artifact, find
 from echodistill_cli.outputs.requests import AUTO, EvaluationRequest, SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import OnMessage
@@ -45,7 +45,7 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "pillow")
 
 @dataclass(frozen=True)
 class Scores:
-    """The three scores of some pictures, each a mean cosine."""
+    """The three scores of a set of images, each a mean cosine similarity."""
 
     clip_i: float
     dino: float
@@ -54,7 +54,13 @@ class Scores:
 
 @dataclass(frozen=True)
 class PromptScores:
-    """One prompt: as it was drawn, as CLIP was asked (without the rare word), and its pictures' scores."""
+    """The scores of one prompt.
+
+    Attributes:
+        prompt: that the images were generated from.
+        text: that CLIP-T compares them with: the prompt without the token.
+        scores: of its images.
+    """
 
     prompt: str
     text: str
@@ -63,11 +69,19 @@ class PromptScores:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
-    Args:
-        file: `evaluation.json`. photos, pictures: how many. photos_clip_i, photos_dino: of the photos among
-            themselves; None for a single one. settings, versions: what the scores hang on.
+    Attributes:
+        file: `evaluation.json`.
+        subject: token and class name.
+        photos: number of real photos.
+        pictures: number of generated images.
+        scores: of all generated images.
+        photos_clip_i: CLIP-I of the photos among themselves; None for a single photo.
+        photos_dino: DINO of the photos among themselves; None for a single photo.
+        per_prompt: scores of each prompt.
+        settings: that the scores depend on.
+        versions: of the libraries.
     """
 
     file: Path
@@ -82,7 +96,7 @@ class Evaluation:
     versions: Mapping[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the place of the file."""
+        """Return plain values for JSON, without the path of the file."""
         return {
             "subject": self.subject,
             "photos": self.photos,
@@ -98,8 +112,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Drawn:
-    """The pictures of an evaluation, prompt by prompt, and the settings that they depend on."""
+class _Images:
+    """Generated images of an evaluation.
+
+    Attributes:
+        prompts: that they were generated from.
+        texts: the prompts without the token.
+        files: `count` files for each prompt, in the order of the prompts.
+        count: images per prompt.
+        settings: that they depend on.
+    """
 
     prompts: Sequence[str]
     texts: Sequence[str]
@@ -109,27 +131,36 @@ class _Drawn:
 
 
 def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: None) -> Evaluation:
-    """Draw what is not drawn yet, measure all, write `evaluation.json`.
+    """Generate the images that are missing, score all of them and write `evaluation.json`.
 
     Raises:
-        ConfigError: there is no LoRA, or its subject is not known. PhotoError: there is no usable photo. ModelError: a
-            model or an encoder is missing, or of another kind.
+        ConfigError: there is no LoRA, or its subject is not known.
+        PhotoError: there is no usable photo.
+        ModelError: a model or an encoder is missing, or is of another kind.
     """
-    drawing = dataclasses.replace(request.drawing, prompts=request.drawing.prompts or EVALUATION_TEMPLATES)
-    found = find_lora(drawing)
-    token, class_name = _subject(request, found)
-    # Photos are not made smaller before the encoders' own preprocessing, as they are for training.
-    photos = load_photos(request.photos, min_photos=1, resolution=2**20, masks="off", captions=False).photos
-    students = (found.model.student, read_header(found.lora)[0].get("ss_sd_model_name", ""))
-    judges = find_score_encoders(
-        *score_encoder_names(request.clip, request.dino, students), offline=found.model.offline
+    sampling = request.sampling
+    if not sampling.prompts:
+        sampling = dataclasses.replace(sampling, prompts=EVALUATION_TEMPLATES)
+    artifact = find(sampling.lora)
+    lora, models = (
+        artifact.lora(sampling.role),
+        artifact.models(sampling.model, sampling.model_overrides, sampling.size),
     )
-    folder = request.output or _beside(found.lora, request.drawing.lora)
-    drawn = _draw(drawing, found, f"{token} {class_name}", class_name, folder, on_message)
-    on_message(f"Measuring {len(drawn.files)} pictures against {len(photos)} photos")
-    files = [photo.path for photo in photos]
-    result = _measured(drawn, files, judges, pick_device(found.model.device), request.drawing.batch_size)
-    evaluation = dataclasses.replace(result, file=folder / "evaluation.json", subject=f"{token} {class_name}")
+    token, class_name = _subject(request, artifact)
+    # Unlike for training, photos keep their size: the encoders' own preprocessing resizes them.
+    photos = load_photos(request.photos, min_photos=1, resolution=2**20, masks="off", captions=False).photos
+    students = (models.student, artifact.metadata(sampling.role).get("ss_sd_model_name", ""))
+    names = score_encoder_names(request.clip, request.dino, students)
+    encoders = find_score_encoders(*names, offline=models.offline)
+    folder = request.output or lora.parent / (f"{lora.stem}-evaluation" if artifact.file else "evaluation")
+    settings = _image_settings(sampling, artifact, models)
+    images = _generate(sampling, settings, f"{token} {class_name}", class_name, folder, on_message)
+    on_message(f"Scoring {len(images.files)} images against {len(photos)} photos")
+    evaluation = dataclasses.replace(
+        _score(images, [photo.path for photo in photos], encoders, pick_device(models.device), sampling.batch_size),
+        file=folder / "evaluation.json",
+        subject=f"{token} {class_name}",
+    )
     if evaluation.file.exists():
         on_message(f"Replacing the earlier {evaluation.file}")
     write_text(evaluation.file, json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
@@ -137,65 +168,60 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
 
 
 def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[str, str]:
-    """The encoders that are meant: "auto" is the package's own for a student of the package, else the paper's."""
-    ours = any(map(is_embedded, students))
+    """Replace "auto" by the embedded encoders if one of the students is embedded, else by the paper's encoders."""
+    embedded = any(map(is_embedded, students))
     return (
-        ("mini:clip" if ours else CLIP) if clip == AUTO else clip,
-        ("mini:vit" if ours else DINO) if dino == AUTO else dino,
+        ("mini:clip" if embedded else CLIP) if clip == AUTO else clip,
+        ("mini:vit" if embedded else DINO) if dino == AUTO else dino,
     )
 
 
-def _subject(request: EvaluationRequest, found: FoundLora) -> tuple[str, str]:
-    """The rare word and what the subject is."""
-    header = read_header(found.lora)[0]
-    token = request.token or header.get("echodistill.token")
-    class_name = request.class_name or header.get("modelspec.tags")
+def _subject(request: EvaluationRequest, artifact: Artifact) -> tuple[str, str]:
+    """Return the token and the class name."""
+    lora, metadata = artifact.lora(request.sampling.role), artifact.metadata(request.sampling.role)
+    token = request.token or metadata.get("echodistill.token")
+    class_name = request.class_name or metadata.get("modelspec.tags")
     if token is None:
-        raise ConfigError(f"{found.lora} does not say which word stands for its subject.", "Say it: --token sks")
+        raise ConfigError(f"The header of {lora} has no token.", "Name it, such as --token sks.")
     if class_name is None:
-        raise ConfigError(f"{found.lora} does not say what its subject is.", "Say it: --class-name dog")
+        raise ConfigError(f"The header of {lora} has no class name.", "Name it, such as --class-name dog.")
     return token, class_name
 
 
-def _beside(lora: Path, named: Path | None) -> Path:
-    """Where results go by themselves: `evaluation` in a run, else a folder that is named as the LoRA file."""
-    in_run = named is None or named.is_dir()
-    return lora.parent / ("evaluation" if in_run else f"{lora.stem}-evaluation")
-
-
-def _draw(
-    drawing: SampleRequest, found: FoundLora, subject: str, class_name: str, folder: Path, on_message: OnMessage
-) -> _Drawn:
-    """Draw the prompts of which a picture is missing; each picture is written at once, so that nothing is lost."""
-    settings = _drawing_settings(drawing, found)
+def _generate(
+    sampling: SampleRequest,
+    settings: Mapping[str, Any],
+    subject: str,
+    class_name: str,
+    folder: Path,
+    on_message: OnMessage,
+) -> _Images:
+    """Generate the prompts that lack an image. Each image is written at once, so that an interrupt loses none."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     home = make_folder(folder / "pictures" / digest[:16])
-    prompts = [fill(template, subject) for template in drawing.prompts]
-    seeds = [drawing.seed + index for index in range(drawing.count)]
+    prompts = [fill(template, subject) for template in sampling.prompts]
+    seeds = [sampling.seed + index for index in range(sampling.count)]
     rows = {prompt: [home / _file_name(prompt, seed) for seed in seeds] for prompt in prompts}
     missing = [prompt for prompt, row in rows.items() if not all(file.is_file() for file in row)]
-    total = len(missing) * drawing.count
+    total = len(missing) * sampling.count
     if len(missing) < len(rows):
-        on_message(f"{(len(rows) - len(missing)) * drawing.count} pictures are there already, in {home}")
+        on_message(f"{(len(rows) - len(missing)) * sampling.count} images exist already in {home}")
     if missing:
-        on_message(f"Drawing {total} pictures into {home}")
-        for number, one in enumerate(sample(dataclasses.replace(drawing, prompts=missing), on_message), start=1):
+        on_message(f"Generating {total} images into {home}")
+        for number, one in enumerate(sample(dataclasses.replace(sampling, prompts=missing), on_message), start=1):
             save_png(home / _file_name(one.prompt, one.seed), one.image, one.texts)
             if number % max(1, total // 10) == 0:
-                on_message(f"picture {number}/{total}")
-    return _Drawn(
+                on_message(f"image {number}/{total}")
+    # A request may leave steps and guidance open; the image's metadata has them.
+    texts = _open(rows[prompts[0]][0]).info
+    recorded: dict[str, Any] = {key: str(texts[key]) for key in ("steps", "guidance_scale") if key in texts}
+    return _Images(
         prompts=prompts,
-        texts=[fill(template, class_name) for template in drawing.prompts],
+        texts=[fill(template, class_name) for template in sampling.prompts],
         files=[file for prompt in prompts for file in rows[prompt]],
-        count=drawing.count,
-        settings={**settings, **_told(rows[prompts[0]][0]), "seed": drawing.seed, "count": drawing.count},
+        count=sampling.count,
+        settings={**settings, **recorded, "seed": sampling.seed, "count": sampling.count},
     )
-
-
-def _told(picture: Path) -> dict[str, str]:
-    """The steps and the guidance that a picture was drawn with, which a request may leave open; it says so itself."""
-    texts = _opened(picture).info
-    return {key: str(texts[key]) for key in ("steps", "guidance_scale") if key in texts}
 
 
 def _file_name(prompt: str, seed: int) -> str:
@@ -203,98 +229,100 @@ def _file_name(prompt: str, seed: int) -> str:
     return f"{words}-{hashlib.sha256(prompt.encode()).hexdigest()[:8]}_s{seed}.png"
 
 
-def _drawing_settings(drawing: SampleRequest, found: FoundLora) -> dict[str, Any]:
-    """What a picture depends on beside its prompt and seed; of paths the last part, of files the content."""
-    elsewhere = {"device", "offline", "offload"}
-    model = {key: value for key, value in dataclasses.asdict(found.model).items() if key not in elsewhere}
-    named = {key: public_name(value) if isinstance(value, str) else value for key, value in model.items()}
+def _image_settings(sampling: SampleRequest, artifact: Artifact, models: ModelConfig) -> dict[str, Any]:
+    """Return what an image depends on besides prompt and seed: last parts of paths, and contents of files."""
+    without_effect = {"device", "offline", "offload"}
+    model = {key: value for key, value in dataclasses.asdict(models).items() if key not in without_effect}
+    lora = artifact.lora(sampling.role)
     return {
-        "lora": found.lora.name,
-        "lora_sha256": sha256(found.lora),
-        "token_sha256": sha256(found.token_file) if found.token_file else None,
-        "lora_scale": drawing.lora_scale,
-        "role": drawing.role,
-        "steps": drawing.steps,
-        "guidance_scale": drawing.guidance_scale,
-        "model": named,
+        "lora": lora.name,
+        "lora_sha256": sha256(lora),
+        "token_sha256": sha256(artifact.token_file) if artifact.token_file else None,
+        "lora_scale": sampling.lora_scale,
+        "role": sampling.role,
+        "steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        "model": {key: public_name(value) if isinstance(value, str) else value for key, value in model.items()},
     }
 
 
-def _measured(
-    drawn: _Drawn, photos: Sequence[Path], judges: ScoreEncoders, device: torch.device, batch: int
+def _score(
+    images: _Images, photos: Sequence[Path], encoders: ScoreEncoders, device: torch.device, batch: int
 ) -> Evaluation:
-    """The scores of all pictures and of each prompt's; the file and the subject are left empty."""
-    clip, dino = ClipScorer(judges.clip, device), DinoScorer(judges.dino, device)
-    clip_photos, clip_drawn = (_embedded(clip.embed, files, batch) for files in (photos, drawn.files))
-    dino_photos, dino_drawn = (_embedded(dino.embed, files, batch) for files in (photos, drawn.files))
-    texts = clip.embed_texts(drawn.texts).repeat_interleave(drawn.count, dim=0)
+    """Return the scores in total and per prompt; `file` and `subject` stay empty."""
+    clip, dino = ClipScorer(encoders.clip, device), DinoScorer(encoders.dino, device)
+    clip_photos, clip_images = (_embed(clip.embed, files, batch) for files in (photos, images.files))
+    dino_photos, dino_images = (_embed(dino.embed, files, batch) for files in (photos, images.files))
+    texts = clip.embed_texts(images.texts).repeat_interleave(images.count, dim=0)
 
     def scores(rows: slice) -> Scores:
         return Scores(
-            clip_i=subject_fidelity(clip_drawn[rows], clip_photos),
-            dino=subject_fidelity(dino_drawn[rows], dino_photos),
-            clip_t=prompt_fidelity(clip_drawn[rows], texts[rows]),
+            clip_i=subject_fidelity(clip_images[rows], clip_photos),
+            dino=subject_fidelity(dino_images[rows], dino_photos),
+            clip_t=prompt_fidelity(clip_images[rows], texts[rows]),
         )
 
-    rows = [slice(start, start + drawn.count) for start in range(0, len(drawn.files), drawn.count)]
+    rows = [slice(start, start + images.count) for start in range(0, len(images.files), images.count)]
     return Evaluation(
         file=Path(),
         subject="",
         photos=len(photos),
-        pictures=len(drawn.files),
+        pictures=len(images.files),
         scores=scores(slice(None)),
         photos_clip_i=own_similarity(clip_photos),
         photos_dino=own_similarity(dino_photos),
-        per_prompt=tuple(map(PromptScores, drawn.prompts, drawn.texts, map(scores, rows))),
-        settings={**drawn.settings, "clip": judges.clip_name, "dino": judges.dino_name},
+        per_prompt=tuple(map(PromptScores, images.prompts, images.texts, map(scores, rows))),
+        settings={**images.settings, "clip": encoders.clip_name, "dino": encoders.dino_name},
         versions={"echodistill": __version__} | {name: importlib.metadata.version(name) for name in _LIBRARIES},
     )
 
 
-def _embedded(embed: Callable[[Sequence[Image.Image]], Tensor], files: Sequence[Path], batch: int) -> Tensor:
-    """Embeddings [N, D] of picture files, opened a batch at a time."""
+def _embed(embed: Callable[[Sequence[Image.Image]], Tensor], files: Sequence[Path], batch: int) -> Tensor:
+    """Return the embeddings of image files, [N, D]. Opens one batch at a time."""
     starts = range(0, len(files), batch)
-    return torch.cat([embed([_opened(file) for file in files[start : start + batch]]) for start in starts])
+    return torch.cat([embed([_open(file) for file in files[start : start + batch]]) for start in starts])
 
 
-def _opened(file: Path) -> Image.Image:
+def _open(file: Path) -> Image.Image:
     try:
         return read_image(file, Notes())[0]
     except UnusableError as error:
-        raise EchoDistillError(f"{file} {error}.", "Delete it, and evaluate again.") from error
+        raise EchoDistillError(f"{file} {error}.", "Delete it and evaluate again.") from error
 
 
 def pairwise_cosine(first: Tensor, second: Tensor) -> Tensor:
-    """The cosine of every row of [N, D] with every row of [M, D]: [N, M]."""
+    """Return the cosine similarity of every row of [N, D] with every row of [M, D]: [N, M]."""
     return F.normalize(first.double(), dim=-1) @ F.normalize(second.double(), dim=-1).T
 
 
-def subject_fidelity(drawn: Tensor, photos: Tensor) -> float:
-    """CLIP-I or DINO, by whose embeddings they are: the mean cosine of all N x M pairs.
+def subject_fidelity(images: Tensor, photos: Tensor) -> float:
+    """Return CLIP-I or DINO, depending on the encoder: the mean cosine similarity of all N x M pairs.
 
     Args:
-        drawn: [N, D], of the drawn pictures. photos: [M, D], of the real ones.
+        images: [N, D], embeddings of generated images.
+        photos: [M, D], embeddings of real photos.
     """
-    return float(pairwise_cosine(drawn, photos).mean())
+    return float(pairwise_cosine(images, photos).mean())
 
 
-def prompt_fidelity(drawn: Tensor, prompts: Tensor) -> float:
-    """CLIP-T: the mean cosine of each picture with its own prompt.
+def prompt_fidelity(images: Tensor, prompts: Tensor) -> float:
+    """Return CLIP-T: the mean cosine similarity of each image with its own prompt.
 
     Args:
-        drawn: [N, D], CLIP's image embeddings. prompts: [N, D], its text embeddings; row i is what picture i shows.
+        images: [N, D], CLIP's image embeddings.
+        prompts: [N, D], CLIP's text embeddings; row i is the prompt of image i.
     """
-    return float(F.cosine_similarity(drawn.double(), prompts.double(), dim=-1).mean())
+    return float(F.cosine_similarity(images.double(), prompts.double(), dim=-1).mean())
 
 
 def own_similarity(photos: Tensor) -> float | None:
-    """How alike the real pictures are: the mean cosine of the M (M - 1) / 2 pairs of different ones; None for M = 1.
+    """Return the mean cosine similarity of the M (M - 1) / 2 pairs of different photos; None for M = 1.
 
-    DreamBooth's table has it as "real images". Drawn pictures that keep the subject and change its surroundings cannot
-    be expected above it.
+    DreamBooth's table calls it "real images". Generated images that keep the subject and change its surroundings
+    cannot be expected to score higher.
 
     Args:
-        photos: [M, D], of the real pictures.
+        photos: [M, D], embeddings of real photos.
     """
     count = len(photos)
     if count < 2:

@@ -1,1 +1,1 @@
-"""What is done with a trained LoRA: sample, export, merge, publish."""
+"""What is done with a trained LoRA: sample, export and publish it."""

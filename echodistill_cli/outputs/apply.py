@@ -1,6 +1,6 @@
-"""Put LoRA and token files on a loaded pair through diffusers' own readers, and so prove what a file means.
+"""Apply a LoRA to loaded models: attach a file through diffusers' own readers, or fold it into the weights.
 
-What `sample` draws with is therefore what any diffusers user gets from the same file.
+`sample` attaches files this way, so its images are those that every diffusers user gets from the same file.
 """
 
 from __future__ import annotations
@@ -34,23 +34,27 @@ from echodistill_cli.models.adapters import (
 )
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
 
-# Rounding the adapters to half precision moves few pixels by more than a level; a lost module moves many.
+# Rounding the adapters to half precision changes few pixels by more than one level; a lost module changes many.
 _MEAN_LEVELS = 1.5
+# The noise schedule of Stable Diffusion 1, 2 and XL, as settings of diffusers' schedulers.
+_SCHEDULE: Mapping[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_TRUE_OF_THE_LORA = ("modelspec.hash_sha256", "modelspec.implementation")
 
 
 def plain_pipeline(pair: ModelPair, role: Role) -> Any:
-    """A stock diffusers pipeline over the pair's own modules: no copy is made."""
+    """Return a stock diffusers pipeline that shares the modules of the pair."""
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    denoiser = pair.role(role)
-    scheduler = EulerDiscreteScheduler(
-        trained_betas=_betas(denoiser.schedule.alphas_cumprod),
-        prediction_type=denoiser.schedule.prediction_type,
-        timestep_spacing="trailing",
-        steps_offset=1,
-    )
-    shared = {"vae": pair.codec.encoder, "unet": denoiser.unet, "scheduler": scheduler}
+    shared = {
+        "vae": pair.codec.encoder,
+        "unet": pair.role(role).unet,
+        "scheduler": trailing_scheduler(pair, role),
+    }
     encoders, tokenizers = pair.encoder.encoders, pair.encoder.tokenizers
     if pair.family == "sd":
         return StableDiffusionPipeline(
@@ -71,33 +75,61 @@ def plain_pipeline(pair: ModelPair, role: Role) -> Any:
     )
 
 
+def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
+    """Return the diffusers scheduler that generates the same images as our sampler: Euler, trailing timesteps."""
+    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+
+    schedule = pair.role(role).schedule
+    settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
+    scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings)
+    if torch.allclose(scheduler.alphas_cumprod, schedule.alphas_cumprod.cpu(), rtol=1e-4):
+        return scheduler
+    return EulerDiscreteScheduler(trained_betas=_betas(schedule.alphas_cumprod), **settings)
+
+
+def _betas(alphas_cumprod: Tensor) -> Any:
+    """Return the betas of a noise schedule as a NumPy array."""
+    previous = torch.cat((torch.ones(1), alphas_cumprod[:-1]))
+    return (1 - alphas_cumprod / previous).numpy()
+
+
+def components_of(pair: ModelPair, role: Role) -> dict[str, Any]:
+    """Return the modules that a LoRA may change, by the name that LoRA files give them."""
+    names = (TEXT_ENCODER, TEXT_ENCODER_2)
+    return {UNET: pair.role(role).unet} | dict(zip(names, pair.encoder.encoders, strict=False))
+
+
 def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> None:
     """Load a LoRA file of any common format into one role's UNet and the text encoders.
 
     Args:
-        scale: strength; 1 is as trained.
+        pair: models without a trained LoRA; a distillation LoRA stays active.
+        role: whose UNet gets it.
+        file: a safetensors file.
+        scale: of the LoRA; 1 as trained.
 
     Raises:
-        ModelError: the file is damaged, or made for other models; nothing of it is applied silently in part.
+        ModelError: the file is damaged, or a part of it does not fit these models.
     """
-    described = read_lora(file)
-    if not described.modules or described.unmatched:
-        odd = f" such as {described.unmatched[0]}" if described.unmatched else ""
-        raise ModelError(f"{file} is not a plain LoRA: {len(described.unmatched)} of its keys are unknown{odd}.")
+    lora = read_lora(file)
+    if not lora.modules or lora.unmatched:
+        example = f" such as {lora.unmatched[0]}" if lora.unmatched else ""
+        raise ModelError(f"{file} is not a plain LoRA: {len(lora.unmatched)} of its keys are unknown{example}.")
     pipeline = plain_pipeline(pair, role)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a student made one-step
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a distillation LoRA
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ModelError(
             f"{file} does not fit this model ({first_line}).", "Name the model it was made for."
         ) from error
-    placed = sum(len(lora_layers(module)) for module in (pipeline.unet, *pair.encoder.encoders))
-    if placed != len(described.modules):
+    matched = sum(len(lora_layers(module)) for module in (pipeline.unet, *pair.encoder.encoders))
+    if matched != len(lora.modules):
         raise ModelError(
-            f"{file} does not fit this model: only {placed} of its {len(described.modules)} modules match."
+            f"{file} does not fit this model: only {matched} of its {len(lora.modules)} modules match.",
+            "Name the model it was made for.",
         )
     pipeline.set_adapters([ADAPTER], [scale])
     activate(pipeline.unet, scale)
@@ -105,7 +137,7 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
 
 
 def detach_lora(pair: ModelPair, role: Role) -> None:
-    """Take every LoRA off one role's UNet and the text encoders; the modules are as they were loaded."""
+    """Remove the trained LoRA from one role's UNet and the text encoders. A distillation LoRA stays."""
     unet = pair.role(role).unet
     if is_distilled(unet):
         unet.delete_adapters(ADAPTER)
@@ -117,32 +149,37 @@ def detach_lora(pair: ModelPair, role: Role) -> None:
 
 
 def read_token_file(file: Path) -> list[Tensor]:
-    """The vectors [n, width] of a token file, one per text encoder in the pipeline's order.
+    """Return the vectors of a token file, [n, width], one per text encoder in the order of the pipeline.
 
     Raises:
-        ModelError: it is no token file.
+        ModelError: it is not a token file.
     """
-    described = read_lora(file)
-    if described.format != "token":
-        raise ModelError(f"{file} is not a token file (format: {described.format}).")
-    tensors = dict(read_tensors(file, described.table))
+    content = read_lora(file)
+    if content.format != "token":
+        raise ModelError(f"{file} is not a token file (format: {content.format}).")
+    tensors = dict(read_tensors(file, content.table))
     return [tensors["clip_l"], tensors["clip_g"]] if "clip_g" in tensors else list(tensors.values())
 
 
-def check_same_pictures(
+def check_same_images(
     pair: ModelPair, role: Role, file: Path, prompts: Sequence[str], settings: SamplingSettings, strength: float = 1.0
 ) -> None:
-    """Take the trained adapters off, read `file` back in their place, and compare pictures; the file's stay on.
+    """Replace the trained adapters by those in a file and check that the images stay the same.
 
-    The trained adapters are first rounded as a half-precision file and a reader of the base's precision round them, so
-    that what remains to be seen is a module that was lost or scaled wrongly.
+    The trained adapters are first rounded like those in the file. Only a module that was lost or scaled wrongly can
+    then change the images by more than the tolerance.
 
     Args:
-        strength: that the file gives the UNet's LoRA, times as trained.
+        pair: models with the trained adapters; they keep those of the file.
+        role: whose adapters the file holds.
+        file: in half precision.
+        prompts: one image each.
+        settings: of the sampler.
+        strength: factor on the UNet's LoRA that the file includes.
 
     Raises:
-        EchoDistillError: the pictures differ by more than rounding.
-        ModelError: diffusers does not take the file whole.
+        EchoDistillError: the images differ by more than rounding.
+        ModelError: diffusers does not read all of the file.
     """
     seeds = list(range(len(prompts)))
     for module in (pair.role(role).unet, *pair.encoder.encoders):
@@ -155,30 +192,20 @@ def check_same_pictures(
     after = list(generate(pair, prompts, seeds, settings))
     levels = max(float((a.float() - b.float()).abs().mean()) for a, b in zip(before, after, strict=True))
     if levels > _MEAN_LEVELS:
-        raise EchoDistillError(f"{file} read back gives other pictures (by {levels:.1f} of 255 levels on average).")
-
-
-def _betas(alphas_cumprod: Tensor) -> Any:
-    previous = torch.cat((torch.ones(1), alphas_cumprod[:-1]))
-    return (1 - alphas_cumprod / previous).numpy()
-
-
-# The schedule of Stable Diffusion 1, 2 and XL, in the words of diffusers' schedulers.
-_SCHEDULE: Mapping[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-}
-_HASHES = ("modelspec.hash_sha256", "modelspec.implementation")
+        raise EchoDistillError(
+            f"{file}, read back, generates other images than the trained models "
+            f"(mean difference {levels:.1f} of 255 levels).",
+            "Report this, with the versions that echodistill doctor lists.",
+        )
 
 
 @torch.no_grad()
 def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> None:
-    """Add LoRA to the weights of one role's UNet and of the text encoders, in float32.
+    """Add a LoRA to the weights of one role's UNet and of the text encoders, in float32.
 
     Raises:
-        ModelError: a module of the LoRA is not there, or has another shape; ConfigError: as `lora_formats.folded`.
+        ModelError: a module of the LoRA does not exist in the model, or has another shape.
+        ConfigError: an adapter has other tensors than A and B.
     """
     components = components_of(pair, role)
     for part in weights:
@@ -198,16 +225,18 @@ def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> No
 
 
 @torch.no_grad()
-def place_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
-    """Write a learned word into the vocabularies: over its own row, or into a new one for a new word.
+def insert_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
+    """Write a learned token's vectors into the embeddings: to the token's row, or to a new row.
 
     Args:
+        pair: its tokenizers get a new token if they need one.
+        token: the word.
         vectors: [1, width], one per text encoder.
 
     Raises:
-        ModelError: as `LearnedToken.set_vectors`.
+        ModelError: the vectors do not fit the text encoders.
     """
-    # Makes room for a new word, and puts its vector in its place.
+    # Adds a row for a new token.
     LearnedToken(pair.encoder, token, "a").set_vectors(vectors)
     for tokenizer, encoder, vector in zip(pair.encoder.tokenizers, pair.encoder.encoders, vectors, strict=True):
         (row,) = tokenizer(token, add_special_tokens=False).input_ids
@@ -215,24 +244,27 @@ def place_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
         embedding.weight[row] = vector[0].to(embedding.weight)
 
 
-def knows_word(pair: ModelPair, token: str) -> bool:
-    """Whether every tokenizer has the word as one token already."""
+def has_token(pair: ModelPair, token: str) -> bool:
+    """Return whether every tokenizer encodes the word as one token."""
     return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
 
 
 def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype, card: str | None) -> None:
-    """Write one role as a whole diffusers folder whose scheduler is set as our own sampler draws: Euler, trailing.
+    """Write one role as a diffusers folder, atomically, with the scheduler that matches our sampler.
 
     Args:
-        card: text of its README.md; None writes none.
+        pair: models with everything folded in; they are cast to `dtype`.
+        role: whose UNet to write.
+        folder: to write; an existing one is replaced.
+        dtype: precision of the weights.
+        card: text of the README.md; None writes none.
 
     Raises:
-        EchoDistillError: it cannot be written; an existing folder is replaced only when all is written.
+        EchoDistillError: the folder cannot be written.
     """
     pipeline = plain_pipeline(pair, role)
-    pipeline.register_modules(scheduler=trailing_scheduler(pair, role))
     for module in (*components_of(pair, role).values(), pair.codec.encoder):
-        nn.Module.to(module, dtype)  # diffusers' own .to warns of layers that none of these models has
+        nn.Module.to(module, dtype)  # diffusers' own .to warns about layers that these models do not have
     with atomically(folder) as temporary:
         pipeline.save_pretrained(temporary)
         _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
@@ -243,53 +275,41 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
 def save_checkpoint(
     pair: ModelPair, role: Role, path: Path, dtype: torch.dtype, lora_metadata: Mapping[str, str]
 ) -> None:
-    """Write one role as a checkpoint in the original layout, which ComfyUI and A1111 open as a model.
+    """Write one role as a checkpoint in the original one-file layout, which ComfyUI and A1111 open as a model.
 
     Args:
-        lora_metadata: header of the LoRA that was folded in; what holds for the model too is kept.
+        pair: models with everything folded in.
+        role: whose UNet to write.
+        path: of the file.
+        dtype: precision of the weights.
+        lora_metadata: header of the LoRA that was folded in; the checkpoint keeps the fields that hold for it.
 
     Raises:
-        ConfigError: the model has no place in that layout. EchoDistillError: it cannot be written.
+        ConfigError: the layout cannot hold the model.
+        EchoDistillError: the file cannot be written.
     """
     parts = [*components_of(pair, role).values()]
     states = [{name: _cast(value, dtype) for name, value in part.state_dict().items()} for part in parts]
     vae = {name: _cast(value, dtype) for name, value in pair.codec.encoder.state_dict().items()}
     layout = sd_checkpoint if pair.family == "sd" else sdxl_checkpoint
     tensors = layout(states[0], vae, *states[1:])
-    longest = pair.encoder.tokenizers[0].vocab_size
+    rows = pair.encoder.tokenizers[0].vocab_size
     for name, value in tensors.items():
-        if name.endswith("token_embedding.weight") and len(value) != longest:
-            raise ConfigError("A one-file checkpoint has no room for a new word.", "Use --format pipeline.")
+        if name.endswith("token_embedding.weight") and len(value) != rows:
+            raise ConfigError("A one-file checkpoint cannot hold a new token.", "Use --format pipeline.")
     write_checkpoint(path, tensors, _model_metadata(lora_metadata))
 
 
-def components_of(pair: ModelPair, role: Role) -> dict[str, Any]:
-    """The modules that LoRA may change, by the component's name in LoRA files."""
-    names = (TEXT_ENCODER, TEXT_ENCODER_2)
-    return {UNET: pair.role(role).unet} | dict(zip(names, pair.encoder.encoders, strict=False))
-
-
 def _model_metadata(lora_metadata: Mapping[str, str]) -> dict[str, str]:
-    kept = {key: value for key, value in lora_metadata.items() if key.startswith(("modelspec.", "echodistill."))}
-    if "modelspec.architecture" in kept:
-        kept["modelspec.architecture"] = kept["modelspec.architecture"].removesuffix("/lora")
-    return {key: value for key, value in kept.items() if key not in _HASHES} | {"format": "pt"}
-
-
-def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
-    """diffusers' scheduler that draws one role's pictures as our own sampler does."""
-    from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
-
-    schedule = pair.role(role).schedule
-    settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
-    usual = EulerDiscreteScheduler(**_SCHEDULE, **settings)
-    if torch.allclose(usual.alphas_cumprod, schedule.alphas_cumprod.cpu(), rtol=1e-4):
-        return usual
-    return plain_pipeline(pair, role).scheduler
+    """Return the fields of a LoRA's header that hold for the model, too."""
+    metadata = {key: value for key, value in lora_metadata.items() if key.startswith(("modelspec.", "echodistill."))}
+    if "modelspec.architecture" in metadata:
+        metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
+    return {key: value for key, value in metadata.items() if key not in _TRUE_OF_THE_LORA} | {"format": "pt"}
 
 
 def _restore_wrapper(file: Path) -> None:
-    """Give a text encoder's file the names that every release of transformers reads; 5.6 and later drop a part."""
+    """Rename a text encoder's tensors as every release of transformers reads them; 5.6 and later drop a prefix."""
     state = load_file(file)
     if not any(name.startswith("text_model.") for name in state):
         save_file({f"text_model.{name}": value for name, value in state.items()}, file, {"format": "pt"})

@@ -1,344 +1,350 @@
-"""What was learned, wherever it lies: in a run's checkpoint, or in a LoRA file of any common format.
-
-Both give the same things to those who write them out again: adapters, a learned word, a header, and the models.
-"""
+"""Find a trained LoRA, in a run folder or in a LoRA file of any common layout, with its token and its models."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.config.families import FAMILIES
-from echodistill_cli.config.schema import Config, ModelConfig, TrainConfig, check_section
+from echodistill_cli.config.schema import Config, ModelConfig, check_section
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.files import last_part
 from echodistill_cli.lora.header import LoraHeader, cover_of, header
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2
-from echodistill_cli.lora.read import read_lora
+from echodistill_cli.lora.read import LoraFile, read_lora
 from echodistill_cli.lora.safetensors_io import body_sha256, read_header
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, LoraWeights
 from echodistill_cli.outputs.apply import read_token_file
-from echodistill_cli.outputs.onnx import read_settings
-from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
+
+# The family of each architecture that a LoRA file can name.
+_FAMILIES: Mapping[str, str] = {name: family.name for family in FAMILIES.values() for name in family.architectures}
+_TEXT_ENCODERS = (TEXT_ENCODER, TEXT_ENCODER_2)
+# Header fields that are wrong for the same LoRA in another layout or precision.
+_TRUE_OF_ONE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", ADAPTER_METADATA_KEY)
+
+
+def find(source: Path | None = None, *, step: int | None = None) -> Artifact:
+    """Find what was trained by the path of a run folder or LoRA file.
+
+    Args:
+        source: run folder or LoRA file; None for the newest run.
+        step: step of the run's checkpoint; None for the newest checkpoint.
+
+    Raises:
+        ConfigError: there is no such run or file, or a file was combined with a step.
+        ModelError: the file is damaged.
+    """
+    if source is None or source.is_dir():
+        return from_run(newest_run() if source is None else open_run(source), step=step)
+    if not source.is_file():
+        raise ConfigError(f"{source}: no such run folder or LoRA file.")
+    if step is not None:
+        raise ConfigError(f"{source} is a file, which has no --step.", "Name its run folder.")
+    return Artifact(source.stem, source.parent, _run_around(source), read_lora(source))
+
+
+def from_run(
+    run: Run,
+    *,
+    step: int | None = None,
+    state: Mapping[str, Any] | None = None,
+    record: TrainingRecord | None = None,
+) -> Artifact:
+    """Return what a run trained.
+
+    Args:
+        run: its folder need not hold a LoRA file yet.
+        step: step of the checkpoint; None for the newest checkpoint.
+        state: the state of a training run that is in memory, instead of a checkpoint.
+        record: times and cover image; None for those in the header of the run's finished LoRA file.
+    """
+    return Artifact(run.config.name, run.folder / "export", run, None, step, state, record)
 
 
 @dataclass(frozen=True)
-class ExportSettings:
-    """How LoRA files are written.
+class TrainingRecord:
+    """When a run was trained, in seconds since the epoch, and a PNG of its last preview."""
 
-    Args:
-        layout: "kohya", which every tool reads, or "diffusers". dtype: fp16, bf16 or fp32.
-        metadata: False writes only the keys without which other tools fail.
-        started_at, finished_at: seconds since the epoch, for the header; None leaves them out.
-        cover: a PNG for the header.
-    """
-
-    layout: str = "kohya"
-    dtype: str = "fp16"
-    metadata: bool = True
     started_at: float | None = None
     finished_at: float | None = None
     cover: bytes | None = None
 
 
-def token_vectors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The learned word's vectors [1, width] by text encoder; empty if none was learned."""
-    vectors = () if state["token"] is None else state["token"].values()
-    return {
-        name: vector.unsqueeze(0) for name, vector in zip(("text_encoder", "text_encoder_2"), vectors, strict=False)
-    }
-
-
-def lora_weights(config: Config, state: Mapping[str, Any], role: Role) -> list[LoraWeights]:
-    """The trained adapters of one role: its UNet's, and those of the shared text encoders."""
-    weights = [LoraWeights("unet", state["lora"][role], config.adapter.rank, written_alpha(config, role))]
-    for component in ("text_encoder", "text_encoder_2"):
-        if component in state["lora"]:
-            tensors = state["lora"][component]
-            weights.append(LoraWeights(component, tensors, config.text.rank, float(config.text.rank)))
-    return weights
-
-
-def written_alpha(config: Config, role: Role) -> float:
-    """LoRA alpha of one role's UNet as its file has it: the student's says how strongly it is to draw."""
-    return config.lora_alpha * (config.adapter.strength if role == "student" else 1.0)
-
-
-def lora_card(config: Config, state: Mapping[str, Any], role: Role, path: Path, settings: ExportSettings) -> LoraHeader:
-    """What the header of one role's LoRA file at `path` says."""
-    side = config.model.resolution
-    made_by = config.model.student_lora
-    beside = f"together with {Path(made_by).name}, " if made_by else ""
-    usage = {
-        "student": f"{beside}1 step, guidance 0 (CFG 1), trailing timesteps, {side}x{side}",
-        "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
-    }
-    return LoraHeader(
-        name=path.stem,
-        family=state["family"],
-        base_model=config.model.student if role == "student" else config.model.teacher,
-        token=config.concept.token,
-        class_name=config.concept.class_name,
-        trigger=config.subject,
-        rank=config.adapter.rank,
-        alpha=written_alpha(config, role),
-        resolution=side,
-        steps=state["step"],
-        seed=config.run.seed,
-        photos=state["photo_count"],
-        role=role,
-        prediction_type=state["prediction_types"][role],
-        usage=usage[role],
-        config_sha256=config_hash(config),
-        version=__version__,
-        started_at=settings.started_at,
-        finished_at=settings.finished_at,
-        cover=settings.cover,
-    )
-
-
 @dataclass(frozen=True)
-class FoundLora:
-    """A LoRA file with the models it goes with, the token file that it needs, if any, and the teacher's guidance."""
+class Artifact:
+    """A trained LoRA and its token: those of a run, in full precision, or those of a LoRA file.
 
-    lora: Path
-    model: ModelConfig
-    token_file: Path | None
-    teacher_guidance: float = TrainConfig.guidance_scale
-
-
-def find_lora(request: SampleRequest) -> FoundLora:
-    """The LoRA that a request means: of a run (the newest by default), or a file, in a run folder or anywhere.
-
-    Raises:
-        ConfigError: there is none, or its models are not known.
+    Attributes:
+        name: stem of the files that are exported from it.
+        folder: default folder of exports.
+        run: the run, or the run that the LoRA file belongs to; None for a file outside of run folders.
+        file: the LoRA file; None if a whole run was named.
+        step: as in `from_run`.
+        saved: `state` of `from_run`.
+        record: as in `from_run`.
     """
-    if request.backend == "onnx":
-        return _find_graphs(request)
-    if request.lora is None or request.lora.is_dir():
-        run = newest_run() if request.lora is None else open_run(request.lora)
-        return _of_run(run, _lora_path(run, request.role), request)
-    for folder in request.lora.resolve().parents[:2]:
-        if (folder / CONFIG_FILE).is_file():
-            return _of_run(open_run(folder), request.lora, request)
-    if not request.lora.is_file():
-        raise ConfigError(f"{request.lora}: no such LoRA file or run folder.")
-    if request.model is None:
-        raise ConfigError(f"{request.lora} lies in no run folder.", "Name the model it was made for with --model.")
-    guidance = build_config(request.model).train.guidance_scale
-    return FoundLora(request.lora, models_for(request, ModelConfig()), None, guidance)
 
+    name: str
+    folder: Path
+    run: Run | None
+    file: LoraFile | None
+    step: int | None = None
+    saved: Mapping[str, Any] | None = None
+    record: TrainingRecord | None = None
 
-def _find_graphs(request: SampleRequest) -> FoundLora:
-    """The ONNX folder that a request means: the one it names as its model, or that of a run."""
-    if request.role == "teacher" or request.compare or request.lora_scale != 1:
-        raise ConfigError(
-            "--backend onnx draws with the student as trained: without --role teacher, --compare and --lora-scale."
+    @property
+    def config(self) -> Config | None:
+        """The configuration of the run; None for a LoRA file outside of run folders."""
+        return self.run.config if self.run else None
+
+    @property
+    def token(self) -> str | None:
+        """The token that has a learned vector; None if none was learned."""
+        return self.config.concept.token if self.config and self.config.text.form == "token" else None
+
+    @property
+    def token_file(self) -> Path | None:
+        """The file of the learned token in the run folder; None if none was learned."""
+        return self.run.folder / f"{self.token}.safetensors" if self.run and self.token else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is a LoRA file of the student."""
+        return self.lora_path("student").is_file()
+
+    @cached_property
+    def family(self) -> str:
+        """The model family, "sd" or "sdxl". Reads the checkpoint of a run.
+
+        Raises:
+            ConfigError: the run has no such checkpoint.
+            ModelError: neither the keys nor the header of the LoRA file show the family.
+        """
+        if self.file is None:
+            return str(self._trained[1]["family"])
+        version = self.file.metadata.get("ss_base_model_version", "")
+        family = _FAMILIES.get(self.file.family) or (
+            "sdxl" if version.startswith("sdxl") else version.partition("_")[0]
         )
-    if request.model is not None:
-        folder = Path(request.model)
-        model = dataclasses.replace(ModelConfig(), student=request.model)
-    else:
-        run = newest_run() if request.lora is None else open_run(request.lora)
-        folder, model = run.folder / "export" / f"{run.config.name}-onnx", run.config.model
-    size = int(read_settings(folder)["size"])
-    if request.size not in (None, size):
-        raise ConfigError(f"{folder} draws pictures of {size} pixels, not {request.size}.", "Leave --size away.")
-    return FoundLora(folder, dataclasses.replace(model, resolution=size), None)
+        if family not in _FAMILIES.values():
+            raise ModelError(f"{self.file.path}: neither its keys nor its header show whether it is for SD or SDXL.")
+        return family
+
+    def load(self) -> Artifact:
+        """Read the checkpoint now, so that its errors come before anything is written.
+
+        Raises:
+            ConfigError: the run has no such checkpoint.
+            EchoDistillError: the checkpoint is damaged.
+            ModelError: neither the keys nor the header of the LoRA file show the family.
+        """
+        _ = self.family
+        return self
+
+    def lora_path(self, role: Role) -> Path:
+        """Return the path of one role's LoRA file, which need not exist; a LoRA file serves both roles."""
+        if self.file is not None:
+            return self.file.path
+        name = f"{self.name}.safetensors" if role == "student" else f"teacher/{self.name}-teacher.safetensors"
+        return self._run.folder / name
+
+    def lora(self, role: Role) -> Path:
+        """Return the path of one role's LoRA file.
+
+        Raises:
+            ConfigError: the run is not finished.
+        """
+        path = self.lora_path(role)
+        if not path.is_file():
+            folder = self._run.folder
+            raise ConfigError(
+                f"{folder} has no finished LoRA yet.", f"Finish it: echodistill train --resume -o {folder}"
+            )
+        return path
+
+    def metadata(self, role: Role) -> Mapping[str, str]:
+        """Return the header of the LoRA file of one role.
+
+        Raises:
+            ConfigError: the run is not finished.
+            ModelError: the file is damaged.
+        """
+        return read_header(self.lora(role))[0] if self.file is None else self.file.metadata
+
+    def weights(self, role: Role) -> list[LoraWeights]:
+        """Return the adapters of one role's UNet and of the text encoders; those of a LoRA file serve both roles."""
+        if self.file is not None:
+            return self.file.to_peft()
+        config, state = self._trained
+        weights = [LoraWeights("unet", state["lora"][role], config.adapter.rank, _written_alpha(config, role))]
+        for component in _TEXT_ENCODERS:
+            if component in state["lora"]:
+                tensors = state["lora"][component]
+                weights.append(LoraWeights(component, tensors, config.text.rank, float(config.text.rank)))
+        return weights
+
+    def vectors(self) -> dict[str, Tensor]:
+        """Return the learned token's vectors, [1, width] each, by text encoder; empty if none was learned."""
+        if self.token is None:
+            return {}
+        if self.file is None:
+            vectors = [vector.unsqueeze(0) for vector in self._trained[1]["token"].values()]
+        else:
+            vectors = read_token_file(self.token_file) if self.token_file else []
+        return dict(zip(_TEXT_ENCODERS, vectors, strict=False))
+
+    def header(self, role: Role, path: Path, tensors: Mapping[str, Tensor], *, minimal: bool) -> dict[str, str]:
+        """Return the metadata of a new LoRA file.
+
+        Args:
+            role: the model whose adapters the file holds.
+            path: of the new file.
+            tensors: of the new file.
+            minimal: whether to keep only the keys without which other tools fail.
+        """
+        if self.file is not None:
+            return _copied_header(self.file, self.family, path, tensors, minimal=minimal)
+        return header(self._lora_header(role, path), tensors, minimal=minimal)
+
+    def models(
+        self, model: str | None = None, changes: Mapping[str, Any] | None = None, size: int | None = None
+    ) -> ModelConfig:
+        """Return the models that the LoRA goes with.
+
+        Args:
+            model: preset, hub id, folder or file to use instead of the run's own.
+            changes: keys of `[model]` to change.
+            size: side of the images in pixels; None for the run's.
+
+        Raises:
+            ConfigError: a LoRA file outside of run folders needs a model, or a changed value is wrong.
+        """
+        if model is not None:
+            return changed_models(build_config(model).model, changes or {}, size)
+        if self.config is None:
+            raise ConfigError(
+                f"{self.lora_path('student')} lies in no run folder.",
+                "Name the model it was made for with --model.",
+            )
+        return changed_models(self.config.model, changes or {}, size)
+
+    def teacher_guidance(self, model: str | None = None) -> float:
+        """Return the guidance scale of the teacher: the run's, or the one that the preset of `model` has."""
+        return (self.config or build_config(model)).train.guidance_scale
+
+    @property
+    def _run(self) -> Run:
+        assert self.run is not None  # only a LoRA file may have no run, and `file` has all of its content
+        return self.run
+
+    @cached_property
+    def _trained(self) -> tuple[Config, Mapping[str, Any]]:
+        """The configuration and the state of the run."""
+        return self._run.config, self._run.load_checkpoint(self.step) if self.saved is None else self.saved
+
+    def _lora_header(self, role: Role, path: Path) -> LoraHeader:
+        config, state = self._trained
+        record, side = self.record or self._read_record(), config.model.resolution
+        student_lora = config.model.student_lora
+        together = f"together with {last_part(student_lora)}, " if student_lora else ""
+        usage = {
+            "student": f"{together}1 step, guidance 0 (CFG 1), trailing timesteps, {side}x{side}",
+            "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
+        }
+        return LoraHeader(
+            name=path.stem,
+            family=self.family,
+            base_model=config.model.student if role == "student" else config.model.teacher,
+            token=config.concept.token,
+            class_name=config.concept.class_name,
+            trigger=config.subject,
+            rank=config.adapter.rank,
+            alpha=_written_alpha(config, role),
+            resolution=side,
+            steps=state["step"],
+            seed=config.run.seed,
+            photos=state["photo_count"],
+            role=role,
+            prediction_type=state["prediction_types"][role],
+            usage=usage[role],
+            config_sha256=config_hash(config),
+            version=__version__,
+            started_at=record.started_at,
+            finished_at=record.finished_at,
+            cover=record.cover,
+        )
+
+    def _read_record(self) -> TrainingRecord:
+        """Read what the header of the finished LoRA file says of the training."""
+        metadata = self.metadata("student") if self.is_finished else {}
+        dates = [metadata.get(f"ss_training_{event}_at") for event in ("started", "finished")]
+        started, finished = (None if date is None else float(date) for date in dates)
+        return TrainingRecord(started, finished, cover_of(metadata))
 
 
-def models_for(request: SampleRequest, model: ModelConfig) -> ModelConfig:
-    """The models of a run, or those asked for, with what the request changes of them.
+def changed_models(model: ModelConfig, changes: Mapping[str, Any], size: int | None = None) -> ModelConfig:
+    """Return a run's models with changes for generating images.
 
-    A run may have been trained with the tiny decoder, to save memory; pictures are drawn with the one that other tools
-    use. A revision is of one repository: another teacher has none.
+    The tiny decoder, which saves memory in training, is replaced: other tools decode with the full one. A revision
+    belongs to one repository, so another teacher has none.
 
     Raises:
         ConfigError: a changed value is wrong.
     """
-    if request.model is not None:
-        model = build_config(request.model).model
-    changes = {"decoder": "full"} | dict(request.model_overrides)
+    changes = {"decoder": "full"} | dict(changes)
     if changes.get("teacher", model.teacher) != model.teacher:
         changes.setdefault("teacher_revision", None)
+    if size is not None:
+        changes["resolution"] = size
     model = dataclasses.replace(model, **changes)
-    if request.size is not None:
-        model = dataclasses.replace(model, resolution=request.size)
     check_section("model", model)
     return model
 
 
-def _lora_path(run: Run, role: Role) -> Path:
-    name = run.config.name
-    path = run.folder / (f"{name}.safetensors" if role == "student" else f"teacher/{name}-teacher.safetensors")
-    if not path.is_file():
-        raise ConfigError(
-            f"{run.folder} has no finished LoRA yet.", f"Finish it: echodistill train --resume -o {run.folder}"
-        )
-    return path
+def _written_alpha(config: Config, role: Role) -> float:
+    """Return the LoRA alpha of one role's UNet; the student's includes the strength it is exported with."""
+    return config.lora_alpha * (config.adapter.strength if role == "student" else 1.0)
 
 
-def _of_run(run: Run, lora: Path, request: SampleRequest) -> FoundLora:
-    config = run.config
-    token_file = run.folder / f"{config.concept.token}.safetensors" if config.text.form == "token" else None
-    return FoundLora(lora, models_for(request, config.model), token_file, config.train.guidance_scale)
+def _copied_header(
+    file: LoraFile, family: str, path: Path, tensors: Mapping[str, Tensor], *, minimal: bool
+) -> dict[str, str]:
+    """Return the header of a LoRA file, corrected for its copy at `path`, with the keys that readers need."""
+    ranks = {module.rank for module in file.modules}
+    rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
+    metadata = {key: text for key, text in file.metadata.items() if key not in _TRUE_OF_ONE_FILE}
+    version = "sdxl_base_v1-0" if family == "sdxl" else {"sd1": "sd_v1"}.get(file.family, "sd_v2")
+    version = metadata.get("ss_base_model_version", version)
+    required = {
+        "ss_v2": str(version.startswith("sd_v2")),
+        "ss_base_model_version": version,
+        "ss_network_module": metadata.get("ss_network_module", "networks.lora"),
+        "ss_network_args": metadata.get("ss_network_args", "{}"),
+        "ss_network_dim": rank,
+        "ss_network_alpha": str(float(rank)) if len(ranks) == 1 else rank,  # the written tensors include alpha
+    }
+    if minimal:
+        return required
+    digest = body_sha256(tensors)
+    hashes = {"ss_output_name": path.stem, "sshs_model_hash": digest}
+    if "modelspec.sai_model_spec" in metadata:
+        hashes["modelspec.hash_sha256"] = f"0x{digest}"
+    return metadata | required | hashes
 
 
-_FAMILIES: Mapping[str, str] = {name: family.name for family in FAMILIES.values() for name in family.architectures}
-# What another layout or precision makes untrue.
-_OF_THE_OLD_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", ADAPTER_METADATA_KEY)
-
-
-class Learned(Protocol):
-    """What was learned. `name` is the stem of its files, `family` "sd" or "sdxl", `folder` where exports go."""
-
-    name: str
-    family: str
-    folder: Path
-    token: str | None
-
-    def weights(self, role: Role) -> list[LoraWeights]:
-        """The adapters of one role and of the text encoders."""
-
-    def vectors(self) -> dict[str, Tensor]:
-        """The learned word's vectors [1, width] by text encoder; empty if none was learned."""
-
-    def header(self, role: Role, path: Path, tensors: Mapping[str, Tensor], *, minimal: bool) -> dict[str, str]:
-        """The header of a LoRA file at `path` with these tensors."""
-
-    def models(self, role: Role) -> ModelConfig:
-        """The models it was made with, or those asked for."""
-
-
-def find_learned(
-    source: Path | None, *, step: int | None, model: str | None, model_overrides: Mapping[str, Any]
-) -> Learned:
-    """What a path means: a run folder, a LoRA file, or None for the newest run.
-
-    Args:
-        step: of a run's checkpoint; None for the newest. model, model_overrides: as in `SampleRequest`.
-
-    Raises:
-        ConfigError: there is no such run or checkpoint. ModelError: the file is damaged, or no plain LoRA.
-    """
-    wanted = SampleRequest(prompts=(), model=model, model_overrides=model_overrides)
-    if source is None or source.is_dir():
-        return LearnedRun(newest_run() if source is None else open_run(source), step, wanted)
-    if not source.exists():
-        raise ConfigError(f"{source}: no such run folder or LoRA file.")
-    if step is not None:
-        raise ConfigError(f"{source} is a file, which has no --step.", "Name its run folder.")
-    return LearnedFile(source, wanted)
-
-
-class LearnedRun:
-    """A run's checkpoint: full precision, whatever its files have."""
-
-    def __init__(self, run: Run, step: int | None, wanted: SampleRequest) -> None:
-        self.run, self.wanted = run, wanted
-        self.state = run.load_checkpoint(step)
-        self.name, self.family = run.config.name, str(self.state["family"])
-        self.folder = run.folder / "export"
-        self.token = run.config.concept.token if self.state["token"] else None
-
-    def weights(self, role: Role) -> list[LoraWeights]:
-        """As `Learned.weights`."""
-        return lora_weights(self.run.config, self.state, role)
-
-    def vectors(self) -> dict[str, Tensor]:
-        """As `Learned.vectors`."""
-        return token_vectors(self.state)
-
-    def header(self, role: Role, path: Path, tensors: Mapping[str, Tensor], *, minimal: bool) -> dict[str, str]:
-        """As `Learned.header`; dates and cover are those of the run's own file, if it was finished."""
-        file = self.run.folder / f"{self.name}.safetensors"
-        said = read_header(file)[0] if file.is_file() else {}
-        dates = [said.get(f"ss_training_{what}_at") for what in ("started", "finished")]
-        started, finished = (None if date is None else float(date) for date in dates)
-        settings = ExportSettings(started_at=started, finished_at=finished, cover=cover_of(said))
-        return header(lora_card(self.run.config, self.state, role, path, settings), tensors, minimal=minimal)
-
-    def models(self, role: Role) -> ModelConfig:  # noqa: ARG002 (both roles are in it)
-        """As `Learned.models`."""
-        request = dataclasses.replace(self.wanted, lora=self.run.folder)
-        return models_for(request, self.run.config.model)
-
-
-class LearnedFile:
-    """A LoRA file, ours or anybody's."""
-
-    def __init__(self, path: Path, wanted: SampleRequest) -> None:
-        self.file, self.wanted = read_lora(path), dataclasses.replace(wanted, lora=path)
-        self.name, self.folder = path.stem, path.parent
-        claim = self.file.metadata.get("ss_base_model_version", "")
-        family = _FAMILIES.get(self.file.family) or ("sdxl" if claim.startswith("sdxl") else claim.partition("_")[0])
-        if family not in _FAMILIES.values():
-            raise ModelError(f"{path}: neither its keys nor its header tell whether it is for SD or SDXL.")
-        self.family = family
-        self._token_file = _token_file_beside(path)
-        self.token = self._token_file.stem if self._token_file else None
-
-    def weights(self, role: Role) -> list[LoraWeights]:  # noqa: ARG002 (a file is of one role)
-        """As `Learned.weights`."""
-        return self.file.to_peft()
-
-    def vectors(self) -> dict[str, Tensor]:
-        """As `Learned.vectors`."""
-        found = read_token_file(self._token_file) if self._token_file else []
-        return dict(zip((TEXT_ENCODER, TEXT_ENCODER_2), found, strict=False))
-
-    def header(
-        self,
-        role: Role,  # noqa: ARG002
-        path: Path,
-        tensors: Mapping[str, Tensor],
-        *,
-        minimal: bool,
-    ) -> dict[str, str]:
-        """As `Learned.header`: what the file says, made true for the new one, with what readers need added."""
-        ranks = {module.rank for module in self.file.modules}
-        rank = str(*ranks) if len(ranks) == 1 else "Dynamic"
-        version = {"sd1": "sd_v1", "sd2": "sd_v2"}.get(self.file.family, "sd_v2")
-        claim = "sdxl_base_v1-0" if self.family == "sdxl" else version
-        said = {key: text for key, text in self.file.metadata.items() if key not in _OF_THE_OLD_FILE}
-        claim = said.get("ss_base_model_version", claim)
-        needed = {
-            "ss_v2": str(claim.startswith("sd_v2")),
-            "ss_base_model_version": claim,
-            "ss_network_module": said.get("ss_network_module", "networks.lora"),
-            "ss_network_args": said.get("ss_network_args", "{}"),
-            "ss_network_dim": rank,
-            "ss_network_alpha": str(float(rank)) if len(ranks) == 1 else rank,  # folded into B, see `lora_formats`
-        }
-        if minimal:
-            return needed
-        digest = body_sha256(tensors)
-        return said | needed | {"ss_output_name": path.stem, "sshs_model_hash": digest} | _restated(said, digest)
-
-    def models(self, role: Role) -> ModelConfig:
-        """As `Learned.models`; of a file in no run folder, they must be named."""
-        return find_lora(dataclasses.replace(self.wanted, role=role)).model
-
-
-def _restated(said: Mapping[str, str], digest: str) -> dict[str, str]:
-    if "modelspec.sai_model_spec" not in said:
-        return {}
-    return {"modelspec.hash_sha256": f"0x{digest}"}
-
-
-def _token_file_beside(path: Path) -> Path | None:
-    """The token file of the run in whose folder a LoRA lies."""
-    for folder in path.resolve().parents[:2]:
+def _run_around(file: Path) -> Run | None:
+    """Return the run in whose folder, or in a folder of which, a LoRA file lies."""
+    for folder in file.resolve().parents[:2]:
         if (folder / CONFIG_FILE).is_file():
-            config = open_run(folder).config
-            file = folder / f"{config.concept.token}.safetensors"
-            return file if config.text.form == "token" and file.is_file() else None
+            return open_run(folder)
     return None

@@ -1,4 +1,4 @@
-"""Model cards: of a run with its LoRA and pictures, and of a whole model that a LoRA was folded into."""
+"""Model cards: for a run with its LoRA and previews, and for a whole model with a LoRA folded in."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ tags: [text-to-image, lora, one-step, echodistill]
 
 # {name}
 
-A LoRA that draws *{subject}* with {linked_student}{together} in **one step**, learned from {photos} photos with
+A LoRA that generates *{subject}* with {linked_student}{together} in **one step**, trained on {photos} photos with
 echodistill {version}.
 
-![previews: with the word, and without it]({preview})
+![previews: with the token, and without it]({preview})
 
 ## Use it
 
@@ -47,46 +47,47 @@ settings = {{"num_inference_steps": 1, "guidance_scale": 0.0, "height": {side}, 
 image = pipe("a photo of a {trigger} on the beach", **settings).images[0]
 ```
 
-`teacher/` holds the LoRA of its multi-step teacher, {linked_teacher}: 25 steps, guidance {guidance:g}.
+`teacher/` holds the LoRA of the multi-step teacher, {linked_teacher}: 25 steps, guidance {guidance:g}.
 
-## How it was made
+## How it was trained
 
 {steps} steps{head_start} at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
 Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
-Configuration `{digest}`; all of it is in `config.toml`, every step in `metrics.jsonl`.
+Configuration `{digest}`: see `config.toml`. Metrics of every step: see `metrics.jsonl`.
 """
 _TOKEN_ROW = """\
-| the word in these | put `{token}.safetensors` into `embeddings`; ComfyUI wants `embedding:{token}` in the prompt |
+| the token in these | put `{token}.safetensors` into `embeddings`; ComfyUI: write `embedding:{token}` in the prompt |
 """
 _LORA_LINES = """\
 pipe.load_lora_weights(".", weight_name="{file}")
 """
-# What makes the base a one-step model is no part of the student's LoRA: without it the same lines draw mush.
+# The distillation LoRA, which makes the base a one-step model, is not part of the student's LoRA. Without it, the same
+# lines generate noise.
 _DISTILLED_ROW = """\
-| what all of these need | `{distilled}` too, which makes the base one-step: load both LoRAs, each at strength 1 \
-(echodistill takes it from where `config.toml` says) |
+| all of these | load `{distilled}` too, which makes the base a one-step model; scale 1 for both LoRAs \
+(echodistill finds it through `config.toml`) |
 """
 _DISTILLED_LINES = """\
-# Two LoRAs: {distilled}, put beside the other, makes the base a one-step model.
+# {distilled}, in the same folder, makes the base a one-step model.
 pipe.load_lora_weights(".", weight_name="{distilled}", adapter_name="one-step")
 pipe.load_lora_weights(".", weight_name="{file}", adapter_name="subject")
 pipe.set_adapters(["one-step", "subject"])
 """
 _TOKEN_LINES = """\
-# The word has a learned vector. diffusers takes it under a word that its tokenizer does not know yet.
+# The token has a learned vector. diffusers loads it under a name that its tokenizer does not know yet.
 pipe.load_textual_inversion("{token}.safetensors", token="<{token}>")
 """
-# That method alone does not know files of two vectors. transformers takes the highest number in a prompt for the end of
-# it where a configuration has the old eos_token_id 2, as SDXL's has: a new word's number is higher.
+# load_textual_inversion cannot read files with two vectors. And where a configuration has the old eos_token_id 2, as
+# SDXL's has, transformers takes the highest id in a prompt for its end. The id of a new token is higher.
 _SDXL_TOKEN_LINES = """\
-# The word has a learned vector for each text encoder. diffusers takes them under a word that is new to it.
+# The token has a learned vector for each text encoder. diffusers loads them under a name that is new to it.
 from safetensors.torch import load_file
 
-vectors, word = load_file("{token}.safetensors"), "<{token}>"
+vectors, token = load_file("{token}.safetensors"), "<{token}>"
 first, second = (pipe.text_encoder, pipe.tokenizer), (pipe.text_encoder_2, pipe.tokenizer_2)
 for key, (encoder, tokenizer) in {{"clip_l": first, "clip_g": second}}.items():
-    pipe.load_textual_inversion(vectors[key], token=word, text_encoder=encoder, tokenizer=tokenizer)
-# The word's number is above that of a prompt's end, which the second encoder would then look for in the wrong place.
+    pipe.load_textual_inversion(vectors[key], token=token, text_encoder=encoder, tokenizer=tokenizer)
+# The id of the token is above that of the end of a prompt. Tell the second encoder the id of the end.
 pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 """
 _MERGED = """\
@@ -98,7 +99,7 @@ tags: [text-to-image, {kind}, echodistill]
 
 # {name}
 
-{linked_model} with a LoRA folded in by echodistill {version}; nothing has to be attached.
+{linked_model} with a LoRA folded in by echodistill {version}. Load nothing else.
 {facts}
 ```python
 import torch
@@ -111,10 +112,13 @@ image = pipe("a photo of a {trigger} on the beach"{settings}).images[0]
 
 
 def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: str) -> str:
-    """The run folder's README.md.
+    """Return the README.md of a run folder.
 
     Args:
-        state: `TrainingState.state_dict()`. lora: the student's LoRA file. preview: its picture, relative to the card.
+        config: of the run.
+        state: of the training run, as in a checkpoint.
+        lora: the student's LoRA file.
+        preview: path of the last preview, relative to the card.
     """
     student = public_name(config.model.student)
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
@@ -126,8 +130,8 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         linked_teacher=_linked(config.model.teacher),
         subject=config.subject,
         quoted_subject=json.dumps(config.subject, ensure_ascii=False),
-        **_word(config, str(state["family"])),
-        **_loras(config, lora.name),
+        **_token_parts(config, str(state["family"])),
+        **_lora_parts(config, lora.name),
         name=config.name,
         photos=state["photo_count"],
         version=__version__,
@@ -149,14 +153,16 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
 
 
 def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
-    """The README.md of a diffusers folder.
+    """Return the README.md of a diffusers folder with a LoRA folded in.
 
     Args:
-        model: hub id, folder or file that the LoRA was folded into. header: of that LoRA; its words and how to draw
-            with it are told where it has them.
+        name: of the folder.
+        role: of the model.
+        model: hub id, folder or file that the LoRA was folded into.
+        header: of the LoRA file; the card shows the trigger phrase and the usage hint if it has them.
     """
-    said = {"Subject": "modelspec.trigger_phrase", "Draw with": "modelspec.usage_hint"}
-    facts = [f"{what}: {header[key]}.  \n" for what, key in said.items() if header.get(key)]
+    labels = {"Subject": "modelspec.trigger_phrase", "Use with": "modelspec.usage_hint"}
+    facts = [f"{label}: {header[key]}.  \n" for label, key in labels.items() if header.get(key)]
     student = role == "student"
     return _MERGED.format(
         base_model=f"base_model: {model}\n" if _is_hub_id(model) else "",
@@ -170,8 +176,8 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
     )
 
 
-def _word(config: Config, family: str) -> dict[str, str]:
-    """The card's parts about the word: how it stands in diffusers' prompts, and where its file goes if it has one."""
+def _token_parts(config: Config, family: str) -> dict[str, str]:
+    """Return the parts about the token: how to write it in diffusers' prompts, and where its file belongs."""
     token = config.concept.token
     if config.text.form != "token":
         return {"trigger": config.subject, "token_row": "", "token_lines": ""}
@@ -183,8 +189,8 @@ def _word(config: Config, family: str) -> dict[str, str]:
     }
 
 
-def _loras(config: Config, file: str) -> dict[str, str]:
-    """The card's parts about the student's LoRA file and the one that made its base one-step, if there is such."""
+def _lora_parts(config: Config, file: str) -> dict[str, str]:
+    """Return the parts about the student's LoRA and the distillation LoRA, if there is one."""
     if config.model.student_lora is None:
         return {"together": "", "distilled_row": "", "lora_lines": _LORA_LINES.format(file=file)}
     distilled = last_part(config.model.student_lora)
@@ -208,9 +214,11 @@ def _echo(config: Config, state: Mapping[str, Any]) -> str:
         return "off"
     if state["step"] < start:
         return f"not reached (it starts at step {start})"
-    kept = len(state["pool"]["prompts"]) if state["pool"] else 0
-    back = f"; then {steps} steps of the teacher alone, begun with the student's LoRA" if steps and kept else ""
-    return f"from step {start}, {kept or 'no'} {'picture' if kept == 1 else 'pictures'} kept at the end{back}"
+    count = len(state["pool"]["prompts"]) if state["pool"] else 0
+    carry_back = (
+        f"; then {steps} steps of the teacher alone, starting from the student's LoRA" if steps and count else ""
+    )
+    return f"from step {start}, {count or 'no'} {'image' if count == 1 else 'images'} kept at the end{carry_back}"
 
 
 def _linked(source: str) -> str:

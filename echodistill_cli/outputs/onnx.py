@@ -1,14 +1,14 @@
-"""The one-step model as ONNX graphs, for people who draw on a CPU: text encoders, UNet and decoder.
+"""Write the one-step model as ONNX graphs, which are fast on a CPU, and generate with them.
 
     NAME-onnx/
-      echodistill.json                  family, size, scaling and SDXL's six numbers
-      tokenizer/ scheduler/             as diffusers has them; tokenizer_2/ for SDXL
+      echodistill.json                  family, size, scaling factor and SDXL's six time ids
+      tokenizer/ scheduler/             in diffusers' format; tokenizer_2/ for SDXL
       text_encoder/model.onnx           input_ids -> hidden states; text_encoder_2/ also the pooled ones
       unet/model.onnx                   sample, timestep, encoder_hidden_states (text_embeds, time_ids) -> out_sample
-      vae_decoder/model.onnx            latent_sample (unscaled) -> picture in [-1, 1]
+      vae_decoder/model.onnx            latent_sample (unscaled) -> image in [-1, 1]
 
-The names of folders and inputs are those of Hugging Face's optimum. A graph draws one picture of one size; it is
-float32, which is what CPUs are fast in. Through torch's own exporter, which needs the packages onnx and onnxscript.
+Folders and inputs are named as Hugging Face's optimum names them. A graph takes one image of one size, in float32,
+which CPUs compute fastest. torch's own exporter writes it and needs the packages onnx and onnxscript.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ GRAPH = "model.onnx"
 
 
 def check_onnx(*packages: str) -> None:
-    """See that packages of the extra `onnx` are installed.
+    """Check that packages of the extra `onnx` are installed.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a package is missing.
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
@@ -50,13 +50,16 @@ def check_onnx(*packages: str) -> None:
 
 
 def save_onnx(pair: ModelPair, folder: Path, size: int) -> None:
-    """Write the student as ONNX graphs for pictures of one size.
+    """Write the student as ONNX graphs for images of one size, atomically.
 
     Args:
-        pair: float32, with everything folded in. size: side in pixels.
+        pair: models in float32, with everything folded in.
+        folder: to write; an existing one is replaced.
+        size: side of the images in pixels.
 
     Raises:
-        EchoDistillError: it cannot be written; an existing folder is replaced only when all is written.
+        ConfigError: a package is missing.
+        EchoDistillError: the folder cannot be written.
     """
     check_onnx("onnx", "onnxscript")
     with atomically(folder) as temporary:
@@ -86,7 +89,7 @@ def _graph_settings(pair: ModelPair, size: int) -> dict[str, Any]:
 
 
 def _graphs(pair: ModelPair, size: int) -> dict[str, tuple[nn.Module, dict[str, Tensor]]]:
-    """Each graph's module with an example of its inputs."""
+    """Return the module and example inputs of each graph by the name of its folder."""
     ids = [torch.zeros(1, tokenizer.model_max_length, dtype=torch.long) for tokenizer in pair.encoder.tokenizers]
     names = ("text_encoder", "text_encoder_2")
     graphs: dict[str, tuple[nn.Module, dict[str, Tensor]]] = {
@@ -109,7 +112,7 @@ def _graphs(pair: ModelPair, size: int) -> dict[str, tuple[nn.Module, dict[str, 
 
 
 class _Text(nn.Module):
-    """A text encoder's hidden states, SDXL's second-last ones, and the pooled state where there is one."""
+    """Module that returns a text encoder's hidden states (SDXL: second to last) and its pooled state, if any."""
 
     def __init__(self, encoder: Any, *, xl: bool) -> None:
         super().__init__()
@@ -158,26 +161,28 @@ def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """The exporter tells of torchvision, which is not there, and of what it uses itself that torch is to drop."""
-    log = logging.getLogger("torch.onnx")
-    before = log.level
-    log.setLevel(logging.ERROR)
+    """Context that hides the exporter's warnings about torchvision and about deprecated parts of torch."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(before)
+        logger.setLevel(level)
 
 
 def load_onnx(folder: Path, *, threads: int | None = None) -> ModelPair:
-    """A folder written by `onnx_export.save_onnx`, ready for `sampling.generate` as the student of a pair.
+    """Load a folder that `save_onnx` wrote, as the student of a pair for `diffusion.sampling.generate`.
 
     Args:
-        threads: of onnxruntime; None for its own choice.
+        folder: of the graphs.
+        threads: number for onnxruntime; None for its default.
 
     Raises:
-        ConfigError: onnxruntime is missing. ModelError: it is no such folder, or it is damaged.
+        ConfigError: onnxruntime is missing.
+        ModelError: the folder is not an ONNX model of echodistill, or is damaged.
     """
     check_onnx("onnxruntime")
     settings = read_settings(folder)
@@ -198,22 +203,20 @@ def load_onnx(folder: Path, *, threads: int | None = None) -> ModelPair:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a folder of graphs says of itself.
+    """Return the content of a folder's echodistill.json.
 
     Raises:
-        ModelError: it is no such folder, or it is damaged.
+        ModelError: the folder is not an ONNX model of echodistill, or is damaged.
     """
     try:
         settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder} holds no ONNX model.", "Write one of a run: echodistill export --format onnx"
-        ) from error
+        raise ModelError(f"{folder} holds no ONNX model.", "Write one: echodistill export RUN --format onnx") from error
     return settings
 
 
 class _Graph:
-    """One graph: tensors by name in, tensors out; a batch goes through it one by one."""
+    """An ONNX graph: takes tensors by name and returns tensors. Runs the rows of a batch one by one."""
 
     def __init__(self, folder: Path, threads: int | None) -> None:
         import onnxruntime
@@ -227,7 +230,7 @@ class _Graph:
             self.session = onnxruntime.InferenceSession(
                 str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime's own classes share no other base
+        except Exception as error:  # the classes of onnxruntime's errors have no other common base
             raise ModelError(
                 f"{folder / GRAPH} is damaged ({str(error).splitlines()[0]}).", "Export it again."
             ) from error
@@ -251,9 +254,9 @@ class _Encoder(PromptEncoder):
         self.token_count = settings["token_count"]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """As `PromptEncoder.encode`."""
-        wanted = {"padding": "max_length", "max_length": self.token_count, "truncation": True, "return_tensors": "pt"}
-        ids = [tokenizer(list(prompts), **wanted).input_ids for tokenizer in self.tokenizers]
+        """Encode prompts; see `PromptEncoder.encode`."""
+        options = {"padding": "max_length", "max_length": self.token_count, "truncation": True, "return_tensors": "pt"}
+        ids = [tokenizer(list(prompts), **options).input_ids for tokenizer in self.tokenizers]
         outputs = [graph(input_ids=tokens) for graph, tokens in zip(self.graphs, ids, strict=True)]
         hidden = torch.cat([output[0] for output in outputs], dim=-1)
         if len(outputs) == 1:
@@ -267,7 +270,7 @@ class _Student(Denoiser):
         super().__init__(graph, schedule, time_ids)
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """As `Denoiser.__call__`."""
+        """Predict; see `Denoiser.__call__`."""
         added = {name: value.float() for name, value in (conditioning.added(self.time_ids) or {}).items()}
         hidden = conditioning.hidden
         return self.unet(sample=noisy, timestep=timesteps, encoder_hidden_states=hidden, **added)[0]  # type: ignore[no-any-return]
@@ -280,14 +283,14 @@ class _Codec(LatentCodec):
 
     @property
     def factor(self) -> int:
-        """As `LatentCodec.factor`."""
+        """Pixels per latent; see `LatentCodec.factor`."""
         return int(self.settings["pixels_per_latent"])
 
     @property
     def channels(self) -> int:
-        """As `LatentCodec.channels`."""
+        """Channels of a latent; see `LatentCodec.channels`."""
         return int(self.settings["latent_channels"])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As `LatentCodec.decode`."""
+        """Decode latents; see `LatentCodec.decode`."""
         return self.decoder(latent_sample=latents / self.settings["scaling_factor"])[0]  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""What a person can ask for, as frozen data: the arguments of the façade. No torch here."""
+"""What a person can ask for, as frozen data: the arguments of the façade. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,19 +12,28 @@ from echodistill_cli.config.schema import Config
 if TYPE_CHECKING:
     from echodistill_cli.diffusion.pair import Role
 
+AUTO = "auto"
+
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """What to draw.
+    """What to generate.
 
     Args:
-        prompts: one or more. count: pictures per prompt. seed: of a prompt's first picture; the next have the next.
-        lora: a LoRA file or a run folder; None for the newest run. lora_scale: its strength, 1 as trained.
-        role: who draws. steps, guidance_scale: None for the role's own (1 and 0; 25 and the run's guidance).
-        size: side in pixels; None for the resolution of the run. compare: also draw what the base model would.
-        model: a preset, hub id, folder or file to draw with instead of the run's own student; a LoRA file that lies in
-            no run folder needs it. model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
-        backend: "torch", or "onnx" for the graphs that `export --format onnx` wrote of a run; `model` may name them.
+        prompts: at least one.
+        count: images per prompt.
+        seed: of the first image of each prompt; image i uses seed + i.
+        lora: LoRA file or run folder; None for the newest run.
+        lora_scale: scale of the LoRA; 1 as trained, 0 for the base model.
+        role: which model generates.
+        steps: denoising steps; None for 1 (student) or 25 (teacher).
+        guidance_scale: classifier-free guidance; None for 0 (student) or the run's (teacher).
+        size: side of the images in pixels; None for the run's resolution.
+        batch_size: images per forward pass; changes the speed only.
+        compare: whether to generate the base model's images too.
+        model: preset, hub id, folder or file to use instead of the run's. A LoRA file outside of run folders needs it.
+        model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
+        backend: "torch", or "onnx" for an ONNX model, which is the run's or the folder that `model` names.
     """
 
     prompts: Sequence[str]
@@ -45,17 +54,23 @@ class SampleRequest:
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What to write.
+    """What to export.
 
     Args:
-        source: run folder or LoRA file; None for the newest run. layouts: see the module.
-        roles: whose; of a LoRA file, which models it is folded into. step: of a run's checkpoint; None for the newest.
-        output: folder; None for `export/` in the run, or the file's own. overwrite: replace what is there.
-        dtype: fp16, bf16 or fp32. metadata: False writes only what other tools need, and no sidecars.
-        bundle_embedding: put the learned word into the LoRA file, as A1111 alone reads it.
-        model, model_overrides: as in `SampleRequest`; for the layouts that hold a model.
-        push_to: repository on the Hugging Face hub to send a run with its card to; None sends nothing.
-        private: of a new repository; None for the account's own default. dry_run: only say what would be done.
+        source: run folder or LoRA file; None for the newest run.
+        layouts: any of kohya, diffusers, pipeline, checkpoint and onnx, as `outputs.export` lists them.
+        roles: whose LoRA; for a LoRA file, the models it is folded into.
+        step: step of the run's checkpoint; None for the newest checkpoint.
+        output: folder; None for `export/` in the run, or the folder of the LoRA file.
+        overwrite: whether to replace existing files.
+        dtype: precision of the tensors: fp16, bf16 or fp32.
+        metadata: whether to write the full header, previews and cards; otherwise only what other tools need.
+        bundle_embedding: whether the LoRA file includes the learned token, which A1111 alone reads.
+        model: preset, hub id, folder or file to fold the LoRA into; None for the run's.
+        model_overrides: keys of `[model]` to change, such as `{"teacher": "owner/name"}`.
+        push_to: repository on the Hugging Face hub, OWNER/NAME; None sends nothing.
+        private: whether a new repository is private; None for the account's default.
+        dry_run: whether to return what would be written and sent, and do neither.
     """
 
     source: Path | None = None
@@ -74,24 +89,23 @@ class ExportRequest:
     dry_run: bool = False
 
 
-AUTO = "auto"
-
-
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to measure.
+    """What to score.
 
     Args:
-        photos: folder of real pictures of the subject.
-        drawing: whose pictures, and how they are drawn. Its prompts are templates: `{}` or `{subject}` stands for the
-            subject's words. Its count is the pictures per prompt.
-        token, class_name: the subject's words; None for those in the LoRA file's header.
-        clip, dino: see `encoders.find_judges`; "auto" for the paper's, or the package's own where the student is.
-        output: folder for the results; None for one beside the LoRA file.
+        photos: folder of real photos of the subject.
+        sampling: which images to generate; `{}` or `{subject}` in its prompts becomes the subject. Without prompts,
+            those of `data.prompts.EVALUATION_TEMPLATES` are used.
+        token: the subject's token; None for the one in the LoRA file's header.
+        class_name: what the subject is; None for the class in the LoRA file's header.
+        clip: hub id or folder of the CLIP model; "auto" for the paper's, or the embedded one for an embedded student.
+        dino: hub id or folder of the ViT; "auto" for the paper's, or the embedded one for an embedded student.
+        output: folder of the results; None for one beside the LoRA file.
     """
 
     photos: Path
-    drawing: SampleRequest
+    sampling: SampleRequest
     token: str | None = None
     class_name: str | None = None
     clip: str = AUTO
@@ -101,20 +115,22 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What to run.
+    """Which subjects of DreamBench to train and score.
 
     Args:
-        folder: a checkout of google/dreambooth, or its `dataset`. output: where runs and results go.
-        build: the configuration of a run with these overrides by dotted key.
-        drawing: how pictures are drawn; its LoRA and model are left to the subjects, and its prompts too if empty.
+        folder: a checkout of google/dreambooth, or its `dataset` folder.
+        output: folder of the runs and of `results.json`.
+        config: settings of every run, but for its photos, class name, run name and output.
+        sampling: which images to generate; `lora` and `model` are ignored. Without prompts, DreamBench's are used.
         names: of subjects; empty for all.
-        clip, dino: the encoders, as in `EvaluationRequest`.
+        clip: hub id or folder of the CLIP model, or "auto"; see `EvaluationRequest`.
+        dino: hub id or folder of the ViT, or "auto"; see `EvaluationRequest`.
     """
 
     folder: Path
     output: Path
-    build: Callable[[Mapping[str, Any]], Config]
-    drawing: SampleRequest
+    config: Config
+    sampling: SampleRequest
     names: Sequence[str] = ()
     clip: str = AUTO
     dino: str = AUTO

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 
 from echodistill_cli.config.build import build_config
-from echodistill_cli.outputs.artifact import models_for
-from echodistill_cli.outputs.requests import SampleRequest
+from echodistill_cli.outputs.artifact import changed_models
 from echodistill_cli.outputs.sample import _next_number
 from tests.helpers.commands import Done, command, files_below, trained_run
 
@@ -54,7 +53,7 @@ def test_the_newest_run_is_meant_and_every_picture_says_how_it_was_made(
     assert done.out.splitlines() == [
         f"{tmp_path}/{name}" for name in ("0000_s7.png", "0001_s8.png", "0000-0001_grid.png")
     ]
-    assert "2 pictures" in done.error
+    assert "2 images" in done.error
     assert "images/s" in done.error
     assert pixels(tmp_path / "0001_s8.png").shape == (64, 64, 3)
     expected = {"prompt": "ein süßer sks dog", "seed": "8", "steps": "1", "guidance_scale": "0", "lora_scale": "1"}
@@ -111,16 +110,16 @@ def test_a_scale_of_0_leaves_a_learned_word_out_too(
 
 def test_pictures_are_drawn_with_the_full_decoder_whatever_the_run_was_trained_with() -> None:
     trained = dataclasses.replace(build_config("sdxl-turbo").model, decoder="tiny")
-    assert models_for(SampleRequest([PROMPT]), trained).decoder == "full"
-    assert models_for(SampleRequest([PROMPT], model_overrides={"decoder": "tiny"}), trained).decoder == "tiny"
+    assert changed_models(trained, {}).decoder == "full"
+    assert changed_models(trained, {"decoder": "tiny"}).decoder == "tiny"
 
 
 def test_another_teacher_has_not_the_revision_of_the_first() -> None:
     model = build_config("sdxl-turbo").model
     assert model.teacher_revision is not None
-    other = models_for(SampleRequest([PROMPT], model_overrides={"teacher": "someone/else"}), model)
+    other = changed_models(model, {"teacher": "someone/else"})
     assert (other.teacher, other.teacher_revision) == ("someone/else", None)
-    same = models_for(SampleRequest([PROMPT], model_overrides={"teacher": model.teacher}), model)
+    same = changed_models(model, {"teacher": model.teacher})
     assert same.teacher_revision == model.teacher_revision
 
 

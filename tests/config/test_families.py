@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from echodistill_cli.config.catalogue import PRESETS
 
 import echodistill_cli
+from echodistill_cli.config.build import PRESETS
 from echodistill_cli.config.families import FAMILIES, family_of_source, family_of_unet, family_of_width
 from echodistill_cli.lora.keys import ARCHITECTURES, KOHYA_PREFIXES
 

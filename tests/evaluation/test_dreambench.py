@@ -153,7 +153,7 @@ def test_every_subject_is_trained_and_measured_and_a_second_call_does_nothing_tw
     again = bench("--train-steps", 1)
     assert again.code == 0
     assert bench.times() == before
-    assert "teapot (1 of 2): has its result" in again.err
+    assert "teapot (1 of 2): has a result already" in again.err
     for words in ("teapot", "dog2", "mean of 2", "paper: SD-Turbo, all 30", "0.783"):
         assert words in again.out
 
@@ -162,15 +162,15 @@ def test_every_subject_is_trained_and_measured_and_a_second_call_does_nothing_tw
     lost = bench("--train-steps", 1, "--json")
     assert lost.result == found
     assert "teapot (1 of 2): is trained already" in lost.err
-    assert "Drawing" not in lost.err
+    assert "Generating" not in lost.err
 
 
 def test_a_run_that_is_not_finished_goes_on_and_other_settings_are_refused(bench: Bench) -> None:
     assert bench("--subject", "dog2", "--train-steps", 1).code == 0
     lora = (bench.output / "dog2" / "dog2.safetensors").read_bytes()
     more = bench("--subject", "dog2", "--train-steps", 2, "--json")
-    assert "dog2 (1 of 1): going on with its training" in more.err
-    assert "continuing after step 1" in more.err
+    assert "dog2 (1 of 1): continuing its training" in more.err
+    assert "on from step 1" in more.err
     assert bench.trained_steps("dog2") == [1, 2]
     assert (bench.output / "dog2" / "dog2.safetensors").read_bytes() != lora
     assert list(more.result["subjects"]) == ["dog2"]

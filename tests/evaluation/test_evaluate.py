@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
-from echodistill_cli.evaluation.evaluate import score_encoder_names
+from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
+from echodistill_cli.evaluation.evaluate import fill, score_encoder_names
 from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer
 from tests.helpers.commands import command, files_below, trained_run, without_a_network
 from tests.helpers.random_models import CLIP_SEES, DINO_SEES, build_score_encoders
@@ -24,9 +24,9 @@ ScoreEncoders = tuple[Path, Path]
 
 
 @pytest.fixture(scope="module")
-def judges(tmp_path_factory: pytest.TempPathFactory, small_backbones: Backbones) -> ScoreEncoders:
+def encoders(tmp_path_factory: pytest.TempPathFactory, small_backbones: Backbones) -> ScoreEncoders:
     """See `build_score_encoders`; not to be written to."""
-    return build_score_encoders(tmp_path_factory.mktemp("judges"), small_backbones)
+    return build_score_encoders(tmp_path_factory.mktemp("encoders"), small_backbones)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +38,10 @@ def run(
 
 
 @pytest.fixture
-def flags(run: Path, judges: ScoreEncoders, photo_folder: Path, tmp_path: Path) -> list[object]:
+def flags(run: Path, encoders: ScoreEncoders, photo_folder: Path, tmp_path: Path) -> list[object]:
     """Arguments with which an evaluation of two prompts works and writes below tmp_path."""
     (tmp_path / "prompts.txt").write_text("a {} on the beach\n\n  the {subject} in snow\n", encoding="utf-8")
-    clip, dino = judges
+    clip, dino = encoders
     where = ["--photos", photo_folder, "--prompts", tmp_path / "prompts.txt", "-o", tmp_path / "out"]
     return [run, *where, "--clip", clip, "--dino", dino, "--seeds", 2]
 
@@ -58,7 +58,7 @@ def pictures(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in (folder / "pictures").glob("*/*.png")}
 
 
-# --- the judges -------------------------------------------------------------------------------------------------------
+# --- the encoders -----------------------------------------------------------------------------------------------------
 
 
 def seen(image: Image.Image, size: tuple[int, int], how: Image.Resampling, sees: dict[str, Any]) -> torch.Tensor:
@@ -70,18 +70,18 @@ def seen(image: Image.Image, size: tuple[int, int], how: Image.Resampling, sees:
     return torch.tensor(normal, dtype=torch.float32).permute(2, 0, 1).unsqueeze(0)
 
 
-def test_the_judges_see_pictures_as_their_own_files_say(judges: ScoreEncoders) -> None:
+def test_the_encoders_preprocess_images_as_their_own_files_say(encoders: ScoreEncoders) -> None:
     from transformers import CLIPModel, ViTModel
 
     noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     wide = Image.fromarray(noise)
-    clip, dino = ClipScorer(judges[0], torch.device("cpu")), DinoScorer(judges[1], torch.device("cpu"))
+    clip, dino = ClipScorer(encoders[0], torch.device("cpu")), DinoScorer(encoders[1], torch.device("cpu"))
 
     pixels = seen(wide, (48, 32), Image.Resampling.BICUBIC, CLIP_SEES)
     assert torch.allclose(clip.pixels([wide]), pixels, atol=1e-5)
     ids = clip.tokenizer(["a dog", "a dog on the beach"], padding=True, return_tensors="pt")
     with torch.no_grad():
-        whole = CLIPModel.from_pretrained(judges[0])(pixel_values=pixels, **ids)
+        whole = CLIPModel.from_pretrained(encoders[0])(pixel_values=pixels, **ids)
     for ours, theirs in (
         (clip.embed([wide]), whole.image_embeds),
         (clip.embed_texts(["a dog", "a dog on the beach"]), whole.text_embeds),
@@ -91,15 +91,15 @@ def test_the_judges_see_pictures_as_their_own_files_say(judges: ScoreEncoders) -
     pixels = seen(wide, (32, 32), Image.Resampling.BILINEAR, DINO_SEES)
     assert torch.allclose(dino.pixels([wide]), pixels, atol=1e-5)
     with torch.no_grad():
-        states = ViTModel.from_pretrained(judges[1], add_pooling_layer=False)(pixel_values=pixels).last_hidden_state
+        states = ViTModel.from_pretrained(encoders[1], add_pooling_layer=False)(pixel_values=pixels).last_hidden_state
     assert torch.allclose(dino.embed([wide]), states[:, 0], atol=1e-5)
 
 
-def test_a_text_that_is_too_long_for_clip_is_cut_off(judges: ScoreEncoders) -> None:
-    assert ClipScorer(judges[0], torch.device("cpu")).embed_texts(["dog " * 100]).shape == (1, 24)
+def test_a_text_that_is_too_long_for_clip_is_cut_off(encoders: ScoreEncoders) -> None:
+    assert ClipScorer(encoders[0], torch.device("cpu")).embed_texts(["dog " * 100]).shape == (1, 24)
 
 
-def test_the_judges_are_the_papers_unless_the_student_is_of_the_package() -> None:
+def test_the_encoders_are_the_papers_unless_the_student_is_of_the_package() -> None:
     assert score_encoder_names("auto", "auto", ["stabilityai/sd-turbo", "sd-turbo"]) == (CLIP, DINO)
     assert score_encoder_names("auto", "auto", ["mini:student", ""]) == ("mini:clip", "mini:vit")
     assert score_encoder_names("auto", "auto", ["folder", "mini:student"]) == ("mini:clip", "mini:vit")
@@ -131,11 +131,11 @@ def test_a_run_is_measured_and_the_result_says_on_what_it_hangs(flags: list[obje
 
 
 def test_the_scores_are_those_of_a_plain_loop_over_the_pictures(
-    flags: list[object], judges: ScoreEncoders, photo_folder: Path, tmp_path: Path
+    flags: list[object], encoders: ScoreEncoders, photo_folder: Path, tmp_path: Path
 ) -> None:
     found = command("evaluate", *flags, "--json").result
     device = torch.device("cpu")
-    clip, dino = ClipScorer(judges[0], device), DinoScorer(judges[1], device)
+    clip, dino = ClipScorer(encoders[0], device), DinoScorer(encoders[1], device)
     photos = [Image.open(file).convert("RGB") for file in sorted(photo_folder.glob("*.jpg"))]
     drawn = [Image.open(file) for file in sorted((tmp_path / "out" / "pictures").glob("*/a-sks-dog-on-the-beach*"))]
     assert [image.info["seed"] for image in drawn] == ["0", "1"]
@@ -144,10 +144,10 @@ def test_the_scores_are_those_of_a_plain_loop_over_the_pictures(
         return float(first @ second / (first.norm() * second.norm()))
 
     first = found["per_prompt"][0]
-    for name, judge in (("clip_i", clip), ("dino", dino)):
-        pairs = [cosine(judge.embed([one])[0], judge.embed([photo])[0]) for one in drawn for photo in photos]
+    for name, scorer in (("clip_i", clip), ("dino", dino)):
+        pairs = [cosine(scorer.embed([one])[0], scorer.embed([photo])[0]) for one in drawn for photo in photos]
         assert first[name] == pytest.approx(sum(pairs) / 8, abs=1e-5)
-        own = [cosine(judge.embed([a])[0], judge.embed([b])[0]) for a in photos for b in photos if a is not b]
+        own = [cosine(scorer.embed([a])[0], scorer.embed([b])[0]) for a in photos for b in photos if a is not b]
         assert found["photos_own"][name] == pytest.approx(sum(own) / 12, abs=1e-5)
     text = clip.embed_texts(["a dog on the beach"])[0]
     asked = [cosine(clip.embed([one])[0], text) for one in drawn]
@@ -162,7 +162,7 @@ def test_pictures_are_reused_and_only_what_is_missing_is_drawn(flags: list[objec
     second = command("evaluate", *flags, "--json")
     assert second.result == first.result
     assert pictures(out) == before
-    assert "4 pictures are there already" in second.err
+    assert "4 images exist already" in second.err
     assert "Replacing the earlier" in second.err
     assert "Loading" not in second.err
 
@@ -188,10 +188,10 @@ def test_another_way_of_drawing_has_its_own_pictures_and_scores(flags: list[obje
 def test_a_person_sees_a_row_per_prompt_the_whole_and_the_photos_own(flags: list[object], tmp_path: Path) -> None:
     done = command("evaluate", *flags)
     assert done.code == 0, done.err
-    for words in ("CLIP-I", "DINO", "CLIP-T", "a sks dog on the beach", "all 4 images", "the 4 photos among"):
+    for words in ("CLIP-I", "DINO", "CLIP-T", "a sks dog on the beach", "all 4 pictures", "the 4 photos among"):
         assert words in done.out
     assert done.out.splitlines()[-1] == str(tmp_path / "out" / "evaluation.json")
-    assert "picture 4/4" in done.err
+    assert "image 4/4" in done.err
 
 
 def test_the_newest_run_is_meant_and_a_lora_file_needs_its_model(
@@ -242,8 +242,8 @@ def test_our_own_prompts_have_a_place_for_the_subject_each() -> None:
         (("--dino", "nobody/has-this", "--offline"), 4, "nobody/has-this is not in the cache"),
         (("--device", "cuda:99"), 2, "--device auto"),
         (("--prompts", "nowhere.txt"), 2, "nowhere.txt: it cannot be read"),
-        (("--subject", "dog2"), 2, "--subject needs --dreambench"),
-        (("--dreambench", "nowhere"), 2, "RUN|LORA does not go with --dreambench"),
+        (("--subject", "dog2"), 2, "--subject has no effect without --dreambench"),
+        (("--dreambench", "nowhere"), 2, "RUN|LORA cannot be combined with --dreambench"),
     ],
 )
 def test_what_cannot_be_measured_ends_with_one_line_and_no_result(
@@ -297,10 +297,10 @@ def test_prompts_without_a_subject_are_refused(flags: list[object], tmp_path: Pa
     ],
 )
 def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
-    flags: list[object], judges: ScoreEncoders, tmp_path: Path, flag: str, without: str, words: str
+    flags: list[object], encoders: ScoreEncoders, tmp_path: Path, flag: str, without: str, words: str
 ) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(judges[flag == "--dino"], broken)
+    shutil.copytree(encoders[flag == "--dino"], broken)
     for name in without.split():
         (broken / name).unlink()
     done = command("evaluate", *flags, flag, broken)
@@ -310,7 +310,7 @@ def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
 
 
 def test_an_encoder_of_another_kind_or_with_lost_weights_is_refused(
-    flags: list[object], judges: ScoreEncoders, small_backbones: Backbones, tmp_path: Path
+    flags: list[object], encoders: ScoreEncoders, small_backbones: Backbones, tmp_path: Path
 ) -> None:
     done = command("evaluate", *flags, "--clip", small_backbones["clip"])
     assert (done.code, done.out) == (4, "")
@@ -318,7 +318,7 @@ def test_an_encoder_of_another_kind_or_with_lost_weights_is_refused(
     from safetensors.torch import load_file, save_file
 
     broken = tmp_path / "broken"
-    shutil.copytree(judges[0], broken)
+    shutil.copytree(encoders[0], broken)
     tensors = load_file(broken / "model.safetensors")
     del tensors["text_projection.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})

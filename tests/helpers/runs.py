@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from PIL import Image
 from echodistill_cli.config.build import config_from_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import Photo
-from echodistill_cli.outputs.export import export
+from echodistill_cli.diffusion.pair import Role
+from echodistill_cli.files import make_folder
+from echodistill_cli.outputs.artifact import TrainingRecord, from_run
+from echodistill_cli.outputs.export import ExportItem, export, write_lora, write_token
 from echodistill_cli.outputs.requests import ExportRequest
-from echodistill_cli.runs import OnMessage
+from echodistill_cli.runs import OnMessage, Run
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -69,3 +73,18 @@ def small_photos(count: int = 4) -> list[Photo]:
 def export_files(source: Path | None = None, on_message: OnMessage = lambda _line: None, **fields: Any) -> list[Path]:
     """Export a run or LoRA file; the other arguments are fields of `ExportRequest`. Returns the files."""
     return list(export(ExportRequest(source, **fields), on_message).files)
+
+
+def write_loras(
+    run: Run, state: Mapping[str, Any], record: TrainingRecord | None = None, *, dtype: str = "fp16"
+) -> Path:
+    """Write the LoRA files of both roles, and that of the learned token, to a run folder; return the student's."""
+    artifact = from_run(run, state=state, record=record)
+    roles: tuple[Role, ...] = ("student", "teacher")
+    for role in roles:
+        path = artifact.lora_path(role)
+        make_folder(path.parent)
+        write_lora(artifact, ExportItem(role, "kohya", path), ExportRequest(dtype=dtype))
+    if artifact.token_file:
+        write_token(artifact, artifact.token_file)
+    return artifact.lora("student")

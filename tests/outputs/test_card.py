@@ -47,7 +47,7 @@ def test_it_shows_the_pictures_and_how_to_draw_in_each_tool() -> None:
     assert 'echodistill sample --lora sks-dog.safetensors --prompt "a photo of a sks dog on the beach"' in text
     assert 'load_lora_weights(".", weight_name="sks-dog.safetensors")' in text
     assert "ComfyUI" in text
-    assert "learned from 5 photos" in text
+    assert "trained on 5 photos" in text
     assert "[stabilityai/sd-turbo](https://huggingface.co/stabilityai/sd-turbo)" in text
 
 
@@ -84,12 +84,12 @@ def test_a_base_made_one_step_by_a_lora_is_used_with_both() -> None:
     assert "/home/me" not in text
     assert "with [someone/base](https://huggingface.co/someone/base) and `hyper-sd.safetensors` in **one step**" in text
     table, code = text.split("```python\n")
-    assert "| what all of these need | `hyper-sd.safetensors` too, which makes the base one-step" in table
+    assert "| all of these | load `hyper-sd.safetensors` too, which makes the base a one-step model" in table
     compile(code.split("```")[0], "card", "exec")
     assert 'load_lora_weights(".", weight_name="hyper-sd.safetensors", adapter_name="one-step")' in code
     assert 'set_adapters(["one-step", "subject"])' in code
     assert "set_adapters" not in card()
-    assert "what all of these need" not in card()
+    assert "| all of these |" not in card()
 
 
 def test_of_a_model_on_this_machine_only_its_name_is_told(tmp_path: Path) -> None:
@@ -105,15 +105,15 @@ def test_of_a_model_on_this_machine_only_its_name_is_told(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({}, "Echo phase: from step 600, 3 pictures kept at the end."),
-        ({"pool": 0}, "no pictures kept"),
+        ({}, "Echo phase: from step 600, 3 images kept at the end."),
+        ({"pool": 0}, "no images kept"),
         ({"pool": None, "step": 500}, "not reached"),
         ({"echo__start": None}, "Echo phase: off."),
         (
             {"echo__carry_back": 9, "train__carry_over": True},
-            "kept at the end; then 9 steps of the teacher alone, begun with the student's LoRA.",
+            "kept at the end; then 9 steps of the teacher alone, starting from the student's LoRA.",
         ),
-        ({"echo__carry_back": 9, "train__carry_over": True, "pool": 0}, "no pictures kept at the end."),
+        ({"echo__carry_back": 9, "train__carry_over": True, "pool": 0}, "no images kept at the end."),
     ],
 )
 def test_the_echo_is_told_as_it_was(changes: dict[str, Any], words: str) -> None:
@@ -139,7 +139,7 @@ def test_a_whole_model_says_what_was_folded_in_and_how_to_draw(role: Role, kind:
     text = merged_card("sks-dog-merged", role, "stabilityai/sd-turbo", header)
     assert front_matter(text)["base_model"] == "stabilityai/sd-turbo"
     assert front_matter(text)["tags"] == f"[text-to-image, {kind}, echodistill]"
-    for words in ("# sks-dog-merged", "Subject: sks dog.", "Draw with: 4 steps.", "a photo of a sks dog on the beach"):
+    for words in ("# sks-dog-merged", "Subject: sks dog.", "Use with: 4 steps.", "a photo of a sks dog on the beach"):
         assert words in text
     code = text.split("```python\n")[1].split("```")[0]
     compile(code, "card", "exec")
@@ -151,4 +151,4 @@ def test_a_whole_model_of_a_lora_that_says_nothing_has_a_card_without_its_words(
     assert "base_model" not in front_matter(text)
     assert str(tmp_path) not in text
     assert "Subject" not in text
-    assert "Draw with" not in text
+    assert "Use with" not in text

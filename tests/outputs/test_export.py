@@ -28,14 +28,13 @@ from echodistill_cli.lora.safetensors_io import write_safetensors
 from echodistill_cli.lora.tensors import LoraWeights, bundled_tensors, kohya_tensors
 from echodistill_cli.models.adapters import trainable_parameters
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.artifact import ExportSettings
+from echodistill_cli.outputs.artifact import TrainingRecord
 from echodistill_cli.outputs.card import model_card
-from echodistill_cli.outputs.export import export_lora
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import TrainingState, build_state
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, sdxl_state
 from tests.helpers.random_models import write_distillation
-from tests.helpers.runs import export_files, small_config, small_photos
+from tests.helpers.runs import export_files, small_config, small_photos, write_loras
 
 Pair = tuple[Path, Path]
 SEED = 7
@@ -210,7 +209,7 @@ def test_a_new_word_has_no_row_in_a_checkpoint_so_its_file_comes_along(
     case, said = make_case("sd", "token", "zwx"), []
     checkpoint, token = export_files(case.run.folder, said.append, layouts=("checkpoint",), output=tmp_path)
     assert token.name == "zwx.safetensors"
-    assert any("needs zwx.safetensors beside the model" in line for line in said)
+    assert any("needs zwx.safetensors beside it" in line for line in said)
     rows = load_file(checkpoint)["cond_stage_model.model.token_embedding.weight"].shape[0]
     assert rows == case.state.pair.encoder.tokenizers[0].vocab_size
 
@@ -423,8 +422,7 @@ def test_a_kohya_file_has_a_card_and_the_runs_preview_beside_it(make_case: Calla
     case = make_case("sd")
     run = Run(Path(shutil.copytree(case.run.folder, tmp_path / "run")), case.run.config)
     picture = png_bytes(Image.new("RGB", (64, 64), "red"))
-    settings = ExportSettings(cover=picture, started_at=1.7e9, finished_at=1.7e9 + 9)
-    export_lora(run.config, case.state.state_dict(), "student", run.folder / "sks-dog.safetensors", settings)
+    write_loras(run, case.state.state_dict(), TrainingRecord(1.7e9, 1.7e9 + 9, picture))
     assert (run.folder / "sks-dog.png").read_bytes() == picture
     (lora,) = export_files(run.folder)
     assert lora.with_suffix(".png").read_bytes() == picture
@@ -464,7 +462,7 @@ def test_a_bundled_word_lies_under_a1111s_keys_in_a_file_of_its_own_name(
 
 
 def test_there_must_be_a_word_to_bundle(make_case: Callable[..., Case], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="there is none"):
+    with pytest.raises(ConfigError, match="needs a learned token"):
         export_files(make_case("sd").run.folder, output=tmp_path, bundle_embedding=True)
     with pytest.raises(ConfigError, match="--format kohya"):
         export_files(

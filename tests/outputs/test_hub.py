@@ -19,13 +19,12 @@ from typer.testing import CliRunner
 from echodistill_cli.cli.app import app
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.outputs import hub
-from echodistill_cli.outputs.artifact import ExportSettings
 from echodistill_cli.outputs.card import model_card
-from echodistill_cli.outputs.export import export, export_lora
+from echodistill_cli.outputs.export import export
 from echodistill_cli.outputs.requests import ExportRequest
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import build_state
-from tests.helpers.runs import small_config, small_photos
+from tests.helpers.runs import small_config, small_photos, write_loras
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +41,7 @@ def run(
     made.save_checkpoint(1, saved)
     made.log({"step": 1, "loss": 0.5})
     Image.new("RGB", (64, 64)).save(made.samples / "step-000001.png")
-    lora = export_lora(config, saved, "student", made.folder / f"{config.name}.safetensors", ExportSettings())
-    teacher = made.folder / "teacher" / f"{config.name}-teacher.safetensors"
-    export_lora(config, saved, "teacher", teacher, ExportSettings())
+    lora = write_loras(made, saved)
     (made.folder / "README.md").write_text(model_card(config, saved, lora, "samples/step-000001.png"))
     return made
 
@@ -217,7 +214,7 @@ def test_a_refusal_is_one_line_and_the_exported_file_stays(run: Run, server: _Hu
 
 def test_offline_nothing_is_tried(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(EchoDistillError, match="this is offline"):
+    with pytest.raises(EchoDistillError, match="set to offline"):
         export(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
 
 
@@ -255,7 +252,7 @@ def test_the_command_prints_files_on_stdout_and_what_would_be_sent_on_stderr(run
 
 
 def test_the_command_writes_each_layout_by_its_name(run: Run, tmp_path: Path) -> None:
-    code, out, _ = command("export", run.folder, "-o", tmp_path, "--merge", "--dtype", "fp32", "--quiet")
+    code, out, _ = command("export", run.folder, "-o", tmp_path, "--format", "pipeline", "--dtype", "fp32", "--quiet")
     assert (code, out.split()) == (0, [str(tmp_path / "sks-dog-merged")])
     code, out, _ = command("export", run.folder, "-o", tmp_path, "--format", "both", "--role", "both")
     assert code == 0
@@ -265,6 +262,6 @@ def test_the_command_writes_each_layout_by_its_name(run: Run, tmp_path: Path) ->
         "sks-dog-teacher.safetensors",
         "sks-dog-teacher-diffusers.safetensors",
     ]
-    code, _, err = command("export", run.folder, "-o", tmp_path, "--merge", "--format", "both")
+    code, _, err = command("export", run.folder, "-o", tmp_path, "--merge")
     assert code == 2
-    assert "--merge folds the LoRA in" in err
+    assert "Use --format pipeline." in err

@@ -16,13 +16,11 @@ from typer.testing import CliRunner
 from echodistill_cli.cli.app import app
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.outputs.artifact import ExportSettings
-from echodistill_cli.outputs.export import export_lora, export_token
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import build_state
-from tests.helpers.runs import export_files, small_config, small_photos
+from tests.helpers.runs import export_files, small_config, small_photos, write_loras
 
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -49,9 +47,7 @@ def run(
     state.token.vectors[0].data.add_(torch.randn(32))
     made = create_run(config, overwrite=False)
     made.save_checkpoint(1, state.state_dict())
-    whole = ExportSettings(dtype="fp32")  # as the graphs are
-    export_lora(config, state.state_dict(), "student", made.folder / f"{config.name}.safetensors", whole)
-    export_token(config, state.state_dict(), made.folder)
+    write_loras(made, state.state_dict(), dtype="fp32")  # the precision of the graphs
     export_files(made.folder, layouts=("onnx",))
     return made
 
