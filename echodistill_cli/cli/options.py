@@ -1,4 +1,4 @@
-"""Options of the command line: those of `train` from the settings, `--set`, and options that several commands share."""
+"""Options of the command line: the flags of `train`, `--set`, and options that several commands share."""
 
 from __future__ import annotations
 
@@ -139,14 +139,14 @@ Quiet = Annotated[bool, bool_option("--quiet -q", "print no progress on stderr")
 def with_flags(command: Command) -> Command:
     """Add an option for each of `FLAGS` to a command.
 
-    Typer reads a command's signature, so the options are appended to it. The command receives those that were given
-    as `flags`: values by dotted key, as `build_config` takes its overrides.
+    Typer reads a command's signature, so the options are appended to it. The command receives the values of those
+    that a person typed as `flags`, by dotted key, as `build_config` takes its overrides.
     """
 
     def wrapped(**values: Any) -> Any:
         flags = {flag.key: values.pop(flag.parameter) for flag in FLAGS}
-        given = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
-        return command(**values, flags={key: value for key, value in given.items() if value is not None})
+        flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
+        return command(**values, flags={key: value for key, value in flags.items() if value is not None})
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
@@ -238,14 +238,15 @@ def with_settings(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str
             near = known.get(key) or nearest(key, list(_settings())) or "train.target_steps"
             raise ConfigError(f"--set {text} is not KEY=VALUE with a dotted key.", f"Write --set {near}=VALUE.")
         if key in flags:
-            names = {flag.key: flag.names for flag in FLAGS} | {"model.student": "--model", "concept.photos": "PHOTOS"}
+            names = {"model.student": "--model", "concept.photos": "PHOTOS"}
+            names |= {flag.key: flag.names.split()[0] for flag in FLAGS}
             raise ConfigError(f"{key} is given by {names[key]} and by --set {text}.", "Use one of them.")
         values[key] = _toml_value(value)
     return {**flags, **values}
 
 
 def _toml_value(text: str) -> Any:
-    """A TOML value; a text that is none, such as a bare word, stands for itself."""
+    """Return a text as a TOML value, or the text itself if it is not TOML, such as a bare word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -288,24 +289,23 @@ def accepting_aliases(aliases: Mapping[str, str] | None = None) -> dict[str, Any
 
 
 class CommandWithSettings(typer.core.TyperCommand):
-    """A command that answers a flag which is no longer one with the setting that replaces it."""
+    """A command that answers a flag of version 0.1 with the setting that replaces it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments of the command.
 
         Raises:
-            ConfigError: one is a flag that has become a setting or was removed.
+            ConfigError: an argument is a flag that became a setting or was removed.
         """
-        typed = list(args)  # parsing consumes the list
+        arguments = list(args)  # parsing consumes the list
         try:
             return super().parse_args(ctx, args)
         except typer.TyperException as error:
-            former = _former_flag(getattr(error, "option_name", "") or "", typed)
-            raise former or error from error
+            raise _former_flag(getattr(error, "option_name", None) or "", arguments) or error from error
 
 
 def _former_flag(option: str, arguments: Sequence[str]) -> ConfigError | None:
-    """Return the error for a flag of version 0.1 that is none now, or None if it never was one."""
+    """Return the error for a flag that version 0.1 had, or None for an option that never existed."""
     name = option.removeprefix("--").replace("_", "-")
     positive = name.removeprefix("no-")
     flags = {flag.key for flag in FLAGS} | {"model.student", "concept.photos"}
@@ -326,7 +326,7 @@ def _names_of(key: str) -> set[str]:
 
 
 def _value_of(key: str, option: str, arguments: Sequence[str]) -> str:
-    """The value that a person typed for a former flag, as TOML."""
+    """Return the value that a person typed for a former flag, as TOML."""
     hint, _ = _settings()[key]
     if hint is bool:
         return "true"
@@ -350,8 +350,8 @@ def quiet_libraries(*, offline: bool, quiet: bool) -> None:
         quiet: show no download progress.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    # Threads that wait by spinning starve each other as soon as anything else wants a core: a step of the small pair
-    # took 5 to 20 s beside one busy process, and 0.3 s with threads that sleep. OpenMP reads this when torch is loaded.
+    # Threads that spin while they wait starve each other as soon as another process needs a core: next to one busy
+    # process a step of the small pair took 5 to 20 s, and 0.3 s with sleeping threads. OpenMP reads this with torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

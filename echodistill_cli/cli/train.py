@@ -1,4 +1,4 @@
-"""`train`: a configuration from flags, settings and files, and one pipeline call."""
+"""`train`: build a configuration from flags, `--set` and a file, and make one pipeline call."""
 
 from __future__ import annotations
 
@@ -75,7 +75,9 @@ def train(
     overrides |= echo_setting(echo, overrides, lambda: layered(overrides))
     config = layered(overrides)
     if not config.concept.photos:
-        raise ConfigError("The folder of photos is missing.", "echodistill train PHOTOS --token sks --class-name dog")
+        raise ConfigError(
+            "The folder of photos is missing.", "Run echodistill train PHOTOS --token sks --class-name dog."
+        )
     quiet_libraries(offline=config.model.offline, quiet=quiet)
     if vram is not None and not is_resumed:
         on_message = say_to(stderr_console(), quiet=quiet)

@@ -74,9 +74,10 @@ def build_config(
         # `model` replaces the student of the file, and with it the student's revision.
         file_model = {key: value for key, value in file_model.items() if key not in ("student", "student_revision")}
     student = model or file_model.get("student")
+    preset = PRESETS.get(student) if isinstance(student, str) else None
     tables: Tables = {}
-    if student in PRESETS:
-        _merge(tables, PRESETS[str(student)].settings)
+    if preset:
+        _merge(tables, preset.settings)
         file_model = {key: value for key, value in file_model.items() if key != "student"}
     elif student:
         family = PRESETS[_family_preset(str(student))].settings["model"]
@@ -86,7 +87,7 @@ def build_config(
     _merge_dotted(tables, fitted or {})
     _merge(tables, file_tables | {"model": file_model})
     _merge_dotted(tables, overrides or {})
-    _settle_teacher(tables.setdefault("model", {}), preset_model, is_preset=student in PRESETS)
+    _settle_teacher(tables.setdefault("model", {}), preset_model, is_preset=preset is not None)
     return config_from_dict(tables)
 
 

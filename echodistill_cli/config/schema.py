@@ -27,9 +27,9 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
-count = functools.partial(setting, minimum=1)
-amount = functools.partial(setting, minimum=0)
-fraction = functools.partial(setting, minimum=0, maximum=1)
+count = functools.partial(setting, minimum=1)  # at least 1
+amount = functools.partial(setting, minimum=0)  # at least 0
+fraction = functools.partial(setting, minimum=0, maximum=1)  # from 0 to 1
 
 
 def choice(choices: Sequence[str], about: str) -> Any:

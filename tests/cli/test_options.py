@@ -178,6 +178,12 @@ def test_set_goes_over_the_file_and_its_last_value_counts(photo_folder: Path, tm
     assert planned(*line)["train"]["batch_size"] == 3
 
 
+def test_set_wins_over_a_memory_plan(photo_folder: Path) -> None:
+    fitted = planned(photo_folder, "--vram", 24)["train"]["batch_size"]
+    assert fitted > 1
+    assert planned(photo_folder, "--vram", 24, "--set", "train.batch_size=1")["train"]["batch_size"] == 1
+
+
 def test_set_names_the_model_and_the_photos_too(photo_folder: Path) -> None:
     line = ("--set", "model.student=mini", "--set", f"concept.photos={photo_folder}")
     assert planned(*line)["model"]["student"] == "mini:student"
@@ -194,9 +200,10 @@ def test_set_names_the_model_and_the_photos_too(photo_folder: Path) -> None:
         ("p --set trian.steps=5", "Unknown section [trian]. Did you mean train?"),
         ("p --set target_steps=5", "Write --set train.target_steps=VALUE."),
         ("p --set train.target_steps", "Write --set train.target_steps=VALUE."),
+        ('p --set model.student=["a"]', "model.student = ('a',) is not a string"),
         ("p --set train.max_bad_steps=9", "train.max_bad_steps = 9 was a setting until echodistill 0.1."),
         ("p --steps 5 --set train.steps=7", "train.steps is given by --steps and by --set train.steps=7."),
-        ("p -o x --set run.output=y", "run.output is given by --output -o and by --set run.output=y."),
+        ("p -o x --set run.output=y", "run.output is given by --output and by --set run.output=y."),
         ("p --model mini --set model.student=x", "model.student is given by --model and by --set model.student=x."),
         ("p --set concept.photos=q", "concept.photos is given by PHOTOS and by --set concept.photos=q."),
     ],

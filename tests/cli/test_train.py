@@ -1,4 +1,4 @@
-"""`echodistill train`: what a run leaves, that other tools read it, and how a run goes on."""
+"""`echodistill train`: the files of a run, how other tools read them, how a run is resumed, and bad input."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def run(
     small_backbones: Backbones,
     photo_folder: Path,
 ) -> tuple[Path, str, Done]:
-    """A finished run of four steps, the form of its text side, and what the command said; not to be written to."""
+    """A finished run of four steps, the form of its text side, and the command's output. Tests do not write to it."""
     folder = tmp_path_factory.mktemp(request.param)
-    # alpha is not the rank, nor the strength 1, so that a scale that gets lost shows.
+    # alpha differs from the rank and strength from 1, so that a lost scale shows.
     scales = {"adapter__alpha": 6, "adapter__strength": 1.5}
     file = small_toml(folder, small_pair, small_backbones, text__form=request.param, **scales)
     done = command("train", photo_folder, "--config", file, "--output", folder / "run", "--lr", "1e-2")
@@ -45,7 +45,7 @@ def run(
     return folder / "run", request.param, done
 
 
-# --- what a run leaves ------------------------------------------------------------------------------------------------
+# --- the files of a run -----------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_the_files_it_promises_and_prints_its_lora(run: tuple[Path, str, Done]) -> None:
@@ -55,14 +55,14 @@ def test_a_run_leaves_the_files_it_promises_and_prints_its_lora(run: tuple[Path,
         *(f"samples/step-{step:06d}.png" for step in (0, 2, 4)),
         *(f"checkpoints/step-{step:06d}/{name}" for step in (2, 4) for name in ("state.pt", "manifest.json")),
     }
-    found = files_below(folder)
-    assert expected <= found
-    assert ("sks.safetensors" in found) == (form == "token")
-    assert not [name for name in found if name.endswith(".tmp")]
+    files = files_below(folder)
+    assert expected <= files
+    assert ("sks.safetensors" in files) == (form == "token")
+    assert not [name for name in files if name.endswith(".tmp")]
     assert done.out == f"{folder}/sks-dog.safetensors\n"
 
 
-def test_plain_lines_tell_the_progress_where_there_is_no_terminal(run: tuple[Path, str, Done]) -> None:
+def test_plain_lines_report_progress_without_a_terminal(run: tuple[Path, str, Done]) -> None:
     lines = run[2].err.splitlines()
     assert [line.split("  ")[0] for line in lines if line.startswith("step")] == [f"step {n}/4" for n in range(1, 5)]
     assert any("left" in line and "denoising" in line for line in lines)
@@ -84,10 +84,10 @@ def test_metrics_have_every_loss_norm_rate_and_cost_of_every_step(run: tuple[Pat
         assert all(isinstance(value, int | float) for value in entry.values())
     assert metrics[0]["lr_student"] == 1e-2
     assert metrics[0]["peak_memory_mib"] > 50
-    echoed = [entry for entry in metrics if "echo_made" in entry]
-    assert [entry["step"] for entry in echoed] == [3]
-    fell = ("echo_identity", "echo_photo_copy", "echo_duplicate", "echo_crowded")
-    assert echoed[0]["echo_made"] == echoed[0]["echo_kept"] + sum(echoed[0][name] for name in fell) == 4
+    refreshes = [entry for entry in metrics if "echo_made" in entry]
+    assert [entry["step"] for entry in refreshes] == [3]
+    reasons = ("echo_identity", "echo_photo_copy", "echo_duplicate", "echo_crowded")
+    assert refreshes[0]["echo_made"] == refreshes[0]["echo_kept"] + sum(refreshes[0][name] for name in reasons) == 4
 
 
 def test_no_path_of_this_machine_is_in_what_people_pass_on(run: tuple[Path, str, Done], small_pair: Pair) -> None:
@@ -103,14 +103,14 @@ def test_no_path_of_this_machine_is_in_what_people_pass_on(run: tuple[Path, str,
         assert not [text for text in texts if place in text]
 
 
-def test_a_preview_has_a_row_per_prompt_with_the_word_and_without(run: tuple[Path, str, Done]) -> None:
+def test_a_preview_has_a_row_per_prompt_with_the_token_and_without(run: tuple[Path, str, Done]) -> None:
     with Image.open(run[0] / "samples" / "step-000004.png") as sheet:
         assert sheet.size == (4 * 64 + 3 * 2, 2 * 64 + 2)
         assert sheet.info["step"] == "4"
         assert sheet.info["prompts"].split(" | ")[:2] == ["a photo of a sks dog", "a photo of a dog"]
 
 
-def test_the_model_card_tells_how_to_use_the_files(run: tuple[Path, str, Done]) -> None:
+def test_the_model_card_says_how_to_use_the_files(run: tuple[Path, str, Done]) -> None:
     folder, form, _ = run
     card = (folder / "README.md").read_text()
     assert "samples/step-000004.png" in card
@@ -121,8 +121,8 @@ def test_the_model_card_tells_how_to_use_the_files(run: tuple[Path, str, Done]) 
 # --- other tools read it ----------------------------------------------------------------------------------------------
 
 
-def drawn_by_diffusers(model: Path, lora: Path, prompt: str, token: Path | None, **settings: Any) -> Any:
-    """A picture in 0…1 by a stock pipeline with the files loaded as any user would, and what it complained of."""
+def generated_by_diffusers(model: Path, lora: Path, prompt: str, token: Path | None, **settings: Any) -> Any:
+    """Return an image in 0…1 by a stock pipeline that loads the files as a user would."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(model)
@@ -136,7 +136,7 @@ def drawn_by_diffusers(model: Path, lora: Path, prompt: str, token: Path | None,
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_plain_diffusers_loads_the_files_and_draws_our_picture(
+def test_plain_diffusers_loads_the_files_and_generates_the_same_image(
     run: tuple[Path, str, Done],
     role: str,
     small_pair: Pair,
@@ -147,7 +147,7 @@ def test_plain_diffusers_loads_the_files_and_draws_our_picture(
     done = command("sample", "--lora", folder, "-p", "a photo of a sks dog", "--seed", 5, "--role", role,
                    "--steps", 1, "--guidance", 0, "-o", tmp_path)  # fmt: skip
     assert done.code == 0, done.err
-    ours = np.asarray(Image.open(tmp_path / "0000_s5.png"), dtype=np.float32) / 255
+    image = np.asarray(Image.open(tmp_path / "0000_s5.png"), dtype=np.float32) / 255
     lora = folder / ("sks-dog.safetensors" if role == "student" else "teacher/sks-dog-teacher.safetensors")
     token = folder / "sks.safetensors" if form == "token" else None
     prompt = f"a photo of a {'<sks>' if token else 'sks'} dog"
@@ -155,25 +155,25 @@ def test_plain_diffusers_loads_the_files_and_draws_our_picture(
     try:
         for logger in loggers:
             logger.propagate = True
-        theirs = drawn_by_diffusers(
+        reference = generated_by_diffusers(
             small_pair[role == "teacher"], lora, prompt, token, num_inference_steps=1, guidance_scale=0.0
         )
     finally:
         for logger in loggers:
             logger.propagate = False
-    assert np.abs(ours - theirs).max() < 1e-2
-    complaints = [record.getMessage() for record in caplog.records]
-    assert not [text for text in complaints if "key" in text.lower() and "safe to ignore" not in text]
+    assert np.abs(image - reference).max() < 1e-2
+    remarks = [record.getMessage() for record in caplog.records]
+    assert not [text for text in remarks if "key" in text.lower() and "safe to ignore" not in text]
 
 
-def test_the_lora_changes_the_picture(run: tuple[Path, str, Done], tmp_path: Path) -> None:
+def test_the_lora_changes_the_image(run: tuple[Path, str, Done], tmp_path: Path) -> None:
     # Otherwise the agreement above would prove nothing.
     command("sample", "--lora", run[0], "-p", "a photo of a sks dog", "--compare", "-o", tmp_path)
     pair = np.asarray(Image.open(tmp_path / "0000_s0.png"), dtype=np.float32)
     assert np.abs(pair[:, :64] - pair[:, 66:]).mean() > 1
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -191,7 +191,7 @@ def test_a_run_goes_on_to_more_steps_with_its_folder_alone(short_run: Path, monk
     assert [entry["step"] for entry in open_run(short_run).read_metrics()] == [1, 2, 3, 4]
     assert open_run(short_run).config.train.steps == 4
     assert "continuing after step 2" in done.err
-    # Named by nothing at all, the newest run is meant; it is finished, and its files are written again.
+    # Without any name the newest run is resumed. It is finished, and its files are written again.
     (short_run.parent / "runs").mkdir()
     short_run.rename(short_run.parent / "runs" / "run")
     monkeypatch.chdir(short_run.parent)
@@ -207,8 +207,13 @@ def test_a_changed_setting_is_refused_by_name_and_a_learning_rate_is_taken(short
     assert done.code == 2
     assert "--steps 2" in done.error
     assert (short_run / "config.toml").read_bytes() == before
-    assert command("train", "--resume", "-o", short_run, "--steps", 3, "--lr", "1e-5", "-q").code == 0
+    line = ("train", "--resume", "-o", short_run, "--steps", 3)
+    done = command(*line, "--set", "adapter.strength=2")
+    assert done.code == 2
+    assert "adapter.strength = 1.0, not 2" in done.error
+    assert command(*line, "--lr", "1e-5", "--set", "train.discriminator_lr=1e-6", "-q").code == 0
     assert [entry["lr_student"] for entry in open_run(short_run).read_metrics()] == [1e-3, 1e-3, 1e-5]
+    assert [entry["lr_discriminators"] for entry in open_run(short_run).read_metrics()] == [1e-3, 1e-3, 1e-6]
 
 
 def test_other_photos_than_the_run_was_trained_on_are_refused(
@@ -223,7 +228,9 @@ def test_other_photos_than_the_run_was_trained_on_are_refused(
     assert "4 photos" in done.error
 
 
-def test_output_that_exists_is_refused_unless_told(short_run: Path, photo_folder: Path, tmp_path: Path) -> None:
+def test_an_output_that_exists_is_refused_without_overwrite(
+    short_run: Path, photo_folder: Path, tmp_path: Path
+) -> None:
     before = files_below(short_run)
     line = ("train", photo_folder, "--config", tmp_path / "run.toml", "-o", short_run)
     done = command(*line)
@@ -233,7 +240,7 @@ def test_output_that_exists_is_refused_unless_told(short_run: Path, photo_folder
     assert files_below(short_run) == before
     assert command(*line, "--overwrite", "--steps", 1, "-q").code == 0
     assert "checkpoints/step-000002/state.pt" not in files_below(short_run)
-    # What is no run folder is never replaced.
+    # A folder that is not a run is never replaced.
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     done = command("train", photo_folder, "--config", tmp_path / "run.toml", "-o", tmp_path / "mine", "--overwrite")
@@ -257,7 +264,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_offered(short_run: 
     assert "no checkpoint of step 9" in done.error
 
 
-def test_json_and_quiet_are_kept_apart_from_progress(short_run: Path) -> None:
+def test_json_and_quiet_print_no_progress(short_run: Path) -> None:
     done = command("train", "--resume", "-o", short_run, "--json", "--quiet")
     assert done.err == ""
     assert {"run", "lora", "teacher_lora", "token", "steps", "seconds"} <= set(done.result)
@@ -282,7 +289,7 @@ def fails(done: Done, code: int, *words: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "no picture", "file"])
-def test_photos_that_are_none_end_with_3(kind: str, tmp_path: Path, small_line: tuple[object, ...]) -> None:
+def test_a_folder_without_photos_ends_with_3(kind: str, tmp_path: Path, small_line: tuple[object, ...]) -> None:
     photos = tmp_path / "photos"
     if kind == "file":
         photos.write_text("a file")
@@ -370,7 +377,7 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_checkpoint(
     fails(done, 1, "not finite", "Lower --lr", "--resume")
     assert any(": skipped " in line for line in done.err.splitlines())
     assert (tmp_path / "run" / "checkpoints" / "step-000002" / "state.pt").read_bytes() == kept
-    # What the line says to do works.
+    # The remedy in the message works.
     back = ("train", "--resume", "--from-step", 2, "-o", tmp_path / "run", "--steps", 3)
     assert command(*back, "--lr", "1e-4", "--teacher-lr", "1e-4", "-q").code == 0
 
@@ -462,7 +469,7 @@ def test_offline_opens_no_socket(photo_folder: Path, small_line: tuple[object, .
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/run/sks-dog.safetensors\n"
-    # Nothing but our own lines reaches a person.
+    # No line of another library reaches the user.
     starts = ("Loading ", "Training in ", "step 1/1", "Reading the files back")
     assert [line for line in done.stderr.splitlines() if not line.startswith(starts)] == []
 

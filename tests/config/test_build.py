@@ -110,6 +110,11 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, mes
         build_config(toml_file=toml(tmp_path, text))
 
 
+def test_a_student_that_is_no_string_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.student = .* is not a string"):
+        build_config(toml_file=toml(tmp_path, '[model]\nstudent = ["sd-turbo"]\n'))
+
+
 def test_a_file_that_is_not_there_or_no_text_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.toml cannot be read"):
         build_config(toml_file=tmp_path / "none.toml")

@@ -22,7 +22,7 @@ BOUNDED = [(s, e, side) for s, e in SETTINGS for side in ("minimum", "maximum") 
 CHOSEN = [(s, e) for s, e in SETTINGS if e.metadata["choices"]]
 
 
-def named(value: Any) -> str | None:
+def key_name(value: Any) -> str | None:
     return value.name if isinstance(value, dataclasses.Field) else None
 
 
@@ -30,7 +30,7 @@ def test_the_defaults_are_valid_and_cause_no_warning() -> None:
     assert list(warnings(Config())) == []
 
 
-@pytest.mark.parametrize("entry", [entry for _, entry in SETTINGS], ids=named)
+@pytest.mark.parametrize("entry", [entry for _, entry in SETTINGS], ids=key_name)
 def test_a_description_stands_alone_and_names_every_choice(entry: dataclasses.Field[Any]) -> None:
     about = entry.metadata["about"]
     assert about
@@ -39,7 +39,7 @@ def test_a_description_stands_alone_and_names_every_choice(entry: dataclasses.Fi
     assert all(choice in about for choice in entry.metadata["choices"])
 
 
-@pytest.mark.parametrize(("section", "entry", "side"), BOUNDED, ids=named)
+@pytest.mark.parametrize(("section", "entry", "side"), BOUNDED, ids=key_name)
 def test_a_bound_itself_is_allowed_and_what_lies_beyond_is_not(
     section: str, entry: dataclasses.Field[Any], side: str
 ) -> None:
@@ -57,7 +57,7 @@ def test_a_bound_itself_is_allowed_and_what_lies_beyond_is_not(
         config_from_dict(others | {section: table | {entry.name: number(beyond)}})
 
 
-@pytest.mark.parametrize(("section", "entry"), CHOSEN, ids=named)
+@pytest.mark.parametrize(("section", "entry"), CHOSEN, ids=key_name)
 def test_a_choice_is_refused_with_the_nearest_right_one(section: str, entry: dataclasses.Field[Any]) -> None:
     for choice in entry.metadata["choices"]:
         config_from_dict({section: {entry.name: choice}})
