@@ -38,6 +38,7 @@ from echodistill_cli.outputs.artifact import FoundLora, find_lora
 from echodistill_cli.outputs.requests import AUTO, EvaluationRequest, SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import OnMessage
+from echodistill_cli.training.losses import photo_similarity
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "pillow")
 
@@ -304,8 +305,4 @@ def own_similarity(photos: Tensor) -> float | None:
     Args:
         photos: [M, D], of the real pictures.
     """
-    count = len(photos)
-    if count < 2:
-        return None
-    cosines = pairwise_cosine(photos, photos)
-    return float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
+    return photo_similarity(photos.double()) if len(photos) > 1 else None

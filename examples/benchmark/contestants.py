@@ -16,9 +16,9 @@ from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.schedule import add_noise, prediction_target
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import losses
-from echodistill_cli.training.batches import draw_teacher_batch
+from echodistill_cli.training.batches import teacher_batch
 from echodistill_cli.training.optimizers import Metrics
-from echodistill_cli.training.state import TrainingState
+from echodistill_cli.training.state import CARRY_BACK, TrainingState
 from echodistill_cli.training.steps import (
     begin,
     carry_back_step,
@@ -53,15 +53,15 @@ class Contestant:
 
 def teacher_lora_step(state: TrainingState) -> Metrics:
     """The teacher's own step, alone."""
-    state.set_rates()
+    state.optimizers.set_rates(state.progress)
     return teacher_step(state)
 
 
 def denoising_step(state: TrainingState) -> Metrics:
     """DreamBooth-LoRA on the one-step model: its denoising loss on the photos at every timestep, text side included."""
-    state.set_rates()
+    state.optimizers.set_rates(state.progress)
     student = state.pair.student
-    batch = draw_teacher_batch(state)
+    batch = teacher_batch(state)
     conditioning = student.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(student.schedule, batch.latents, noise, batch.timesteps)
@@ -72,8 +72,8 @@ def denoising_step(state: TrainingState) -> Metrics:
 
 def token_step(state: TrainingState) -> Metrics:
     """Textual inversion: one learned vector through the teacher's denoising loss; no UNet moves."""
-    state.set_rates()
-    teacher, batch = state.pair.teacher, draw_teacher_batch(state)
+    state.optimizers.set_rates(state.progress)
+    teacher, batch = state.pair.teacher, teacher_batch(state)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
@@ -88,9 +88,10 @@ def pso_step(state: TrainingState) -> Metrics:
     The likelihood ratio of a picture is that of Gaussians around the two models' one-step pictures of it, renoised to
     the last timestep: tuned model over untouched one.
     """
-    state.set_rates()
+    state.optimizers.set_rates(state.progress)
     student, batch = state.pair.student, state.config.train.batch_size
-    latents, prompts = (drawn := draw_teacher_batch(state)).latents, drawn.prompts
+    photos = teacher_batch(state)
+    latents, prompts = photos.latents, photos.prompts
     conditioning = state.pair.encoder.encode(prompts)
     last = torch.full((batch,), student.schedule.last_timestep, device=latents.device)
     with torch.no_grad():
@@ -112,11 +113,11 @@ def distillation_step(state: TrainingState) -> Metrics:
     """Teacher first: it learns alone before the first step and rests from then on, while the student is distilled."""
     if state.step == 0:
         begin(state)
-    state.set_rates()
-    student_pass, metrics = student_step(state)
+    state.optimizers.set_rates(state.progress)
+    generated, metrics = student_step(state)
     for _ in range(state.config.replays):
         metrics |= replay_step(state)
-    return metrics | discriminator_step(state, student_pass)
+    return metrics | discriminator_step(state, generated)
 
 
 def carry_over(state: TrainingState) -> None:
@@ -126,7 +127,7 @@ def carry_over(state: TrainingState) -> None:
 
 def end_echo(state: TrainingState) -> None:
     """The carry back, if the echo kept anything."""
-    while state.in_carry_back:
+    while state.phase is CARRY_BACK:
         carry_back_step(state)
 
 

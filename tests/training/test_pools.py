@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echodistill_cli.config.schema import EchoConfig
 from echodistill_cli.training.losses import identity_scores, photo_similarity
-from echodistill_cli.training.pools import EchoPool, judge, refresh
+from echodistill_cli.training.pools import EchoPool, refresh, select
 
 
 def at(*degrees: float, tilt: float = 0.0) -> Tensor:
@@ -70,41 +70,41 @@ def test_a_picture_scores_its_mean_cosine_to_the_photos() -> None:
 
 
 def test_a_good_picture_is_kept() -> None:
-    assert judge(at(0.0), PHOTOS, SETTINGS) == ["kept"]
+    assert select(at(0.0), PHOTOS, SETTINGS) == ["kept"]
 
 
 def test_too_little_of_the_subject_falls_by_identity() -> None:
-    assert judge(at(0.0, 70.0, 180.0), PHOTOS, SETTINGS) == ["kept", "identity", "identity"]
+    assert select(at(0.0, 70.0, 180.0), PHOTOS, SETTINGS) == ["kept", "identity", "identity"]
 
 
 def test_the_threshold_is_a_share_of_the_photos_own_similarity() -> None:
     threshold = 0.9 * photo_similarity(PHOTOS)
     # In the plane between the photos the score is cos 20° times the cosine of the tilt.
     limit = math.degrees(math.acos(threshold / math.cos(math.radians(20))))
-    assert judge(at(0.0, tilt=limit - 0.5), PHOTOS, SETTINGS) == ["kept"]
-    assert judge(at(0.0, tilt=limit + 0.5), PHOTOS, SETTINGS) == ["identity"]
+    assert select(at(0.0, tilt=limit - 0.5), PHOTOS, SETTINGS) == ["kept"]
+    assert select(at(0.0, tilt=limit + 0.5), PHOTOS, SETTINGS) == ["identity"]
     # Photos that differ more among themselves ask for less.
-    assert judge(at(0.0, tilt=limit + 0.5), at(-30.0, 30.0), SETTINGS) == ["kept"]
+    assert select(at(0.0, tilt=limit + 0.5), at(-30.0, 30.0), SETTINGS) == ["kept"]
 
 
 def test_a_copy_of_a_photo_falls() -> None:
-    assert judge(at(20.5, 10.0), PHOTOS, SETTINGS) == ["photo_copy", "kept"]
+    assert select(at(20.5, 10.0), PHOTOS, SETTINGS) == ["photo_copy", "kept"]
 
 
 def test_of_near_equal_pictures_the_better_one_stays() -> None:
-    assert judge(at(1.0, 0.0), PHOTOS, SETTINGS) == ["duplicate", "kept"]
-    assert judge(at(0.0, 1.0), PHOTOS, SETTINGS) == ["kept", "duplicate"]
+    assert select(at(1.0, 0.0), PHOTOS, SETTINGS) == ["duplicate", "kept"]
+    assert select(at(0.0, 1.0), PHOTOS, SETTINGS) == ["kept", "duplicate"]
 
 
 def test_the_pool_is_bounded_and_the_best_stay() -> None:
     features = torch.cat([at(0.0, tilt=tilt) for tilt in (24.0, 3.0, 18.0, 8.0, 13.0)])
-    assert judge(features, PHOTOS, SETTINGS) == ["crowded", "kept", "crowded", "kept", "kept"]
+    assert select(features, PHOTOS, SETTINGS) == ["crowded", "kept", "crowded", "kept", "kept"]
 
 
 def test_a_copy_of_a_fallen_picture_is_no_duplicate() -> None:
     # The best two are copies of a photo; the third resembles them, but neither is in the pool.
     settings = EchoConfig(min_identity=0.5, max_similarity=0.99, pool_size=3)
-    assert judge(at(20.0, 19.0, 8.0), PHOTOS, settings) == ["photo_copy", "photo_copy", "kept"]
+    assert select(at(20.0, 19.0, 8.0), PHOTOS, settings) == ["photo_copy", "photo_copy", "kept"]
 
 
 def test_with_the_default_settings_random_features_fall() -> None:
@@ -112,9 +112,9 @@ def test_with_the_default_settings_random_features_fall() -> None:
     subject = torch.randn(1, 64, generator=generator)
     photos = subject + 0.5 * torch.randn(5, 64, generator=generator)
     strangers = torch.randn(50, 64, generator=generator)
-    assert set(judge(strangers, photos, EchoConfig())) == {"identity"}
+    assert set(select(strangers, photos, EchoConfig())) == {"identity"}
     likenesses = subject + 0.5 * torch.randn(10, 64, generator=generator)
-    assert judge(likenesses, photos, EchoConfig()) == ["kept"] * 10
+    assert select(likenesses, photos, EchoConfig()) == ["kept"] * 10
 
 
 def test_with_the_default_settings_a_collapsed_student_fills_no_pool() -> None:
@@ -122,7 +122,7 @@ def test_with_the_default_settings_a_collapsed_student_fills_no_pool() -> None:
     subject = torch.randn(1, 64, generator=generator)
     photos = subject + 0.5 * torch.randn(5, 64, generator=generator)
     always_the_same = subject + 0.01 * torch.randn(20, 64, generator=generator)
-    verdicts = judge(always_the_same, photos, EchoConfig())
+    verdicts = select(always_the_same, photos, EchoConfig())
     assert verdicts.count("kept") == 1
     assert verdicts.count("duplicate") == 19
 

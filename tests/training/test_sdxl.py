@@ -32,7 +32,7 @@ from echodistill_cli.outputs.export import TrainResult
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import export, train
-from echodistill_cli.training.batches import draw_student_pass, draw_teacher_batch
+from echodistill_cli.training.batches import student_pass, teacher_batch
 from echodistill_cli.training.state import add_trained_parts, build_state
 from echodistill_cli.training.steps import student_step, training_step
 from tests.helpers.runs import small_config, small_photos
@@ -181,10 +181,10 @@ def test_every_form_of_the_text_side_trains(configure: Configure, tmp_path: Path
 
 def test_crops_are_told_to_the_teacher_in_its_denoising_loss_alone(configure: Configure, tmp_path: Path) -> None:
     state = build_state(configure(tmp_path / "run", train__batch_size=16), small_photos())
-    crops = draw_teacher_batch(state).crops
+    crops = teacher_batch(state).crops
     assert len(crops) == 16
     assert any(crop != (0, 0) for crop in crops)
-    assert draw_student_pass(state).pictures.conditioning.time_ids is None
+    assert student_pass(state).images.conditioning.time_ids is None
 
 
 def test_with_offload_every_gradient_is_the_same(configure: Configure, tmp_path: Path) -> None:
