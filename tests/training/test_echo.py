@@ -14,20 +14,23 @@ from tests.helpers.runs import NewState, checkpoint_of, moved, take_steps, train
 
 def test_the_echo_begins_at_its_start_and_repeats(new_state: NewState) -> None:
     state = new_state(echo__start=2, echo__every=2)
-    assert ["echo_made" in metrics for metrics in take_steps(state, 6)] == [False, True, False, True, False, True]
+    assert ["echo_made" in metrics for metrics in take_steps(state, 4)] == [False, True, False, True]
+    state.config = replace(state.config, echo=replace(state.config.echo, start=4, every=3))
+    assert [step for step in range(1, 12) if replace(state, step=step).echo_is_due] == [4, 7, 10]
 
 
 def test_without_a_start_there_is_no_echo(new_state: NewState) -> None:
     state = new_state()
-    assert not any("echo_made" in metrics for metrics in take_steps(state, 3))
+    assert not any("echo_made" in metrics for metrics in take_steps(state, 2))
     assert state.pool is None
+    assert not any(replace(state, step=step).echo_is_due for step in range(12))
 
 
 def test_an_echo_reports_a_verdict_on_every_image(new_state: NewState) -> None:
     state = new_state(echo__candidates=5, echo__pool_size=2, train__batch_size=2)
     metrics = echo_step(state)
-    fates = ("kept", "identity", "photo_copy", "duplicate", "crowded")
-    assert metrics["echo_made"] == sum(metrics[f"echo_{fate}"] for fate in fates) == 5
+    verdicts = ("kept", "identity", "photo_copy", "duplicate", "crowded")
+    assert metrics["echo_made"] == sum(metrics[f"echo_{verdict}"] for verdict in verdicts) == 5
     assert state.pool is not None
     assert metrics["echo_pool"] == len(state.pool) <= 2
     assert all("sks dog" in prompt for prompt in state.pool.prompts)
@@ -60,9 +63,9 @@ def test_the_teacher_draws_its_share_from_the_pool(new_state: NewState, share: f
     state.pool = replace(state.pool, prompts=["ECHO"] * len(state.pool))
     batch = teacher_batch(state)
     latents, masks, prompts = batch.latents, batch.masks, batch.prompts
-    echoed = [prompt == "ECHO" for prompt in prompts]
-    assert sum(echoed) == expected if expected is not None else 0 < sum(echoed) < 8
-    for row, is_echo in enumerate(echoed):
+    from_pool = [prompt == "ECHO" for prompt in prompts]
+    assert sum(from_pool) == expected if expected is not None else 0 < sum(from_pool) < 8
+    for row, is_echo in enumerate(from_pool):
         assert (latents[row] == state.pool.latents).flatten(1).all(dim=1).any() == is_echo
         assert not is_echo or masks[row].min() == 1
     assert "ECHO" not in teacher_batch(state, echo=False).prompts

@@ -1,4 +1,4 @@
-"""Who moves in each step, and the table of losses."""
+"""Which weights each step moves, and the table of losses."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ each_text_form = pytest.mark.parametrize("form", ["lora", "token", "frozen"])
 
 
 def frozen_weights(state: TrainingState) -> list[Tensor]:
-    """Copies of all that training may not move."""
+    """Copies of everything that training must not move."""
     pair = state.pair
     modules = [pair.teacher.unet, pair.student.unet, pair.codec.encoder, *pair.encoder.encoders]
     modules += [critic.backbone for critic in state.critics] + (
@@ -123,7 +123,7 @@ def test_a_weight_of_0_removes_its_term(new_state: NewState, name: str) -> None:
     assert {term.name for term in active_losses(state)} == set(STUDENT_TERMS) - {name}
     assert set(metrics) & set(STUDENT_TERMS) == set(STUDENT_TERMS) - {name}
     assert bool(state.critics) == (name != "adversarial")
-    assert (state.identity_encoder is None) == (name == "identity")  # the echo, which needs it too, is off
+    assert (state.identity_encoder is None) == (name == "identity")  # the echo needs it too, but is off
 
 
 def test_without_the_denoising_loss_the_teacher_stays_as_it_is(new_state: NewState) -> None:
@@ -184,16 +184,18 @@ def test_identity_can_be_measured_against_the_photos(new_state: NewState) -> Non
     assert "image" not in vars(generated.target)  # it is not decoded
 
 
-def test_the_prior_shows_the_class_by_the_base_student_and_pulls_both_models_back(new_state: NewState) -> None:
+def test_the_prior_shows_the_class_by_the_base_student_and_pulls_both_models_back(
+    new_state: NewState, plain_state: TrainingState
+) -> None:
     state = new_state(loss__prior=1.0)
     assert state.prior is not None
     assert not any("sks" in prompt for prompt in state.prior.prompts)
     first, *_, last = take_steps(state, 6)
     assert first["teacher_prior"] == pytest.approx(0, abs=1e-9)  # nothing has moved yet
-    assert 0 < first["prior"] < last["prior"]  # only the teacher's first step with the text side
+    assert 0 < first["prior"] < last["prior"]  # the teacher's first step has moved the text side
     assert last["teacher_prior"] > 0
     assert new_state(loss__prior=1.0, concept__class_name=None).prior is None
-    assert new_state().prior is None
+    assert plain_state.prior is None
 
 
 def test_the_priors_gradient_reaches_the_teacher_and_the_text_side(new_state: NewState) -> None:

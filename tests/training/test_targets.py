@@ -16,21 +16,18 @@ from echodistill_cli.training.targets import base_models, base_x0, multi_step_ta
 from tests.helpers.runs import NewState, seeded, student_pass_at, take_steps
 
 each_text_form = pytest.mark.parametrize("form", ["lora", "token", "frozen"])
-COLOURED = {"train__scene_share": 1.0, "train__batch_size": 2, "train__target_steps": 2, "train__replays": 1}
+COLORED = {"train__scene_share": 1.0, "train__batch_size": 2, "train__target_steps": 2, "train__replays": 1}
 
 
 def test_targets_of_several_steps_depend_on_the_seed_alone(new_state: NewState) -> None:
     state = new_state(train__target_steps=3)
     generated = student_pass(state)
     assert generated.alpha_bar.tolist() == [1.0] * len(generated.images.latents)
-    again = new_state(train__target_steps=3)
-    again.generator.manual_seed(7)
-    state.generator.manual_seed(7)
-    assert torch.equal(student_pass(state).target.latents, student_pass(again).target.latents)
-    one = new_state(train__target_steps=1)
-    one.generator.manual_seed(7)
-    assert torch.equal(student_pass(one).images.latents, student_pass_at(again, 7).images.latents)
-    assert not torch.equal(student_pass_at(one, 7).target.latents, student_pass_at(again, 7).target.latents)
+    several = student_pass_at(state, 7)
+    assert torch.equal(several.target.latents, student_pass_at(new_state(train__target_steps=3), 7).target.latents)
+    one = student_pass_at(new_state(train__target_steps=1), 7)
+    assert torch.equal(one.images.latents, several.images.latents)
+    assert not torch.equal(one.target.latents, several.target.latents)
 
 
 def test_targets_from_the_students_image_stay_closer_to_it(new_state: NewState) -> None:
@@ -46,8 +43,8 @@ def test_targets_from_the_students_image_stay_closer_to_it(new_state: NewState) 
 
 
 def test_targets_in_a_color_are_generated_in_the_subjects_own_and_then_tinted(new_state: NewState) -> None:
-    state = new_state(**COLOURED, concept__tint_scenes=True)
-    take_steps(state, 2)  # a trained teacher draws, an untrained one says where the subject is
+    state = new_state(**COLORED, concept__tint_scenes=True)
+    take_steps(state, 2)  # so that the teacher differs from the base teacher, which masks the subject
     noise = torch.randn(2, *state.photos.latents.shape[1:], generator=seeded())
     state.generator.manual_seed(1)
     prompts = ["a red sks dog on the moon", "a sks dog on pink fabric"]
@@ -74,15 +71,15 @@ def test_targets_in_a_color_are_generated_in_the_subjects_own_and_then_tinted(ne
 @pytest.mark.parametrize("changes", [{"concept__scenes": ("a {} on pink fabric",)}, {"concept__class_name": None}])
 def test_targets_without_a_color_or_a_class_name_are_not_tinted(new_state: NewState, changes: dict[str, Any]) -> None:
     tinted, plain = (
-        student_pass_at(new_state(**COLOURED, **changes, concept__tint_scenes=tint), 7) for tint in (True, False)
+        student_pass_at(new_state(**COLORED, **changes, concept__tint_scenes=tint), 7) for tint in (True, False)
     )
     assert torch.equal(tinted.target.latents, plain.target.latents)
 
 
 def test_replays_mix_targets_with_images_of_the_class_by_the_base_student(new_state: NewState) -> None:
     colours = ("a red {} on the moon", "a blue {}")
-    replayed = {"train__target_steps": 2, "train__replays": 1, "train__batch_size": 4}
-    whole = new_state(**replayed, train__class_share=1.0, concept__class_prompts=colours)
+    replays = {"train__target_steps": 2, "train__replays": 1, "train__batch_size": 4}
+    whole = new_state(**replays, train__class_share=1.0, concept__class_prompts=colours)
     student_pass(whole)
     assert whole.prior is not None
     assert set(whole.prior.prompts) == {"a red dog on the moon", "a blue dog"}
@@ -91,18 +88,18 @@ def test_replays_mix_targets_with_images_of_the_class_by_the_base_student(new_st
     assert [whole.prior.prompts[row] for row in rows] == prompts
     assert torch.equal(whole.prior.latents[rows], target)
 
-    some = new_state(**replayed, train__class_share=0.25, concept__class_prompts=colours)
+    some = new_state(**replays, train__class_share=0.25, concept__class_prompts=colours)
     student_pass(some)
     prompts = [prompt for _ in range(100) for prompt in replay_batch(some)[2]]
     assert 0.15 < sum("sks" not in prompt for prompt in prompts) / len(prompts) < 0.35
     assert all("sks" in prompt for prompt in some.replay_buffer.prompts)  # the buffer is not overwritten
-    assert "teacher_prior" not in take_steps(some, 1)[0]  # the prior's own losses have a weight of their own
+    assert "teacher_prior" not in take_steps(some, 1)[0]  # the losses of the prior have their own weight
 
 
 @each_text_form
 def test_pairs_replay_the_base_students_image_of_the_class_from_the_same_noise(new_state: NewState, form: str) -> None:
-    replayed = {"train__target_steps": 2, "train__replays": 1, "train__batch_size": 4, "train__lr": 0.05}
-    state = new_state(**replayed, train__pair_share=1.0, text__form=form, text__trained_by="both", train__text_lr=0.05)
+    replays = {"train__target_steps": 2, "train__replays": 1, "train__batch_size": 4, "train__lr": 0.05}
+    state = new_state(**replays, train__pair_share=1.0, text__form=form, text__trained_by="both", train__text_lr=0.05)
     noise = torch.randn(4, *state.photos.latents.shape[1:], generator=seeded(3))
     before = student_x0(state.pair.student, noise, state.pair.encoder.encode(["a dog"] * 4))
     take_steps(state, 3)
@@ -117,21 +114,21 @@ def test_pairs_replay_the_base_students_image_of_the_class_from_the_same_noise(n
     torch.testing.assert_close(target, base_x0(state, noise, prompts))
     assert all("sks" in prompt for prompt in state.replay_buffer.prompts)  # the buffer is not overwritten
 
-    some = new_state(**replayed, train__pair_share=0.25)
+    some = new_state(**replays, train__pair_share=0.25)
     student_pass(some)
     prompts = [prompt for _ in range(100) for prompt in replay_batch(some)[2]]
     assert 0.15 < sum("sks" not in prompt for prompt in prompts) / len(prompts) < 0.35
 
 
 def test_the_first_targets_are_stored_before_the_first_step_and_train_nothing(new_state: NewState) -> None:
-    replayed = {"train__target_steps": 2, "train__replays": 1, "train__first_targets": 3, "train__head_start": 1}
-    state = new_state(**replayed, train__carry_over=True)
+    replays = {"train__target_steps": 2, "train__replays": 1, "train__first_targets": 3, "train__head_start": 1}
+    state = new_state(**replays, train__carry_over=True)
     batch = state.config.train.batch_size
     begin(state)
     assert len(state.replay_buffer) == 3 * batch
     student, teacher = (lora_tensors(state.pair.role(role).unet) for role in ("student", "teacher"))
-    assert all(torch.equal(student[name], teacher[name]) for name in teacher)  # carried over, and not yet trained
-    joint = new_state(**replayed)
+    assert all(torch.equal(student[name], teacher[name]) for name in teacher)  # copied, and not yet trained
+    joint = new_state(**replays)
     take_steps(joint, 2)
     assert len(joint.replay_buffer) == (3 + 2) * batch
 
