@@ -1,4 +1,4 @@
-"""Discriminators: frozen feature backbones with small trained heads, and the images that they look at.
+"""Discriminators: frozen feature backbones with small trained heads, and the image batches that they run on.
 
 A backbone turns a batch of images into features, one tensor [B, N, D] per tap (N tokens of width D). A discriminator
 puts a small head on each tap. The identity loss and the echo compare the features of an image backbone directly.

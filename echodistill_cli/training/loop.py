@@ -78,7 +78,7 @@ def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: On
     """
     every = state.config.run
     announce = functools.partial(
-        on_message, "Stopping after this step, to save it; Ctrl-C again stops at once, unsaved."
+        on_message, "Stopping after this step to save it. Press Ctrl-C again to stop now without saving."
     )
     with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce) as stop:
         if state.step in (0, state.config.train.steps):
@@ -98,7 +98,7 @@ def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: On
                     checkpoint = run.save_checkpoint(state.step, state.state_dict())
                 if signal_number and state.phase:
                     message = f"Stopped at {state.place}, saved in {checkpoint}."
-                    raise Interrupted(f"{message} Go on: echodistill train --resume -o {run.folder}", signal_number)
+                    raise Interrupted(f"{message} Resume: echodistill train --resume -o {run.folder}", signal_number)
 
 
 @contextmanager
@@ -187,10 +187,13 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             near = nearest(name, TRACKERS)
             raise ConfigError(
-                f"--report-to {name}: it is one of {', '.join(TRACKERS)}.", f"Did you mean {near}?" if near else None
+                f"--report-to {name} is unknown; choose {' or '.join(TRACKERS)}.",
+                f"Did you mean {near}?" if near else None,
             )
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report-to {name}: its package is missing.", f"pip install 'echodistill[{name}]'")
+            raise ConfigError(
+                f"--report-to {name} needs a package that is not installed.", f"pip install 'echodistill[{name}]'"
+            )
 
 
 @contextmanager
@@ -203,7 +206,7 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
 
     Raises:
         ConfigError: a tracker is unknown or its package is missing.
-        EchoDistillError: a tracker did not start.
+        EchoDistillError: a tracker could not start.
     """
     names = config.run.report_to
     check_trackers(names)
@@ -215,10 +218,10 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
     accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "logs")
     try:
         accelerator.init_trackers("echodistill", config=_flat(config))
-    except Exception as error:  # each tracker has its own
+    except Exception as error:  # each tracker raises other errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise EchoDistillError(
-            f"--report-to {','.join(names)} did not start ({reason}).", "Or leave it out."
+            f"--report-to {','.join(names)} could not start ({reason}).", "Fix this, or omit --report-to."
         ) from error
     try:
         yield lambda metrics: accelerator.log(dict(metrics), step=int(metrics["step"]))

@@ -169,7 +169,7 @@ class ReplayBuffer:
         return self.noise[list(rows)], self.latents[list(rows)], [self.prompts[row] for row in rows]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values for a checkpoint."""
+        """Tensors and plain values for a checkpoint, by the keys of its format."""
         return {"noise": self.noise, "latents": self.latents, "untouched": self.base, "prompts": self.prompts}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:

@@ -21,10 +21,14 @@ def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
 
 
 def test_an_unknown_or_missing_tracker_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"tensorbord: it is one of tensorboard, wandb. Did you mean tensorboard\?"):
+    with pytest.raises(
+        ConfigError, match=r"tensorbord is unknown; choose tensorboard or wandb. Did you mean tensorboard\?"
+    ):
         check_trackers(["tensorbord"])
     if importlib.util.find_spec("wandb") is None:
-        with pytest.raises(ConfigError, match=r"wandb: its package is missing. pip install 'echodistill\[wandb\]'"):
+        with pytest.raises(
+            ConfigError, match=r"wandb needs a package that is not installed. pip install 'echodistill\[wandb\]'"
+        ):
             check_trackers(["wandb"])
 
 
