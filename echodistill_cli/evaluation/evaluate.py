@@ -39,6 +39,7 @@ from echodistill_cli.outputs.artifact import Artifact, find
 from echodistill_cli.outputs.requests import AUTO, EvaluationRequest, SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import OnMessage
+from echodistill_cli.training.losses import photo_similarity
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "pillow")
 
@@ -324,8 +325,4 @@ def own_similarity(photos: Tensor) -> float | None:
     Args:
         photos: [M, D], embeddings of real photos.
     """
-    count = len(photos)
-    if count < 2:
-        return None
-    cosines = pairwise_cosine(photos, photos)
-    return float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
+    return photo_similarity(photos.double()) if len(photos) > 1 else None

@@ -1,13 +1,13 @@
-"""What one step trains on: the teacher's samples, the student's pass, its targets, the reals, the echo's drawings."""
+"""What a step is computed on: the teacher's batch, the student's images and their targets, reals, echo candidates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.data.views import prompt_for
@@ -15,90 +15,11 @@ from echodistill_cli.diffusion.sampling import student_x0, teacher_x0
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.vision import ImageBackbone
-from echodistill_cli.training.critics import Discriminator, ImageBatch, TeacherBackbone, look
+from echodistill_cli.training.critics import Discriminator, ImageBatch, features_of
 from echodistill_cli.training.losses import identity_scores
-from echodistill_cli.training.pools import EchoPool, least_score
+from echodistill_cli.training.pools import EchoPool, minimum_score
 from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.targets import drawn_target, in_asked_colours, in_own_colours
-
-
-class StudentPass:
-    """One batch of one-step pictures with all that its losses look at; pictures are decoded once, when asked for.
-
-    Args:
-        pictures: the student's, with gradient. target: the teacher's x0 latents, without.
-        alpha_bar: ᾱ_t [B] of the timestep that the teacher looked at them through; 1 for targets of several steps.
-        photo_like: how many of them, the first, were asked for as the photos are; the others are in scenes.
-    """
-
-    def __init__(
-        self, state: TrainingState, pictures: ImageBatch, target: Tensor, alpha_bar: Tensor, photo_prompts: int
-    ) -> None:
-        self.state, self.pictures, self.target, self.alpha_bar = state, pictures, target, alpha_bar
-        self.photo_prompts = photo_prompts
-
-    @cached_property
-    def target_image(self) -> Tensor:
-        """The teacher's x0 decoded, without gradient."""
-        with torch.no_grad():
-            return self.state.pair.codec.decode(self.target)
-
-    @cached_property
-    def features(self) -> dict[str, list[Tensor]]:
-        """Every discriminator's features of the photo-like pictures: a scene that no photo shows is no fault."""
-        seen = {critic.name: self._seen_by(critic.backbone) for critic in self.state.critics}
-        return {name: [tap[: self.photo_prompts] for tap in taps] for name, taps in seen.items()}
-
-    def identity_features(self) -> tuple[Tensor, Tensor]:
-        """The judge's features of the student's pictures and of the teacher's, [B, N, D] each."""
-        assert self.state.judge is not None
-        with torch.no_grad():
-            target = self.state.judge.features(self.target_image)[0]
-        return self._seen_by(self.state.judge)[0], target
-
-    def judged(self) -> Tensor:
-        """The judge's features of the student's pictures, one row each as it has them of the photos, [B, D]."""
-        assert self.state.judge is not None
-        return self._seen_by(self.state.judge)[0][:, 0]
-
-    def _seen_by(self, backbone: ImageBackbone | TeacherBackbone) -> list[Tensor]:
-        """Features from one backbone; one that serves as judge and as critic looks once, a mere critic at less."""
-        if backbone not in self._looks:
-            is_judge = backbone is self.state.judge
-            self._looks[backbone] = look(
-                backbone, self.pictures if is_judge else self.pictures.first(self.photo_prompts)
-            )
-        return self._looks[backbone]
-
-    @cached_property
-    def _looks(self) -> dict[nn.Module, list[Tensor]]:
-        return {}
-
-
-@dataclass(frozen=True)
-class Reals:
-    """What the discriminators are told is real: B photos, then as many echoed pictures once there are any.
-
-    Args:
-        pictures: all R of them, paired with the student's prompts and renoising. weights: [R].
-        cached: per image discriminator and tap, features [R, N, D].
-    """
-
-    pictures: ImageBatch
-    weights: Tensor
-    cached: dict[str, list[Tensor]]
-
-    def features(self, critic: Discriminator) -> list[Tensor]:
-        """One discriminator's features, per tap [R, N, D]: remembered ones, or for a latent backbone those of now."""
-        if critic.name in self.cached:
-            return self.cached[critic.name]
-        with torch.no_grad():
-            return look(critic.backbone, self.pictures)
-
-
-def draw_timesteps(state: TrainingState, count: int) -> Tensor:
-    """Uniform timesteps [count] of the teacher's schedule, on the device."""
-    return state.randint(len(state.pair.teacher.schedule.alphas_cumprod), count).to(state.pair.device)
+from echodistill_cli.training.targets import multi_step_target, tint, without_colours
 
 
 @dataclass(frozen=True)
@@ -106,9 +27,12 @@ class TeacherBatch:
     """B samples for the teacher's denoising loss.
 
     Args:
-        latents: [B, C, h, w]. masks: [B, 1, h, w]. prompts, crops: B texts and (top, left) corners.
-        timesteps: [B], uniform; of echoed pictures only the noisier ones (`echo.teacher_noise`): they teach what is
-            where, while detail comes from the photos.
+        latents: [B, C, h, w].
+        masks: [B, 1, h, w].
+        prompts: B texts.
+        crops: (top, left) corner of each sample in its photo.
+        timesteps: [B], uniform; for echo images only the noisier ones (`echo.teacher_noise`), because they should
+            teach composition while detail comes from the photos.
     """
 
     latents: Tensor
@@ -118,15 +42,64 @@ class TeacherBatch:
     timesteps: Tensor
 
 
-def draw_teacher_batch(state: TrainingState, *, echoes: bool = True) -> TeacherBatch:
-    """Augmented photos, and echoed pictures if there are any and they are wanted."""
-    batch, photos, subject = state.config.train.batch_size, state.photos, state.config.subject
-    from_pool = torch.rand(batch, generator=state.generator) < state.config.echo.teacher_share
-    timesteps = draw_timesteps(state, batch)
+@dataclass(frozen=True)
+class StudentPass:
+    """B one-step images of the student and what its losses compare them with.
+
+    Args:
+        images: the student's, with gradient.
+        target: the teacher's x0 of the same images, without gradient.
+        alpha_bar: [B], ᾱ_t of the timestep of the target; 1 for targets of several steps.
+        photo_prompts: how many prompts, the first ones, are like the photos'; the others are scenes.
+    """
+
+    images: ImageBatch
+    target: ImageBatch
+    alpha_bar: Tensor
+    photo_prompts: int
+
+    @cached_property
+    def photo_images(self) -> ImageBatch:
+        """The images with photo prompts. Discriminators see no others, because no photo shows the scenes."""
+        return self.images.rows(self.photo_prompts)
+
+
+@dataclass(frozen=True)
+class RealBatch:
+    """Real samples of the discriminators: B photos, then B echo images if there are any.
+
+    Args:
+        images: all R of them, with the prompts and the renoising of the student's images.
+        weights: [R].
+        cached: features [R, N, D] per image discriminator and tap.
+    """
+
+    images: ImageBatch
+    weights: Tensor
+    cached: dict[str, list[Tensor]]
+
+    def features(self, critic: Discriminator) -> list[Tensor]:
+        """Return one discriminator's features, [R, N, D] per tap; cached ones where they do not depend on noise."""
+        if critic.name in self.cached:
+            return self.cached[critic.name]
+        with torch.no_grad():
+            return features_of(self.images, critic.backbone)
+
+
+def random_timesteps(state: TrainingState, count: int) -> Tensor:
+    """Draw uniform timesteps [count] of the teacher's schedule, on the device."""
+    return state.randint(len(state.pair.teacher.schedule.alphas_cumprod), count).to(state.pair.device)
+
+
+def teacher_batch(state: TrainingState, *, echo: bool = True) -> TeacherBatch:
+    """Draw augmented photos and, if `echo` is true and the pool holds any, echo images."""
+    size, photos, subject = state.config.train.batch_size, state.photos, state.config.subject
+    from_pool = torch.rand(size, generator=state.generator) < state.config.echo.teacher_share
+    timesteps = random_timesteps(state, size)
     latents, masks, prompts, crops = [], [], [], []
-    pool = state.pool if echoes else None
-    for index, echoed in enumerate(from_pool.tolist()):
-        if echoed and pool:
+    pool = state.pool if echo else None
+    for index, is_echo in enumerate(from_pool.tolist()):
+        if is_echo and pool:
             steps = len(state.pair.teacher.schedule.alphas_cumprod)
             least = state.config.echo.teacher_noise
             timesteps[index] = int(least * steps + (1 - least) * int(timesteps[index]))
@@ -144,55 +117,70 @@ def draw_teacher_batch(state: TrainingState, *, echoes: bool = True) -> TeacherB
     return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, timesteps)
 
 
-def draw_student_pass(state: TrainingState) -> StudentPass:
-    """B one-step pictures of the concept, and what the current teacher, guided, makes of them."""
-    pair, teacher, settings = state.pair, state.pair.teacher, state.config.train
-    batch = settings.batch_size
-    prompts, photo_prompts = _student_prompts(state)
-    wanted = encode_for_student(state, prompts)
-    conditioning = wanted.detach()
-    noise = state.randn_like(state.photos.latents[:1].expand(batch, -1, -1, -1))
+def student_pass(state: TrainingState) -> StudentPass:
+    """Generate B one-step images of the subject, and the guided x0 of the current teacher for each of them."""
+    pair, settings = state.pair, state.config.train
+    prompts = _student_prompts(state)
+    trainable = encode_for_student(state, prompts)
+    conditioning = trainable.detach()
+    noise = _unit_noise(state, len(prompts))
     with torch.set_grad_enabled(not pair.alternating):
-        x0 = student_x0(pair.student, noise, wanted)
-    renoise, timesteps = state.randn_like(noise), draw_timesteps(state, batch)
+        x0 = student_x0(pair.student, noise, trainable)
+    renoise, timesteps = state.randn_like(noise), random_timesteps(state, len(prompts))
     if settings.target_steps > 1:
-        target = drawn_target(state, x0.detach(), noise, prompts, conditioning)
-        alpha_bar = torch.ones(batch, device=target.device)
+        target = multi_step_target(state, x0.detach(), noise, prompts, conditioning)
+        alpha_bar = torch.ones(len(prompts), device=target.device)
     else:
-        null = pair.encoder.encode_null().detach()
-        with torch.no_grad():
-            # The student's own noise: with fresh noise one picture has many targets, and regression ends in their
-            # blurred mean.
-            noisy = add_noise(teacher.schedule, x0.detach(), noise, timesteps)
-            target = teacher_x0(teacher, noisy, timesteps, conditioning, null, settings.guidance_scale)
-        alpha_bar = teacher.schedule.alpha_bar(timesteps)
-    if pair.alternating:  # the graph is made only now, when the teacher is done
-        x0 = student_x0(pair.student, noise, wanted)
-    pictures = ImageBatch(x0, decoded_once(state, x0), renoise, timesteps, conditioning)
-    return StudentPass(state, pictures, target, alpha_bar, photo_prompts)
+        target = _one_step_target(state, x0.detach(), noise, timesteps, conditioning)
+        alpha_bar = pair.teacher.schedule.alpha_bar(timesteps)
+    if pair.alternating:  # the graph through the student is built only now, when the teacher has left the device
+        x0 = student_x0(pair.student, noise, trainable)
+    images = ImageBatch(x0, pair.codec, renoise, timesteps, conditioning)
+    return StudentPass(images, replace(images, latents=target), alpha_bar, settings.photo_prompts)
 
 
 @torch.no_grad()
-def draw_first_targets(state: TrainingState) -> None:
-    """A batch of targets for the memory alone: what a student's pass would be pulled towards, without the pass."""
-    prompts, _ = _student_prompts(state)
+def _one_step_target(
+    state: TrainingState, x0: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning
+) -> Tensor:
+    """Return the teacher's guided x0 of the renoised student images, [B, C, h, w].
+
+    The noise is the student's own. With fresh noise one image has many targets, and regression ends in their blurred
+    mean.
+    """
+    teacher, null = state.pair.teacher, state.pair.encoder.encode_null()
+    noisy = add_noise(teacher.schedule, x0, noise, timesteps)
+    return teacher_x0(teacher, noisy, timesteps, conditioning, null, state.config.train.guidance_scale)
+
+
+@torch.no_grad()
+def add_first_targets(state: TrainingState) -> None:
+    """Add a batch of targets to the replay buffer, as a student pass would, and train nothing."""
+    prompts = _student_prompts(state)
     conditioning = state.pair.encoder.encode(prompts)
-    noise = state.randn_like(state.photos.latents[:1].expand(len(prompts), -1, -1, -1))
-    drawn_target(state, student_x0(state.pair.student, noise, conditioning), noise, prompts, conditioning)
+    noise = _unit_noise(state, len(prompts))
+    multi_step_target(state, student_x0(state.pair.student, noise, conditioning), noise, prompts, conditioning)
 
 
-def _student_prompts(state: TrainingState) -> tuple[list[str], int]:
-    """What a batch is asked for, and how many of it, the first, as the photos are; the others are scenes."""
+def critic_features(state: TrainingState, generated: StudentPass, critic: Discriminator) -> list[Tensor]:
+    """Return a discriminator's features of the images with photo prompts, per tap.
+
+    A backbone that is also the identity encoder runs once, on all images.
+    """
+    if critic.backbone is state.identity_encoder:
+        return [tap[: generated.photo_prompts] for tap in features_of(generated.images, critic.backbone)]
+    return features_of(generated.photo_images, critic.backbone)
+
+
+def _unit_noise(state: TrainingState, count: int) -> Tensor:
+    return state.randn_like(state.photos.latents[:1].expand(count, -1, -1, -1))
+
+
+def _student_prompts(state: TrainingState) -> list[str]:
+    """Draw a batch of prompts: first `train.photo_prompts` like those of the photos, then scenes."""
     settings = state.config.train
-    photo_prompts = settings.photo_prompts
-    prompts = [_photo_prompt(state) for _ in range(photo_prompts)]
-    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - photo_prompts)], photo_prompts
-
-
-def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:
-    """Prompts encoded; with gradient where the student's losses train the text side too."""
-    with torch.set_grad_enabled("text" in state.student_parts):
-        return state.pair.encoder.encode(prompts)
+    prompts = [_photo_prompt(state) for _ in range(settings.photo_prompts)]
+    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - settings.photo_prompts)]
 
 
 def _photo_prompt(state: TrainingState) -> str:
@@ -204,64 +192,57 @@ def _scene_prompt(state: TrainingState) -> str:
     return scene_prompt(state.config.subject, int(state.randint(2**31 - 1, 1)), state.config.concept.scenes)
 
 
-def decoded_once(state: TrainingState, latents: Tensor) -> Callable[[], Tensor]:
-    """Decodes latents at the first call and remembers the picture."""
-    image: list[Tensor] = []
-
-    def decode() -> Tensor:
-        if not image:
-            image.append(state.pair.codec.decode(latents))
-        return image[0]
-
-    return decode
+def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditioning:
+    """Encode prompts, with gradient if the student's losses train the text side too."""
+    with torch.set_grad_enabled("text" in state.student_parts):
+        return state.pair.encoder.encode(prompts)
 
 
-def draw_reals(state: TrainingState, fakes: ImageBatch) -> Reals:
-    """Photos, and echoed pictures at their lower weight, to stand against a batch of the student's."""
-    batch = len(fakes.latents)
-    rows = state.randint(len(state.photos.real_latents), batch).to(state.pair.device)
+def real_batch(state: TrainingState, fakes: ImageBatch) -> RealBatch:
+    """Draw as many photos as there are fakes, and as many echo images at their lower weight."""
+    size = len(fakes.latents)
+    rows = state.randint(len(state.photos.real_latents), size).to(state.pair.device)
     latents = state.photos.real_latents[rows]
     cached = {name: [tap[rows] for tap in taps] for name, taps in state.photos.critics.items()}
-    weights = torch.ones(batch, device=latents.device)
-    pictures = replace(fakes, latents=latents, image=decoded_once(state, latents))
+    weights = torch.ones(size, device=latents.device)
     if not state.pool or not state.config.echo.real_weight:
-        return Reals(pictures, weights, cached)
-    rows = state.randint(len(state.pool), batch).to(state.pair.device)
-    latents = torch.cat((latents, state.pool.latents[rows]))
+        return RealBatch(replace(fakes, latents=latents, whole=None), weights, cached)
+    rows = state.randint(len(state.pool), size).to(state.pair.device)
     cached = {
         name: [torch.cat((tap, more[rows])) for tap, more in zip(taps, state.pool.critics[name], strict=True)]
         for name, taps in cached.items()
     }
-    pictures = ImageBatch(
-        latents,
-        decoded_once(state, latents),
+    images = ImageBatch(
+        torch.cat((latents, state.pool.latents[rows])),
+        fakes.codec,
         fakes.noise.repeat(2, 1, 1, 1),
         fakes.timesteps.repeat(2),
         fakes.conditioning.join(fakes.conditioning),
     )
-    return Reals(pictures, torch.cat((weights, weights * state.config.echo.real_weight)), cached)
+    return RealBatch(images, torch.cat((weights, weights * state.config.echo.real_weight)), cached)
 
 
 @torch.no_grad()
-def draw_echo(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
-    """One-step pictures for some prompts, with the judge's and the discriminators' features of them; not yet judged.
+def echo_candidates(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
+    """Generate one-step images with the features that selection and discriminators need; none is rejected here.
 
-    With `concept.tint_scenes` those in a colour are drawn and scored in the subject's own; the good ones are tinted.
+    With `concept.tint_scenes`, prompts that give the subject a color are generated and scored in its own color. Images
+    with a sufficient score are then tinted.
     """
-    judge, photos, settings = state.judge, state.photos.identity, state.config.echo
-    assert judge is not None
+    encoder, photos = state.identity_encoder, state.photos.identity
+    assert encoder is not None
     assert photos is not None
-    asked, colours = in_own_colours(state, prompts)
-    shape = state.photos.latents[:1].expand(len(prompts), -1, -1, -1)
+    plain_prompts, colours = without_colours(state.config, prompts)
+    noise = _unit_noise(state, len(prompts))
     with state.at_export_scale():
-        latents = student_x0(state.pair.student, state.randn_like(shape), state.pair.encoder.encode(asked))
+        latents = student_x0(state.pair.student, noise, state.pair.encoder.encode(plain_prompts))
     image = state.pair.codec.decode(latents)
-    features = judge.features(image)[0][:, 0]
+    features = encoder.features(image)[0][:, 0]
     scores = identity_scores(features, photos)
-    good = (scores >= least_score(photos, settings)).tolist()
-    tints = [name if ok else None for name, ok in zip(colours, good, strict=True)]
+    good = (scores >= minimum_score(photos, state.config.echo)).tolist()
+    tints = [name if is_good else None for name, is_good in zip(colours, good, strict=True)]
     if any(tints):
-        latents = in_asked_colours(state, latents, tints)
+        latents = tint(state, latents, tints)
         image = state.pair.codec.decode(latents)
     backbones = {c.name: c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)}
     return EchoPool(

@@ -1,21 +1,22 @@
-"""Critics: frozen feature backbones, small trained heads, and one registry from name to builder.
+"""Discriminators: frozen feature backbones with small trained heads, and the image batches that they run on.
 
-A backbone turns a batch of pictures into features, one tensor [B, N, D] per tap (N tokens of width D). A discriminator
-puts a small head on each tap; the identity loss and the echo's judge use the bare features.
+A backbone turns a batch of images into features, one tensor [B, N, D] per tap (N tokens of width D). A discriminator
+puts a small head on each tap. The identity loss and the echo compare the features of an image backbone directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.adapters import without_lora
@@ -24,41 +25,55 @@ from echodistill_cli.models.vision import ImageBackbone
 
 @dataclass(frozen=True)
 class ImageBatch:
-    """A batch of B pictures in each form a backbone may want.
+    """B images as latents. They are decoded at most once, and each backbone runs on them at most once.
 
     Args:
-        latents: [B, C, h, w]. image: makes the decoded [B, 3, H, W] in [-1, 1] when it is asked for.
-        noise, timesteps, conditioning: how and for which prompts a latent backbone renoises them.
+        latents: [B, C, h, w], scaled.
+        codec: decodes the latents.
+        noise: [B, C, h, w], unit noise with which a latent backbone renoises the images.
+        timesteps: [B], to which a latent backbone renoises them.
+        conditioning: of the B prompts that a latent backbone is conditioned on.
+        whole: the batch whose first rows these are; None if this is not a part of another batch.
+        features: of the backbones that have run on this batch; see `features_of`.
     """
 
     latents: Tensor
-    image: Callable[[], Tensor]
+    codec: LatentCodec
     noise: Tensor
     timesteps: Tensor
     conditioning: Conditioning
+    whole: ImageBatch | None = None
+    features: dict[nn.Module, list[Tensor]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
-    def first(self, count: int) -> ImageBatch:
-        """The first `count` of them."""
+    @cached_property
+    def image(self) -> Tensor:
+        """The decoded images [B, 3, H, W], about [-1, 1]; gradients reach the latents."""
+        if self.whole is not None:
+            return self.whole.image[: len(self.latents)]
+        return self.codec.decode(self.latents)
+
+    def rows(self, count: int) -> ImageBatch:
+        """Return the first `count` images. They are decoded together with the whole batch."""
         if count == len(self.latents):
             return self
+        conditioning = self.conditioning.take(range(count))
         return ImageBatch(
-            self.latents[:count],
-            lambda: self.image()[:count],
-            self.noise[:count],
-            self.timesteps[:count],
-            self.conditioning.take(range(count)),
+            self.latents[:count], self.codec, self.noise[:count], self.timesteps[:count], conditioning, self
         )
 
 
 class TeacherBackbone(nn.Module):
-    """The frozen base teacher's own view of a renoised latent: its last down block and its middle block.
+    """Features of renoised latents from the base teacher: its last down block and its middle block.
 
-    It needs no download and no decode (Sauer et al. 2024, adversarial distillation in latent space).
+    It needs no download and no decoder (Sauer et al. 2024, adversarial distillation in latent space).
+
+    Args:
+        teacher: the multi-step model; its LoRA is disabled while it serves as a backbone.
     """
 
     def __init__(self, teacher: Denoiser) -> None:
         super().__init__()
-        self._teacher = (teacher,)  # in a tuple, so that the UNet is not registered as a part of the critic
+        self._teacher = (teacher,)  # in a tuple, so that the UNet is not registered as a submodule of the critic
 
     @property
     def widths(self) -> list[int]:
@@ -66,8 +81,8 @@ class TeacherBackbone(nn.Module):
         channels = self._teacher[0].unet.config.block_out_channels
         return [channels[-1], channels[-1]]
 
-    def see(self, pictures: ImageBatch) -> list[Tensor]:
-        """Two taps [B, h·w, D], the tokens of the two blocks' feature maps."""
+    def features(self, images: ImageBatch) -> list[Tensor]:
+        """Return two taps [B, h·w, D], the tokens of the two blocks' feature maps."""
         teacher = self._teacher[0]
         taps: list[Tensor] = []
 
@@ -76,18 +91,18 @@ class TeacherBackbone(nn.Module):
 
         def keep_and_stop(module: nn.Module, inputs: Any, output: Any) -> None:
             keep(module, inputs, output)
-            raise _EnoughSeenError
+            raise _EarlyExitError
 
         unet = teacher.unet
         hooks = [
             unet.down_blocks[-1].register_forward_hook(keep),
             unet.mid_block.register_forward_hook(keep_and_stop),
         ]
-        noisy = add_noise(teacher.schedule, pictures.latents, pictures.noise, pictures.timesteps)
+        noisy = add_noise(teacher.schedule, images.latents, images.noise, images.timesteps)
         try:
             with _without_checkpointing(unet), without_lora(unet):
-                teacher(noisy, pictures.timesteps, pictures.conditioning)
-        except _EnoughSeenError:
+                teacher(noisy, images.timesteps, images.conditioning)
+        except _EarlyExitError:
             pass
         finally:
             for hook in hooks:
@@ -97,7 +112,7 @@ class TeacherBackbone(nn.Module):
 
 @contextmanager
 def _without_checkpointing(unet: Any) -> Iterator[None]:
-    """Inside, activations are kept: recomputed in the backward pass, outside, they would be those with the adapter."""
+    """Context without gradient checkpointing: the backward pass would recompute activations with the LoRA enabled."""
     was_on = unet.is_gradient_checkpointing
     unet.disable_gradient_checkpointing()
     try:
@@ -107,15 +122,17 @@ def _without_checkpointing(unet: Any) -> Iterator[None]:
             unet.enable_gradient_checkpointing()
 
 
-class _EnoughSeenError(Exception):
+class _EarlyExitError(Exception):
     """Ends a UNet's forward pass after its middle block."""
 
 
 class Discriminator(nn.Module):
-    """A frozen backbone with a trained head per tap: normalise, 2 layers, one logit per token.
+    """A frozen backbone with a trained head per tap: layer norm, two layers, one logit per token.
 
     Args:
-        name: its registry name, used in metrics. backbone: frozen. head_width: hidden width of each head.
+        name: used in metrics and checkpoints.
+        backbone: frozen.
+        head_width: hidden width of each head.
     """
 
     def __init__(self, name: str, backbone: ImageBackbone | TeacherBackbone, head_width: int) -> None:
@@ -124,7 +141,7 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(_head(width, head_width) for width in backbone.widths)
 
     def logits(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Per tap [B, N], above 0 for "a photo"; from the backbone's features."""
+        """Return the logits [B, N] of each tap from the backbone's features; above 0 means "a photo"."""
         return [head(tap).squeeze(-1) for head, tap in zip(self.heads, features, strict=True)]
 
 
@@ -144,19 +161,41 @@ def build_discriminators(
     head_width: int,
     seed: int,
 ) -> list[Discriminator]:
-    """A discriminator per name: "teacher" looks through the teacher, any other name through an image backbone.
+    """Build a discriminator per name: "teacher" uses the base teacher, any other name an image backbone.
 
     Args:
-        image_backbone: loads a backbone, once per name, so that the identity loss may share one.
-        seed: of the heads' initial weights.
+        names: of backbones, as in `critic.discriminators`.
+        image_backbone: loads a backbone, once per name, so that the identity loss can share one.
+        teacher: the multi-step model.
+        head_width: hidden width of each head.
+        seed: of the initial weights of the heads.
     """
-    # Loaded first: whether a backbone is loaded here or was before must not show in the heads' random weights.
+    # The backbones are loaded first, so that loading one does not change the random weights of the heads.
     backbones = [TeacherBackbone(teacher) if name == "teacher" else image_backbone(name) for name in names]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [Discriminator(Path(name).name, seen, head_width) for name, seen in zip(names, backbones, strict=True)]
+        return [
+            Discriminator(Path(name).name, backbone, head_width)
+            for name, backbone in zip(names, backbones, strict=True)
+        ]
 
 
-def look(backbone: ImageBackbone | TeacherBackbone, pictures: ImageBatch) -> list[Tensor]:
-    """A backbone's features of a batch, one tensor [B, N, D] per tap; an image backbone decodes it first."""
-    return backbone.features(pictures.image()) if isinstance(backbone, ImageBackbone) else backbone.see(pictures)
+def features_of(images: ImageBatch, backbone: ImageBackbone | TeacherBackbone) -> list[Tensor]:
+    """Return a backbone's features of a batch, one tensor [B, N, D] per tap, from its only run on that batch."""
+    if backbone not in images.features:
+        images.features[backbone] = (
+            backbone.features(images.image) if isinstance(backbone, ImageBackbone) else backbone.features(images)
+        )
+    return images.features[backbone]
+
+
+@contextmanager
+def frozen(critics: Sequence[Discriminator]) -> Iterator[None]:
+    """Context in which the heads of the discriminators get no gradient, while gradients still flow through them."""
+    for critic in critics:
+        critic.heads.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for critic in critics:
+            critic.heads.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The photos as training sees them: views, masks and features, made once before the first step."""
+"""Photos and images of the class as latents and features, computed once before the first step."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from echodistill_cli.training.critics import Discriminator
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The photos as training sees them, encoded once: K augmented views for the teacher, R whole ones as reals.
+    """The encoded photos: K augmented views for the teacher, R unmodified ones as reals of the discriminators.
 
     Args:
-        views, real_views: what each view's prompt should say; their pictures are dropped.
-        latents: [K, C, h, w]. masks: [K, 1, h, w] in 0…1. real_latents: [R, C, h, w].
-        critics: per discriminator name and tap, features [R, N, D] of the reals.
-        identity: [P, D], the judge's features of the P photos as they are; None without a judge.
+        views: K augmented views without pixels, for their prompts and crops.
+        real_views: R unmodified views without pixels, for their prompts.
+        latents: [K, C, h, w], of `views`.
+        masks: [K, 1, h, w] in 0…1, of `views`.
+        real_latents: [R, C, h, w], of `real_views`.
+        critics: features [R, N, D] of `real_views` per discriminator and tap.
+        identity: [P, D], features of the P photos; None without an identity encoder.
     """
 
     views: Sequence[View]
@@ -44,7 +47,7 @@ class TrainingSet:
 
 @dataclass(frozen=True)
 class ViewGenerators:
-    """Where the randomness of the views, of the masks and of the tints comes from."""
+    """Separate random streams of views, masks and tints, so that changing one does not shift another."""
 
     views: torch.Generator
     masks: torch.Generator
@@ -56,13 +59,18 @@ def encode_photos(
     photos: Sequence[Photo],
     pair: ModelPair,
     critics: Sequence[Discriminator],
-    judge: ImageBackbone | None,
+    identity_encoder: ImageBackbone | None,
     generators: ViewGenerators,
 ) -> TrainingSet:
-    """Find masks, cut views, tint some, and encode all of it, as the configuration asks.
+    """Find masks, augment, tint and encode the photos as the configuration says.
 
     Args:
-        pair: not yet trained. critics, judge: whose features of the photos are remembered.
+        config: of the run.
+        photos: the usable photos, in order.
+        pair: not yet trained.
+        critics: whose features of the photos are cached.
+        identity_encoder: whose features of the photos are cached; None without one.
+        generators: the random streams.
     """
     codec, device = pair.codec, pair.device
     generator = generators.views
@@ -78,21 +86,22 @@ def encode_photos(
     latents = _encode(codec, views, device)
     real_latents = _encode(codec, reals, device)
     masks = torch.stack([view.mask for view in views]).to(device)
-    seen: dict[str, ImageBackbone] = {c.name: c.backbone for c in critics if isinstance(c.backbone, ImageBackbone)}
-    features = {name: _image_features(codec, real_latents, backbone) for name, backbone in seen.items()}
+    backbones = {c.name: c.backbone for c in critics if isinstance(c.backbone, ImageBackbone)}
+    features = {name: _image_features(codec, real_latents, backbone) for name, backbone in backbones.items()}
+    # `real_views` begins with every photo as it is.
+    photo_latents = real_latents[: len(photos)]
     return TrainingSet(
-        views=[_without_picture(view) for view in views],
-        real_views=[_without_picture(view) for view in reals],
+        views=[_without_pixels(view) for view in views],
+        real_views=[_without_pixels(view) for view in reals],
         latents=latents,
         masks=F.interpolate(masks, latents.shape[-2:], mode="area"),
         real_latents=real_latents,
         critics=features,
-        # `real_views` begins with every photo as it is.
-        identity=_image_features(codec, real_latents[: len(photos)], judge)[0][:, 0] if judge else None,
+        identity=_image_features(codec, photo_latents, identity_encoder)[0][:, 0] if identity_encoder else None,
     )
 
 
-def _without_picture(view: View) -> View:
+def _without_pixels(view: View) -> View:
     return replace(view, image=torch.empty(0), mask=torch.empty(0))
 
 
@@ -102,21 +111,23 @@ def _encode(codec: LatentCodec, views: Sequence[View], device: torch.device) -> 
 
 @torch.no_grad()
 def _image_features(codec: LatentCodec, latents: Tensor, backbone: ImageBackbone) -> list[Tensor]:
-    """Features of pictures that went through the decoder, as the student's do: no critic can tell by its traces."""
+    """Return features of decoded latents: the student's images are decoded too, so artifacts give no image away."""
     taps = [backbone.features(codec.decode(latent.unsqueeze(0))) for latent in latents]
     return [torch.cat(tap) for tap in zip(*taps, strict=True)]
 
 
-PRIOR_PICTURES = 64
+PRIOR_IMAGES = 64
 
 
 @dataclass(frozen=True)
 class Prior:
-    """K pictures of the class by the untouched student.
+    """K images of the class by the base student, for prior preservation.
 
     Args:
-        prompts: K texts. noise: [K, C, h, w], what each was drawn from. latents: [K, C, h, w].
-        conditioning: of the prompts, as the untouched text side had them.
+        prompts: K texts.
+        noise: [K, C, h, w], what the student started from.
+        latents: [K, C, h, w].
+        conditioning: of the prompts, by the base text encoder.
     """
 
     prompts: Sequence[str]
@@ -127,17 +138,17 @@ class Prior:
 
 @torch.no_grad()
 def build_prior(config: Config, pair: ModelPair, generator: torch.Generator) -> Prior | None:
-    """The class as the models have it before anything is trained; None without a class name or a use for it."""
-    replayed = config.train.class_share and config.replays
-    if not (config.loss.prior or replayed) or config.concept.class_name is None:
+    """Generate the class with the base student; return None without a class name or if nothing uses the images."""
+    is_replayed = config.train.class_share and config.replays
+    if not (config.loss.prior or is_replayed) or config.concept.class_name is None:
         return None
     prompts = class_prompts(
-        config.concept.class_name, PRIOR_PICTURES, templates=config.concept.class_prompts, scenes=config.concept.scenes
+        config.concept.class_name, PRIOR_IMAGES, templates=config.concept.class_prompts, scenes=config.concept.scenes
     )
     side = config.model.resolution // pair.codec.factor
     noise = torch.randn(len(prompts), pair.codec.channels, side, side, generator=generator).to(pair.device)
     conditioning = pair.encoder.encode(prompts)
     batch = config.train.batch_size
-    rows = [list(range(start, min(start + batch, len(prompts)))) for start in range(0, len(prompts), batch)]
-    drawn = [student_x0(pair.student, noise[part], conditioning.take(part)) for part in rows]
-    return Prior(prompts, noise, torch.cat(drawn), conditioning)
+    parts = [list(range(start, min(start + batch, len(prompts)))) for start in range(0, len(prompts), batch)]
+    latents = torch.cat([student_x0(pair.student, noise[rows], conditioning.take(rows)) for rows in parts])
+    return Prior(prompts, noise, latents, conditioning)

@@ -1,4 +1,4 @@
-"""The training loop: step, log, preview, save, and stop when asked; everything it decides stands on one page."""
+"""The training loop: step, log, preview, save, stop on a signal; and the trackers that a run reports to."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 from echodistill_cli.files import public_name
 from echodistill_cli.models.device import next_saving, peak_memory_mib
-from echodistill_cli.runs import OnStep, Run
-from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.steps import carry_back_step, head_start_step, training_step
+from echodistill_cli.runs import OnMessage, OnStep, Run
+from echodistill_cli.training.state import HEAD_START, JOINT, PHASES, TrainingState
+from echodistill_cli.training.steps import PHASE_STEPS
 
 
 class StopRequest:
-    """A context in which SIGINT and SIGTERM are remembered instead of raised; a second SIGINT interrupts at once.
+    """Context that records SIGINT and SIGTERM instead of raising them; a second SIGINT interrupts at once.
 
-    `received` is the signal's number, or None. Outside the main thread, where Python allows no handlers, it only stays
-    None.
+    Outside the main thread Python allows no handlers, and no signal is recorded.
 
     Args:
-        announce: called when the first signal comes.
+        announce: called when the first signal arrives.
+
+    Attributes:
+        received: number of the last signal, or None.
     """
 
     def __init__(self, announce: Callable[[], None] = lambda: None) -> None:
@@ -43,7 +45,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
+                self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
@@ -52,7 +54,7 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
+    def _record(self, number: int, _frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:
@@ -60,52 +62,51 @@ class StopRequest:
         self.received = number
 
 
-def train_to_end(
-    state: TrainingState, run: Run, on_step: OnStep, on_message: Callable[[str], None] = lambda _line: None
-) -> None:
-    """Take `state` to its last step, writing into `run` as its configuration says.
+def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: OnMessage = lambda _line: None) -> None:
+    """Train until the last phase ends, and write into `run` what its configuration asks for.
 
     Args:
-        observe: called after each step with its metrics. say: called with a line when a signal came.
+        state: fresh or loaded from a checkpoint.
+        run: the folder of the run.
+        on_step: called after each step with its metrics.
+        on_message: called with a line when a signal arrives.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; a checkpoint has been written.
-        DeviceMemoryError: the device ran out of memory; the hint names the next thing to try.
+        Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+        DeviceMemoryError: the device ran out of memory; the hint names the next setting to try.
         EchoDistillError: training diverged, or a file could not be written.
     """
-    every, last = state.config.run, state.config.train.steps
+    every = state.config.run
     announce = functools.partial(
-        on_message, "Stopping after this step, to save it; Ctrl-C again stops at once, unsaved."
+        on_message, "Stopping after this step to save it. Press Ctrl-C again to stop now without saving."
     )
     with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce) as stop:
-        if state.step in (0, last):
+        if state.step in (0, state.config.train.steps):
             preview(state, run)
-        while state.step < last or state.in_carry_back:
-            phase = state.phase
-            joint = phase == "training"
-            metrics = timed_step(state)
-            if joint:
-                run.log(metrics)
-                track(metrics)
-            on_step(metrics)
-            student_done, number = joint and state.step == last, state.finished_in(phase)
-            done = state.step == last and not state.in_carry_back
-            if student_done or (joint and number % every.sample_every == 0):
-                preview(state, run)
-            signal_number = stop.received  # read once: it may come between any two lines
-            if done or student_done or signal_number or number % every.save_every == 0:
-                saved = run.save_checkpoint(state.step, state.state_dict())
-            if signal_number and not done:
-                message = f"Stopped at {state.place}, saved in {saved}."
-                raise Interrupted(f"{message} Go on: echodistill train --resume -o {run.folder}", signal_number)
+        for phase in PHASES:
+            while state.phase is phase:
+                metrics = timed_step(state)
+                number, is_last = state.finished_in(phase), state.phase is not phase
+                if phase is JOINT:
+                    run.log(metrics)
+                    track(metrics)
+                on_step(metrics)
+                if phase is JOINT and (is_last or number % every.sample_every == 0):
+                    preview(state, run)
+                signal_number = stop.received  # read once, because it can change between any two lines
+                if signal_number or number % every.save_every == 0 or (is_last and phase is not HEAD_START):
+                    checkpoint = run.save_checkpoint(state.step, state.state_dict())
+                if signal_number and state.phase:
+                    message = f"Stopped at {state.place}, saved in {checkpoint}."
+                    raise Interrupted(f"{message} Resume: echodistill train --resume -o {run.folder}", signal_number)
 
 
 @contextmanager
 def memory_watched(state: TrainingState) -> Iterator[None]:
-    """Turn an exhausted memory into one line that names the peak and the next setting to try.
+    """Context that reports exhausted memory in one line, with the peak and the next setting to try.
 
     Raises:
-        DeviceMemoryError: the block ran out of memory.
+        DeviceMemoryError: the device ran out of memory inside.
     """
     try:
         yield
@@ -119,13 +120,12 @@ def memory_watched(state: TrainingState) -> Iterator[None]:
 
 
 def timed_step(state: TrainingState) -> dict[str, float]:
-    """One step's metrics, with its number, its seconds, the learning rates and the peak memory in MiB.
+    """Take the next step and return its metrics, number, seconds, learning rates and peak memory in MiB.
 
-    A step of the teacher alone, in its head start or in the carry back, has a number of its own besides.
+    A step of the teacher alone, in the head start or the carry back, also has the number of its own phase.
     """
     started = time.perf_counter()
-    steps = {"head start": head_start_step, "training": training_step, "carry back": carry_back_step}
-    metrics = steps[state.phase](state)
+    metrics = PHASE_STEPS[state.phase or JOINT](state)
     rates = {f"lr_{name}": state.optimizers.rate(name) for name in state.optimizers}
     timing = {
         "step_seconds": time.perf_counter() - started,
@@ -135,25 +135,25 @@ def timed_step(state: TrainingState) -> dict[str, float]:
 
 
 def preview(state: TrainingState, run: Run) -> None:
-    """Write one grid: a row per prompt; first with the concept's word, then without it, so that drift is seen."""
+    """Write a grid of images, one row per prompt: left with the subject, right with its class, to show drift."""
     settings, config = state.config.run, state.config
-    without = config.concept.class_name or "object"
+    class_name = config.concept.class_name or "object"
     prompts = settings.sample_prompts or (
         f"a photo of a {config.subject}",
         f"a photo of a {config.subject} on the beach",
     )
-    asked = [text for prompt in prompts for text in (prompt, prompt.replace(config.subject, without))]
+    texts = [text for prompt in prompts for text in (prompt, prompt.replace(config.subject, class_name))]
     seeds = list(range(settings.sample_seeds))
-    drawn = generate(
+    images = generate(
         state.pair,
-        [prompt for prompt in asked for _ in seeds],
-        seeds * len(asked),
+        [text for text in texts for _ in seeds],
+        seeds * len(texts),
         SamplingSettings(size=config.model.resolution, batch_size=config.train.batch_size),
     )
     with state.at_export_scale():
-        sheet = grid([to_image(pixels) for pixels in drawn], columns=2 * len(seeds))
-    texts = {"prompts": " | ".join(asked), "seeds": ", ".join(map(str, seeds)), "step": str(state.step)}
-    save_png(run.samples / f"step-{state.step:06d}.png", sheet, texts)
+        sheet = grid([to_image(image) for image in images], columns=2 * len(seeds))
+    metadata = {"prompts": " | ".join(texts), "seeds": ", ".join(map(str, seeds)), "step": str(state.step)}
+    save_png(run.samples / f"step-{state.step:06d}.png", sheet, metadata)
 
 
 TRACKERS = ("tensorboard", "wandb")
@@ -161,27 +161,38 @@ Track = Callable[[Mapping[str, float]], None]
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """See that every tracker of `run.report_to` is known and installed, before anything is loaded for it.
+    """Check that every tracker is known and installed, before models are loaded.
+
+    Args:
+        names: as in `run.report_to`.
 
     Raises:
-        ConfigError: one is not.
+        ConfigError: a tracker is unknown or its package is missing.
     """
     for name in names:
         if name not in TRACKERS:
             near = nearest(name, TRACKERS)
             raise ConfigError(
-                f"--report-to {name}: it is one of {', '.join(TRACKERS)}.", f"Did you mean {near}?" if near else None
+                f"--report-to {name} is unknown; choose {' or '.join(TRACKERS)}.",
+                f"Did you mean {near}?" if near else None,
             )
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report-to {name}: its package is missing.", f"pip install 'echodistill[{name}]'")
+            raise ConfigError(
+                f"--report-to {name} needs a package that is not installed.", f"pip install 'echodistill[{name}]'"
+            )
 
 
 @contextmanager
 def tracking(config: Config, folder: Path) -> Iterator[Track]:
-    """Give a function that hands one step's metrics (with its "step") to every tracker of `run.report_to`.
+    """Context that provides a function which sends a step's metrics to every tracker of `run.report_to`.
+
+    Args:
+        config: of the run.
+        folder: of the run; local trackers write into its `logs`.
 
     Raises:
-        ConfigError: as `check_trackers`.
+        ConfigError: a tracker is unknown or its package is missing.
+        EchoDistillError: a tracker could not start.
     """
     names = config.run.report_to
     check_trackers(names)
@@ -193,10 +204,10 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
     accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "logs")
     try:
         accelerator.init_trackers("echodistill", config=_flat(config))
-    except Exception as error:  # each tracker has its own
+    except Exception as error:  # each tracker raises other errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise EchoDistillError(
-            f"--report-to {','.join(names)} did not start ({reason}).", "Or leave it out."
+            f"--report-to {','.join(names)} could not start ({reason}).", "Fix this, or omit --report-to."
         ) from error
     try:
         yield lambda metrics: accelerator.log(dict(metrics), step=int(metrics["step"]))
@@ -205,7 +216,7 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
 
 
 def _flat(config: Config) -> dict[str, str | float]:
-    """Settings by dotted key, as trackers want them; of paths on this machine only the last part."""
+    """Return the settings by dotted key for trackers; paths on this machine are reduced to their last part."""
     tables = config_to_dict(config)
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     return {key: value if isinstance(value, (int, float)) else _public(value) for key, value in flat.items()}

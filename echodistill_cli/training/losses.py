@@ -1,7 +1,7 @@
 """The losses of the method as pure functions: tensors in, one value per sample out, randomness passed in.
 
-Symbols follow the paper (EchoDistill, arXiv 2510.20512): the student's one-step picture is pulled towards the teacher's
-guided x0 of the renoised picture (alignment) and towards the photos (adversarial).
+Symbols follow the paper (EchoDistill, arXiv 2510.20512). Alignment pulls the student's one-step image towards the
+teacher's guided x0 of that image; the adversarial loss pulls it towards the photos.
 """
 
 from __future__ import annotations
@@ -14,14 +14,12 @@ from torch import Tensor
 
 
 def denoising(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-    """Mean squared error over the valid region, per sample.
+    """Return the mean squared error over the valid region per sample, [B], float32.
 
     Args:
-        output, target: [B, C, H, W], the model's prediction and ε or v.
-        mask: [B, 1, H, W] in 0…1, where the picture counts; a sample whose mask is all 0 has loss 0.
-
-    Returns:
-        [B], float32.
+        output: [B, C, H, W], the model's prediction.
+        target: [B, C, H, W], ε or v.
+        mask: [B, 1, H, W] in 0…1, the weight of each place; a sample whose mask is all 0 has loss 0.
     """
     squared = (output.float() - target.float()).square() * mask
     covered = mask.sum(dim=(1, 2, 3)) * output.shape[1]
@@ -29,49 +27,65 @@ def denoising(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def latent_alignment(student_x0: Tensor, teacher_target: Tensor) -> Tensor:
-    """Half the mean squared distance of two latents [B, C, H, W]; returns [B]."""
+    """Return half the mean squared distance per sample, [B].
+
+    Args:
+        student_x0: [B, C, h, w].
+        teacher_target: [B, C, h, w].
+    """
     return 0.5 * (student_x0.float() - teacher_target.float()).square().mean(dim=(1, 2, 3))
 
 
 def feature_distance(features: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine similarity of features [B, N, D], averaged over their N tokens; returns [B] in 0…2."""
+    """Return 1 - cosine similarity, averaged over the tokens of each sample, [B] in 0…2.
+
+    Args:
+        features: [B, N, D].
+        target: [B, N, D].
+    """
     return 1 - F.cosine_similarity(features.float(), target.float(), dim=-1).mean(dim=1)
 
 
 def photo_distance(features: Tensor, photos: Tensor) -> Tensor:
-    """How much less a picture is like the photos than they are like each other; 0 once it is as much the subject.
+    """Hinge on identity: max(0, mean similarity among photos - mean similarity of the image to the photos), [B].
 
     Args:
-        features: [B, D] of the pictures. photos: [P, D] of the photos.
-
-    Returns:
-        [B] in 0…2: mean cosine among different photos (1 for a single one) - mean cosine to the photos, at least 0.
+        features: [B, D] of the images.
+        photos: [P, D], the same encoder's features of the photos.
     """
     return F.relu(photo_similarity(photos) - identity_scores(features, photos))
 
 
 def identity_scores(features: Tensor, photos: Tensor) -> Tensor:
-    """Mean cosine of each picture's features [N, D] to the photos' [P, D]; returns [N]."""
+    """Return the mean cosine similarity of each image to the photos, [N].
+
+    Args:
+        features: [N, D] of the images.
+        photos: [P, D], the same encoder's features of the photos.
+    """
     return (F.normalize(features.float(), dim=-1) @ F.normalize(photos.float(), dim=-1).T).mean(dim=1)
 
 
 def photo_similarity(photos: Tensor) -> float:
-    """Mean cosine between the judge's features [P, D] of different photos: what "the same subject" scores.
+    """Return the mean cosine similarity of the P (P - 1) / 2 pairs of different photos; 1 for a single photo.
 
-    A single photo has nothing to be compared with; its similarity is 1.
+    This is what "the same subject" scores; DreamBooth's table lists it as "real images".
+
+    Args:
+        photos: [P, D], features of the photos; the result has their precision.
     """
     count = len(photos)
     if count < 2:
         return 1.0
-    unit = F.normalize(photos.float(), dim=-1)
+    unit = F.normalize(photos, dim=-1)
     return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
 
 
 def adversarial_generator(logits: Sequence[Tensor]) -> Tensor:
-    """Non-saturating generator loss (Goodfellow et al. 2014), -log D(x̂), of one discriminator: logits [B, N] per head.
+    """Return the non-saturating generator loss -log D(x̂) (Goodfellow et al. 2014), mean over tokens and heads, [B].
 
-    Returns:
-        [B], the mean over tokens and heads.
+    Args:
+        logits: of one discriminator, [B, N] per head.
     """
     return torch.stack([F.softplus(-scores.float()).mean(dim=1) for scores in logits]).mean(dim=0)
 
@@ -79,14 +93,12 @@ def adversarial_generator(logits: Sequence[Tensor]) -> Tensor:
 def adversarial_discriminator(
     real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor], real_weight: Tensor
 ) -> Tensor:
-    """Cross-entropy of one discriminator, the mean of its real and its fake half.
+    """Return the cross-entropy of one discriminator, the mean of its real and its fake half; a scalar.
 
     Args:
-        real_logits: per head [R, N]. fake_logits: per head [B, N].
-        real_weight: [R], the weight of each real sample; photos count 1, echoed pictures less.
-
-    Returns:
-        a scalar.
+        real_logits: [R, N] per head.
+        fake_logits: [B, N] per head.
+        real_weight: [R], the weight of each real sample: 1 for photos, less for echo images.
     """
     real = torch.stack([F.softplus(-scores.float()).mean(dim=1) for scores in real_logits]).mean(dim=0)
     fake = torch.stack([F.softplus(scores.float()).mean(dim=1) for scores in fake_logits]).mean(dim=0)
@@ -94,15 +106,16 @@ def adversarial_discriminator(
 
 
 def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tensor]) -> Tensor:
-    """Multi-scale sliced Wasserstein distance between the patches of two pictures, in CIE Lab.
+    """Return the multi-scale sliced Wasserstein distance between the patches of two images in CIE Lab, [B].
 
-    At each scale (halved from one to the next) all patches are projected on random unit directions; the distance is the
-    mean absolute difference of the sorted projections. It compares what is there, not where it is.
-    Source: Rabin et al. 2011 for the distance, Karras et al. 2018 for its use over scales.
+    At each scale (half the size of the one before) all patches are projected onto random unit directions. The distance
+    is the mean absolute difference of the sorted projections, so it compares content regardless of position.
+    Sources: Rabin et al. 2011 for the distance, Karras et al. 2018 for its use over scales.
 
     Args:
-        images, target: [B, 3, H, W] in [-1, 1].
-        directions: per scale [P, 3, K, K] from `patch_directions`; scales smaller than a patch are left out.
+        images: [B, 3, H, W] in [-1, 1].
+        target: [B, 3, H, W] in [-1, 1].
+        directions: [P, 3, K, K] per scale, from `patch_directions`; scales smaller than a patch are skipped.
 
     Returns:
         [B], in units of Lab, where L is 0…100.
@@ -119,9 +132,9 @@ def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tens
 
 
 def patch_directions(scales: int, projections: int, patch: int, generator: torch.Generator) -> list[Tensor]:
-    """Random unit directions for `sliced_wasserstein`: per scale [projections, 3, patch, patch], on the CPU."""
-    drawn = [torch.randn(projections, 3, patch, patch, generator=generator) for _ in range(scales)]
-    return [kernels / kernels.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for kernels in drawn]
+    """Return random unit directions for `sliced_wasserstein`, [projections, 3, patch, patch] per scale, on the CPU."""
+    normal = [torch.randn(projections, 3, patch, patch, generator=generator) for _ in range(scales)]
+    return [kernels / kernels.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for kernels in normal]
 
 
 # sRGB (D65) to XYZ, rows X, Y, Z, each divided by the white point so that white is (1, 1, 1). Source: IEC 61966-2-1.
@@ -133,9 +146,13 @@ _RGB_TO_XYZ = (
 
 
 def rgb_to_lab(images: Tensor) -> Tensor:
-    """CIE L*a*b* (D65) of sRGB pictures [B, 3, H, W] in [-1, 1]: L in 0…100, a and b about -128…127.
+    """Return CIE L*a*b* (D65) of sRGB images, [B, 3, H, W]: L in 0…100, a and b about -128…127.
 
-    The input is clamped to its range; both curves are evaluated on their own side only, so that gradients stay finite.
+    The input is clamped to its range. Each branch of the two curves is evaluated only where it applies, so that
+    gradients stay finite.
+
+    Args:
+        images: [B, 3, H, W] in [-1, 1].
     """
     srgb = (images.float().clamp(-1, 1) + 1) / 2
     linear = torch.where(srgb > 0.04045, ((srgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, srgb / 12.92)

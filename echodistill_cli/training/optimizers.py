@@ -1,4 +1,4 @@
-"""Everything that moves weights: one AdamW per trained part, learning rates, clipping, and averages of weights."""
+"""Everything that moves weights: one AdamW per trained part, learning rates, clipping, and weight averages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 Metrics = dict[str, float]
-# Half-precision gradients of small losses vanish below 6e-8; this keeps them above. Exact, being a power of two.
+# Half-precision gradients of small losses underflow below 6e-8. Scaling by a power of two is exact and prevents it.
 FP16_LOSS_SCALE = 1024.0
 
 
@@ -19,9 +19,15 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
     """One AdamW per trained part, by the part's name; a part with nothing to train has none.
 
     Args:
-        parts: parameters by part. rates: the learning rate that each part starts from.
-        weight_decay: AdamW's. max_grad_norm: clipping norm per part; 0 for none.
+        parts: the parameters of each part.
+        rates: the initial learning rate of each part.
+        schedule: "constant" or "cosine", of `set_rates`.
+        weight_decay: of AdamW.
+        max_grad_norm: clipping norm per part; 0 for none.
         loss_scale: factor on the loss while gradients are computed; a power of two.
+
+    Attributes:
+        mean: of the weights that `average` has gathered so far.
     """
 
     def __init__(
@@ -29,11 +35,14 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         parts: Mapping[str, Sequence[nn.Parameter]],
         rates: Mapping[str, float],
         *,
+        schedule: str = "constant",
         weight_decay: float,
         max_grad_norm: float,
         loss_scale: float = 1.0,
     ) -> None:
-        self.rates, self.max_grad_norm, self.loss_scale = dict(rates), max_grad_norm, loss_scale
+        self.rates, self.schedule = dict(rates), schedule
+        self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
+        self.mean = WeightMean()
         self._parts = {
             name: torch.optim.AdamW(parameters, lr=rates[name], weight_decay=weight_decay)
             for name, parameters in parts.items()
@@ -50,45 +59,67 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         return len(self._parts)
 
     def step(self, loss: Tensor, parts: Sequence[str]) -> Metrics:
-        """The one place where anything is trained: zero, backward, clip, step, for the named parts.
+        """Zero, backward, clip and step for the named parts. Nothing is trained anywhere else.
 
         Returns:
-            the gradient norm of each part before clipping; or, where loss or gradient was not finite and nothing has
-            been moved, `skipped_<part>` = 1.
+            the gradient norm of each part before clipping. If the loss or a gradient was not finite, no weight has
+            moved and the result is `skipped_<part>` = 1.
         """
-        moving = {name: self._parts[name] for name in parts if name in self._parts}
-        if not moving or not loss.requires_grad:
+        stepping = {name: self._parts[name] for name in parts if name in self._parts}
+        if not stepping or not loss.requires_grad:
             return {}
-        for optimizer in moving.values():
+        for optimizer in stepping.values():
             optimizer.zero_grad(set_to_none=True)
         (loss * self.loss_scale).backward()  # type: ignore[no-untyped-call]
-        norms = {name: self._unscale_and_clip(optimizer) for name, optimizer in moving.items()}
+        norms = {name: self._unscale_and_clip(optimizer) for name, optimizer in stepping.items()}
         if not all(math.isfinite(value) for value in (float(loss.detach()), *norms.values())):
-            return {f"skipped_{name}": 1.0 for name in moving}
-        for optimizer in moving.values():
+            return {f"skipped_{name}": 1.0 for name in stepping}
+        for optimizer in stepping.values():
             optimizer.step()
         return {f"grad_norm_{name}": norm for name, norm in norms.items()}
 
-    def set_rates(self, shares: Mapping[str, float]) -> None:
-        """Give each part a share of the learning rate that it started from; a part that is not named keeps its own."""
-        for name in self._parts.keys() & shares.keys():
-            for group in self._parts[name].param_groups:
-                group["lr"] = shares[name] * self.rates[name]
+    def set_rates(self, progress: float) -> None:
+        """Set the learning rate of every part by the schedule.
+
+        Args:
+            progress: finished fraction of the steps, 0…1.
+        """
+        for name in self._parts:
+            self.scale_rate(name, schedule_factor(self.schedule, progress))
+
+    def scale_rate(self, part: str, factor: float) -> None:
+        """Set the learning rate of one part to its initial rate times `factor`; nothing happens without the part."""
+        for group in self._parts[part].param_groups if part in self._parts else ():
+            group["lr"] = factor * self.rates[part]
 
     def rate(self, part: str) -> float:
-        """The present learning rate of a part."""
+        """The current learning rate of a part."""
         return float(self._parts[part].param_groups[0]["lr"])
 
     def weights(self, parts: Sequence[str]) -> list[nn.Parameter]:
         """All parameters of the named parts, in a fixed order."""
         return [p for name in parts if name in self._parts for p in _parameters(self._parts[name])]
 
+    def average(self, parts: Sequence[str], finished: int, planned: int) -> None:
+        """Average the weights of some parts over the second half of a phase; its last step leaves them at the mean.
+
+        Args:
+            parts: names; the same in every step of the phase.
+            finished: steps of the phase, this one included.
+            planned: steps of the whole phase.
+        """
+        weights = self.weights(parts)
+        if 2 * finished > planned:
+            self.mean.add(weights)
+        if finished == planned:
+            self.mean.move_into(weights)
+
     def state_dict(self) -> dict[str, Any]:
-        """Moments and rates by part, for a checkpoint."""
+        """Moments and rates by part, for a checkpoint. The mean has its own `state_dict`."""
         return {name: optimizer.state_dict() for name, optimizer in self._parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """What `state_dict` gave; the learning rates stay the present ones."""
+        """Load `state_dict`, but keep the current learning rates."""
         for name, optimizer in self._parts.items():
             rates = [group["lr"] for group in optimizer.param_groups]
             optimizer.load_state_dict(state[name])
@@ -103,9 +134,9 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         return float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf))
 
 
-def schedule_share(schedule: str, done: float) -> float:
-    """Share of the learning rate at a share `done` of the steps: 1 for "constant"; "cosine" falls from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done))) if schedule == "cosine" else 1.0
+def schedule_factor(schedule: str, progress: float) -> float:
+    """Return the factor on the learning rate at a progress of 0…1: 1 for "constant"; "cosine" falls from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if schedule == "cosine" else 1.0
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
@@ -114,10 +145,11 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 @dataclass
 class WeightMean:
-    """A running mean of the same tensors at several moments.
+    """A running mean of the same tensors at several steps.
 
     Args:
-        count: how many moments. means: float32, in the order of the tensors; empty before the first moment.
+        count: how many steps have been added.
+        means: float32, in the order of the tensors; empty before the first step.
     """
 
     count: int = 0
@@ -125,25 +157,29 @@ class WeightMean:
 
     @torch.no_grad()
     def add(self, weights: Sequence[Tensor]) -> None:
-        """Take in one more moment of the same weights."""
-        now = [weight.detach().float() for weight in weights]
+        """Add the current values of the weights to the mean."""
+        values = [weight.detach().float() for weight in weights]
         self.count += 1
-        self.means = self.means or [torch.zeros_like(weight) for weight in now]
-        for mean, weight in zip(self.means, now, strict=True):
-            mean.add_(weight - mean, alpha=1 / self.count)
+        self.means = self.means or [torch.zeros_like(value) for value in values]
+        for mean, value in zip(self.means, values, strict=True):
+            mean.add_(value - mean, alpha=1 / self.count)
 
     @torch.no_grad()
     def move_into(self, weights: Sequence[Tensor]) -> None:
-        """Write the mean into the weights, and forget it; without any moment nothing happens."""
+        """Write the mean into the weights and reset it; do nothing if it is empty."""
         if self.count:
             for weight, mean in zip(weights, self.means, strict=True):
                 weight.copy_(mean)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all steps."""
         self.count, self.means = 0, []
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint."""
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """What `state_dict` gave, on a device."""
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Load `state_dict`, with its tensors on `device`."""
         self.count, self.means = state["count"], [mean.to(device) for mean in state["means"]]

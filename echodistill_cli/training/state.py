@@ -1,15 +1,15 @@
-"""Everything a training run holds: frozen models, what is trained, the photos in encoded form, optimizers, randomness.
+"""Everything a training run holds: models, trained parts, encoded photos, optimizers, randomness, and its phases.
 
 `build_state` makes it from a configuration; `state_dict` and `load_state_dict` carry what changes through a checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,12 +33,12 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
 from echodistill_cli.training.critics import Discriminator, build_discriminators
 from echodistill_cli.training.dataset import Prior, TrainingSet, ViewGenerators, build_prior, encode_photos
-from echodistill_cli.training.optimizers import FP16_LOSS_SCALE, Metrics, Optimizers, WeightMean, schedule_share
-from echodistill_cli.training.pools import EchoPool, TargetMemory
+from echodistill_cli.training.optimizers import FP16_LOSS_SCALE, Metrics, Optimizers
+from echodistill_cli.training.pools import EchoPool, ReplayBuffer
 
 
 class Stream(IntEnum):
-    """What must not share a random stream; a number, once given, stays: old runs are resumed by it."""
+    """The independent random streams of a run. Numbers never change, because old runs are resumed with them."""
 
     TEACHER = 0
     STUDENT = 1
@@ -61,23 +61,66 @@ def generator_for(config: Config, stream: Stream) -> torch.Generator:
     return torch.Generator().manual_seed(seed_for(config, stream))
 
 
-# Steps in a row in which something was not finite, after which a run ends.
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run that counts its own steps.
+
+    Args:
+        name: in words.
+        counter: the field of the state that counts its finished steps; also a key of metrics and checkpoints.
+        length: how many steps the phase has in a state; 0 when it does not take place.
+    """
+
+    name: str
+    counter: str
+    length: Callable[[TrainingState], int]
+
+
+def _head_start_length(state: TrainingState) -> int:
+    return state.config.train.head_start if state.config.loss.denoising and state.step == 0 else 0
+
+
+def _carry_back_length(state: TrainingState) -> int:
+    """An echo that kept no image gives the teacher nothing to start from."""
+    return state.config.echo.carry_back if state.config.loss.denoising and state.pool else 0
+
+
+HEAD_START = Phase("head start", "head_start_step", _head_start_length)
+JOINT = Phase("training", "step", lambda state: state.config.train.steps)
+CARRY_BACK = Phase("carry back", "carry_back_step", _carry_back_length)
+PHASES = (HEAD_START, JOINT, CARRY_BACK)
+# A run ends after this many consecutive steps in which a loss or gradient was not finite.
 MAX_BAD_STEPS = 5
-Phase = Literal["head start", "training", "carry back"]
 
 
 @dataclass
 class TrainingState:
     """A run's models, trained parts and progress.
 
-    `step` counts finished steps, `head_start_step` and `carry_back_step` those of the teacher alone before and after
-    them; `teacher_mean` gathers the mean of its weights in each; `prior` is what is to be kept.
+    Args:
+        config: of the run.
+        pair: teacher, student, and what they share.
+        critics: the discriminators.
+        identity_encoder: of the identity loss and the echo; None if neither is active.
+        photos: the photos, encoded.
+        photo_count: how many photos the run was started with.
+        token: the learned token; None for other forms of the text side.
+        optimizers: one per trained part, and the average of the teacher's weights.
+        generator: the only source of randomness in a step.
+        prior: images of the class by the base student; None if nothing uses them.
+        step: finished joint steps.
+        head_start_step: finished steps of the teacher alone before the joint ones.
+        carry_back_step: finished steps of the teacher alone after the joint ones.
+        bad_steps: steps in which a loss or gradient was not finite.
+        bad_steps_in_a_row: how many of them were consecutive up to now.
+        pool: images of the echo; None before the first echo.
+        replay_buffer: targets of earlier steps.
     """
 
     config: Config
     pair: ModelPair
     critics: list[Discriminator]
-    judge: ImageBackbone | None
+    identity_encoder: ImageBackbone | None
     photos: TrainingSet
     photo_count: int
     token: LearnedToken | None
@@ -90,55 +133,49 @@ class TrainingState:
     bad_steps: int = 0
     bad_steps_in_a_row: int = 0
     pool: EchoPool | None = None
-    targets: TargetMemory = field(default_factory=TargetMemory)
-    teacher_mean: WeightMean = field(default_factory=WeightMean)
-
-    @property
-    def in_head_start(self) -> bool:
-        """Whether the teacher is still to learn alone before the first joint step."""
-        planned = self.config.train.head_start if self.config.loss.denoising else 0
-        return self.step == 0 and self.head_start_step < planned
-
-    @property
-    def in_carry_back(self) -> bool:
-        """Whether the echo has still to end in steps of the teacher alone; one that kept no picture has none."""
-        planned = self.config.echo.carry_back if self.config.loss.denoising and self.pool else 0
-        return self.step == self.config.train.steps and self.carry_back_step < planned
-
-    @property
-    def phase(self) -> Phase:
-        """What the coming step belongs to; the teacher is alone in the first and the last of the three."""
-        return "head start" if self.in_head_start else "carry back" if self.in_carry_back else "training"
+    replay_buffer: ReplayBuffer = field(default_factory=ReplayBuffer)
 
     def finished_in(self, phase: Phase) -> int:
         """How many steps of a phase are finished."""
-        return {"head start": self.head_start_step, "training": self.step, "carry back": self.carry_back_step}[phase]
+        return int(getattr(self, phase.counter))
+
+    @property
+    def phase(self) -> Phase | None:
+        """The phase of the next step; None at the end of the run."""
+        return next((phase for phase in PHASES if self.finished_in(phase) < phase.length(self)), None)
 
     @property
     def place(self) -> str:
         """The last finished step, in words."""
-        if self.carry_back_step:
-            return f"step {self.carry_back_step} of the carry back"
-        if self.step or not self.head_start_step:
-            return f"step {self.step} of {self.config.train.steps}"
-        return f"step {self.head_start_step} of the head start"
+        last = next((phase for phase in reversed(PHASES) if self.finished_in(phase)), JOINT)
+        total = f"{self.config.train.steps}" if last is JOINT else f"the {last.name}"
+        return f"step {self.finished_in(last)} of {total}"
+
+    @property
+    def progress(self) -> float:
+        """The finished fraction of the joint steps."""
+        return self.step / self.config.train.steps
+
+    @property
+    def echo_is_due(self) -> bool:
+        """Whether the echo pool is refreshed after the last finished joint step."""
+        start, every = self.config.echo.start, self.config.echo.every
+        return start is not None and self.step >= start and (self.step - start) % every == 0
 
     @property
     def student_parts(self) -> list[str]:
-        """What the student's losses move: its LoRA and, if they shall, the text side it shares with the teacher."""
+        """The parts that the student's losses train: its LoRA and, with `text.trained_by` "both", the text side."""
         return ["student", "text"] if self.config.text.trained_by == "both" else ["student"]
 
-    def set_rates(self) -> None:
-        """Give every part its learning rate for the coming joint step: `train.lr_schedule` over `train.steps`."""
-        settings = self.config.train
-        share = schedule_share(settings.lr_schedule, self.step / settings.steps)
-        self.optimizers.set_rates(dict.fromkeys(self.optimizers, share))
+    def finish_step(self, metrics: Metrics, phase: Phase = JOINT) -> None:
+        """Count a step, unless too many in a row were not finite.
 
-    def count_skips(self, metrics: Metrics) -> None:
-        """Count steps in which an optimizer was skipped.
+        Args:
+            metrics: of the step.
+            phase: of the step.
 
         Raises:
-            EchoDistillError: too many in a row.
+            EchoDistillError: a loss or gradient was not finite in `MAX_BAD_STEPS` consecutive steps.
         """
         skipped = sorted(name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_"))
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if skipped else 0
@@ -148,35 +185,38 @@ class TrainingState:
                 f"Loss or gradient of {', '.join(skipped)} was not finite in the last {self.bad_steps_in_a_row} steps.",
                 "Lower --lr and --teacher-lr, or use --precision fp32, and --resume from the last checkpoint.",
             )
+        setattr(self, phase.counter, self.finished_in(phase) + 1)
+        if phase is JOINT:
+            self.carry_back_step = 0  # left over from a shorter run that continues beyond its end
 
     def randn_like(self, other: Tensor) -> Tensor:
-        """Unit noise of another tensor's shape and device, drawn on the CPU from the run's generator."""
+        """Unit noise with the shape and device of another tensor, drawn on the CPU from the run's generator."""
         return torch.randn(other.shape, generator=self.generator).to(other.device)
 
     def randint(self, high: int, count: int) -> Tensor:
-        """`count` whole numbers below `high`, on the CPU."""
+        """Draw `count` integers in 0…high - 1, on the CPU."""
         return torch.randint(high, (count,), generator=self.generator)
 
-    def chosen(self, share: float) -> list[int]:
-        """A share of a batch's rows, each drawn by itself; nothing is drawn for none."""
+    def random_rows(self, share: float) -> list[int]:
+        """Draw rows of a batch, each with probability `share`. A share of 0 consumes no randomness."""
         if not share:
             return []
-        drawn = torch.rand(self.config.train.batch_size, generator=self.generator)
-        return [int(row) for row in (drawn < share).nonzero().flatten()]
+        uniform = torch.rand(self.config.train.batch_size, generator=self.generator)
+        return [int(row) for row in (uniform < share).nonzero().flatten()]
 
     def at_export_scale(self) -> AbstractContextManager[None]:
-        """Inside, the student draws as its file will, at `adapter.strength`; nothing is trained there."""
+        """Context in which the student's LoRA has the scale of its exported file; not for training."""
         return at_strength(self.pair.student.unet, self.config.adapter.strength)
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """What carries a LoRA, by name."""
+        """The modules that carry a LoRA, by name."""
         modules = {"student": self.pair.student.unet, "teacher": self.pair.teacher.unet}
         if self.config.text.form == "lora":
             modules.update({text_name(i): encoder for i, encoder in enumerate(self.pair.encoder.encoders)})
         return modules
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes while training, and what an export must know of the models; plain values and tensors."""
+        """What training changes, and what an export needs to know of the models; plain values and tensors."""
         roles: tuple[Role, ...] = ("student", "teacher")
         return {
             "family": self.pair.family,
@@ -192,12 +232,12 @@ class TrainingState:
             "optimizers": self.optimizers.state_dict(),
             "generator": self.generator.get_state(),
             "pool": vars(self.pool) if self.pool else None,
-            "targets": self.targets.state_dict(),
-            "teacher_mean": self.teacher_mean.state_dict(),
+            "targets": self.replay_buffer.state_dict(),
+            "teacher_mean": self.optimizers.mean.state_dict(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict` of a run with the same configuration, but for the learning rates."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict` of a run with the same configuration; only the learning rates may differ."""
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.head_start_step, self.carry_back_step = state["head_start_step"], state["carry_back_step"]
         for name, module in self.trained_modules().items():
@@ -209,32 +249,34 @@ class TrainingState:
         self.optimizers.load_state_dict(state["optimizers"])
         self.generator.set_state(state["generator"])
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
-        self.targets.load_state_dict(state["targets"], self.pair.device)
-        self.teacher_mean.load_state_dict(state["teacher_mean"], self.pair.device)
+        self.replay_buffer.load_state_dict(state["targets"], self.pair.device)
+        self.optimizers.mean.load_state_dict(state["teacher_mean"], self.pair.device)
 
 
 def text_name(index: int) -> str:
-    """diffusers' name of a text encoder: text_encoder, text_encoder_2."""
+    """The name of a text encoder in diffusers: text_encoder, text_encoder_2."""
     return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
 
 
 def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | None = None) -> TrainingState:
-    """Load the models and make a run ready for its first step.
+    """Load the models and prepare a run for its first step.
 
     Args:
-        photos: the usable ones, in order.
-        pair: already loaded models, which this changes.
+        config: of the run.
+        photos: the usable photos, in order.
+        pair: models that are already loaded; training changes them.
 
     Raises:
-        ModelError, ConfigError: see `load_pair`, `load_image_backbone` and `check_token`.
+        ModelError: a model or image encoder cannot be loaded.
+        ConfigError: the token does not fit the text encoder or the class name.
     """
     pair = pair or load_pair(config.model)
-    learned = config.text.form == "token"
-    check_token(pair.encoder.tokenizers[0], config.concept.token, config.concept.class_name, learned=learned)
+    is_learned = config.text.form == "token"
+    check_token(pair.encoder.tokenizers[0], config.concept.token, config.concept.class_name, learned=is_learned)
     token = add_trained_parts(config, pair)
     backbone = _backbone_loader(config, pair)
-    judged = config.critic.identity != "none" and (config.loss.identity or config.echo.start is not None)
-    judge = backbone(config.critic.identity) if judged else None
+    needs_identity = config.loss.identity or config.echo.start is not None
+    identity = backbone(config.critic.identity) if config.critic.identity != "none" and needs_identity else None
     seed = seed_for(config, Stream.HEADS)
     names = config.critic.discriminators if config.loss.adversarial else ()
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
@@ -244,8 +286,8 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         config=config,
         pair=pair,
         critics=critics,
-        judge=judge,
-        photos=encode_photos(config, photos, pair, critics, judge, _generators(config)),
+        identity_encoder=identity,
+        photos=encode_photos(config, photos, pair, critics, identity, _generators(config)),
         photo_count=len(photos),
         token=token,
         optimizers=_optimizers(config, pair, token, critics),
@@ -263,14 +305,14 @@ def _generators(config: Config) -> ViewGenerators:
 
 
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
-    """Put LoRA on both UNets and give the text side its trained form; returns the learned token, if that is it."""
-    targets, rank = UNET_LAYERS[config.adapter.targets], config.adapter.rank
-    for role, stream in ((pair.student, Stream.STUDENT), (pair.loaded_teacher, Stream.TEACHER)):
-        if role is not None:
-            add_lora(role.unet, targets, rank, config.lora_alpha, seed_for(config, stream))
-            keep_on(pair.device, role.unet)
+    """Add LoRA to the UNets and the trained form of the text side; return the learned token, if that is the form."""
+    layers, rank = UNET_LAYERS[config.adapter.targets], config.adapter.rank
+    for denoiser, stream in ((pair.student, Stream.STUDENT), (pair.loaded_teacher, Stream.TEACHER)):
+        if denoiser is not None:
+            add_lora(denoiser.unet, layers, rank, config.lora_alpha, seed_for(config, stream))
+            keep_on(pair.device, denoiser.unet)
             if config.train.gradient_checkpointing:
-                role.unet.enable_gradient_checkpointing()
+                denoiser.unet.enable_gradient_checkpointing()
     if config.text.form == "lora":
         for encoder in pair.encoder.encoders:
             add_lora(encoder, TEXT_LAYERS, config.text.rank, config.text.rank, seed_for(config, Stream.TEXT))
@@ -281,7 +323,7 @@ def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
 
 
 def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBackbone]:
-    """A loader that loads each image backbone once."""
+    """Return a function that loads each image backbone once."""
     loaded: dict[str, ImageBackbone] = {}
 
     def load(name: str) -> ImageBackbone:
@@ -295,7 +337,6 @@ def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBa
 def _optimizers(
     config: Config, pair: ModelPair, token: LearnedToken | None, critics: Sequence[Discriminator]
 ) -> Optimizers:
-    """One AdamW per trained part of a run."""
     settings = config.train
     text = [p for encoder in pair.encoder.encoders for p in trainable_parameters(encoder)]
     return Optimizers(
@@ -306,6 +347,7 @@ def _optimizers(
             "discriminators": [p for critic in critics for p in critic.heads.parameters()],
         },
         learning_rates(settings),
+        schedule=settings.lr_schedule,
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
         loss_scale=FP16_LOSS_SCALE if pair.dtype is torch.float16 else 1.0,
@@ -313,7 +355,7 @@ def _optimizers(
 
 
 def learning_rates(settings: TrainConfig) -> dict[str, float]:
-    """The first learning rate of each trained part, by the name of its optimizer."""
+    """The initial learning rate of each trained part, by the name of its optimizer."""
     return {
         "teacher": settings.teacher_lr,
         "text": settings.text_lr,

@@ -1,4 +1,4 @@
-"""Targets of several of the teacher's steps: drawn, tinted as asked, remembered, and drawn from memory again."""
+"""Extension: targets of several teacher steps, optionally tinted, and replays of them in later steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from echodistill_cli.config.schema import Config
 from echodistill_cli.data.recolour import tinted_latents, without_colour
 from echodistill_cli.diffusion.sampling import sample_latents, student_x0
 from echodistill_cli.diffusion.text import Conditioning
@@ -16,21 +17,25 @@ from echodistill_cli.training.state import TrainingState
 
 
 @torch.no_grad()
-def drawn_target(
+def multi_step_target(
     state: TrainingState, x0: Tensor, noise: Tensor, prompts: Sequence[str], conditioning: Conditioning
 ) -> Tensor:
-    """What the teacher, guided, draws in several steps, [B, C, h, w]; with replays it is remembered.
+    """Generate targets [B, C, h, w] with the guided teacher in `train.target_steps` steps.
 
-    With the student's own noise the target is a function of it: an average of many would be soft.
+    They start from the student's own noise, so that each target is a function of it. With fresh noise the student would
+    learn a blurred mean. With replays the targets are added to the replay buffer.
 
     Args:
-        x0: [B, C, h, w], the student's pictures. noise: what they were drawn from.
-        prompts: B texts. conditioning: what the encoder makes of them.
+        state: of the run.
+        x0: [B, C, h, w], the student's images.
+        noise: [B, C, h, w], what the student started from.
+        prompts: B texts.
+        conditioning: of the prompts.
     """
     settings, encoder = state.config.train, state.pair.encoder
-    asked, colours = in_own_colours(state, prompts)
+    plain_prompts, colours = without_colours(state.config, prompts)
     if any(colours):
-        conditioning = encoder.encode(asked)
+        conditioning = encoder.encode(plain_prompts)
     target = sample_latents(
         state.pair.teacher,
         noise,
@@ -41,22 +46,25 @@ def drawn_target(
         init_latents=x0,
         strength=settings.target_strength,
     )
-    target = in_asked_colours(state, target, colours)
+    target = tint(state, target, colours)
     if state.config.replays:
-        state.targets.add(noise, target, prompts, _as_class(state, noise, prompts))
+        state.replay_buffer.add(noise, target, prompts, _base_class_images(state, noise, prompts))
     return target
 
 
-def in_own_colours(state: TrainingState, prompts: Sequence[str]) -> tuple[list[str], list[str | None]]:
-    """Prompts that give the subject no colour, and the colours they gave it; as they are unless scenes are tinted."""
-    if not state.config.concept.tint_scenes or state.config.concept.class_name is None:
+def without_colours(config: Config, prompts: Sequence[str]) -> tuple[list[str], list[str | None]]:
+    """Remove the colors that prompts give the subject; return the prompts and these colors.
+
+    Without `concept.tint_scenes` or a class name the prompts stay as they are, and no color is returned.
+    """
+    if not config.concept.tint_scenes or config.concept.class_name is None:
         return list(prompts), [None] * len(prompts)
-    split = [without_colour(prompt, state.config.subject) for prompt in prompts]
-    return [prompt for prompt, _ in split], [colour for _, colour in split]
+    pairs = [without_colour(prompt, config.subject) for prompt in prompts]
+    return [prompt for prompt, _ in pairs], [colour for _, colour in pairs]
 
 
-def in_asked_colours(state: TrainingState, latents: Tensor, colours: Sequence[str | None]) -> Tensor:
-    """Pictures of the subject [B, C, h, w], tinted where a colour is asked for."""
+def tint(state: TrainingState, latents: Tensor, colours: Sequence[str | None]) -> Tensor:
+    """Tint the subject of images [B, C, h, w] in its color; None leaves an image as it is."""
     class_name = state.config.concept.class_name
     if class_name is None or not any(colours):
         return latents
@@ -64,31 +72,32 @@ def in_asked_colours(state: TrainingState, latents: Tensor, colours: Sequence[st
         return tinted_latents(latents, colours, class_name, state.pair, state.generator)
 
 
-def draw_replay(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
-    """Noise and targets [B, C, h, w] and B prompts: remembered targets, and the class as the untouched student has it.
+def replay_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
+    """Draw noise and targets [B, C, h, w] and B prompts from the replay buffer, mixed with images of the class.
 
-    The class is shown in pictures of its own (`train.class_share`), and from a target's very noise, asked for in the
-    same words but for the subject's (`train.pair_share`): then nothing but that word can tell the two apart.
+    Images of the class keep the student's knowledge of it. They come from the prior (`train.class_share`), or from the
+    noise and the prompt of a replayed target, with the class in place of the subject (`train.pair_share`). In such a
+    pair only the token distinguishes subject and class.
     """
     settings, class_name = state.config.train, state.config.concept.class_name
-    remembered = state.randint(len(state.targets), settings.batch_size).tolist()
-    noise, target, prompts = state.targets.take(remembered)
+    replayed = state.randint(len(state.replay_buffer), settings.batch_size).tolist()
+    noise, target, prompts = state.replay_buffer.take(replayed)
     if state.prior is not None and settings.class_share:
-        chosen = state.chosen(settings.class_share)
-        rows = state.randint(len(state.prior.prompts), len(chosen)).tolist()
-        noise[chosen], target[chosen] = state.prior.noise[rows], state.prior.latents[rows]
-        for index, row in zip(chosen, rows, strict=True):
+        indices = state.random_rows(settings.class_share)
+        rows = state.randint(len(state.prior.prompts), len(indices)).tolist()
+        noise[indices], target[indices] = state.prior.noise[rows], state.prior.latents[rows]
+        for index, row in zip(indices, rows, strict=True):
             prompts[index] = state.prior.prompts[row]
-    if class_name is not None and state.targets.untouched is not None:
-        for index in state.chosen(settings.pair_share):
+    if class_name is not None and state.replay_buffer.base is not None:
+        for index in state.random_rows(settings.pair_share):
             if state.config.subject in prompts[index]:
                 prompts[index] = prompts[index].replace(state.config.subject, class_name)
-                target[index] = state.targets.untouched[remembered[index]]
+                target[index] = state.replay_buffer.base[replayed[index]]
     return noise, target, prompts
 
 
-def _as_class(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor | None:
-    """What the untouched student makes of a batch's noise with the class in the subject's place, if pairs are shown."""
+def _base_class_images(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor | None:
+    """Generate the class instead of the subject with the base student; None without `train.pair_share`."""
     class_name = state.config.concept.class_name
     if class_name is None or not state.config.train.pair_share:
         return None
@@ -97,14 +106,14 @@ def _as_class(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Te
 
 @torch.no_grad()
 def base_x0(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor:
-    """What student and text encoder made of some noise and prompts before they were trained, [B, C, h, w]."""
+    """Generate latents [B, C, h, w] from noise and prompts with the base student and the base text encoder."""
     with base_models(state):
         return student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts))
 
 
 @contextmanager
 def base_models(state: TrainingState) -> Iterator[None]:
-    """Inside, student, teacher and text encoders are as they were before training; a learned word stays."""
+    """Context in which the LoRA of student, teacher and text encoders is disabled; a learned token stays."""
     with ExitStack() as stack:
         for module in state.trained_modules().values():
             stack.enter_context(without_lora(module))

@@ -1,6 +1,6 @@
-"""The methods that compete, each as data: what it sets, its training step, and which model draws.
+"""The methods of the benchmark as data: their settings, training steps, and what they do at the end.
 
-All of them run on the tool's own state (same photos, views, LoRA, optimizer), so that they differ in the method alone.
+All of them use the same training state (photos, views, LoRA, optimizer), so that only the method differs.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.schedule import add_noise, prediction_target
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import losses
-from echodistill_cli.training.batches import draw_teacher_batch
+from echodistill_cli.training.batches import teacher_batch
 from echodistill_cli.training.optimizers import Metrics
-from echodistill_cli.training.state import TrainingState
+from echodistill_cli.training.state import CARRY_BACK, TrainingState
 from echodistill_cli.training.steps import (
     begin,
     carry_back_step,
@@ -38,10 +38,11 @@ class Contestant:
     """One row of the benchmark.
 
     Args:
-        about: what it is, in words. settings: overrides of the `mini` preset by dotted key.
-        step: one training step, at the rates of its number; None for a model that is not trained.
-        finish: what is done when training has ended.
-        costs_as: the contestant whose step costs the same, where its own is not measured.
+        about: a description.
+        settings: overrides of the `mini` preset by dotted key.
+        step: one training step, including its learning rates; None for a model that is not trained.
+        finish: called when training has ended.
+        costs_as: the contestant whose step costs the same, if this one's cost is not measured.
     """
 
     about: str
@@ -52,16 +53,16 @@ class Contestant:
 
 
 def teacher_lora_step(state: TrainingState) -> Metrics:
-    """The teacher's own step, alone."""
-    state.set_rates()
+    """Train the teacher alone."""
+    state.optimizers.set_rates(state.progress)
     return teacher_step(state)
 
 
 def denoising_step(state: TrainingState) -> Metrics:
     """DreamBooth-LoRA on the one-step model: its denoising loss on the photos at every timestep, text side included."""
-    state.set_rates()
+    state.optimizers.set_rates(state.progress)
     student = state.pair.student
-    batch = draw_teacher_batch(state)
+    batch = teacher_batch(state)
     conditioning = student.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(student.schedule, batch.latents, noise, batch.timesteps)
@@ -71,9 +72,9 @@ def denoising_step(state: TrainingState) -> Metrics:
 
 
 def token_step(state: TrainingState) -> Metrics:
-    """Textual inversion: one learned vector through the teacher's denoising loss; no UNet moves."""
-    state.set_rates()
-    teacher, batch = state.pair.teacher, draw_teacher_batch(state)
+    """Textual inversion: train one token vector with the teacher's denoising loss; both UNets are frozen."""
+    state.optimizers.set_rates(state.progress)
+    teacher, batch = state.pair.teacher, teacher_batch(state)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
     noise = state.randn_like(batch.latents)
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
@@ -83,14 +84,15 @@ def token_step(state: TrainingState) -> Metrics:
 
 
 def pso_step(state: TrainingState) -> Metrics:
-    """Pairwise sample optimization (arXiv 2410.03190) at the student's only timestep: photos win, own pictures lose.
+    """Pairwise sample optimization (arXiv 2410.03190) at the student's timestep: photos win, its images lose.
 
-    The likelihood ratio of a picture is that of Gaussians around the two models' one-step pictures of it, renoised to
-    the last timestep: tuned model over untouched one.
+    The likelihood ratio of an image compares Gaussians around the one-step images that the tuned and the base model
+    make of it, renoised to the last timestep.
     """
-    state.set_rates()
+    state.optimizers.set_rates(state.progress)
     student, batch = state.pair.student, state.config.train.batch_size
-    latents, prompts = (drawn := draw_teacher_batch(state)).latents, drawn.prompts
+    photos = teacher_batch(state)
+    latents, prompts = photos.latents, photos.prompts
     conditioning = state.pair.encoder.encode(prompts)
     last = torch.full((batch,), student.schedule.last_timestep, device=latents.device)
     with torch.no_grad():
@@ -109,29 +111,29 @@ def pso_step(state: TrainingState) -> Metrics:
 
 
 def distillation_step(state: TrainingState) -> Metrics:
-    """Teacher first: it learns alone before the first step and rests from then on, while the student is distilled."""
+    """Sequential training: the teacher trains before the first step and is frozen while the student is distilled."""
     if state.step == 0:
         begin(state)
-    state.set_rates()
-    student_pass, metrics = student_step(state)
+    state.optimizers.set_rates(state.progress)
+    generated, metrics = student_step(state)
     for _ in range(state.config.replays):
         metrics |= replay_step(state)
-    return metrics | discriminator_step(state, student_pass)
+    return metrics | discriminator_step(state, generated)
 
 
 def carry_over(state: TrainingState) -> None:
-    """Put the teacher's LoRA on the student, as people do today."""
+    """Load the teacher's LoRA into the student, which is common practice."""
     load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.teacher.unet))
 
 
 def end_echo(state: TrainingState) -> None:
-    """The carry back, if the echo kept anything."""
-    while state.in_carry_back:
+    """Take the steps of the carry back, if the echo kept any image."""
+    while state.phase is CARRY_BACK:
         carry_back_step(state)
 
 
 def more_steps(state: TrainingState) -> None:
-    """As many steps as the carry back's, at its rate and to their mean, from the teacher's own LoRA."""
+    """Take as many steps at the same rate, also averaged, but from the teacher's own LoRA."""
     carry_over(state)
     for _ in range(state.config.echo.carry_back):
         carry_back_step(state)
@@ -208,7 +210,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),
 }
 
-# Whose teacher is drawn too when training has ended: row by row what is done first, each from where training ended.
+# Teachers that are scored when training has ended: the name of the row, and what happens first to the final state.
 TEACHERS: Mapping[str, Mapping[str, Callable[[TrainingState], None]]] = {
     "ours": {
         "teacher-without-carry-back": lambda _state: None,

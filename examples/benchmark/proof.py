@@ -33,7 +33,7 @@ from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import Photo, load_photos
 from echodistill_cli.files import write_text
-from echodistill_cli.training.batches import draw_first_targets
+from echodistill_cli.training.batches import add_first_targets
 from echodistill_cli.training.state import TrainingState, build_state
 from echodistill_cli.training.steps import echo_step
 from examples.benchmark.contestants import CONTESTANTS, TEACHERS, Contestant
@@ -229,7 +229,7 @@ def measure_costs(seed: int = 0, steps: int = 16) -> dict[str, float]:
         costs[name] = _cpu_seconds(run.entry.step, state, steps)
         if name == "ours":
             costs["echo"] = _cpu_seconds(echo_step, state, 3)
-            costs["targets"] = _cpu_seconds(draw_first_targets, state, 8)
+            costs["targets"] = _cpu_seconds(add_first_targets, state, 8)
     return costs | {"budget": cost_of_ours(costs)}
 
 

@@ -39,11 +39,10 @@ from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.models.device import DTYPES, VAE, estimate
 from echodistill_cli.models.load import as_denoiser, load_pair, load_schedule
 from echodistill_cli.models.vision import ImageBackbone
-from echodistill_cli.training import losses
-from echodistill_cli.training.batches import StudentPass, draw_student_pass
-from echodistill_cli.training.critics import look
+from echodistill_cli.training import batches, losses
+from echodistill_cli.training.critics import frozen
 from echodistill_cli.training.state import TrainingState, build_state
-from echodistill_cli.training.steps import active_losses, frozen, teacher_step, training_step
+from echodistill_cli.training.steps import active_losses, teacher_step, training_step
 from tests.helpers.random_models import small_tokenizer
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "models" / "configurations"
@@ -157,13 +156,6 @@ def write_backbones(folder: Path, device: torch.device) -> dict[str, Path]:
 # --- the reference design's step --------------------------------------------------------------------------------------
 
 
-class SeenAnew(StudentPass):
-    """A student's pass in which every loss has its critic look for itself."""
-
-    def _seen_by(self, backbone: Any) -> list[Tensor]:
-        return list(look(backbone, self.pictures))
-
-
 def reference_step(state: TrainingState, photos: Tensor) -> None:
     """One step as the released script takes it: nothing is remembered, nothing shared.
 
@@ -172,14 +164,14 @@ def reference_step(state: TrainingState, photos: Tensor) -> None:
     state.pair.codec.encode(photos)
     teacher_step(state)
     with frozen(state.critics):
-        drawn = draw_student_pass(state)
-        anew = SeenAnew(state, drawn.pictures, drawn.target, drawn.alpha_bar, drawn.photo_prompts)
+        generated = batches.student_pass(state)
         total = torch.zeros((), device=state.pair.device)
         for term in active_losses(state):
-            values = term.function(anew) * (anew.alpha_bar if term.weighted_by_alpha_bar else 1)
+            values = term.function(state, generated) * (generated.alpha_bar if term.weighted_by_alpha_bar else 1)
             total = total + getattr(state.config.loss, term.name) * values.mean()
+            generated.images.features.clear()  # the next loss runs its encoder again
         state.optimizers.step(total, ["student"])
-    fakes = drawn.pictures.image().detach()
+    fakes = generated.images.image.detach()
     verdicts = []
     for critic in state.critics:
         assert isinstance(critic.backbone, ImageBackbone)

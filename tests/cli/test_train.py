@@ -18,6 +18,8 @@ from safetensors import safe_open
 
 from echodistill_cli.diffusion.sampling import seeded_noise
 from echodistill_cli.runs import open_run
+from echodistill_cli.training.state import JOINT
+from echodistill_cli.training.steps import PHASE_STEPS
 from tests.helpers.commands import Done, command, files_below, small_toml
 
 ROOT = Path(__file__).parents[2]
@@ -399,7 +401,7 @@ def test_an_exhausted_memory_ends_with_5_and_the_next_setting_to_try(
     def exhausted(_state: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("echodistill_cli.training.loop.training_step", exhausted)
+    monkeypatch.setitem(PHASE_STEPS, JOINT, exhausted)
     done = command("train", photo_folder, *small_line, *flags)
     fails(done, 5, "Out of memory", "MiB", remedy)
 

@@ -148,9 +148,9 @@ def test_the_ways_in_which_the_teacher_may_end(state: TrainingState, kept: bool)
     teacher, student = (state.pair.role(role).unet for role in ("teacher", "student"))
     state.config = replace(
         state.config,
-        train=replace(state.config.train, teacher_lr=0.0),  # what a way begins with stays
         echo=replace(state.config.echo, carry_back=2, min_identity=0.0, max_similarity=1.0, candidates=4),
     )
+    state.optimizers.rates["teacher"] = 0.0  # the teacher keeps the weights that an ending starts from
     for weight in trainable_parameters(student):
         torch.nn.init.constant_(weight, 0.01)
     if kept:

@@ -1,24 +1,33 @@
-"""A run over the small pair, as the tests of training, states and loops need it."""
+"""Runs of the small random pair: their settings and photos, and what tests read from a state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from echodistill_cli.config.build import config_from_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import Photo
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.files import make_folder
+from echodistill_cli.models.adapters import lora_tensors
 from echodistill_cli.outputs.artifact import TrainingRecord, from_run
 from echodistill_cli.outputs.export import ExportItem, export, write_lora, write_token
 from echodistill_cli.outputs.requests import ExportRequest
 from echodistill_cli.runs import OnMessage, Run
+from echodistill_cli.training.batches import StudentPass, student_pass
+from echodistill_cli.training.state import TrainingState
+from echodistill_cli.training.steps import training_step
+
+NewState = Callable[..., TrainingState]
+Tensors = dict[str, Tensor]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -57,7 +66,7 @@ def small_config(pair: tuple[Path, Path], backbones: dict[str, Path], **changes:
 
 
 def small_photos(count: int = 4) -> list[Photo]:
-    """64-pixel pictures of coarse coloured noise; the second has a caption, the third a mask of its left half."""
+    """64-pixel images of coarse colored noise; the second has a caption, the third a mask of its left half."""
     photos = []
     for index in range(count):
         noise = np.random.default_rng(index).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -88,3 +97,61 @@ def write_loras(
     if artifact.token_file:
         write_token(artifact, artifact.token_file)
     return artifact.lora("student")
+
+
+def trained(state: TrainingState) -> dict[str, Tensors]:
+    """Copies of everything that training can move, by optimizer."""
+    if state.token:
+        text = {name: value.detach().clone() for name, value in state.token.state_dict().items()}
+    else:
+        text = lora_tensors(state.pair.encoder.encoders[0]) if state.config.text.form == "lora" else {}
+    heads = {
+        f"{critic.name}.{name}": value.detach().clone()
+        for critic in state.critics
+        for name, value in critic.heads.state_dict().items()
+    }
+    return {
+        "teacher": lora_tensors(state.pair.teacher.unet),
+        "text": text,
+        "student": lora_tensors(state.pair.student.unet),
+        "discriminators": heads,
+    }
+
+
+def moved(before: dict[str, Tensors], state: TrainingState) -> set[str]:
+    """Names of the parts in which any tensor differs from `before`."""
+    now = trained(state)
+    return {
+        part for part in now if any(not torch.equal(value, before[part][name]) for name, value in now[part].items())
+    }
+
+
+def same(first: dict[str, Tensors], second: dict[str, Tensors]) -> bool:
+    """Whether two results of `trained` are equal to the bit."""
+    return all(torch.equal(value, second[part][name]) for part in first for name, value in first[part].items())
+
+
+def take_steps(state: TrainingState, count: int) -> list[dict[str, float]]:
+    """The metrics of some joint steps."""
+    return [training_step(state) for _ in range(count)]
+
+
+def gradients(state: TrainingState, part: str) -> list[Tensor]:
+    """The gradients that a part has at the moment."""
+    return [p.grad for p in state.optimizers.weights([part]) if p.grad is not None]
+
+
+def checkpoint_of(state: TrainingState) -> dict[str, Any]:
+    """The state as a checkpoint has it, through the bytes of a file."""
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def student_pass_at(state: TrainingState, seed: int) -> StudentPass:
+    """A student pass with the run's generator at a seed."""
+    state.generator.manual_seed(seed)
+    return student_pass(state)

@@ -1,4 +1,4 @@
-"""Backbones see what their own models see; the teacher's view is its base's; heads start from a seed."""
+"""Backbones equal the models that they wrap, the teacher's LoRA is disabled, and heads start from a seed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection, Dinov2Model, ViTModel
 
 from echodistill_cli.config.schema import ModelConfig
-from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ModelError
 from echodistill_cli.models.adapters import UNET_LAYERS, add_lora, lora_tensors, trainable_parameters
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
-from echodistill_cli.training.critics import Discriminator, ImageBatch, TeacherBackbone, build_discriminators
+from echodistill_cli.training.critics import (
+    Discriminator,
+    ImageBatch,
+    TeacherBackbone,
+    build_discriminators,
+    features_of,
+)
 
 CPU = torch.device("cpu")
 KINDS = ("dino", "dinov2", "clip")
@@ -42,7 +48,7 @@ def images(side: int = 32) -> Tensor:
 
 
 def plain_features(kind: str, folder: Path, pixels: Tensor) -> Tensor:
-    """What the transformers model itself says of normalised pixels."""
+    """What the transformers model itself returns for normalized pixels."""
     with torch.no_grad():
         if kind == "clip":
             return CLIPVisionModelWithProjection.from_pretrained(folder)(pixels).image_embeds
@@ -78,7 +84,7 @@ def test_the_models_own_normalisation_is_used_where_its_folder_has_one(
 
 
 @each_kind
-def test_larger_pictures_are_shrunk_without_aliasing(small_backbones: dict[str, Path], kind: str) -> None:
+def test_larger_images_are_shrunk_without_aliasing(small_backbones: dict[str, Path], kind: str) -> None:
     backbone = load(small_backbones[kind])
     assert backbone.side == 32
     small = F.interpolate(images(64), (32, 32), mode="bicubic", antialias=True)
@@ -86,7 +92,7 @@ def test_larger_pictures_are_shrunk_without_aliasing(small_backbones: dict[str, 
 
 
 @each_kind
-def test_a_backbone_is_frozen_and_passes_gradient_to_the_picture(small_backbones: dict[str, Path], kind: str) -> None:
+def test_a_backbone_is_frozen_and_passes_gradients_to_the_image(small_backbones: dict[str, Path], kind: str) -> None:
     backbone = load(small_backbones[kind])
     assert not backbone.training
     seen = (0.9 * images(48)).requires_grad_()
@@ -120,7 +126,7 @@ def test_a_missing_backbone_names_the_flags_that_do_without_it(tmp_path: Path, m
     assert all(flag in hint for flag in ("--discriminators teacher", "--identity none", "--no-echo"))
 
 
-# --- the teacher's view -----------------------------------------------------------------------------------------------
+# --- the teacher's features -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -138,21 +144,19 @@ def with_trained_lora(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def pictures() -> ImageBatch:
+def image_batch() -> ImageBatch:
     def draw(seed: int, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
-    def undecoded() -> Tensor:
-        raise AssertionError("the teacher's view needs no decode")
-
+    codec = LatentCodec(None, None)  # the teacher's features need no decoder
     conditioning = Conditioning(draw(2, 2, 32, 32))
-    return ImageBatch(draw(0, 2, 4, 8, 8), undecoded, draw(1, 2, 4, 8, 8), torch.tensor([200, 700]), conditioning)
+    return ImageBatch(draw(0, 2, 4, 8, 8), codec, draw(1, 2, 4, 8, 8), torch.tensor([200, 700]), conditioning)
 
 
 def plain_taps(denoiser: Denoiser, seen: ImageBatch | None = None) -> list[Tensor]:
     """Outputs of the last down block and the middle block in a whole plain pass."""
     taps: list[Tensor] = []
-    unet, seen = denoiser.unet, seen or pictures()
+    unet, seen = denoiser.unet, seen or image_batch()
     blocks: tuple[torch.nn.Module, ...] = (unet.down_blocks[-1], unet.mid_block)
     hooks = [
         block.register_forward_hook(
@@ -167,40 +171,40 @@ def plain_taps(denoiser: Denoiser, seen: ImageBatch | None = None) -> list[Tenso
     return [tap.flatten(2).transpose(1, 2) for tap in taps]
 
 
-def test_the_teachers_view_is_that_of_its_base_with_the_adapter_off(teacher: Denoiser) -> None:
+def test_the_teachers_features_are_those_of_the_base_teacher(teacher: Denoiser) -> None:
     base = plain_taps(teacher)
     with_trained_lora(teacher)
     assert not torch.allclose(plain_taps(teacher)[1], base[1], atol=1e-2)
-    taps = TeacherBackbone(teacher).see(pictures())
+    taps = TeacherBackbone(teacher).features(image_batch())
     assert [tap.shape[-1] for tap in taps] == TeacherBackbone(teacher).widths
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(taps, base, strict=True))
+    assert all(torch.equal(tap, expected) for tap, expected in zip(taps, base, strict=True))
 
 
-def test_looking_leaves_the_teacher_as_it_was(teacher: Denoiser) -> None:
+def test_computing_features_leaves_the_teacher_as_it_was(teacher: Denoiser) -> None:
     with_trained_lora(teacher)
     before, trainable = plain_taps(teacher), trainable_parameters(teacher.unet)
     tensors = lora_tensors(teacher.unet)
-    TeacherBackbone(teacher).see(pictures())
+    TeacherBackbone(teacher).features(image_batch())
     assert all(torch.equal(a, b) for a, b in zip(plain_taps(teacher), before, strict=True))
     assert all(a is b for a, b in zip(trainable_parameters(teacher.unet), trainable, strict=True))
     assert all(torch.equal(value, tensors[name]) for name, value in lora_tensors(teacher.unet).items())
     assert not any(module._forward_hooks for module in (teacher.unet.down_blocks[-1], teacher.unet.mid_block))
 
 
-def test_an_error_while_looking_leaves_no_hook_and_the_adapter_on(teacher: Denoiser) -> None:
+def test_an_error_leaves_no_hook_and_the_lora_enabled(teacher: Denoiser) -> None:
     with_trained_lora(teacher)
     before = plain_taps(teacher)
-    wrong = replace(pictures(), conditioning=Conditioning(torch.zeros(2, 32, 5)))
+    wrong = replace(image_batch(), conditioning=Conditioning(torch.zeros(2, 32, 5)))
     with pytest.raises(RuntimeError):
-        TeacherBackbone(teacher).see(wrong)
+        TeacherBackbone(teacher).features(wrong)
     assert all(torch.equal(a, b) for a, b in zip(plain_taps(teacher), before, strict=True))
     assert not any(module._forward_hooks for module in (teacher.unet.down_blocks[-1], teacher.unet.mid_block))
 
 
 def latent_gradient(look: Callable[[ImageBatch], list[Tensor]]) -> Tensor:
-    latents = pictures().latents.requires_grad_()
+    latents = image_batch().latents.requires_grad_()
     # The backward pass comes later, with the adapter on again, as in a training step.
-    sum(tap.square().sum() for tap in look(replace(pictures(), latents=latents))).backward()  # type: ignore[union-attr]
+    sum(tap.square().sum() for tap in look(replace(image_batch(), latents=latents))).backward()  # type: ignore[union-attr]
     assert latents.grad is not None
     return latents.grad
 
@@ -212,7 +216,7 @@ def test_the_gradient_is_the_bases_and_reaches_no_adapter(teacher: Denoiser, che
     with_trained_lora(teacher)
     if checkpointing:
         teacher.unet.enable_gradient_checkpointing()
-    torch.testing.assert_close(latent_gradient(TeacherBackbone(teacher).see), expected)
+    torch.testing.assert_close(latent_gradient(TeacherBackbone(teacher).features), expected)
     assert teacher.unet.is_gradient_checkpointing == checkpointing
     assert all(parameter.grad is None for parameter in teacher.unet.parameters())
 
@@ -222,6 +226,27 @@ def test_the_critic_does_not_own_the_teachers_weights(teacher: Denoiser) -> None
     assert set(critic.state_dict()) == {
         f"heads.{i}.{j}.{kind}" for i in (0, 1) for j in (1, 3) for kind in ("weight", "bias")
     }
+
+
+# --- a batch of images ------------------------------------------------------------------------------------------------
+
+
+def test_the_first_rows_of_a_batch_are_decoded_with_the_whole_batch(small_pair: tuple[Path, Path]) -> None:
+    student, folder = map(str, small_pair)
+    config = ModelConfig(student=student, teacher=folder, resolution=64, device="cpu", offline=True)
+    batch = replace(image_batch(), codec=load_pair(config).codec)
+    part = batch.rows(1)
+    assert batch.rows(2) is batch
+    assert torch.equal(part.image, batch.image[:1])
+    assert part.image.data_ptr() == batch.image.data_ptr()
+    assert torch.equal(part.latents, batch.latents[:1])
+    assert part.timesteps.tolist() == [200]
+
+
+def test_a_backbone_runs_on_a_batch_once(teacher: Denoiser) -> None:
+    batch, backbone = image_batch(), TeacherBackbone(teacher)
+    assert features_of(batch, backbone) is features_of(batch, backbone)
+    assert features_of(replace(batch), backbone) is not features_of(batch, backbone)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -266,11 +291,11 @@ def test_a_folder_gives_its_name_to_its_critic(teacher: Denoiser, small_backbone
 def test_there_is_one_logit_per_token_and_tap(teacher: Denoiser, small_backbones: dict[str, Path]) -> None:
     image, latent = build_discriminators([str(small_backbones["dino"]), "teacher"], load, teacher, 16, 0)
     assert [x.shape for x in image.logits(load(small_backbones["dino"]).features(images()))] == [(2, 1)]
-    taps = TeacherBackbone(with_trained_lora(teacher)).see(pictures())
+    taps = TeacherBackbone(with_trained_lora(teacher)).features(image_batch())
     assert [x.shape for x in latent.logits(taps)] == [(2, tap.shape[1]) for tap in taps]
 
 
-def test_the_scale_of_features_does_not_move_the_verdict(small_backbones: dict[str, Path]) -> None:
+def test_the_scale_of_features_does_not_change_the_logits(small_backbones: dict[str, Path]) -> None:
     backbone = load(small_backbones["dino"])
     critic = Discriminator("dino", backbone, 16)
     features = backbone.features(images())

@@ -1,4 +1,4 @@
-"""A run that is stopped in any way goes on to the very bits of one that was not."""
+"""An interrupted run resumes to the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def unbroken(
     small_backbones: Backbones,
     photo_folder: Path,
 ) -> tuple[Path, Path]:
-    """A configuration file, and the finished run that it gives when nothing comes between."""
+    """A configuration file, and the finished run that it gives without an interruption."""
     folder = tmp_path_factory.mktemp(request.param)
     changes = {"train__steps": STEPS, "echo__start": 2, "run__sample_every": 6, "text__form": request.param}
     file = small_toml(folder, small_pair, small_backbones, **changes, concept__photos=str(photo_folder))
@@ -44,37 +44,37 @@ def unbroken(
     return file, folder / "run"
 
 
-def differences(ours: Any, theirs: Any, where: str = "state") -> list[str]:
-    """Where two nested values are not the same to the bit."""
-    if isinstance(ours, Mapping):
-        if ours.keys() != theirs.keys():
-            return [f"{where}: {set(ours) ^ set(theirs)}"]
-        return [found for key in ours for found in differences(ours[key], theirs[key], f"{where}.{key}")]
-    if isinstance(ours, list | tuple):
-        if len(ours) != len(theirs):
-            return [f"{where}: {len(ours)} and {len(theirs)}"]
-        pairs = enumerate(zip(ours, theirs, strict=True))
-        return [found for index, (a, b) in pairs for found in differences(a, b, f"{where}[{index}]")]
-    same = torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+def differences(first: Any, second: Any, where: str = "state") -> list[str]:
+    """The places where two nested values are not equal to the bit."""
+    if isinstance(first, Mapping):
+        if first.keys() != second.keys():
+            return [f"{where}: {set(first) ^ set(second)}"]
+        return [place for key in first for place in differences(first[key], second[key], f"{where}.{key}")]
+    if isinstance(first, list | tuple):
+        if len(first) != len(second):
+            return [f"{where}: {len(first)} and {len(second)}"]
+        pairs = enumerate(zip(first, second, strict=True))
+        return [place for index, (a, b) in pairs for place in differences(a, b, f"{where}[{index}]")]
+    same = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
     return [] if same else [where]
 
 
-def assert_same_run(ours: Path, theirs: Path) -> None:
-    """The last checkpoints (adapters, token, heads, optimizers, pool, generator) and all metrics are the same."""
-    states = [open_run(folder).load_checkpoint() for folder in (ours, theirs)]
+def assert_same_run(first: Path, second: Path) -> None:
+    """Compare the last checkpoints (LoRA, token, heads, optimizers, pool, generator), the metrics and the files."""
+    states = [open_run(folder).load_checkpoint() for folder in (first, second)]
     assert {"lora", "token", "heads", "optimizers", "pool", "generator", "step"} <= states[0].keys()
     assert states[0]["pool"] is not None
     assert differences(*states) == []
     costs = {"step_seconds", "peak_memory_mib"}
     logs = [
         [{key: value for key, value in entry.items() if key not in costs} for entry in open_run(folder).read_metrics()]
-        for folder in (ours, theirs)
+        for folder in (first, second)
     ]
     assert [entry["step"] for entry in logs[0]] == list(range(1, STEPS + 1))
     assert logs[0] == logs[1]
-    assert files_below(ours) == files_below(theirs)
+    assert files_below(first) == files_below(second)
     for name in ("sks-dog.safetensors", "teacher/sks-dog-teacher.safetensors"):
-        assert differences(load_file(ours / name), load_file(theirs / name)) == []
+        assert differences(load_file(first / name), load_file(second / name)) == []
 
 
 def config_of(unbroken: tuple[Path, Path], output: Path) -> Config:
@@ -82,7 +82,7 @@ def config_of(unbroken: tuple[Path, Path], output: Path) -> Config:
 
 
 def killing(number: signal.Signals, step: int, times: int = 1) -> Callable[[Mapping[str, float]], None]:
-    """An observer that sends this process a signal after a step."""
+    """A callback that sends this process a signal after a step."""
 
     def on_step(metrics: Mapping[str, float]) -> None:
         if metrics["step"] == step:
@@ -98,17 +98,17 @@ def killing(number: signal.Signals, step: int, times: int = 1) -> Callable[[Mapp
 @pytest.mark.parametrize(
     ("unbroken", "number"), [("lora", signal.SIGTERM), ("token", signal.SIGINT)], indirect=["unbroken"]
 )
-def test_a_signal_saves_the_run_and_it_goes_on_to_the_same_bits(
+def test_a_signal_saves_the_run_and_it_resumes_to_the_same_bits(
     unbroken: tuple[Path, Path], number: signal.Signals, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    said: list[str] = []
+    messages: list[str] = []
     with pytest.raises(Interrupted) as stopped:
-        pipeline.train(config_of(unbroken, run), on_step=killing(number, 3), on_message=said.append)
+        pipeline.train(config_of(unbroken, run), on_step=killing(number, 3), on_message=messages.append)
     assert stopped.value.signal_number == number
     assert "step 3 of 6" in stopped.value.message
     assert f"--resume -o {run}" in stopped.value.message
-    assert any("Stopping after this step" in line for line in said)
+    assert any("Stopping after this step" in line for line in messages)
     assert open_run(run).list_checkpoints()[-1].name == "step-000003"
     assert command("train", "--resume", "-o", run, "-q").code == 0
     assert_same_run(run, unbroken[1])
@@ -139,13 +139,13 @@ def test_a_signal_while_the_teacher_is_alone_saves_that_too(
         pipeline.train(config("stopped"), on_step=stop)
     stopped = open_run(tmp_path / "stopped")
     assert (stopped.load_checkpoint()[counted], len(stopped.read_metrics())) == (3, joint_steps)
-    said: list[str] = []
-    pipeline.train(config("stopped"), resume=True, on_message=said.append)
-    assert any(f"continuing after step 3 of the {phase}" in line for line in said)
+    messages: list[str] = []
+    pipeline.train(config("stopped"), resume=True, on_message=messages.append)
+    assert any(f"continuing after step 3 of the {phase}" in line for line in messages)
     assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_from_its_last_checkpoint(
+def test_a_second_ctrl_c_stops_at_once_and_the_run_resumes_from_its_last_checkpoint(
     unbroken: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -157,14 +157,14 @@ def test_a_second_ctrl_c_stops_at_once_and_the_run_goes_on_from_its_last_checkpo
     assert_same_run(run, unbroken[1])
 
 
-def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_from_the_start(
+def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(
     unbroken: tuple[Path, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config_of(unbroken, run), on_step=killing(signal.SIGINT, 1, times=2))
     assert open_run(run).list_checkpoints() == []
-    # What a killed process leaves: a line cut off, and files under their temporary names.
+    # A killed process leaves a truncated line and files with temporary names.
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 2, "denois')
     (run / ".config.toml.1.tmp").write_text("half")
@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_goes_on_from_the_star
     assert_same_run(run, unbroken[1])
 
 
-def test_ctrl_c_while_models_are_loaded_leaves_nothing(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
+def test_ctrl_c_while_models_are_loaded_leaves_no_files(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
     def on_message(line: str) -> None:
         if line.startswith("Loading"):
             os.kill(os.getpid(), signal.SIGINT)
@@ -185,11 +185,11 @@ def test_ctrl_c_while_models_are_loaded_leaves_nothing(unbroken: tuple[Path, Pat
     assert not (tmp_path / "run").exists()
 
 
-# --- a process of its own, as in a shell ------------------------------------------------------------------------------
+# --- a separate process, as in a shell --------------------------------------------------------------------------------
 
 
 def start_and_stop(number: signal.Signals, after: str, *arguments: object) -> tuple[int, str, str]:
-    """Run a command, send it a signal when a line on stderr begins with `after`; its exit code, stdout and stderr."""
+    """Run a command and signal it when a line of stderr starts with `after`; its return code, stdout and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-c", "from echodistill_cli.cli.app import main; main()", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -210,12 +210,12 @@ def start_and_stop(number: signal.Signals, after: str, *arguments: object) -> tu
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_process_that_is_stopped_can_be_gone_on_with(
+def test_a_stopped_process_can_be_resumed(
     unbroken: tuple[Path, Path], number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    ended, out, err = start_and_stop(number, "step 3/6", "train", "--config", unbroken[0], "-o", run)
-    assert (ended, out) == (code, "")
+    status, out, err = start_and_stop(number, "step 3/6", "train", "--config", unbroken[0], "-o", run)
+    assert (status, out) == (code, "")
     if number != signal.SIGKILL:
         last = err.splitlines()[-1]
         assert last.startswith("Stopped at step ")
@@ -230,7 +230,9 @@ def test_a_process_that_is_stopped_can_be_gone_on_with(
 def test_ctrl_c_in_a_shell_before_the_first_step_is_one_line_and_130(
     unbroken: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    ended, out, err = start_and_stop(signal.SIGINT, "Loading", "train", "--config", unbroken[0], "-o", tmp_path / "run")
-    assert (ended, out) == (130, "")
+    status, out, err = start_and_stop(
+        signal.SIGINT, "Loading", "train", "--config", unbroken[0], "-o", tmp_path / "run"
+    )
+    assert (status, out) == (130, "")
     assert err.splitlines()[1:] == ["Interrupted."]
     assert not (tmp_path / "run").exists()

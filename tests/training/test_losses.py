@@ -1,4 +1,4 @@
-"""The losses against values computed by hand, reference implementations and their own promises."""
+"""The losses against values computed by hand, reference implementations and their documented properties."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.helpers.runs import seeded
 
 
 def textured(seed: int, side: int = 48) -> Tensor:
-    """A picture [1, 3, side, side] of blurred noise in [-1, 1]."""
+    """An image [1, 3, side, side] of blurred noise in [-1, 1]."""
     noise = torch.rand(1, 3, side // 4, side // 4, generator=seeded(seed)) * 2 - 1
     return F.interpolate(noise, (side, side), mode="bilinear", align_corners=False)
 
 
-def colour(red: float, green: float, blue: float) -> Tensor:
+def color(red: float, green: float, blue: float) -> Tensor:
     return torch.tensor([red, green, blue]).view(1, 3, 1, 1) * 2 - 1
 
 
@@ -43,13 +43,13 @@ def test_the_denoising_loss_is_the_mean_square_over_the_masked_region() -> None:
     assert denoising(output, target, top).tolist() == [pytest.approx((1 + 4 + 25 + 36) / 4)]
 
 
-def test_a_soft_mask_weighs_its_places() -> None:
+def test_a_soft_mask_weights_the_error() -> None:
     output, target = torch.zeros(1, 1, 1, 2), torch.tensor([[[[1.0, 3.0]]]])
     mask = torch.tensor([[[[1.0, 0.1]]]])
     assert denoising(output, target, mask).item() == pytest.approx((1 + 0.1 * 9) / 1.1)
 
 
-def test_outside_the_mask_nothing_counts_and_nothing_is_learned() -> None:
+def test_outside_the_mask_loss_and_gradient_are_0() -> None:
     output = torch.randn(2, 4, 8, 8, generator=seeded(), requires_grad=True)
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., :3] = 1
@@ -101,14 +101,14 @@ def test_half_precision_is_compared_in_single(loss: object) -> None:
     assert result.isfinite().all()
 
 
-def test_a_picture_is_as_far_from_the_photos_as_it_is_less_like_them_than_they_are() -> None:
+def test_the_distance_to_the_photos_is_what_an_image_lacks_of_their_similarity() -> None:
     def at(*degrees: float) -> Tensor:
         return torch.tensor([[math.cos(math.radians(d)), math.sin(math.radians(d))] for d in degrees])
 
     photos = at(0.0, 40.0)
-    found = photo_distance(at(20.0, 20.0, 110.0), photos)
+    distances = photo_distance(at(20.0, 20.0, 110.0), photos)
     apart = math.cos(math.radians(40)) - (math.cos(math.radians(110)) + math.cos(math.radians(70))) / 2
-    assert found.tolist() == pytest.approx([0.0, 0.0, apart], abs=1e-6)
+    assert distances.tolist() == pytest.approx([0.0, 0.0, apart], abs=1e-6)
     assert photo_distance(3 * at(60.0), at(0.0)).item() == pytest.approx(0.5)
 
 
@@ -154,7 +154,7 @@ def test_confident_verdicts_keep_their_gradient_finite() -> None:
     assert scores.grad.isfinite().all()
 
 
-# --- colours ----------------------------------------------------------------------------------------------------------
+# --- colors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,9 +169,9 @@ def test_confident_verdicts_keep_their_gradient_finite() -> None:
         ((0.02, 0.02, 0.02), (1.40, 0, 0)),  # on the linear side of both curves
     ],
 )
-def test_known_colours_have_their_lab_values(rgb: tuple[float, ...], lab: tuple[float, ...]) -> None:
+def test_known_colors_have_their_lab_values(rgb: tuple[float, ...], lab: tuple[float, ...]) -> None:
     torch.testing.assert_close(
-        rgb_to_lab(colour(*rgb)).flatten(), torch.tensor(lab, dtype=torch.float32), rtol=0, atol=0.02
+        rgb_to_lab(color(*rgb)).flatten(), torch.tensor(lab, dtype=torch.float32), rtol=0, atol=0.02
     )
 
 
@@ -185,7 +185,7 @@ def test_the_gradient_of_lab_is_finite_at_black_white_and_beyond() -> None:
     assert (inside.abs().sum(dim=0) > 0).all()
 
 
-def test_what_lies_outside_the_range_is_clamped() -> None:
+def test_values_outside_the_range_are_clamped() -> None:
     assert torch.equal(rgb_to_lab(torch.full((1, 3, 1, 1), 5.0)), rgb_to_lab(torch.ones(1, 3, 1, 1)))
 
 
@@ -202,7 +202,7 @@ def test_directions_are_unit_vectors_decided_by_the_generator() -> None:
     assert not torch.equal(DIRECTIONS[0], DIRECTIONS[1])
 
 
-def test_a_picture_is_at_distance_0_from_itself_and_further_from_another() -> None:
+def test_an_image_is_at_distance_0_from_itself_and_farther_from_another() -> None:
     first, second = textured(0), textured(1)
     assert sliced_wasserstein(first, first, DIRECTIONS).tolist() == [0]
     assert sliced_wasserstein(first, second, DIRECTIONS).item() > 1
@@ -225,15 +225,15 @@ def test_the_distance_is_per_sample() -> None:
     assert both[1] == 0
 
 
-def test_moving_a_thing_costs_nothing_beside_changing_it() -> None:
-    def with_thing(top: int, left: int, seed: int) -> Tensor:
+def test_moving_an_object_costs_little_compared_with_changing_it() -> None:
+    def with_object(top: int, left: int, seed: int) -> Tensor:
         image = torch.zeros(1, 3, 48, 48)
         image[..., top : top + 12, left : left + 12] = textured(seed, 12)
         return image
 
-    first = with_thing(16, 16, seed=0)
-    moved = sliced_wasserstein(first, with_thing(20, 16, seed=0), DIRECTIONS).item()
-    changed = sliced_wasserstein(first, with_thing(16, 16, seed=1), DIRECTIONS).item()
+    first = with_object(16, 16, seed=0)
+    moved = sliced_wasserstein(first, with_object(20, 16, seed=0), DIRECTIONS).item()
+    changed = sliced_wasserstein(first, with_object(16, 16, seed=1), DIRECTIONS).item()
     assert moved < 1e-4
     assert changed > 1e-1
 
@@ -251,7 +251,7 @@ def test_a_single_scale_equals_the_mean_distance_of_sorted_projections() -> None
     assert sliced_wasserstein(first, second, [kernels]).item() == pytest.approx(total / 2, rel=1e-4)
 
 
-def test_scales_smaller_than_a_patch_are_left_out() -> None:
+def test_scales_smaller_than_a_patch_are_skipped() -> None:
     # 8 pixels, then 4: only the first scale holds a 5-pixel patch.
     first, second = textured(0, 8), textured(1, 8)
     assert torch.equal(sliced_wasserstein(first, second, DIRECTIONS), sliced_wasserstein(first, second, DIRECTIONS[:1]))
@@ -261,7 +261,7 @@ def test_scales_smaller_than_a_patch_are_left_out() -> None:
     )
 
 
-def test_the_gradient_pulls_a_picture_towards_the_target() -> None:
+def test_the_gradient_moves_an_image_towards_the_target() -> None:
     images, target = torch.zeros(1, 3, 16, 16, requires_grad=True), torch.full((1, 3, 16, 16), 0.5)
     before = sliced_wasserstein(images, target, DIRECTIONS[:1])
     before.sum().backward()

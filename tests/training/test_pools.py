@@ -1,4 +1,4 @@
-"""The echo's judge on features made by hand: who falls and why, who stays, and in what order."""
+"""Selection for the echo pool on handmade features: what is rejected and why, what stays, and in which order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echodistill_cli.config.schema import EchoConfig
 from echodistill_cli.training.losses import identity_scores, photo_similarity
-from echodistill_cli.training.pools import EchoPool, judge, refresh
+from echodistill_cli.training.pools import EchoPool, refresh, select
 
 
 def at(*degrees: float, tilt: float = 0.0) -> Tensor:
@@ -26,7 +26,7 @@ SETTINGS = EchoConfig(min_identity=0.9, max_similarity=0.999, pool_size=3)
 
 
 def pool_of(features: Tensor, names: str, critic_offset: float = 0.0) -> EchoPool:
-    """A pool whose parts can be told apart: latent and critic's features hold the number of the picture's letter."""
+    """A pool with identifiable parts: latents and critic features hold the code of the image's letter."""
     numbers = torch.tensor([float(ord(letter)) for letter in names])
     return EchoPool(
         latents=numbers.view(-1, 1, 1, 1).expand(-1, 4, 2, 2).clone(),
@@ -55,11 +55,11 @@ def test_photos_are_compared_with_each_other_and_not_with_themselves() -> None:
     assert photo_similarity(5 * three) == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_single_photo_is_like_itself() -> None:
+def test_a_single_photo_has_similarity_1() -> None:
     assert photo_similarity(at(10.0)) == 1.0
 
 
-def test_a_picture_scores_its_mean_cosine_to_the_photos() -> None:
+def test_an_image_scores_its_mean_cosine_to_the_photos() -> None:
     scores = identity_scores(3 * at(0.0, 20.0, 110.0), PHOTOS)
     expected = [math.cos(math.radians(20)), (math.cos(math.radians(40)) + 1) / 2]
     assert scores[:2].tolist() == pytest.approx(expected, abs=1e-6)
@@ -69,52 +69,52 @@ def test_a_picture_scores_its_mean_cosine_to_the_photos() -> None:
 # --- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_good_picture_is_kept() -> None:
-    assert judge(at(0.0), PHOTOS, SETTINGS) == ["kept"]
+def test_a_good_image_is_kept() -> None:
+    assert select(at(0.0), PHOTOS, SETTINGS) == ["kept"]
 
 
-def test_too_little_of_the_subject_falls_by_identity() -> None:
-    assert judge(at(0.0, 70.0, 180.0), PHOTOS, SETTINGS) == ["kept", "identity", "identity"]
+def test_an_image_with_too_little_of_the_subject_is_rejected() -> None:
+    assert select(at(0.0, 70.0, 180.0), PHOTOS, SETTINGS) == ["kept", "identity", "identity"]
 
 
-def test_the_threshold_is_a_share_of_the_photos_own_similarity() -> None:
+def test_the_threshold_is_a_fraction_of_the_photos_own_similarity() -> None:
     threshold = 0.9 * photo_similarity(PHOTOS)
     # In the plane between the photos the score is cos 20° times the cosine of the tilt.
     limit = math.degrees(math.acos(threshold / math.cos(math.radians(20))))
-    assert judge(at(0.0, tilt=limit - 0.5), PHOTOS, SETTINGS) == ["kept"]
-    assert judge(at(0.0, tilt=limit + 0.5), PHOTOS, SETTINGS) == ["identity"]
-    # Photos that differ more among themselves ask for less.
-    assert judge(at(0.0, tilt=limit + 0.5), at(-30.0, 30.0), SETTINGS) == ["kept"]
+    assert select(at(0.0, tilt=limit - 0.5), PHOTOS, SETTINGS) == ["kept"]
+    assert select(at(0.0, tilt=limit + 0.5), PHOTOS, SETTINGS) == ["identity"]
+    # Photos that differ more from each other lower the threshold.
+    assert select(at(0.0, tilt=limit + 0.5), at(-30.0, 30.0), SETTINGS) == ["kept"]
 
 
-def test_a_copy_of_a_photo_falls() -> None:
-    assert judge(at(20.5, 10.0), PHOTOS, SETTINGS) == ["photo_copy", "kept"]
+def test_a_copy_of_a_photo_is_rejected() -> None:
+    assert select(at(20.5, 10.0), PHOTOS, SETTINGS) == ["photo_copy", "kept"]
 
 
-def test_of_near_equal_pictures_the_better_one_stays() -> None:
-    assert judge(at(1.0, 0.0), PHOTOS, SETTINGS) == ["duplicate", "kept"]
-    assert judge(at(0.0, 1.0), PHOTOS, SETTINGS) == ["kept", "duplicate"]
+def test_the_better_of_two_similar_images_stays() -> None:
+    assert select(at(1.0, 0.0), PHOTOS, SETTINGS) == ["duplicate", "kept"]
+    assert select(at(0.0, 1.0), PHOTOS, SETTINGS) == ["kept", "duplicate"]
 
 
 def test_the_pool_is_bounded_and_the_best_stay() -> None:
     features = torch.cat([at(0.0, tilt=tilt) for tilt in (24.0, 3.0, 18.0, 8.0, 13.0)])
-    assert judge(features, PHOTOS, SETTINGS) == ["crowded", "kept", "crowded", "kept", "kept"]
+    assert select(features, PHOTOS, SETTINGS) == ["crowded", "kept", "crowded", "kept", "kept"]
 
 
-def test_a_copy_of_a_fallen_picture_is_no_duplicate() -> None:
+def test_a_copy_of_a_rejected_image_is_no_duplicate() -> None:
     # The best two are copies of a photo; the third resembles them, but neither is in the pool.
     settings = EchoConfig(min_identity=0.5, max_similarity=0.99, pool_size=3)
-    assert judge(at(20.0, 19.0, 8.0), PHOTOS, settings) == ["photo_copy", "photo_copy", "kept"]
+    assert select(at(20.0, 19.0, 8.0), PHOTOS, settings) == ["photo_copy", "photo_copy", "kept"]
 
 
-def test_with_the_default_settings_random_features_fall() -> None:
+def test_with_the_default_settings_random_features_are_rejected() -> None:
     generator = torch.Generator().manual_seed(0)
     subject = torch.randn(1, 64, generator=generator)
     photos = subject + 0.5 * torch.randn(5, 64, generator=generator)
     strangers = torch.randn(50, 64, generator=generator)
-    assert set(judge(strangers, photos, EchoConfig())) == {"identity"}
+    assert set(select(strangers, photos, EchoConfig())) == {"identity"}
     likenesses = subject + 0.5 * torch.randn(10, 64, generator=generator)
-    assert judge(likenesses, photos, EchoConfig()) == ["kept"] * 10
+    assert select(likenesses, photos, EchoConfig()) == ["kept"] * 10
 
 
 def test_with_the_default_settings_a_collapsed_student_fills_no_pool() -> None:
@@ -122,7 +122,7 @@ def test_with_the_default_settings_a_collapsed_student_fills_no_pool() -> None:
     subject = torch.randn(1, 64, generator=generator)
     photos = subject + 0.5 * torch.randn(5, 64, generator=generator)
     always_the_same = subject + 0.01 * torch.randn(20, 64, generator=generator)
-    verdicts = judge(always_the_same, photos, EchoConfig())
+    verdicts = select(always_the_same, photos, EchoConfig())
     assert verdicts.count("kept") == 1
     assert verdicts.count("duplicate") == 19
 
@@ -131,20 +131,19 @@ def test_with_the_default_settings_a_collapsed_student_fills_no_pool() -> None:
 
 
 def test_the_pool_is_best_first_and_its_parts_stay_together() -> None:
-    drawn = pool_of(torch.cat([at(0.0, tilt=tilt) for tilt in (9.0, 1.0, 80.0, 15.0)]), "abcd")
-    pool, verdicts = refresh(None, drawn, PHOTOS, SETTINGS)
+    candidates = pool_of(torch.cat([at(0.0, tilt=tilt) for tilt in (9.0, 1.0, 80.0, 15.0)]), "abcd")
+    pool, verdicts = refresh(None, candidates, PHOTOS, SETTINGS)
     assert pool.prompts == ["b", "a", "d"]
     assert verdicts == ["kept", "kept", "identity", "kept"]
     assert_consistent(pool)
 
 
-def test_an_empty_pool_says_so() -> None:
+def test_an_empty_pool_is_false_and_can_be_filled_later() -> None:
     pool, verdicts = refresh(None, pool_of(at(180.0, 170.0), "ab"), PHOTOS, SETTINGS)
     assert verdicts == ["identity", "identity"]
     assert len(pool) == 0
     assert not pool
     assert_consistent(pool)
-    # And it can be filled later.
     pool, _ = refresh(pool, pool_of(at(0.0), "c"), PHOTOS, SETTINGS)
     assert pool.prompts == ["c"]
 

@@ -32,7 +32,7 @@ from echodistill_cli.outputs.export import TrainResult
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import train
-from echodistill_cli.training.batches import draw_student_pass, draw_teacher_batch
+from echodistill_cli.training.batches import student_pass, teacher_batch
 from echodistill_cli.training.state import add_trained_parts, build_state
 from echodistill_cli.training.steps import student_step, training_step
 from tests.helpers.runs import export_files, small_config, small_photos
@@ -70,12 +70,12 @@ def trained(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> T
 
 def load(pair: Pair, **changes: Any) -> ModelPair:
     student, teacher = map(str, pair)
-    common = {"student": student, "teacher": teacher, "resolution": 64, "device": "cpu", "offline": True}
-    return load_pair(ModelConfig(**common | changes))
+    defaults = {"student": student, "teacher": teacher, "resolution": 64, "device": "cpu", "offline": True}
+    return load_pair(ModelConfig(**defaults | changes))
 
 
-def draw_with_diffusers(folder: Path, seed: int, *loras: Path, prompt: str, steps: int = 1) -> np.ndarray:
-    """A picture by a stock SDXL pipeline over the folder, with LoRA files loaded in the stock way."""
+def generate_with_diffusers(folder: Path, seed: int, *loras: Path, prompt: str, steps: int = 1) -> np.ndarray:
+    """Generate an image with a stock SDXL pipeline of the folder and LoRA files, as an integer array."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
@@ -83,8 +83,8 @@ def draw_with_diffusers(folder: Path, seed: int, *loras: Path, prompt: str, step
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     noise = seeded_noise([seed], (4, 8, 8))
     settings: dict[str, Any] = {"latents": noise, "height": 64, "width": 64, "output_type": "np"}
-    drawn = pipeline(prompt, num_inference_steps=steps, guidance_scale=0.0, **settings).images
-    return (np.asarray(drawn[0]) * 255).round().astype(int)
+    images = pipeline(prompt, num_inference_steps=steps, guidance_scale=0.0, **settings).images
+    return (np.asarray(images[0]) * 255).round().astype(int)
 
 
 def pixels(image: Image.Image) -> np.ndarray:
@@ -116,7 +116,7 @@ def test_the_model_index_says_whether_the_empty_prompt_is_zeros(small_sdxl_pair:
     assert not load((student, small_sdxl_pair[1])).encoder.encode_null().hidden.any()
 
 
-def test_each_unet_is_told_its_own_sizes_and_the_crops_of_samples_that_have_them(small_sdxl_pair: Pair) -> None:
+def test_each_unet_is_conditioned_on_its_own_sizes_and_on_the_crops_of_samples(small_sdxl_pair: Pair) -> None:
     pair = load(small_sdxl_pair, teacher_original_size=1024)
     with torch.no_grad():
         conditioning = pair.encoder.encode(["a dog", "a cat"])
@@ -137,7 +137,7 @@ def test_each_unet_is_told_its_own_sizes_and_the_crops_of_samples_that_have_them
     assert not torch.equal(cropped, plain)
 
 
-def test_sd_is_told_of_no_crops() -> None:
+def test_sd_is_not_conditioned_on_crops() -> None:
     conditioning = Conditioning(torch.zeros(1, 2, 3))
     schedule = None
     assert Denoiser(None, schedule).at_crops(conditioning, [(1, 2)]) is conditioning  # type: ignore[arg-type]
@@ -179,12 +179,12 @@ def test_every_form_of_the_text_side_trains(configure: Configure, tmp_path: Path
     assert len(trained) == {"lora": 8 + 16, "token": 2, "frozen": 0}[form]
 
 
-def test_crops_are_told_to_the_teacher_in_its_denoising_loss_alone(configure: Configure, tmp_path: Path) -> None:
+def test_only_the_teachers_denoising_loss_is_conditioned_on_crops(configure: Configure, tmp_path: Path) -> None:
     state = build_state(configure(tmp_path / "run", train__batch_size=16), small_photos())
-    crops = draw_teacher_batch(state).crops
+    crops = teacher_batch(state).crops
     assert len(crops) == 16
     assert any(crop != (0, 0) for crop in crops)
-    assert draw_student_pass(state).pictures.conditioning.time_ids is None
+    assert student_pass(state).images.conditioning.time_ids is None
 
 
 def test_with_offload_every_gradient_is_the_same(configure: Configure, tmp_path: Path) -> None:
@@ -204,9 +204,7 @@ def test_with_offload_every_gradient_is_the_same(configure: Configure, tmp_path:
         torch.testing.assert_close(one, other)
 
 
-def test_with_offload_what_is_trained_stays_on_the_device_while_its_unet_waits(
-    configure: Configure, tmp_path: Path
-) -> None:
+def test_with_offload_trained_weights_stay_on_the_device(configure: Configure, tmp_path: Path) -> None:
     config = configure(tmp_path, critic__discriminators=(), text__form="frozen")
     pair = load_pair(config.model)
     pair.device = torch.device("meta")  # both UNets wait on the CPU, and any machine has this other device
@@ -221,24 +219,24 @@ def test_the_teacher_is_no_critic_under_offload(configure: Configure, tmp_path: 
         configure(tmp_path, model__offload=True)
 
 
-def test_a_run_that_was_resumed_ends_where_one_without_a_break_does(
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     configure: Configure, trained: TrainResult, tmp_path: Path
 ) -> None:
     config = configure(tmp_path / "again", **FAST)
     train(config)
     result = train(config, resume=True, from_step=2)
-    described, expected = read_lora(result.lora), read_lora(trained.lora)
-    assert len(described.modules) == len(expected.modules) > 0
-    pictures = [list(sample(SampleRequest(["a photo of a sks dog"], lora=run.run))) for run in (result, trained)]
-    assert np.abs(pixels(pictures[0][0].image) - pixels(pictures[1][0].image)).max() <= 1
+    lora, expected = read_lora(result.lora), read_lora(trained.lora)
+    assert len(lora.modules) == len(expected.modules) > 0
+    images = [list(sample(SampleRequest(["a photo of a sks dog"], lora=run.run))) for run in (result, trained)]
+    assert np.abs(pixels(images[0][0].image) - pixels(images[1][0].image)).max() <= 1
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_lora_covers_the_unet_and_both_text_encoders(trained: TrainResult) -> None:
-    described = read_lora(trained.lora)
-    components = [module.component for module in described.modules]
+    lora = read_lora(trained.lora)
+    components = [module.component for module in lora.modules]
     # Attentions: 2 of depth 1 and 2 of depth 2 down, 1 of depth 2 in the middle, 3 of 2 and 3 of 1 up; key and value.
     assert {name: components.count(name) for name in set(components)} == {
         "unet": 2 * (2 + 4 + 2 + 6 + 3),
@@ -249,22 +247,22 @@ def test_the_lora_covers_the_unet_and_both_text_encoders(trained: TrainResult) -
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
-def test_stock_diffusers_draws_the_same_picture_from_the_exported_file(
+def test_stock_diffusers_generates_the_same_image_from_the_exported_file(
     trained: TrainResult, small_sdxl_pair: Pair, tmp_path: Path, steps: int
 ) -> None:
     prompt = "a photo of a sks dog"
-    (drawn,) = sample(SampleRequest([prompt], seed=7, lora=trained.run, steps=steps))
-    base = draw_with_diffusers(small_sdxl_pair[0], 7, prompt=prompt, steps=steps)
-    assert np.abs(pixels(drawn.image) - base).max() > 3
+    (generated,) = sample(SampleRequest([prompt], seed=7, lora=trained.run, steps=steps))
+    base = generate_with_diffusers(small_sdxl_pair[0], 7, prompt=prompt, steps=steps)
+    assert np.abs(pixels(generated.image) - base).max() > 3
     for layout in ("kohya", "diffusers"):
         (file,) = export_files(trained.run, layouts=(layout,), output=tmp_path / layout)
-        expected = draw_with_diffusers(small_sdxl_pair[0], 7, file, prompt=prompt, steps=steps)
-        assert np.abs(pixels(drawn.image) - expected).max() <= 2
+        expected = generate_with_diffusers(small_sdxl_pair[0], 7, file, prompt=prompt, steps=steps)
+        assert np.abs(pixels(generated.image) - expected).max() <= 2
 
 
-def test_the_teachers_file_draws_with_guidance(trained: TrainResult) -> None:
-    drawn = list(sample(SampleRequest(["a sks dog"], lora=trained.run, role="teacher", steps=2)))
-    assert pixels(drawn[0].image).std() > 1
+def test_the_teachers_file_generates_with_guidance(trained: TrainResult) -> None:
+    images = list(sample(SampleRequest(["a sks dog"], lora=trained.run, role="teacher", steps=2)))
+    assert pixels(images[0].image).std() > 1
 
 
 def test_a_learned_token_is_a_file_of_two_tensors_that_stock_diffusers_loads(
@@ -277,7 +275,7 @@ def test_a_learned_token_is_a_file_of_two_tensors_that_stock_diffusers_loads(
 
     vectors = load_file(result.token)
     assert {name: tuple(value.shape) for name, value in vectors.items()} == {"clip_l": (1, 32), "clip_g": (1, 48)}
-    (drawn,) = sample(SampleRequest(["a photo of a zwx dog"], seed=3, lora=result.run))
+    (generated,) = sample(SampleRequest(["a photo of a zwx dog"], seed=3, lora=result.run))
     pipeline = StableDiffusionXLPipeline.from_pretrained(small_sdxl_pair[0])
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(str(result.lora.parent), weight_name=result.lora.name)
@@ -289,7 +287,7 @@ def test_a_learned_token_is_a_file_of_two_tensors_that_stock_diffusers_loads(
     settings: dict[str, Any] = {"latents": seeded_noise([3], (4, 8, 8)), "height": 64, "width": 64}
     settings |= {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "np"}
     expected = (np.asarray(pipeline("a photo of a zwx dog", **settings).images[0]) * 255).round()
-    assert np.abs(pixels(drawn.image) - expected).max() <= 2
+    assert np.abs(pixels(generated.image) - expected).max() <= 2
 
 
 # --- the VAE ----------------------------------------------------------------------------------------------------------
@@ -301,19 +299,19 @@ def overflowing(pair: ModelPair) -> None:
         pair.codec.decoder.decoder.conv_in.weight.mul_(1e6)
 
 
-def draw(pair: ModelPair) -> np.ndarray:
+def generate_image(pair: ModelPair) -> np.ndarray:
     settings = SamplingSettings(size=64)
     return np.stack([one.numpy() for one in generate(pair, ["a dog"], [0], settings)])
 
 
-def test_in_fp16_the_vae_decodes_in_single_precision_and_the_picture_is_not_black(small_sdxl_pair: Pair) -> None:
+def test_in_fp16_the_vae_decodes_in_single_precision_and_the_image_is_not_black(small_sdxl_pair: Pair) -> None:
     pair = load(small_sdxl_pair, precision="fp16")
     assert pair.codec.decoder.dtype == torch.float32
     overflowing(pair)
-    assert draw(pair).std() > 1
+    assert generate_image(pair).std() > 1
 
 
-def test_another_vae_may_be_named_and_one_that_overflows_is_an_error_not_a_black_picture(
+def test_another_vae_may_be_named_and_one_that_overflows_is_an_error_not_a_black_image(
     small_sdxl_pair: Pair, tmp_path: Path
 ) -> None:
     vae = Path(shutil.copytree(small_sdxl_pair[0] / "vae", tmp_path / "vae"))
@@ -321,10 +319,10 @@ def test_another_vae_may_be_named_and_one_that_overflows_is_an_error_not_a_black
     (vae / "config.json").write_text(json.dumps(settings | {"force_upcast": False}))
     pair = load(small_sdxl_pair, precision="fp16", vae=str(vae))
     assert pair.codec.decoder.dtype == torch.float16
-    assert draw(pair).std() > 1
+    assert generate_image(pair).std() > 1
     overflowing(pair)
     with pytest.raises(EchoDistillError, match=r"overflowed in the VAE.*--precision fp32"):
-        draw(pair)
+        generate_image(pair)
 
 
 def test_the_tiny_decoder_is_that_of_the_family(small_pair: Pair, small_sdxl_pair: Pair) -> None:
@@ -333,6 +331,6 @@ def test_the_tiny_decoder_is_that_of_the_family(small_pair: Pair, small_sdxl_pai
             load(pair, decoder="tiny")
 
 
-def test_a_run_says_what_it_was_told(configure: Configure, tmp_path: Path) -> None:
+def test_a_runs_settings_hold_the_teachers_original_size(configure: Configure, tmp_path: Path) -> None:
     config = configure(tmp_path, model__teacher_original_size=1024)
     assert dataclasses.asdict(config.model)["teacher_original_size"] == 1024

@@ -1,4 +1,4 @@
-"""Trackers beside metrics.jsonl: what they are given, and that a wrong one is found before anything is loaded."""
+"""Trackers: what they receive, and that a wrong name is reported before models are loaded."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from echodistill_cli.training.loop import check_trackers, tracking
 from tests.helpers.commands import command, small_toml
 
 
-def test_none_is_the_default_and_costs_nothing(tmp_path: Path) -> None:
+def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
     with tracking(build_config(), tmp_path) as track:
         track({"step": 1.0, "latent": 2.0})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_that_is_unknown_or_not_installed_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"tensorbord: it is one of tensorboard, wandb. Did you mean tensorboard\?"):
+def test_an_unknown_or_missing_tracker_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"tensorbord is unknown; choose tensorboard or wandb. Did you mean tensorboard\?"
+    ):
         check_trackers(["tensorbord"])
     if importlib.util.find_spec("wandb") is None:
-        with pytest.raises(ConfigError, match=r"wandb: its package is missing. pip install 'echodistill\[wandb\]'"):
+        with pytest.raises(
+            ConfigError, match=r"wandb needs a package that is not installed. pip install 'echodistill\[wandb\]'"
+        ):
             check_trackers(["wandb"])
 
 
-def test_a_missing_one_is_found_before_anything_is_written(
+def test_a_missing_tracker_is_reported_before_anything_is_written(
     small_pair: tuple[Path, Path], small_backbones: dict[str, Path], photo_folder: Path, tmp_path: Path
 ) -> None:
     file = small_toml(tmp_path, small_pair, small_backbones)

@@ -1,12 +1,42 @@
-"""The running mean of weights: by hand, through a checkpoint, and in half precision."""
+"""Learning rates, and averages of weights: by hand, through a checkpoint, and in half precision."""
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
-from echodistill_cli.training.optimizers import WeightMean
+from echodistill_cli.training.optimizers import Optimizers, WeightMean
 
 CPU = torch.device("cpu")
+
+
+def small_optimizers(schedule: str) -> Optimizers:
+    parts = {name: [torch.nn.Parameter(torch.ones(2))] for name in ("student", "teacher")}
+    rates = {"student": 2e-3, "teacher": 1e-3}
+    return Optimizers(parts | {"text": []}, rates, schedule=schedule, weight_decay=0.0, max_grad_norm=0.0)
+
+
+def test_learning_rates_are_constant_or_fall_to_0() -> None:
+    def rates(schedule: str) -> list[float]:
+        optimizers, values = small_optimizers(schedule), []
+        for step in range(5):
+            optimizers.set_rates(step / 4)
+            values.append(optimizers.rate("student"))
+            assert optimizers.rate("teacher") == pytest.approx(values[-1] / 2)
+        return values
+
+    assert rates("constant") == [2e-3] * 5
+    half = math.sqrt(0.5)
+    assert rates("cosine") == pytest.approx([2e-3, 1e-3 * (1 + half), 1e-3, 1e-3 * (1 - half), 0.0])
+
+
+def test_one_parts_rate_can_be_scaled_and_a_part_that_does_not_exist_is_ignored() -> None:
+    optimizers = small_optimizers("constant")
+    optimizers.scale_rate("teacher", 0.25)
+    optimizers.scale_rate("text", 0.25)
+    assert {name: optimizers.rate(name) for name in optimizers} == {"student": 2e-3, "teacher": 0.25e-3}
 
 
 def test_the_mean_is_that_of_all_moments_and_is_forgotten_once_used() -> None:
