@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from echodistill_cli import pipeline
 from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
 from echodistill_cli.cli.sample import (
     BatchSize,
@@ -34,9 +35,6 @@ from echodistill_cli.cli.show import (
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
-
-if TYPE_CHECKING:
-    from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest
 
 _ENCODERS = "Encoders"
 _DREAMBENCH = "DreamBench"
@@ -104,8 +102,6 @@ def evaluate(
     )
     templates = _read_templates(prompts) if prompts else ()
     quiet_libraries(offline=bool(offline), quiet=quiet)
-    from echodistill_cli import pipeline
-
     options = {"teacher": teacher, "device": device, "precision": precision, "offline": offline}
     overrides = {key: value for key, value in options.items() if value is not None}
     sampling = pipeline.SampleRequest(
@@ -154,16 +150,12 @@ def _training_config(
     return build_config(model, file, {key: value for key, value in settings.items() if value is not None})
 
 
-def _run_evaluation(request: EvaluationRequest, *, as_json: bool, quiet: bool) -> None:
-    from echodistill_cli import pipeline
-
+def _run_evaluation(request: pipeline.EvaluationRequest, *, as_json: bool, quiet: bool) -> None:
     result = pipeline.evaluate(request, on_message=say_to(stderr_console(), quiet=quiet))
     print_table({"file": str(result.file), **result.to_dict()}, evaluation_table(result), as_json=as_json)
 
 
-def _run_benchmark(request: BenchmarkRequest, *, as_json: bool, quiet: bool) -> None:
-    from echodistill_cli import pipeline
-
+def _run_benchmark(request: pipeline.BenchmarkRequest, *, as_json: bool, quiet: bool) -> None:
     with TrainingProgress(stderr_console(), request.config, quiet=quiet) as progress:
         result = pipeline.benchmark(request, on_step=progress.on_step, on_message=progress.on_message)
     print_table(result.to_dict(), benchmark_table(result), as_json=as_json)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from echodistill_cli import pipeline
 from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
 from echodistill_cli.cli.show import print_paths, say_to, stderr_console
 from echodistill_cli.errors import ConfigError
@@ -70,8 +71,6 @@ def export(
     if merge:
         raise ConfigError("--merge was replaced.", "Use --format pipeline.")
     quiet_libraries(offline=offline, quiet=quiet)
-    from echodistill_cli import pipeline
-
     overrides = {"teacher": teacher, "offline": offline or None}
     request = pipeline.ExportRequest(
         source=source,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
+from echodistill_cli import pipeline
 from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
 from echodistill_cli.cli.show import print_paths, say_to, stderr_console
 from echodistill_cli.cli.train import MODELS
@@ -84,8 +85,6 @@ def sample(
     if not prompts:
         raise ConfigError("There is no prompt.", 'Add one: --prompt "a photo of a sks dog on the beach"')
     quiet_libraries(offline=offline, quiet=quiet)
-    from echodistill_cli import pipeline
-
     overrides = {"teacher": teacher, "device": device, "precision": precision, "offline": offline or None}
     request = pipeline.SampleRequest(
         prompts=prompts,

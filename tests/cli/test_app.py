@@ -101,7 +101,7 @@ def test_shell_completion_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample -p x --role judge", "'student', 'teacher'"),
         ("sample --prompt-file none.txt", "none.txt"),
         ("sample -p x", "There is no run under runs/"),
-        ("sample -p x --lora none.safetensors", "no such LoRA"),
+        ("sample -p x --lora none.safetensors", "no such run folder or LoRA file"),
         ("export", "There is no run under runs/"),
         ("check", "Missing argument 'PHOTOS'"),
         ("inspect", "Missing argument 'FILE'"),

@@ -329,7 +329,7 @@ def test_broken_photos_are_named_and_skipped_and_training_goes_on(
     ("flags", "words"),
     [
         (("--token", "zzqq"), ("'zzqq' is", "tokens", "--text token")),
-        (("--token", "dog"), ("'dog' is the class name", "Use a rare single token such as")),
+        (("--token", "dog"), ("'dog' is part of the class name", "Use a rare single token such as")),
         (("--token", "a/b"), ("'a/b'",)),
         (("--token", "sk s"), ("'sk s'", "letters, digits")),
     ],

@@ -170,7 +170,7 @@ def test_a_run_that_is_not_finished_goes_on_and_other_settings_are_refused(bench
     lora = (bench.output / "dog2" / "dog2.safetensors").read_bytes()
     more = bench("--subject", "dog2", "--train-steps", 2, "--json")
     assert "dog2 (1 of 1): continuing its training" in more.err
-    assert "on from step 1" in more.err
+    assert "continuing after step 1" in more.err
     assert bench.trained_steps("dog2") == [1, 2]
     assert (bench.output / "dog2" / "dog2.safetensors").read_bytes() != lora
     assert list(more.result["subjects"]) == ["dog2"]

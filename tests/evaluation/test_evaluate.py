@@ -188,7 +188,7 @@ def test_another_way_of_drawing_has_its_own_pictures_and_scores(flags: list[obje
 def test_a_person_sees_a_row_per_prompt_the_whole_and_the_photos_own(flags: list[object], tmp_path: Path) -> None:
     done = command("evaluate", *flags)
     assert done.code == 0, done.err
-    for words in ("CLIP-I", "DINO", "CLIP-T", "a sks dog on the beach", "all 4 pictures", "the 4 photos among"):
+    for words in ("CLIP-I", "DINO", "CLIP-T", "a sks dog on the beach", "all 4 images", "the 4 photos among"):
         assert words in done.out
     assert done.out.splitlines()[-1] == str(tmp_path / "out" / "evaluation.json")
     assert "image 4/4" in done.err
