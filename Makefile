@@ -33,7 +33,7 @@ type: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.helpers.random_models
+	$(BIN)/python -m examples.benchmark.step_time
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
@@ -41,7 +41,7 @@ demo: $(STAMP)
 # A small version: four subjects, the main methods; two processes of one thread each.
 bench-proof: $(STAMP)
 	$(BIN)/python -m pip install --quiet --group benchmark
-	$(BIN)/python -m examples.benchmark.proof --small --processes 2 --results runs/benchmark/proof.json
+	$(BIN)/python -m examples.benchmark.run --small --processes 2 --results runs/benchmark/proof.json
 	$(BIN)/python -m examples.benchmark.report --results runs/benchmark/proof.json --figure runs/benchmark/proof.png
 
 # Every weight of the embedded pair, from seeds: hours on a CPU; stopped and started again it goes on.

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from examples.benchmark.contestants import CONTESTANTS, TEACHERS
-from examples.benchmark.proof import REAL, RESULTS, sheet_file
+from examples.benchmark.run import REAL, RESULTS, sheet_file
 from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 

@@ -33,14 +33,21 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderTiny:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Token ids (batch, 24) to states (batch, 24, 192): four layers, and the tokenizer's own end token."""
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer, width: int, *, layers: int, hidden: int) -> CLIPTextConfig:
+    """Return the configuration of a CLIP text encoder for this tokenizer's vocabulary, length and special tokens.
+
+    Args:
+        tokenizer: the mini world's.
+        width: of the states and of the projection.
+        layers: number of transformer layers, of four heads each.
+        hidden: width of the feed-forward layers.
+    """
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=512,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=hidden,
+        projection_dim=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
         hidden_act="gelu",
@@ -48,7 +55,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Token ids (batch, 24) to states (batch, 24, 192)."""
+    return CLIPTextModel(text_config(tokenizer, TEXT_WIDTH, layers=4, hidden=512))
 
 
 def build_unet() -> UNet2DConditionModel:
