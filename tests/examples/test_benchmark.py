@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,24 +93,30 @@ def test_the_spread_of_a_hand_made_case() -> None:
     assert spread(one_prompt) == pytest.approx(5 * 4 / 6)
 
 
+@pytest.fixture(scope="module")
+def built() -> tuple[TrainingState, dict[str, Any]]:
+    """A state before its first step, and a copy of what it held then."""
+    settings = {
+        "concept.views": 4,
+        "train.class_share": 0.0,  # whose images take seconds to generate, one by one
+        "train.batch_size": 1,
+        "train.head_start": 2,
+        "train.first_targets": 1,
+        "text.form": "lora",
+        "text.trained_by": "teacher",
+    }
+    state = Run("sequential", "dev", "dog", 0, tuple(settings.items())).build(2)
+    return state, copy.deepcopy(state.state_dict())
+
+
 @pytest.fixture
-def state() -> TrainingState:
-    run = Run(
-        "sequential",
-        "dev",
-        "dog",
-        0,
-        (
-            ("concept.views", 4),
-            ("train.class_share", 0.0),  # whose pictures take seconds to draw, one by one
-            ("train.batch_size", 1),
-            ("train.head_start", 2),
-            ("train.first_targets", 1),
-            ("text.form", "lora"),
-            ("text.trained_by", "teacher"),
-        ),
-    )
-    return run.build(2)
+def state(built: tuple[TrainingState, dict[str, Any]]) -> Iterator[TrainingState]:
+    """That state as it was before its first step."""
+    state, initial = built
+    config, rates = state.config, dict(state.optimizers.rates)
+    state.load_state_dict(copy.deepcopy(initial))
+    yield state
+    state.config, state.optimizers.rates = config, rates
 
 
 def changed(state: TrainingState, before: dict[str, dict[str, torch.Tensor]]) -> set[str]:
