@@ -1,6 +1,6 @@
-"""The methods that compete, each as data: what it sets, its training step, and which model draws.
+"""The methods that compete, each as data: its settings, its training step and what follows the training.
 
-All of them run on the tool's own state (same photos, views, LoRA, optimizer), so that they differ in the method alone.
+All run on the tool's own state (same photos, views, LoRA, optimizer), so that they differ in the method alone.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ class Contestant:
     """One row of the benchmark.
 
     Args:
-        about: what it is, in words. settings: overrides of the `mini` preset by dotted key.
-        step: one training step, at the rates of its number; None for a model that is not trained.
-        finish: what is done when training has ended.
-        costs_as: the contestant whose step costs the same, where its own is not measured.
+        about: one line for people.
+        settings: overrides of the `mini` preset by dotted key.
+        step: one training step, which sets its learning rates; None for a model that is not trained.
+        finish: called when training has ended.
+        costs_as: the contestant whose step costs the same, if its own is not measured.
     """
 
     about: str
@@ -52,13 +53,13 @@ class Contestant:
 
 
 def teacher_lora_step(state: TrainingState) -> Metrics:
-    """The teacher's own step, alone."""
+    """Take the teacher's step only."""
     state.set_rates()
     return teacher_step(state)
 
 
 def denoising_step(state: TrainingState) -> Metrics:
-    """DreamBooth-LoRA on the one-step model: its denoising loss on the photos at every timestep, text side included."""
+    """DreamBooth-LoRA on the one-step model: the denoising loss on the photos at every timestep, text side included."""
     state.set_rates()
     student = state.pair.student
     batch = draw_teacher_batch(state)
@@ -83,9 +84,9 @@ def token_step(state: TrainingState) -> Metrics:
 
 
 def pso_step(state: TrainingState) -> Metrics:
-    """Pairwise sample optimization (arXiv 2410.03190) at the student's only timestep: photos win, own pictures lose.
+    """Pairwise sample optimization (arXiv 2410.03190) at the student's only timestep: photos win, own images lose.
 
-    The likelihood ratio of a picture is that of Gaussians around the two models' one-step pictures of it, renoised to
+    The likelihood ratio of an image is that of Gaussians around the two models' one-step images of it, renoised to
     the last timestep: tuned model over untouched one.
     """
     state.set_rates()
@@ -120,40 +121,40 @@ def distillation_step(state: TrainingState) -> Metrics:
 
 
 def carry_over(state: TrainingState) -> None:
-    """Put the teacher's LoRA on the student, as people do today."""
+    """Load the teacher's LoRA into the student, as is common practice."""
     load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.teacher.unet))
 
 
 def end_echo(state: TrainingState) -> None:
-    """The carry back, if the echo kept anything."""
+    """Take all carry-back steps, if the echo kept an image."""
     while state.in_carry_back:
         carry_back_step(state)
 
 
 def more_steps(state: TrainingState) -> None:
-    """As many steps as the carry back's, at its rate and to their mean, from the teacher's own LoRA."""
+    """Take as many steps as the carry back has, at its rate and averaged, from the teacher's own LoRA."""
     carry_over(state)
     for _ in range(state.config.echo.carry_back):
         carry_back_step(state)
 
 
 _NO_ECHO = {"echo.start": None}
-# As in the paper: the kept pictures are examples for both models; soft as they are, of what is where, not of detail.
+# As in the paper, echoed images are examples. They are soft, so the teacher learns from them at high noise only.
 _PICTURES = {"echo.teacher_share": 0.25, "echo.teacher_noise": 0.5, "echo.real_weight": 0.25}
-# What others train on: the photos as they are.
+# Other methods train on the photos in their own colors.
 _PLAIN = {"concept.recolour": 0.0}
-# The best by recognition of three trials each, on two dev subjects at half of the preset's length (trials.json).
+# The best by recognition of three trials each, on two dev subjects at half of the preset's length (LOG.md).
 _RATES = {
     "train.lr": 2e-3,
     "train.teacher_lr": 4e-3,
     "train.text_lr": 2e-3,
     "adapter.strength": 1.0,
 }
-# A LoRA on the text encoder, which the denoising loss alone trains: what people do today.
+# A LoRA on the text encoder, trained by the denoising loss alone: common practice.
 _TUNED = _RATES | {"text.form": "lora", "text.trained_by": "teacher"}
 
 CONTESTANTS: Mapping[str, Contestant] = {
-    "untouched": Contestant("the one-step model asked for the class noun", step=None),
+    "untouched": Contestant("the one-step model, prompted with the class noun", step=None),
     "teacher-lora": Contestant(
         "the teacher's LoRA (denoising loss), loaded into the student",
         _TUNED | _PLAIN | _NO_ECHO,
@@ -161,7 +162,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         carry_over,
     ),
     "teacher-lora-recoloured": Contestant(
-        "the same with ours' recoloured views",
+        "the same with the recolored views of ours",
         _TUNED | _NO_ECHO,
         teacher_lora_step,
         carry_over,
@@ -171,7 +172,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         "denoising loss on the student (DreamBooth-LoRA)", _TUNED | _PLAIN | _NO_ECHO, denoising_step
     ),
     "token-only": Contestant(
-        "one learned word (textual inversion)",
+        "one learned token (textual inversion)",
         _PLAIN | _NO_ECHO | {"train.text_lr": 2e-2, "adapter.strength": 1.0},
         token_step,
     ),
@@ -181,7 +182,7 @@ CONTESTANTS: Mapping[str, Contestant] = {
         pso_step,
     ),
     "sequential": Contestant(
-        "teacher first, then distilled into a student that begins anew",
+        "teacher first, then distilled into a fresh student",
         _NO_ECHO | {"train.carry_over": False},
         distillation_step,
     ),
@@ -193,22 +194,22 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "ours-without-sliced-wasserstein": Contestant("no sliced Wasserstein loss", {"loss.sliced_wasserstein": 0.0}),
     "ours-without-shared-text": Contestant("the text side frozen", {"text.form": "frozen"}),
     "ours-without-recolour": Contestant("the photos in their own colours only", _PLAIN),
-    "ours-without-class-share": Contestant("no pictures of the class among the replays", {"train.class_share": 0.0}),
+    "ours-without-class-share": Contestant("no images of the class among the replays", {"train.class_share": 0.0}),
     "ours-without-joint-training": Contestant(
-        "the teacher rests after its head start, and there is no echo",
+        "the teacher stays fixed after its head start; no echo",
         _NO_ECHO,
         distillation_step,
     ),
     "ours-without-carry-over": Contestant(
-        "the student begins anew after the head start", {"train.carry_over": False, "echo.carry_back": 0}
+        "a fresh student after the head start", {"train.carry_over": False, "echo.carry_back": 0}
     ),
-    "ours-without-echo": Contestant("no echo phase, and none of what ends it", _NO_ECHO),
-    "ours-with-pictures": Contestant("the echo's pictures are examples for teacher and discriminators", _PICTURES),
-    "ours-without-first-targets": Contestant("replays begin with the first step's targets", {"train.first_targets": 0}),
-    "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),
+    "ours-without-echo": Contestant("no echo phase and no carry back", _NO_ECHO),
+    "ours-with-pictures": Contestant("echoed images are examples for teacher and discriminators", _PICTURES),
+    "ours-without-first-targets": Contestant("replays start with the first step's targets", {"train.first_targets": 0}),
+    "ours-without-strength": Contestant("LoRA scale 1", {"adapter.strength": 1.0}),
 }
 
-# Whose teacher is drawn too when training has ended: row by row what is done first, each from where training ended.
+# Contestants whose teacher is measured too. Each row starts from the end of training and takes its own last steps.
 TEACHERS: Mapping[str, Mapping[str, Callable[[TrainingState], None]]] = {
     "ours": {
         "teacher-without-carry-back": lambda _state: None,

@@ -1,9 +1,9 @@
-"""Stages `identity`, `backbone-clip` and `backbone-vit`: the small frozen networks that look at pictures.
+"""Stages `identity`, `backbone-clip` and `backbone-vit`: the small frozen networks that look at images.
 
 All three learn from renders of every noun in the training vendors, so that they have to generalise to
-drawings they never saw, the held-out vendor's above all. The identity encoder is contrastive among pictures: two
+drawings they never saw, the held-out vendor's above all. The identity encoder is contrastive among images: two
 views of one drawing (same colour, other place, size and turn) belong together. The CLIP is contrastive between
-pictures and captions, as CLIP is. The ViT names vendor, place and colour, and tells two views of a noun's drawings
+images and captions, as CLIP is. The ViT names vendor, place and colour, and tells two views of a noun's drawings
 from those of other nouns.
 """
 
@@ -130,7 +130,7 @@ class IdentityStage:
 
 
 class ClipStage:
-    """Trains a CLIP on pictures and their captions."""
+    """Trains a CLIP on images and their captions."""
 
     name = "backbone-clip"
     ema_decay = 0.999
@@ -158,7 +158,7 @@ class ClipStage:
         return paired_loss(*self._embed(soften(rng, pictures), captions)), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
-        """How often a picture finds its caption among 128."""
+        """How often an image finds its caption among 128."""
         pictures, captions = self._batch(np.random.default_rng(3), 128)
         images, texts = self._embed(pictures, captions)
         found = (images @ texts.T).argmax(dim=-1).cpu().tolist()
@@ -210,7 +210,7 @@ class ViTStage:
         return torch.stack(named).sum() + paired_loss(*answers["noun"].chunk(2)), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
-        """The share of right answers on 256 fixed pictures; of nouns, how often a view finds one of its noun's."""
+        """The share of right answers on 256 fixed images; of nouns, how often a view finds one of its noun's."""
         pictures, targets = self._batch(np.random.default_rng(3), 256)
         answers = self._answers(pictures)
         right = {key: (answers[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}

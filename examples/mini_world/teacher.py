@@ -53,7 +53,7 @@ def centred_share(samples: int) -> float:
 
 
 class TeacherStage:
-    """Trains the pair (unet, text_encoder); pictures come from the latent cache in random order."""
+    """Trains the pair (unet, text_encoder); images come from the latent cache in random order."""
 
     name = "teacher"
     ema_decay = 0.9995
