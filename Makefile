@@ -1,10 +1,10 @@
-# A fresh machine needs Python 3.11+, git and make; every word below sets up .venv by itself.
+# A fresh machine needs Python 3.11 or newer, git and make. Every target below sets up .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The CPU build is pinned here only: it keeps a laptop or CI from fetching gigabytes of CUDA libraries.
-# Where you have a GPU, install with plain pip instead (see README).
+# Pinned here only, for reproducible tests. On Linux PyPI's build brings gigabytes of CUDA libraries; for the CPU build use
+#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 
 .PHONY: help setup test lint type bench bench-proof demo mini-world clean
@@ -20,8 +20,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --group dev --editable ".[onnx]"
 	touch $@
 
-# Two processes, a file of tests each, so that what a file's tests share is made once. By name: in xdist's own order, by
-# number of tests, one process ended alone with a few slow ones.
+# Two processes, each with whole files, so that fixtures of a module are built once. Files run in order of name: in
+# xdist's own order, by number of tests, one process ended alone with a few slow files.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
@@ -32,19 +32,20 @@ lint: $(STAMP)
 type: $(STAMP)
 	$(BIN)/mypy
 
+# Time and memory of the embedded pair's training step.
 bench: $(STAMP)
-	$(BIN)/python -m tests.helpers.random_models
+	$(BIN)/python -m examples.benchmark.step_time
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
-# A small version: four subjects, the main methods; two processes of one thread each.
+# The benchmark in small: four subjects, five methods; two processes of one thread each.
 bench-proof: $(STAMP)
 	$(BIN)/python -m pip install --quiet --group benchmark
-	$(BIN)/python -m examples.benchmark.proof --small --processes 2 --results runs/benchmark/proof.json
+	$(BIN)/python -m examples.benchmark.run --small --processes 2 --results runs/benchmark/proof.json
 	$(BIN)/python -m examples.benchmark.report --results runs/benchmark/proof.json --figure runs/benchmark/proof.png
 
-# Every weight of the embedded pair, from seeds: hours on a CPU; stopped and started again it goes on.
+# Every weight of the embedded pair, from seeds: hours on a CPU. A stopped run resumes.
 mini-world: $(STAMP)
 	$(BIN)/python -m pip install --quiet --group mini-world
 	PYTHON=$(BIN)/python bash examples/mini_world/train_all.sh

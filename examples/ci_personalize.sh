@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train on every folder of photos under one folder, draw a sheet for each, and collect the LoRA files.
+# Train on every folder of photos in SUBJECTS, generate samples of each, and collect the LoRA files in OUT.
 # Usage: ci_personalize.sh SUBJECTS OUT [flags for train...]
-# A subject's folder is named after its class: subjects/dog/*.jpg. A run that was cut off goes on.
+# Name each folder after the subject's class: subjects/dog/*.jpg. An interrupted run is resumed.
 set -euo pipefail
 
 subjects=$1 out=$2

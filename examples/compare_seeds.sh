@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
-# Draw the same prompts and seeds with the base model beside, one JSON line per prompt, for a look at what was learned.
+# Generate every prompt with four seeds, with and without the LoRA side by side; prints one JSON object per prompt.
 # Usage: compare_seeds.sh RUN PROMPTS.txt OUT
 set -euo pipefail
 
+if (($# != 3)); then
+  echo "Usage: compare_seeds.sh RUN PROMPTS.txt OUT" >&2
+  exit 2
+fi
 run=$1 prompts=$2 out=$3
 
 while IFS= read -r prompt; do

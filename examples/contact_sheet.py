@@ -1,6 +1,6 @@
-"""`python -m examples.contact_sheet RUN`: photos above, one-step pictures below, the base model's beside.
+"""`python -m examples.contact_sheet RUN`: a sheet of photos, one-step images, and those of the base model.
 
-Also an example of the Python interface: `pipeline.sample` yields pictures, here each with the base model's.
+Also an example of the Python API: `sample` yields images, here each with the base model's image.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ Picture = Image.Image
 
 
 def labelled(image: Picture, text: str) -> Picture:
-    """A tile with a line of text below it."""
-    # Small pictures are enlarged without smoothing: what is seen is what was drawn.
+    """Return a tile with a line of text below the image."""
+    # Small images are enlarged without smoothing, to show the pixels that were generated.
     method = Image.Resampling.NEAREST if image.width < TILE else Image.Resampling.LANCZOS
     tile = Image.new("RGB", (TILE, TILE + LINE), "white")
     tile.paste(ImageOps.fit(image.convert("RGB"), (TILE, TILE), method))
@@ -34,7 +34,7 @@ def labelled(image: Picture, text: str) -> Picture:
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Picture]]]) -> Picture:
-    """Rows of tiles, each under a heading."""
+    """Return an image of rows of tiles, each row under a heading."""
     widest = max(len(tiles) for _, tiles in rows)
     height = TILE + LINE
     whole = Image.new("RGB", (GAP + widest * (TILE + GAP), len(rows) * (height + LINE + GAP) + GAP), "white")
@@ -48,21 +48,21 @@ def sheet(rows: Sequence[tuple[str, Sequence[Picture]]]) -> Picture:
 
 
 def contact_sheet(run: Path, prompts: Sequence[str], columns: int = 8) -> Picture:
-    """Draw each prompt once, with and without what was learned, and lay everything out."""
+    """Generate each prompt once with and without the LoRA, and return everything on one sheet."""
     config = open_run(run).config
     photos = [
         labelled(Image.open(path), path.name)
         for path in sorted(Path(config.concept.photos).iterdir())
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     ]
-    drawn: list[Sample] = list(sample(SampleRequest(prompts, lora=run, compare=True)))
+    samples: list[Sample] = list(sample(SampleRequest(prompts, lora=run, compare=True)))
     rows: list[tuple[str, Sequence[Picture]]] = [("photos", photos[:columns])]
-    for start in range(0, len(drawn), columns):
-        part = drawn[start : start + columns]
+    for start in range(0, len(samples), columns):
+        part = samples[start : start + columns]
         texts = [one.prompt.replace(config.subject, "…").removeprefix("a ") for one in part]
         rows.append((f"{config.subject}: one step", [labelled(s.image, t) for s, t in zip(part, texts, strict=True)]))
-        based = [(one.base, text) for one, text in zip(part, texts, strict=True) if one.base]
-        rows.append(("the base model, same prompt and seed", [labelled(image, text) for image, text in based]))
+        base = [(one.base, text) for one, text in zip(part, texts, strict=True) if one.base]
+        rows.append(("the base model, same prompt and seed", [labelled(image, text) for image, text in base]))
     return sheet(rows)
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.contact_sheet", description=__doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("--prompt-file", type=Path, required=True, help="one prompt per line")
-    parser.add_argument("--output", type=Path, help="unset: contact.png in the run")
+    parser.add_argument("--output", type=Path, help="default: contact.png in the run")
     options = parser.parse_args(arguments)
     quiet_libraries(offline=True, quiet=True)
     prompts = [line for line in options.prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""What the README and the examples tell people to type is a command that exists, with flags that exist."""
+"""What the README and the examples show exists: commands, flags, settings, links, files and the Python API."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from echodistill_cli.config.build import build_config, config_from_dict
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), *sorted(ROOT.glob("examples/**/*.sh"))]
+README = ROOT / "README.md"
+PACKAGE = ROOT / "echodistill_cli"
 ENDS = frozenset("();<>|&") | {"&&", "||", ">>"}
 
 
@@ -55,7 +58,7 @@ CASES = [
 
 
 def test_the_readme_has_commands_to_check() -> None:
-    found = {arguments[0] for arguments in commands(ROOT / "README.md")}
+    found = {arguments[0] for arguments in commands(README)}
     assert {"train", "sample", "export", "check", "inspect"} <= found
 
 
@@ -86,9 +89,48 @@ def test_every_flag_that_the_documents_name_exists() -> None:
     for command in group.commands.values():
         known |= {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     known |= {name for option in group.params for name in option.opts} | {"--help"}
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (README).read_text(encoding="utf-8")
     ours = re.findall(r"`(--[a-z][\w-]*)", text)
     assert {flag.replace("_", "-") for flag in ours} <= known
+
+
+def test_the_readme_is_short() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 2000
+    assert len(text.splitlines()) <= 200
+
+
+def test_the_code_map_names_every_folder_and_module_at_the_top_of_the_package() -> None:
+    named = re.findall(r"^[├└]── (\S+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    modules = [path.name for path in PACKAGE.glob("*.py")]
+    folders = [f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")]
+    assert sorted(named) == sorted(modules + folders)
+
+
+def test_every_command_has_a_row_in_the_readme() -> None:
+    group: Any = get_command(app)
+    rows = re.findall(r"^\| `echodistill ([a-z]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(rows) >= set(group.commands)
+
+
+def test_the_python_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, str(README), "exec"), {})
+    run = tmp_path / "runs" / "api"
+    assert {"0.png", "1.png", "sks-dog.safetensors", "export", "evaluation"} <= {path.name for path in run.iterdir()}
+
+
+LOG = ROOT / "examples" / "benchmark" / "LOG.md"
+
+
+def test_the_log_is_dated_newest_first_and_each_entry_says_what_was_tried_found_and_decided() -> None:
+    _, *days = re.split(r"^## ", LOG.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    dates = [date.fromisoformat(day.splitlines()[0]) for day in days]
+    assert dates == sorted(set(dates), reverse=True)
+    for entry in (entry for day in days for entry in day.split("\n### ")[1:]):
+        assert re.findall(r"^- (Tried|Found|Verdict)", entry, re.MULTILINE) == ["Tried", "Found", "Verdict"], entry[:60]
 
 
 PAGES = [file for file in DOCUMENTS if file.suffix == ".md"]

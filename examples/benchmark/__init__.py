@@ -1,4 +1,4 @@
-"""The benchmark. Imported before torch, so that waiting threads sleep: two runs side by side starved each other."""
+"""The benchmark. Sets OpenMP before torch is imported: busy-waiting threads of parallel runs slow each other."""
 
 import os
 

@@ -1,6 +1,6 @@
-"""`python -m examples.benchmark.demo_score RUN`: in how many of 16 one-step pictures the judge sees the demo's dog.
+"""`python -m examples.benchmark.demo_score RUN`: in how many of 16 one-step images the judge recognizes the demo's dog.
 
-One picture for each of the benchmark's prompts, with the LoRA and without it; none of the prompts was trained with.
+One image for each of the benchmark's prompts, with and without the LoRA. None of the prompts is a training prompt.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from examples.mini_world.nouns import HELD_OUT_VENDOR
 
 
 def count(run: Path, scale: float) -> dict[str, int]:
-    """Pictures of 16 with the subject, and with the place, at a strength of the LoRA."""
+    """Return in how many of 16 images the judge reads the subject and the place, at a scale of the LoRA."""
     prompts = [ask.prompt(open_run(run).config.subject) for ask in PROMPTS]
-    drawn = np.stack([np.asarray(one.image) for one in sample(SampleRequest(prompts, lora=run, lora_scale=scale))])
-    reading = Examiner(JUDGE).read(drawn)
+    images = np.stack([np.asarray(one.image) for one in sample(SampleRequest(prompts, lora=run, lora_scale=scale))])
+    reading = Examiner(JUDGE).read(images)
     subject = reading.right("sprite", [f"dog/{HELD_OUT_VENDOR}"] * len(PROMPTS))
     place = reading.right("place", [ask.place for ask in PROMPTS])
     return {"subject": round(subject * len(PROMPTS)), "place": round(place * len(PROMPTS))}

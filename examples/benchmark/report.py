@@ -1,7 +1,7 @@
-"""`python -m examples.benchmark.report`: the benchmark's rows as tables, and as one figure.
+"""`python -m examples.benchmark.report`: the benchmark's rows as tables and as one figure.
 
-A contestant's mean is over subjects and training seeds; its spread is the standard deviation of the training seeds'
-means, or, of a single seed, of the subjects divided by the square root of their number.
+A contestant's mean is over subjects and training seeds. Its spread is the standard deviation of the seeds' means or,
+with a single seed, the standard error over subjects.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from examples.benchmark.contestants import CONTESTANTS, TEACHERS
-from examples.benchmark.proof import REAL, RESULTS, sheet_file
+from examples.benchmark.run import REAL, RESULTS, sheet_file
 from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 
@@ -30,13 +30,13 @@ PARTS = ("recognition", "subject_fidelity", "prompt_fidelity", "sharpness", "dri
 BEFORE, AFTER = "teacher-before-echo", "teacher-after-echo"
 ENDS = (BEFORE, AFTER, *(name for rows in TEACHERS.values() for name in rows if name != AFTER))
 ORDER = (REAL, *CONTESTANTS, *ENDS)
-# Rows of a preset that is ours no more: what they are a part of.
+# Rows of an earlier preset are compared with the contestant that still has that preset.
 WHOLE = {"ours-without-strength": "ours-with-pictures"}
 SHEET_SUBJECTS = TEST[:6]
 
 
 def summary(rows: Sequence[Row], score: str) -> tuple[float, float] | None:
-    """Mean and spread of one score of one contestant's rows; None where it has none."""
+    """Return mean and spread of a score over one contestant's rows; None if no row has it."""
     known = [row for row in rows if row.get(score) is not None]
     if not known:
         return None
@@ -52,19 +52,19 @@ def _seeds(rows: Sequence[Row]) -> list[int]:
 
 
 def of_length(rows: Sequence[Row], scale: float | None) -> list[Row]:
-    """Rows of runs of one length, a share of the preset's; None: the longest there is."""
+    """Return the rows of one scale; None selects the largest scale among rows that are no trials."""
     longest = max((row["scale"] for row in rows if not row["trial"]), default=1.0)
     return [row for row in rows if row["scale"] == (longest if scale is None else scale)]
 
 
 def of_split(rows: Sequence[Row], split: str) -> dict[str, list[Row]]:
-    """Rows by contestant, in the table's order."""
+    """Return the rows of a split by contestant, in the table's order, without trials."""
     kept = [row for row in rows if row["split"] == split and not row["trial"]]
     return {name: own for name in ORDER if (own := [row for row in kept if row["contestant"] == name])}
 
 
 def table(rows: Sequence[Row], split: str) -> str:
-    """The table in Markdown."""
+    """Return all scores as a Markdown table."""
     lines = [f"| {split} | runs | " + " | ".join(SCORES).replace("_", " ") + " |", "|---" * (2 + len(SCORES)) + "|"]
     for name, own in of_split(rows, split).items():
         cells = []
@@ -77,10 +77,10 @@ def table(rows: Sequence[Row], split: str) -> str:
 
 
 def margin(rows: Sequence[Row], first: str, second: str, score: str = "recognition") -> tuple[float, float, int] | None:
-    """How far one contestant is ahead of another on the same subjects with the same training seeds.
+    """Return by how much one contestant leads another on the same subjects and training seeds.
 
     Returns:
-        mean of the paired differences, their standard error, and their number; None with fewer than two pairs.
+        mean of the paired differences, standard error, number of pairs; None with fewer than two pairs.
     """
     found = {(r["contestant"], r["subject"], r["training_seed"]): r[score] for r in rows if not r["trial"]}
     pairs = [
@@ -95,7 +95,7 @@ def margin(rows: Sequence[Row], first: str, second: str, score: str = "recogniti
 
 
 def margins(rows: Sequence[Row], split: str) -> str:
-    """Ours against every other method, and the ends of the teacher against each other, in Markdown."""
+    """Return the leads of `ours` over every other method, and between the teacher's ends, as a Markdown table."""
     others = [name for name in of_split(rows, split) if name in CONTESTANTS and not name.startswith("ours")]
     contests = [("ours", name) for name in others]
     contests += [(AFTER, name) for name in ENDS if name != AFTER]
@@ -109,7 +109,7 @@ def margins(rows: Sequence[Row], split: str) -> str:
 
 
 def parts(rows: Sequence[Row], split: str) -> str:
-    """What changes when a part of ours is left out or put in, paired, in Markdown."""
+    """Return the paired change in each score when a part of `ours` is left out, as a Markdown table."""
     own = [row for row in rows if row["split"] == split]
     lines = [
         "| minus ours, paired | " + " | ".join(PARTS).replace("_", " ") + " | pairs |",
@@ -126,7 +126,7 @@ def parts(rows: Sequence[Row], split: str) -> str:
 
 
 def origins(rows: Sequence[Row], split: str) -> str:
-    """Where and when each contestant's training seeds were run, in Markdown."""
+    """Return where and when each contestant's training seeds were run, as a Markdown table."""
     lines = ["| contestant | training seeds | date | machine |", "|---|---|---|---|"]
     for name, own in of_split(rows, split).items():
         for machine in sorted({row["machine"] for row in own}):
@@ -138,20 +138,20 @@ def origins(rows: Sequence[Row], split: str) -> str:
 
 
 def figure(rows: Sequence[Row], split: str, path: Path) -> None:
-    """Subject fidelity against prompt fidelity, a point with its spread per contestant; at the right the best of it."""
+    """Plot subject fidelity against prompt fidelity with spreads; the right panel enlarges the best corner."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawing, (whole, corner) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
+    plot, (overview, corner) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
     colours = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
     for index, (name, own) in enumerate(of_split(rows, split).items()):
         across, up = summary(own, "prompt_fidelity"), summary(own, "subject_fidelity")
         if across is None or up is None:
             continue
         kind = "*" if name == REAL else "s" if name in ENDS else "^" if name.startswith("ours-") else "o"
-        for axes in (whole, corner):
+        for axes in (overview, corner):
             axes.errorbar(
                 *(across[0], up[0], up[1], across[1]),
                 fmt=kind,
@@ -163,24 +163,22 @@ def figure(rows: Sequence[Row], split: str, path: Path) -> None:
             )
     corner.set_xlim(0.84, 1.02)
     corner.set_ylim(0.54, 0.68)
-    whole.set_ylabel("subject fidelity (mean cosine to the references)")
-    drawing.supxlabel("prompt fidelity (share of pictures with place and colour as asked)", fontsize="medium")
-    drawing.suptitle(f"One-step personalization on the mini world, {split} subjects, equal compute")
-    drawing.legend(loc="outside right upper", fontsize=8)
-    for axes in (whole, corner):
+    overview.set_ylabel("subject fidelity (mean cosine to the references)")
+    plot.supxlabel("prompt fidelity (fraction of images with the requested place and color)", fontsize="medium")
+    plot.suptitle(f"One-step personalization on the mini world, {split} subjects, equal compute")
+    plot.legend(loc="outside right upper", fontsize=8)
+    for axes in (overview, corner):
         axes.grid(alpha=0.3)
-    drawing.savefig(path, dpi=100, metadata={"Software": None})
-    plt.close(drawing)
+    plot.savefig(path, dpi=100, metadata={"Software": None})
+    plt.close(plot)
 
 
 def subjects_sheet(path: Path, scale: float, contestant: str = "ours") -> None:
-    """Per subject the references, then its first one-step picture of every other prompt; the first six by list."""
+    """Write a sheet: per subject its references, then the first image of every other prompt (first six subjects)."""
     tiles = []
     for noun in SHEET_SUBJECTS:
         if not (file := sheet_file(contestant, noun, 0, scale)).exists():
-            raise SystemExit(
-                f"{file} is missing: the sheet is of pictures that a run of {contestant} leaves, with seed 0"
-            )
+            raise SystemExit(f"{file} is missing. Run {contestant} with seed 0 first: python -m examples.benchmark.run")
         with Image.open(file) as opened:
             drawn = np.asarray(opened.convert("RGB"))
         side = drawn.shape[0] // len(SEEDS)
@@ -191,17 +189,17 @@ def subjects_sheet(path: Path, scale: float, contestant: str = "ours") -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print the tables; draw the figure and the sheet if asked."""
+    """Print the tables; write the figure and the sheet if requested."""
     parser = argparse.ArgumentParser(prog="python -m examples.benchmark.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--split", choices=["dev", "test"], default="test")
-    parser.add_argument("--scale", type=float, help="share of the preset's steps; unset: the longest runs there are")
+    parser.add_argument("--scale", type=float, help="fraction of the preset's steps (default: the largest)")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
     rows = of_length(json.loads(options.results.read_text()), options.scale)
     tables = [part(rows, options.split) for part in (table, margins, parts, origins)]
-    print(*(text for text in tables if text.count("\n") > 1), sep="\n\n")  # more than a head
+    print(*(text for text in tables if text.count("\n") > 1), sep="\n\n")  # skip tables without rows
     if options.figure:
         figure(rows, options.split, options.figure)
     if options.sheet:

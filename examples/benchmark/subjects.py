@@ -1,7 +1,7 @@
-"""The benchmark's subjects, their reference pictures, and what is asked of them: fixed, and the same for every method.
+"""The benchmark's subjects, their reference images and the prompts: fixed, and the same for every method.
 
-A subject is a drawing of the vendor that was held out of everything the embedded pair was trained with; the pair knows
-the class, not the instance. Every third noun of the world is for developing, the others are for reporting.
+A subject is a drawing of the vendor that was held out of everything the embedded pair was trained with. The pair knows
+the class, not the instance. Every third noun of the world is for development, the others are for reporting.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ _DRAWINGS = Path(__file__).parent / "subjects.npz"
 
 @dataclass(frozen=True)
 class Ask:
-    """One prompt and what a picture of it must show.
+    """One prompt and what an image of it must show.
 
     Args:
-        sentence: with {} for the subject. place: a key of `places.PLACES`. colour: one of `world.COLOURS`, or None.
+        sentence: with {} for the subject.
+        place: a key of `places.PLACES`.
+        colour: one of `world.COLOURS`, or None.
         size: "normal", "far" or "close".
     """
 
@@ -42,11 +44,11 @@ class Ask:
     size: str = "normal"
 
     def prompt(self, subject: str) -> str:
-        """The sentence about a subject such as "sks dog" or, untouched, "dog"."""
+        """Return the sentence about a subject ("sks dog") or its class ("dog")."""
         return self.sentence.format(f"{self.colour} {subject}" if self.colour else subject)
 
 
-# None of these wordings is a template of the method's training; the words are ones that the embedded pair knows.
+# No wording is a template of the method's training. The embedded pair knows every word.
 PROMPTS: tuple[Ask, ...] = (
     Ask("a detailed picture of the {} in the snow", "snow"),
     Ask("an image of this {} in the jungle", "jungle"),
@@ -68,28 +70,28 @@ PROMPTS: tuple[Ask, ...] = (
 
 
 def subject_sprites() -> Sprites:
-    """The drawings of all subjects, (noun, vendor) to RGBA (96, 96, 4)."""
+    """Return the drawings of all subjects by (noun, vendor), as RGBA (96, 96, 4)."""
     with np.load(_DRAWINGS) as archive:
         return {(noun, HELD_OUT_VENDOR): archive[noun] for noun in archive.files}
 
 
 def class_name(noun: str) -> str:
-    """How prompts call a noun."""
+    """Return what prompts call a noun."""
     return noun_words(noun)
 
 
 def references(noun: str) -> list[Picture]:
-    """The five pictures of a subject, with what only the world knows of them."""
+    """Return the five reference images of a subject, with their masks and scenes."""
     return subject_photos(subject_sprites(), noun, REFERENCES, seed=CORE.index(noun))
 
 
 def reference_pictures(noun: str) -> list[NDArray[np.uint8]]:
-    """The five pictures of a subject that a method may see, (64, 64, 3) each."""
+    """Return the five reference images of a subject, (64, 64, 3) each."""
     return [picture.image for picture in references(noun)]
 
 
 def write_photos(noun: str, folder: Path) -> Path:
-    """The references as a folder of PNGs."""
+    """Write the references as PNGs and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for index, picture in enumerate(reference_pictures(noun)):
         Image.fromarray(picture).save(folder / f"{index}.png")
@@ -97,7 +99,7 @@ def write_photos(noun: str, folder: Path) -> Path:
 
 
 def real_pictures(noun: str, asks: Sequence[Ask] = PROMPTS, seeds: Sequence[int] = SEEDS) -> NDArray[np.uint8]:
-    """The world's own pictures of the subject for each prompt and seed, (prompts × seeds, 64, 64, 3): the ceiling."""
+    """Return the world's own images of the subject for each prompt and seed, (prompts × seeds, 64, 64, 3)."""
     world = World(subject_sprites(), [noun], [HELD_OUT_VENDOR])
     pictures = []
     for index, ask in enumerate(asks):

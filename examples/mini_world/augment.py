@@ -1,4 +1,4 @@
-"""Blur, noise and brightness: so that networks trained on clean renders do not fail on generated pictures."""
+"""Blur, noise and brightness: so that networks trained on clean renders do not fail on generated images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def soften(rng: np.random.Generator, pictures: Tensor) -> Tensor:
-    """Degrade pictures (batch, 3, side, side) in -1..1, each in its own way; half of them stay sharp."""
+    """Degrade images (batch, 3, side, side) in -1..1, each in its own way; half of them stay sharp."""
     count = len(pictures)
     blurred = functional.avg_pool2d(functional.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     halved = functional.interpolate(functional.avg_pool2d(pictures, 2), scale_factor=2, mode="bilinear")

@@ -1,9 +1,9 @@
-"""Stages `identity`, `backbone-clip` and `backbone-vit`: the small frozen networks that look at pictures.
+"""Stages `identity`, `backbone-clip` and `backbone-vit`: the small frozen networks that look at images.
 
 All three learn from renders of every noun in the training vendors, so that they have to generalise to
-drawings they never saw, the held-out vendor's above all. The identity encoder is contrastive among pictures: two
+drawings they never saw, the held-out vendor's above all. The identity encoder is contrastive among images: two
 views of one drawing (same colour, other place, size and turn) belong together. The CLIP is contrastive between
-pictures and captions, as CLIP is. The ViT names vendor, place and colour, and tells two views of a noun's drawings
+images and captions, as CLIP is. The ViT names vendor, place and colour, and tells two views of a noun's drawings
 from those of other nouns.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from transformers import (
     CLIPConfig,
     CLIPModel,
-    CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from examples.mini_world.augment import soften
-from examples.mini_world.models import as_tensor
+from examples.mini_world.models import as_tensor, text_config
 from examples.mini_world.nouns import HELD_OUT_VENDOR, TRAIN_VENDORS
 from examples.mini_world.places import PLACES
 from examples.mini_world.world import COLOURS, SIDE, Scene, World
@@ -38,48 +38,34 @@ TEMPERATURE = 0.1
 VENDORS_PER_NOUN = 4
 
 
+SHAPE: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": DEPTH,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+
+
 def _vision_config() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=4,
-        image_size=SIDE,
-        patch_size=PATCH,
-        hidden_act="gelu",
-    )
+    return CLIPVisionConfig(**SHAPE, projection_dim=WIDTH, hidden_act="gelu")
 
 
 def build_clip_vision() -> CLIPVisionModelWithProjection:
-    """Pictures (batch, 3, 64, 64) in -1..1 to `image_embeds` (batch, 128); 1.2 M parameters."""
+    """Images (batch, 3, 64, 64) in -1..1 to `image_embeds` (batch, 128); 1.2 M parameters."""
     return CLIPVisionModelWithProjection(_vision_config())
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """Pictures (batch, 3, 64, 64) in -1..1 and token ids (batch, 24) to embeddings of one space (batch, 128)."""
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=tokenizer.model_max_length,
-        hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=_vision_config().to_dict(),
-                                projection_dim=WIDTH))  # fmt: skip
+    """Images (batch, 3, 64, 64) in -1..1 and token ids (batch, 24) to embeddings of one space (batch, 128)."""
+    text = text_config(tokenizer, WIDTH, layers=2, hidden=2 * WIDTH).to_dict()
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=_vision_config().to_dict(), projection_dim=WIDTH))
 
 
 def build_vit() -> ViTModel:
-    """Pictures (batch, 3, 64, 64) in -1..1 to `last_hidden_state` (batch, 65, 128), class token first."""
-    config = ViTConfig(hidden_size=WIDTH, intermediate_size=4 * WIDTH, num_hidden_layers=DEPTH,
-                       num_attention_heads=4, image_size=SIDE, patch_size=PATCH)  # fmt: skip
-    return ViTModel(config, add_pooling_layer=False)
+    """Images (batch, 3, 64, 64) in -1..1 to `last_hidden_state` (batch, 65, 128), class token first."""
+    return ViTModel(ViTConfig(**SHAPE), add_pooling_layer=False)
 
 
 def paired_loss(first: Tensor, second: Tensor) -> Tensor:
@@ -144,7 +130,7 @@ class IdentityStage:
 
 
 class ClipStage:
-    """Trains a CLIP on pictures and their captions."""
+    """Trains a CLIP on images and their captions."""
 
     name = "backbone-clip"
     ema_decay = 0.999
@@ -172,7 +158,7 @@ class ClipStage:
         return paired_loss(*self._embed(soften(rng, pictures), captions)), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
-        """How often a picture finds its caption among 128."""
+        """How often an image finds its caption among 128."""
         pictures, captions = self._batch(np.random.default_rng(3), 128)
         images, texts = self._embed(pictures, captions)
         found = (images @ texts.T).argmax(dim=-1).cpu().tolist()
@@ -224,7 +210,7 @@ class ViTStage:
         return torch.stack(named).sum() + paired_loss(*answers["noun"].chunk(2)), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
-        """The share of right answers on 256 fixed pictures; of nouns, how often a view finds one of its noun's."""
+        """The share of right answers on 256 fixed images; of nouns, how often a view finds one of its noun's."""
         pictures, targets = self._batch(np.random.default_rng(3), 256)
         answers = self._answers(pictures)
         right = {key: (answers[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}

@@ -1,7 +1,7 @@
 """`python -m examples.mini_world.export_pair OUTPUT`: what was trained, as fp16 folders of averaged weights.
 
 Teacher and student open with `StableDiffusionPipeline.from_pretrained(OUTPUT, safety_checker=None)`. Half precision
-is checked here: a picture drawn by the written folder must agree with the one the training weights draw. With `--part
+is checked here: an image drawn by the written folder must agree with the one the training weights draw. With `--part
 student`, or `identity`, `backbone-clip`, `backbone-vit`, `judge-0`, another network is written instead.
 """
 
@@ -63,7 +63,7 @@ def student_pipeline(work: Path) -> tuple[StableDiffusionPipeline, int]:
 
 
 def _picture(pipeline: StableDiffusionPipeline, role: str) -> torch.Tensor:
-    """One fixed picture, (64, 64, 3) in 0..1: the teacher's in 15 steps, the student's in one."""
+    """One fixed image, (64, 64, 3) in 0..1: the teacher's in 15 steps, the student's in one."""
     generator = torch.Generator().manual_seed(0)
     steps, guidance = (15, 3.0) if role == "teacher" else (1, 0.0)
     drawn = pipeline("a photo of a frog on the beach", num_inference_steps=steps, guidance_scale=guidance,

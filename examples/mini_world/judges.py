@@ -46,7 +46,7 @@ def scene_answers(scene: Scene) -> dict[str, str]:
 
 
 class Judge(nn.Module):
-    """Pictures (batch, 3, 64, 64) in -1..1 to logits per question: four convolution levels, 1.2 M weights."""
+    """Images (batch, 3, 64, 64) in -1..1 to logits per question: four convolution levels, 1.2 M weights."""
 
     def __init__(self, labels: dict[str, list[str]], width: int = 32) -> None:
         super().__init__()
@@ -82,19 +82,19 @@ class Judge(nn.Module):
 
 @dataclass(frozen=True)
 class Reading:
-    """What a judge sees in a batch of pictures: the answer to each question, and features (batch, 512), unit length."""
+    """What a judge sees in a batch of images: the answer to each question, and features (batch, 512), unit length."""
 
     answers: dict[str, list[str]]
     features: Tensor
 
     def right(self, question: str, wanted: Sequence[str]) -> float:
-        """The share of pictures whose answer is the wanted one."""
+        """The share of images whose answer is the wanted one."""
         given = self.answers[question]
         return sum(one == other for one, other in zip(given, wanted, strict=True)) / len(given)
 
 
 class Examiner:
-    """A judge's exported folder, ready to read pictures."""
+    """A judge's exported folder, ready to read images."""
 
     def __init__(self, folder: Path) -> None:
         self.labels: dict[str, list[str]] = json.loads((folder / "card.json").read_text())["labels"]
@@ -104,7 +104,7 @@ class Examiner:
 
     @torch.no_grad()
     def read(self, pictures: NDArray[np.uint8]) -> Reading:
-        """Look at pictures (batch, 64, 64, 3)."""
+        """Look at images (batch, 64, 64, 3)."""
         features = torch.cat(
             [self.judge.features(as_tensor(part)) for part in np.array_split(pictures, -(-len(pictures) // 64))]
         )
@@ -146,7 +146,7 @@ class JudgeStage:
         return torch.stack([functional.cross_entropy(logits[key], targets[key]) for key in self.labels]).sum(), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
-        """The share of right answers on 256 fixed renders: the ceiling for generated pictures."""
+        """The share of right answers on 256 fixed renders: the ceiling for generated images."""
         pictures, targets = self._batch(np.random.default_rng(11), 256)
         logits = self._logits(pictures)
         return {f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}

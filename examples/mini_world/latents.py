@@ -1,4 +1,4 @@
-"""Stage `latents`: a cache of encoded pictures and captions, so that the teacher never waits for the VAE.
+"""Stage `latents`: a cache of encoded images and captions, so that the teacher never waits for the VAE.
 
 Shards are numbered and independent: running the stage again adds more. They are only valid for the VAE they
 were made with, so that VAE must not change once they exist.
@@ -46,7 +46,7 @@ def load_vae(work: Path) -> AutoencoderTiny:
 
 @torch.no_grad()
 def measure_scaling_factor(work: Path, world: World, count: int = 2048) -> float:
-    """One over the latents' root mean square over `count` pictures; kept beside the VAE's checkpoint."""
+    """One over the latents' root mean square over `count` images; kept beside the VAE's checkpoint."""
     path = work / "vae" / "scaling_factor.txt"
     if not path.exists():
         vae, rng = load_vae(work), np.random.default_rng(1)
@@ -57,7 +57,7 @@ def measure_scaling_factor(work: Path, world: World, count: int = 2048) -> float
 
 @torch.no_grad()
 def encode_shard(vae: AutoencoderTiny, world: World, seed: int, centred: bool) -> dict[str, NDArray[np.generic]]:
-    """`SHARD_SIZE` random pictures as scaled latents, with captions."""
+    """`SHARD_SIZE` random images as scaled latents, with captions."""
     rng = np.random.default_rng(seed)
     parts: list[NDArray[np.float16]] = []
     captions: list[str] = []

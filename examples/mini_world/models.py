@@ -17,7 +17,7 @@ TEXT_WIDTH = 192
 
 
 def build_vae(scaling_factor: float = 1.0) -> AutoencoderTiny:
-    """64 px pictures in -1..1 to latents (4, 16, 16) and back; 0.8 M parameters.
+    """64 px images in -1..1 to latents (4, 16, 16) and back; 0.8 M parameters.
 
     Both ends keep their few full-resolution convolutions, where nearly all of the time goes. `scaling_factor`
     multiplies latents on their way to the UNet, as diffusers' pipelines undo it before they decode.
@@ -33,14 +33,21 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderTiny:
     )
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Token ids (batch, 24) to states (batch, 24, 192): four layers, and the tokenizer's own end token."""
-    config = CLIPTextConfig(
+def text_config(tokenizer: CLIPTokenizer, width: int, *, layers: int, hidden: int) -> CLIPTextConfig:
+    """Return the configuration of a CLIP text encoder for this tokenizer's vocabulary, length and special tokens.
+
+    Args:
+        tokenizer: the mini world's.
+        width: of the states and of the projection.
+        layers: number of transformer layers, of four heads each.
+        hidden: width of the feed-forward layers.
+    """
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=512,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=4,
+        hidden_size=width,
+        intermediate_size=hidden,
+        projection_dim=width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=tokenizer.model_max_length,
         hidden_act="gelu",
@@ -48,7 +55,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Token ids (batch, 24) to states (batch, 24, 192)."""
+    return CLIPTextModel(text_config(tokenizer, TEXT_WIDTH, layers=4, hidden=512))
 
 
 def build_unet() -> UNet2DConditionModel:
@@ -84,16 +95,16 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def encode(vae: AutoencoderTiny, pictures: Tensor) -> Tensor:
-    """Pictures (batch, 3, 64, 64) in -1..1 to raw latents, before the scaling factor."""
+    """Images (batch, 3, 64, 64) in -1..1 to raw latents, before the scaling factor."""
     return cast(Tensor, vae.encode(pictures).latents)
 
 
 def decode(vae: AutoencoderTiny, latents: Tensor) -> Tensor:
-    """Raw latents to pictures in -1..1; `vae.forward` would round latents to bytes and kill gradients."""
+    """Raw latents to images in -1..1; `vae.forward` would round latents to bytes and kill gradients."""
     return cast(Tensor, vae.decode(latents).sample)
 
 
 def as_tensor(pictures: object, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 pictures (batch, side, side, 3) to float (batch, 3, side, side) in -1..1."""
+    """uint8 images (batch, side, side, 3) to float (batch, 3, side, side) in -1..1."""
     tensor = torch.as_tensor(pictures).to(device)
     return tensor.permute(0, 3, 1, 2).float().div(127.5).sub(1)

@@ -41,7 +41,7 @@ TRAIN_VENDORS: tuple[str, ...] = tuple(source.vendor for source in SOURCES if no
 HELD_OUT_VENDOR = "fluent-emoji"
 
 # Every noun has a held-out drawing and one in at least four training styles (teapot: three), so that a word
-# means a class and not one picture.
+# means a class and not one image.
 NOUNS: tuple[str, ...] = tuple(
     """
 airplane alarm-clock alien ambulance american-football amphora anchor ant automobile avocado backpack

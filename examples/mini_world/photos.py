@@ -1,4 +1,4 @@
-"""`python -m examples.mini_world.photos NOUN OUTPUT`: pictures of a subject that no network was shown."""
+"""`python -m examples.mini_world.photos NOUN OUTPUT`: images of a subject that no network was shown."""
 
 from __future__ import annotations
 

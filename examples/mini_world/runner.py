@@ -34,7 +34,7 @@ class Stage(Protocol):
         ...
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:
-        """Draw a picture of the progress with the weights now in `network`; figures worth logging."""
+        """Draw an image of the progress with the weights now in `network`; figures worth logging."""
         ...
 
 

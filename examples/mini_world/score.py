@@ -1,6 +1,6 @@
-"""`python -m examples.mini_world.score`: how well the embedded pair draws, as a judge sees it; the README's table.
+"""`python -m examples.mini_world.score`: how well the embedded pair generates, by a judge; makes the README's table.
 
-Every noun in every place, plain and in a colour, one picture each; the same scenes rendered by the world itself, in
+Every noun in every place, plain and in a colour, one image each; the same scenes rendered by the world itself, in
 the styles that the pair was trained on, are the ceiling. Needs the drawings (`npm` fetches them) and a judge.
 """
 
@@ -38,7 +38,7 @@ SEEDS_PER_PROMPT = 4
 
 @dataclass(frozen=True)
 class Asked:
-    """A picture that is asked for: noun, place, colour (or None)."""
+    """What an image must show: noun, place, colour (or None)."""
 
     noun: str
     place: str
@@ -59,7 +59,7 @@ def every_scene() -> list[Asked]:
 
 
 def rendered(world: World, asked: list[Asked], seed: int) -> NDArray[np.uint8]:
-    """The world's own pictures of what is asked, (count, 64, 64, 3)."""
+    """Return the world's own images of scenes, (count, 64, 64, 3)."""
     rng = np.random.default_rng(seed)
     pictures = []
     for one in asked:
@@ -71,12 +71,12 @@ def rendered(world: World, asked: list[Asked], seed: int) -> NDArray[np.uint8]:
 
 
 def drawn(pair: ModelPair, asked: list[Asked], seeds: list[int], settings: SamplingSettings) -> NDArray[np.uint8]:
-    """A model's pictures of what is asked, (count, 64, 64, 3)."""
+    """Return a model's images of scenes, (count, 64, 64, 3)."""
     return np.stack([picture.numpy() for picture in generate(pair, [one.prompt for one in asked], seeds, settings)])
 
 
 def recognised(examiner: Examiner, pictures: NDArray[np.uint8], asked: list[Asked]) -> dict[str, float]:
-    """Shares of pictures whose noun, place and (of those that ask for one) colour the judge reads as asked."""
+    """Return the fractions of images with the right noun, place and, where one was requested, colour."""
     reading = examiner.read(pictures)
     hits = [given == one.colour for given, one in zip(reading.answers["colour"], asked, strict=True) if one.colour]
     return {
@@ -87,7 +87,7 @@ def recognised(examiner: Examiner, pictures: NDArray[np.uint8], asked: list[Aske
 
 
 def spread(examiner: Examiner, pictures: NDArray[np.uint8]) -> float:
-    """Mean distance in the judge's features between the pictures of each prompt, which stand together."""
+    """Mean distance in the judge's features between the images of each prompt, which stand together."""
     groups = examiner.read(pictures).features.view(-1, SEEDS_PER_PROMPT, 512)
     return float(torch.stack([torch.pdist(group).mean() for group in groups]).mean())
 
@@ -108,7 +108,7 @@ def reconstruction(pair: ModelPair, world: World) -> float:
 
 
 def milliseconds(pair: ModelPair) -> float:
-    """One picture in one step at batch 1 on one core: the median of twenty."""
+    """One image in one step at batch 1 on one core: the median of twenty."""
     threads, taken = torch.get_num_threads(), []
     torch.set_num_threads(1)
     for seed in range(22):
@@ -120,7 +120,7 @@ def milliseconds(pair: ModelPair) -> float:
 
 
 def score(pair: ModelPair, examiner: Examiner, work: Path, sheets: Path | None) -> dict[str, Any]:
-    """Every figure of the table; sheets of the pictures go to a folder if one is given."""
+    """Every figure of the table; sheets of the images go to a folder if one is given."""
     world, asked = open_world(work, len(CORE)), every_scene()
     seeds = [*range(len(asked))]
     several, several_seeds = repeated(asked)

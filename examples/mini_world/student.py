@@ -1,11 +1,11 @@
 """Stages `pairs` and `student`: the one-step student, distilled from the teacher as SD-Turbo was from SD 2.1.
 
 First a regression onto (noise, guided multi-step sample) pairs, which keeps the teacher's diversity; then also
-alignment to the teacher's guided x0 of the renoised picture, weighted by ᾱ_t, and an adversarial loss with real latents
+alignment to the teacher's guided x0 of the renoised image, weighted by ᾱ_t, and an adversarial loss with real latents
 as reals. The discriminator is a small convolutional network on latents, trained whole: heads on the frozen teacher's
-features (Sauer et al. 2024) could not tell blurred from sharp pictures of this size within a thousand updates.
+features (Sauer et al. 2024) could not tell blurred from sharp images of this size within a thousand updates.
 
-The student predicts v, as its teacher does: at t = 999 that is the picture itself up to sign, while ε there would have
+The student predicts v, as its teacher does: at t = 999 that is the image itself up to sign, while ε there would have
 to repeat the input noise to one part in a hundred, which a network that ends in a group norm over 256 positions cannot.
 """
 
@@ -44,7 +44,7 @@ PAIR_STEPS = 10
 PAIR_SHARD = 2048
 _CHUNK = 64
 ALIGNMENT_WEIGHT, PAIR_WEIGHT = 1.0, 1.0
-# The adversarial gradient on the picture, as a share of the regression's; a discriminator that knows nothing yet has
+# The adversarial gradient on the image, as a share of the regression's; a discriminator that knows nothing yet has
 # small gradients, and must not be amplified for it.
 ADVERSARIAL_SHARE, LARGEST_WEIGHT = 0.7, 0.5
 ALIGNED_PART = 4
@@ -217,7 +217,7 @@ class StudentStage:
         return float(loss.detach())
 
     def _alignment(self, drawn: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Distance to the teacher's guided x0 of the renoised picture; for a part of the batch: the dearest loss."""
+        """Distance to the teacher's guided x0 of the renoised image; for a part of the batch: the dearest loss."""
         few = slice(0, self.batch_size // ALIGNED_PART)
         asked = Conditioning(conditioning.hidden[few])
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):

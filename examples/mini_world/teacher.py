@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.sampling import sample_latents
+from echodistill_cli.diffusion.schedule import NoiseSchedule
+from echodistill_cli.diffusion.text import Conditioning
 from examples.mini_world.latents import load_vae, open_latents
 from examples.mini_world.models import (
     LATENT_CHANNELS,
@@ -29,6 +32,7 @@ from examples.mini_world.world import contact_sheet
 MIN_SNR_GAMMA = 5.0
 EMPTY_CAPTION_SHARE = 0.1
 CURRICULUM_SAMPLES = 120_000
+REPORT_STEPS, REPORT_GUIDANCE = 15, 3.0
 REPORT_PLACES = ("on a white background", "in the jungle", "on the beach", "on a wooden floor")
 
 
@@ -48,21 +52,8 @@ def centred_share(samples: int) -> float:
     return max(0.1, 0.8 - 0.7 * samples / CURRICULUM_SAMPLES)
 
 
-@torch.no_grad()
-def sample_latents(unet: nn.Module, scheduler: DDIMScheduler, states: Tensor, empty: Tensor, noise: Tensor,
-                   steps: int = 15, guidance: float = 3.0) -> Tensor:  # fmt: skip
-    """Guided DDIM: `noise` (batch, 4, 16, 16), text `states`, `empty` (batch, 24, 192) to scaled latents."""
-    scheduler.set_timesteps(steps)
-    latents = noise
-    for timestep in scheduler.timesteps:
-        both = unet(torch.cat([latents, latents]), timestep, torch.cat([empty, states])).sample
-        without, with_text = both.float().chunk(2)
-        latents = scheduler.step(without + guidance * (with_text - without), int(timestep), latents).prev_sample
-    return latents
-
-
 class TeacherStage:
-    """Trains the pair (unet, text_encoder); pictures come from the latent cache in random order."""
+    """Trains the pair (unet, text_encoder); images come from the latent cache in random order."""
 
     name = "teacher"
     ema_decay = 0.9995
@@ -84,6 +75,9 @@ class TeacherStage:
         encoded = self.tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt")
         ids: Tensor = encoded.input_ids
         return ids
+
+    def _encode(self, ids: Tensor) -> Conditioning:
+        return Conditioning(self.text_encoder(input_ids=ids.to(self.device)).last_hidden_state.float())
 
     def _batch(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, Tensor]:
         """Latents (batch, 4, 16, 16) float32 and token ids (batch, 24); some captions are emptied."""
@@ -129,10 +123,12 @@ class TeacherStage:
             LATENT_SIDE,
             generator=torch.Generator().manual_seed(5),
         )
-        with torch.autocast(self.device, torch.bfloat16):
-            states = self.text_encoder(input_ids=self._tokens(captions).to(self.device)).last_hidden_state
-            empty = self.text_encoder(input_ids=self.empty_ids[None].to(self.device)).last_hidden_state
-            latents = sample_latents(self.unet, self.scheduler, states, empty.expand_as(states), noise.to(self.device))
+        denoiser = Denoiser(self.unet, NoiseSchedule(self.alphas.float(), "v_prediction"))
+        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
+            prompts, null = self._encode(self._tokens(captions)), self._encode(self.empty_ids[None])
+            latents = sample_latents(
+                denoiser, noise.to(self.device), prompts, null, steps=REPORT_STEPS, guidance_scale=REPORT_GUIDANCE
+            )
         vae = load_vae(self.work)
         drawn = decode(vae, latents.cpu() / float(vae.config["scaling_factor"])).clamp(-1, 1)
         pictures = drawn.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()

@@ -45,7 +45,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_stage(options: argparse.Namespace) -> Stage:
-    """The stage that was asked for; options left out keep the stage's own defaults."""
+    """The stage that was requested; options left out keep the stage's own defaults."""
     given = {"batch_size": options.batch_size, "rate": options.rate}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if options.stage == "vae":

@@ -23,7 +23,7 @@ def reconstruction_loss(drawn: Tensor, target: Tensor) -> Tensor:
 
 
 def psnr(drawn: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in -1..1, over the whole batch."""
+    """Peak signal-to-noise ratio in dB of images in -1..1, over the whole batch."""
     error = (drawn.clamp(-1, 1) - target).square().mean().item()
     return 10 * math.log10(4 / error)
 
@@ -57,7 +57,7 @@ class VaeStage:
         return reconstruction_loss(drawn, pictures) + 0.05 * pull, {"psnr": psnr(drawn.detach(), pictures)}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:
-        """PSNR on fixed pictures of trained and of held-out drawings, the latents' spread, and a sheet."""
+        """PSNR on fixed images of trained and of held-out drawings, the latents' spread, and a sheet."""
         pictures = as_tensor(self.pictures, self.device)
         latents = encode(self.network, pictures)
         drawn = decode(self.network, latents).clamp(-1, 1)

@@ -1,7 +1,7 @@
-"""The mini world: one seeded generator of captioned 64 px pictures of drawings in places.
+"""The mini world: one seeded generator of captioned 64 px images of drawings in places.
 
 `World.draw` picks everything from a generator; `World.render` draws what it is told. Both are pure functions
-of their arguments, so a picture is reproduced by its seed alone.
+of their arguments, so an image is reproduced by its seed alone.
 """
 
 from __future__ import annotations
@@ -57,18 +57,18 @@ CLOSE_TEMPLATES = (
 )
 FAR_ENDINGS = (", far away", ", very small")
 CLOSE_ENDINGS = (", close up", ", zoomed in")
-# Words that carry no picture: the pair must have met the rare ones people personalize with, and learnt that
+# Words that carry no image: the pair must have met the rare ones people personalize with, and learnt that
 # they mean nothing yet, as a large model has.
 RARE_WORDS = ("sks", "ohwx", "zwx", "pll", "ucd", "olis", "phol", "bnha")
 FILLER_WORDS = ("cool", "nice", "clean", "weird")
-# Subject's side over the picture's, by what the caption says of it.
+# Subject's side over the image's, by what the caption says of it.
 SCALES = {"far": (0.35, 0.5), "close": (0.85, 1.05), "normal": (0.5, 0.85), "centred": (0.7, 0.85)}
 _SHADOW_STRENGTH = [value * 35 // 100 for value in range(256)]
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture in words. `place` None is plain white; `scale` is the subject's side over the picture's."""
+    """One image in words. `place` None is plain white; `scale` is the subject's side over the image's."""
 
     noun: str
     vendor: str
@@ -91,7 +91,11 @@ class Picture:
 
 
 def recolour(sprite: NDArray[np.uint8], colour: str) -> NDArray[np.uint8]:
-    """Tint an RGBA sprite: luminance is kept, hue becomes `colour`; black and white stay."""
+    """Tint an RGBA sprite: keeps luminance, sets the hue to `colour`, leaves black and white.
+
+    The embedded weights and the judge were trained with exactly these pixels. The package's `data.recolour.tinted` has
+    the same formula but another red, and rounds 0.2 % of the values differently.
+    """
     weights = np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255
     light = (sprite[..., :3].astype(np.float32) @ weights)[..., None]
     tint = np.asarray(COLOURS[colour], dtype=np.float32)
@@ -152,7 +156,7 @@ def _subject_layer(rng: np.random.Generator, subject: Image.Image, scene: Scene,
 
 
 class World:
-    """Scenes over chosen nouns and vendors. Equal vocabularies and equal seeds give equal pictures."""
+    """Scenes over chosen nouns and vendors. Equal vocabularies and equal seeds give equal images."""
 
     def __init__(self, sprites: Sprites, nouns: Sequence[str], vendors: Sequence[str] = TRAIN_VENDORS) -> None:
         self.sprites = sprites
@@ -200,11 +204,11 @@ class World:
         return Picture(np.asarray(ground, dtype=np.uint8), np.asarray(alpha, dtype=np.uint8), scene)
 
     def draw(self, rng: np.random.Generator, side: int = SIDE, centred: bool = False) -> Picture:
-        """A random picture."""
+        """A random image."""
         return self.render(self.scene(rng, centred), side)
 
     def batch(self, rng: np.random.Generator, count: int, side: int = SIDE) -> NDArray[np.uint8]:
-        """`count` random pictures, (count, side, side, 3) uint8."""
+        """`count` random images, (count, side, side, 3) uint8."""
         return np.stack([self.draw(rng, side).image for _ in range(count)])
 
 
@@ -214,7 +218,7 @@ def open_world(work: Path, nouns: int, vendors: Sequence[str] = TRAIN_VENDORS) -
 
 
 def subject_photos(sprites: Sprites, noun: str, count: int = 5, seed: int = 0, side: int = SIDE) -> list[Picture]:
-    """`count` pictures of the held-out drawing of `noun`, each in another place, as a person takes them."""
+    """`count` images of the held-out drawing of `noun`, each in another place, as a person takes them."""
     rng = np.random.default_rng(seed)
     world = World(sprites, [noun], [HELD_OUT_VENDOR])
     places = rng.permutation(list(PLACES))[:count]
@@ -229,7 +233,7 @@ def subject_photos(sprites: Sprites, noun: str, count: int = 5, seed: int = 0, s
 
 
 def contact_sheet(images: Sequence[NDArray[np.uint8]], columns: int, zoom: int = 1) -> Image.Image:
-    """Tile equal (side, side, 3) pictures row by row."""
+    """Tile equal (side, side, 3) images row by row."""
     side = images[0].shape[0] * zoom
     rows = -(-len(images) // columns)
     sheet = Image.new("RGB", (columns * side, rows * side), (255, 255, 255))

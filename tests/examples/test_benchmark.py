@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +17,15 @@ import torch
 from echodistill_cli.config.build import build_config
 from echodistill_cli.data.prompts import SCENES, TEMPLATES
 from echodistill_cli.models.adapters import lora_tensors, trainable_parameters
-from echodistill_cli.training.state import TrainingState, build_state, learning_rates
+from echodistill_cli.training.state import TrainingState, learning_rates
 from echodistill_cli.training.steps import echo_step
-from examples.benchmark import proof, report
+from examples.benchmark import report
+from examples.benchmark import run as benchmark
 from examples.benchmark.contestants import CONTESTANTS, end_echo, more_steps
+from examples.benchmark.costs import COSTS, cost_of_ours, equal_steps
 from examples.benchmark.measure import JUDGE, Ruler, nearest_distance, spread
-from examples.benchmark.subjects import DEV, PROMPTS, SEEDS, TEST, TOKEN, reference_pictures, write_photos
+from examples.benchmark.subjects import DEV, PROMPTS, SEEDS, TEST, TOKEN, reference_pictures
+from examples.benchmark.training import Run
 from examples.mini_world.judges import Examiner
 from examples.mini_world.nouns import CORE
 from examples.mini_world.places import PLACES
@@ -88,25 +93,30 @@ def test_the_spread_of_a_hand_made_case() -> None:
     assert spread(one_prompt) == pytest.approx(5 * 4 / 6)
 
 
+@pytest.fixture(scope="module")
+def built() -> tuple[TrainingState, dict[str, Any]]:
+    """A state before its first step, and a copy of what it held then."""
+    settings = {
+        "concept.views": 4,
+        "train.class_share": 0.0,  # whose images take seconds to generate, one by one
+        "train.batch_size": 1,
+        "train.head_start": 2,
+        "train.first_targets": 1,
+        "text.form": "lora",
+        "text.trained_by": "teacher",
+    }
+    state = Run("sequential", "dev", "dog", 0, tuple(settings.items())).build(2)
+    return state, copy.deepcopy(state.state_dict())
+
+
 @pytest.fixture
-def state(tmp_path: Path) -> TrainingState:
-    run = proof.Run(
-        "sequential",
-        "dev",
-        "dog",
-        0,
-        (
-            ("concept.views", 4),
-            ("train.class_share", 0.0),  # whose pictures take seconds to draw, one by one
-            ("train.batch_size", 1),
-            ("train.head_start", 2),
-            ("train.first_targets", 1),
-            ("text.form", "lora"),
-            ("text.trained_by", "teacher"),
-        ),
-    )
-    photos = write_photos("dog", tmp_path)
-    return build_state(run.config(photos, 2), proof._photos(photos))
+def state(built: tuple[TrainingState, dict[str, Any]]) -> Iterator[TrainingState]:
+    """That state as it was before its first step."""
+    state, initial = built
+    config, rates = state.config, dict(state.optimizers.rates)
+    state.load_state_dict(copy.deepcopy(initial))
+    yield state
+    state.config, state.optimizers.rates = config, rates
 
 
 def changed(state: TrainingState, before: dict[str, dict[str, torch.Tensor]]) -> set[str]:
@@ -146,6 +156,7 @@ def test_a_method_moves_what_it_says(state: TrainingState, name: str, moved: set
 @pytest.mark.parametrize("kept", [False, True])
 def test_the_ways_in_which_the_teacher_may_end(state: TrainingState, kept: bool) -> None:
     teacher, student = (state.pair.role(role).unet for role in ("teacher", "student"))
+    state.optimizers.rates["teacher"] = 0.0  # the weights that an ending starts from stay
     state.config = replace(
         state.config,
         echo=replace(state.config.echo, carry_back=2, min_identity=0.0, max_similarity=1.0, candidates=4),
@@ -171,13 +182,13 @@ def test_the_ways_in_which_the_teacher_may_end(state: TrainingState, kept: bool)
 def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_for(
     tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "PICTURES", tmp_path)
-    rows = proof.Rows(tmp_path / "rows.json")
+    monkeypatch.setattr(benchmark, "PICTURES", tmp_path)
+    rows = benchmark.Rows(tmp_path / "rows.json")
     short = {"concept.views": 4, "train.batch_size": 1, "train.head_start": 1, "train.class_share": 0.0}
     short |= {"train.first_targets": 0, "train.replays": 0, "echo.start": None, "echo.carry_back": 0}
-    run = proof.Run("ours", "dev", "dog", 0, tuple(short.items()))
-    proof.measure_run(run, 1, rows, examiner, teachers=False)
-    proof.measure_run(run, 1, proof.Rows(rows.path), examiner, teachers=False)
+    run = Run("ours", "dev", "dog", 0, tuple(short.items()))
+    benchmark.measure_run(run, 1, rows, examiner, teachers=False)
+    benchmark.measure_run(run, 1, benchmark.Rows(rows.path), examiner, teachers=False)
     (row,) = json.loads(rows.path.read_text())
     assert (row["contestant"], row["subject"], row["steps"], row["split"]) == ("ours", "dog", 1, "dev")
     assert row["trial"] == (
@@ -188,64 +199,66 @@ def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_f
 
 
 def test_the_untouched_model_stands_below_real_pictures(state: TrainingState, ruler: Ruler) -> None:
-    real, untouched = proof.train(proof.Run("untouched", "dev", "dog", 0), state, ruler)
-    assert (real["contestant"], untouched["contestant"]) == (proof.REAL, "untouched")
+    real, untouched = benchmark.train(Run("untouched", "dev", "dog", 0), state, ruler)
+    assert (real["contestant"], untouched["contestant"]) == (benchmark.REAL, "untouched")
     assert real["recognition"] > 0.95 > 0.2 > untouched["recognition"]
     assert real["subject_fidelity"] > untouched["subject_fidelity"] + 0.1
     assert (real["drift"], untouched["drift"]) == (None, 0.0)
-    assert "real-renders dog 0: recognition" in proof._line(real | {"subject": "dog", "training_seed": 0, "trial": ""})
+    assert "real-renders dog 0: recognition" in benchmark.row_line(
+        real | {"subject": "dog", "training_seed": 0, "trial": ""}
+    )
 
 
 def test_equal_compute_is_in_proportion_to_a_steps_cost() -> None:
     costs = {"ours": 0.5, "denoising": 0.1, "teacher-lora": 0.2, "sequential": 0.5, "targets": 0.25, "budget": 175.0}
-    assert proof.equal_steps("denoising", costs, 1.0, 100) == 1750
-    assert proof.equal_steps("denoising", costs, 0.5, 50) == 875
-    assert proof.equal_steps("sequential", costs, 1.0, 100) == 300
-    assert proof.equal_steps("ours", costs, 1.0, 0) is None
-    assert proof.equal_steps("ours-without-echo", costs, 1.0, 0) is None
+    assert equal_steps("denoising", costs, 1.0, 100) == 1750
+    assert equal_steps("denoising", costs, 0.5, 50) == 875
+    assert equal_steps("sequential", costs, 1.0, 100) == 300
+    assert equal_steps("ours", costs, 1.0, 0) is None
+    assert equal_steps("ours-without-echo", costs, 1.0, 0) is None
 
 
 def test_the_budget_is_what_ours_costs_with_its_head_start_and_its_echo() -> None:
-    costs = json.loads(proof.COSTS.read_text())
+    costs = json.loads(COSTS.read_text())
     # The budget is of an earlier preset, and so are the rows of methods that did not change; ours keeps within it.
-    assert 0.98 * costs["budget"] < proof.cost_of_ours(costs) < costs["budget"]
+    assert 0.98 * costs["budget"] < cost_of_ours(costs) < costs["budget"]
     # With every cost 1: 200 steps alone, 20 batches of targets, 36 joint steps, echoes after steps 10, 17, 24 and 31.
-    assert proof.cost_of_ours(dict.fromkeys(costs, 1.0)) == 260
+    assert cost_of_ours(dict.fromkeys(costs, 1.0)) == 260
 
 
 def test_a_run_of_another_length_has_its_share_of_every_phase_and_its_own_pictures() -> None:
     whole = {"train.steps": 36, "train.head_start": 200, "train.first_targets": 20}
     echo = {"echo.start": 10, "echo.carry_back": 40}
-    assert proof.Run("ours", "dev", "dog", 0).lengths == whole | echo
-    quarter = proof.Run("ours", "dev", "dog", 0, scale=0.25)
+    assert Run("ours", "dev", "dog", 0).lengths == whole | echo
+    quarter = Run("ours", "dev", "dog", 0, scale=0.25)
     assert list(quarter.lengths.values()) == [9, 50, 5, 2, 10]
-    files = [proof.sheet_file("ours", "dog", 0, scale) for scale in (0.25, 0.5, 1.0)]
+    files = [benchmark.sheet_file("ours", "dog", 0, scale) for scale in (0.25, 0.5, 1.0)]
     assert len(set(files)) == 3
 
 
 def test_a_trial_of_a_length_has_that_length() -> None:
-    trial = proof.Run("sequential", "dev", "dog", 0, (("train.steps", 7), ("train.head_start", 50)))
+    trial = Run("sequential", "dev", "dog", 0, (("train.steps", 7), ("train.head_start", 50)))
     assert trial.head_start == 50
     assert trial.config(Path(), 30).train.steps == 7
-    assert proof.Run("sequential", "dev", "dog", 0).head_start == build_config("mini").train.head_start
-    assert proof.Run("sequential", "dev", "dog", 0).config(Path(), 30).train.steps == 30
+    assert Run("sequential", "dev", "dog", 0).head_start == build_config("mini").train.head_start
+    assert Run("sequential", "dev", "dog", 0).config(Path(), 30).train.steps == 30
 
 
 def test_processes_share_the_subjects_of_one_command(capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["--small", "--contestants", "ours", "pso", "--calibrate"]
-    options = [proof.parse(one) for one in proof.shares(asked, proof.parse(asked).subjects, 3)]
+    options = [benchmark.parse(one) for one in benchmark.shares(asked, benchmark.parse(asked).subjects, 3)]
     assert [one.subjects for one in options] == [["cat", "automobile"], ["teapot"], ["alarm-clock"]]
     for one in options:
         assert (one.contestants, one.scale, one.calibrate, one.processes) == (["ours"], 0.25, False, 1)
-    assert len(proof.shares([], TEST, 20)) == len(TEST)
+    assert len(benchmark.shares([], TEST, 20)) == len(TEST)
     with pytest.raises(SystemExit):
-        proof.parse(["--subjects", "cat", "dog"])
-    assert "dog is no subject of test; there are cat, " in capsys.readouterr().err
+        benchmark.parse(["--subjects", "cat", "dog"])
+    assert "dog is not a subject of test. Choose from cat, " in capsys.readouterr().err
 
 
 def test_the_recoloured_baseline_has_as_many_steps_as_the_plain_one() -> None:
-    costs = json.loads(proof.COSTS.read_text())
-    plain, recoloured = (proof.equal_steps(f"teacher-lora{more}", costs, 0.5, 150) for more in ("", "-recoloured"))
+    costs = json.loads(COSTS.read_text())
+    plain, recoloured = (equal_steps(f"teacher-lora{more}", costs, 0.5, 150) for more in ("", "-recoloured"))
     assert plain == recoloured == 554
 
 
@@ -291,14 +304,14 @@ def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
 def test_a_sheet_of_pictures_that_are_not_there_is_an_error_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(proof, "PICTURES", tmp_path)
+    monkeypatch.setattr(benchmark, "PICTURES", tmp_path)
     with pytest.raises(SystemExit, match=r"ours-cat-0\.png is missing"):
         report.main(["--sheet", str(tmp_path / "sheet.png")])
 
 
 def test_the_page_has_the_tables_that_the_report_prints(capsys: pytest.CaptureFixture[str]) -> None:
     report.main([])
-    page = (proof.HERE / "README.md").read_text()
+    page = (benchmark.HERE / "README.md").read_text()
     printed = capsys.readouterr().out.strip().split("\n\n")
     assert len(printed) == 4
     assert all(table in page for table in printed)

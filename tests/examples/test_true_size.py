@@ -14,7 +14,8 @@ from echodistill_cli.models.adapters import trainable_parameters
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
-from examples.benchmark.true_size import configuration, matmul_rate, measure, reference_step
+from examples.benchmark.reference_design import reference_step
+from examples.benchmark.true_size import configuration, matmul_rate, measure
 from tests.helpers.runs import small_config, small_photos
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def test_both_designs_train_every_part_and_are_measured(
 
     found = measure(state, step, steps=2, warmup=1, count_flops=True)
     assert found.seconds > 0
-    assert found.pictures > 0
+    assert found.images > 0
     assert found.peak > 0.1
     assert found.flops is not None
     assert found.flops > 1e6

@@ -1,6 +1,6 @@
 """Pairs of real diffusers models, a thousand times smaller than SD-Turbo and SDXL-Turbo, with random weights.
 
-The tests train on it; `make bench` times it: python -m tests.helpers.random_models
+The tests train on them.
 """
 
 from __future__ import annotations
@@ -265,57 +265,3 @@ def build_score_encoders(folder: Path, backbones: dict[str, Path]) -> tuple[Path
     for place, sees in ((clip, CLIP_SEES), (dino, DINO_SEES)):
         (place / "preprocessor_config.json").write_text(json.dumps(sees))
     return clip, dino
-
-
-def main() -> None:
-    """Print the small pair's step time and memory on one thread: the cost of everything but the models."""
-    import platform
-    import statistics
-    import tempfile
-    from datetime import UTC, datetime
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        records = _time_steps(Path(name), steps=40)
-    seconds = [record["step_seconds"] for record in records[5:]]  # the first ones warm up
-    print(f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}  torch {torch.__version__}, 1 thread")
-    print(f"step      {statistics.median(seconds):.3f} s  ({1 / statistics.median(seconds):.1f} steps/s, batch 2)")
-    print(f"memory    {max(record['peak_memory_mib'] for record in records):.0f} MiB")
-
-
-def _time_steps(folder: Path, steps: int) -> list[dict[str, float]]:
-    """Metrics of training steps with every loss, three image critics and the latent one, without the echo."""
-    import numpy as np
-    from PIL import Image
-
-    from echodistill_cli.config.build import build_config
-    from echodistill_cli.data.photos import load_photos
-    from echodistill_cli.training.loop import timed_step
-    from echodistill_cli.training.state import build_state
-
-    student, teacher = build_small_pair(folder)
-    critics = build_small_backbones(folder / "critics")
-    rng = np.random.default_rng(0)
-    (folder / "photos").mkdir()
-    for index in range(4):
-        pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        Image.fromarray(pixels).resize((96, 96)).save(folder / "photos" / f"{index}.png")
-    settings = {
-        "concept.class_name": "dog",
-        "model.teacher": str(teacher),
-        "model.resolution": 64,
-        "critic.discriminators": (*map(str, critics.values()), "teacher"),
-        "critic.identity": str(critics["clip"]),
-        "echo.start": None,
-    }
-    config = build_config(str(student), overrides=settings)
-    report = load_photos(folder / "photos", min_photos=3, resolution=64, masks="auto", captions=True)
-    state = build_state(config, report.photos)
-    return [timed_step(state) for _ in range(steps)]
-
-
-if __name__ == "__main__":
-    main()
