@@ -1,4 +1,4 @@
-"""What a step is computed on: the teacher's batch, the student's images and their targets, reals, echo candidates."""
+"""What a step is computed on: teacher batch, student images and targets, reals, echo candidates."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class RealBatch:
     cached: dict[str, list[Tensor]]
 
     def features(self, critic: Discriminator) -> list[Tensor]:
-        """Return one discriminator's features, [R, N, D] per tap; cached ones where they do not depend on noise."""
+        """Return one discriminator's features, [R, N, D] per tap; cached unless they depend on noise."""
         if critic.name in self.cached:
             return self.cached[critic.name]
         with torch.no_grad():
@@ -118,7 +118,7 @@ def teacher_batch(state: TrainingState, *, echo: bool = True) -> TeacherBatch:
 
 
 def student_pass(state: TrainingState) -> StudentPass:
-    """Generate B one-step images of the subject, and the guided x0 of the current teacher for each of them."""
+    """Generate B one-step images of the subject, and the teacher's guided x0 of each."""
     pair, settings = state.pair, state.config.train
     prompts = _student_prompts(state)
     trainable = encode_for_student(state, prompts)
@@ -224,7 +224,7 @@ def real_batch(state: TrainingState, fakes: ImageBatch) -> RealBatch:
 
 @torch.no_grad()
 def echo_candidates(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
-    """Generate one-step images with the features that selection and discriminators need; none is rejected here.
+    """Generate one-step images with the features that selection and discriminators need.
 
     With `concept.tint_scenes`, prompts that give the subject a color are generated and scored in its own color. Images
     with a sufficient score are then tinted.

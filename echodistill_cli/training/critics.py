@@ -1,4 +1,4 @@
-"""Discriminators: frozen feature backbones with small trained heads, and the image batches that they run on.
+"""Discriminators: frozen backbones with small trained heads, and the batches that they run on.
 
 A backbone turns a batch of images into features, one tensor [B, N, D] per tap (N tokens of width D). A discriminator
 puts a small head on each tap. The identity loss and the echo compare the features of an image backbone directly.
@@ -112,7 +112,7 @@ class TeacherBackbone(nn.Module):
 
 @contextmanager
 def _without_checkpointing(unet: Any) -> Iterator[None]:
-    """Context without gradient checkpointing: the backward pass would recompute activations with the LoRA enabled."""
+    """Context without gradient checkpointing, which would recompute activations with the LoRA enabled."""
     was_on = unet.is_gradient_checkpointing
     unet.disable_gradient_checkpointing()
     try:
@@ -181,7 +181,7 @@ def build_discriminators(
 
 
 def features_of(images: ImageBatch, backbone: ImageBackbone | TeacherBackbone) -> list[Tensor]:
-    """Return a backbone's features of a batch, one tensor [B, N, D] per tap, from its only run on that batch."""
+    """Return a backbone's features of a batch, [B, N, D] per tap; it runs once per batch."""
     if backbone not in images.features:
         images.features[backbone] = (
             backbone.features(images.image) if isinstance(backbone, ImageBackbone) else backbone.features(images)
@@ -191,7 +191,7 @@ def features_of(images: ImageBatch, backbone: ImageBackbone | TeacherBackbone) -
 
 @contextmanager
 def frozen(critics: Sequence[Discriminator]) -> Iterator[None]:
-    """Context in which the heads of the discriminators get no gradient, while gradients still flow through them."""
+    """Context in which discriminator heads get no gradient of their own, but pass gradients on."""
     for critic in critics:
         critic.heads.requires_grad_(False)
     try:

@@ -24,7 +24,7 @@ from echodistill_cli.training.critics import Discriminator
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The encoded photos: K augmented views for the teacher, R unmodified ones as reals of the discriminators.
+    """The encoded photos: K augmented views for the teacher, R unmodified ones as reals.
 
     Args:
         views: K augmented views without pixels, for their prompts and crops.
@@ -111,7 +111,7 @@ def _encode(codec: LatentCodec, views: Sequence[View], device: torch.device) -> 
 
 @torch.no_grad()
 def _image_features(codec: LatentCodec, latents: Tensor, backbone: ImageBackbone) -> list[Tensor]:
-    """Return features of decoded latents: the student's images are decoded too, so artifacts give no image away."""
+    """Return features of decoded latents, so that decoder artifacts do not reveal which are real."""
     taps = [backbone.features(codec.decode(latent.unsqueeze(0))) for latent in latents]
     return [torch.cat(tap) for tap in zip(*taps, strict=True)]
 
@@ -138,7 +138,7 @@ class Prior:
 
 @torch.no_grad()
 def build_prior(config: Config, pair: ModelPair, generator: torch.Generator) -> Prior | None:
-    """Generate the class with the base student; return None without a class name or if nothing uses the images."""
+    """Generate the class with the base student; None without a class name or a use for the images."""
     is_replayed = config.train.class_share and config.replays
     if not (config.loss.prior or is_replayed) or config.concept.class_name is None:
         return None

@@ -1,4 +1,4 @@
-"""The losses of the method as pure functions: tensors in, one value per sample out, randomness passed in.
+"""The losses as pure functions: tensors in, one value per sample out, randomness passed in.
 
 Symbols follow the paper (EchoDistill, arXiv 2510.20512). Alignment pulls the student's one-step image towards the
 teacher's guided x0 of that image; the adversarial loss pulls it towards the photos.
@@ -47,7 +47,7 @@ def feature_distance(features: Tensor, target: Tensor) -> Tensor:
 
 
 def photo_distance(features: Tensor, photos: Tensor) -> Tensor:
-    """Hinge on identity: max(0, mean similarity among photos - mean similarity of the image to the photos), [B].
+    """Identity hinge [B]: max(0, similarity among the photos - similarity of the image to them).
 
     Args:
         features: [B, D] of the images.
@@ -67,7 +67,7 @@ def identity_scores(features: Tensor, photos: Tensor) -> Tensor:
 
 
 def photo_similarity(photos: Tensor) -> float:
-    """Return the mean cosine similarity of the P (P - 1) / 2 pairs of different photos; 1 for a single photo.
+    """Return the mean cosine similarity of all pairs of different photos; 1 for a single photo.
 
     This is what "the same subject" scores; DreamBooth's table lists it as "real images".
 
@@ -82,7 +82,7 @@ def photo_similarity(photos: Tensor) -> float:
 
 
 def adversarial_generator(logits: Sequence[Tensor]) -> Tensor:
-    """Return the non-saturating generator loss -log D(x̂) (Goodfellow et al. 2014), mean over tokens and heads, [B].
+    """Return the non-saturating generator loss -log D(x̂) [B] (Goodfellow et al. 2014).
 
     Args:
         logits: of one discriminator, [B, N] per head.
@@ -106,7 +106,7 @@ def adversarial_discriminator(
 
 
 def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tensor]) -> Tensor:
-    """Return the multi-scale sliced Wasserstein distance between the patches of two images in CIE Lab, [B].
+    """Return the multi-scale sliced Wasserstein distance [B] between image patches in CIE Lab.
 
     At each scale (half the size of the one before) all patches are projected onto random unit directions. The distance
     is the mean absolute difference of the sorted projections, so it compares content regardless of position.
@@ -132,7 +132,7 @@ def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tens
 
 
 def patch_directions(scales: int, projections: int, patch: int, generator: torch.Generator) -> list[Tensor]:
-    """Return random unit directions for `sliced_wasserstein`, [projections, 3, patch, patch] per scale, on the CPU."""
+    """Return unit directions [projections, 3, patch, patch] per scale for `sliced_wasserstein`."""
     normal = [torch.randn(projections, 3, patch, patch, generator=generator) for _ in range(scales)]
     return [kernels / kernels.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for kernels in normal]
 

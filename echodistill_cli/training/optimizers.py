@@ -1,4 +1,4 @@
-"""Everything that moves weights: one AdamW per trained part, learning rates, clipping, and weight averages."""
+"""Everything that updates weights: AdamW per trained part, learning rates, clipping, averages."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
             self.scale_rate(name, schedule_factor(self.schedule, progress))
 
     def scale_rate(self, part: str, factor: float) -> None:
-        """Set the learning rate of one part to its initial rate times `factor`; nothing happens without the part."""
+        """Set the learning rate of one part, if it exists, to its initial rate times `factor`."""
         for group in self._parts[part].param_groups if part in self._parts else ():
             group["lr"] = factor * self.rates[part]
 
@@ -101,7 +101,7 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         return [p for name in parts if name in self._parts for p in _parameters(self._parts[name])]
 
     def average(self, parts: Sequence[str], finished: int, planned: int) -> None:
-        """Average the weights of some parts over the second half of a phase; its last step leaves them at the mean.
+        """Average some parts over the second half of a phase; its last step sets them to the mean.
 
         Args:
             parts: names; the same in every step of the phase.
@@ -135,7 +135,7 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
-    """Return the factor on the learning rate at a progress of 0…1: 1 for "constant"; "cosine" falls from 1 to 0."""
+    """Return the factor on the learning rate at a progress of 0…1; "cosine" falls from 1 to 0."""
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress))) if schedule == "cosine" else 1.0
 
 

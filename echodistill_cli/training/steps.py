@@ -33,7 +33,7 @@ CARRY_BACK_RATE = 0.25
 
 
 def training_step(state: TrainingState) -> Metrics:
-    """Take one step of the joint phase, and refresh the echo pool when that is due. Return every loss by name."""
+    """Take one step of the joint phase, with an echo refresh when it is due. Return losses by name."""
     if state.step == 0:
         begin(state)
     state.optimizers.set_rates(state.progress)
@@ -78,7 +78,7 @@ def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"
 
 
 def teacher_prior(state: TrainingState, prior: Prior) -> Tensor:
-    """Return how far the teacher's output for renoised images of the class is from the base teacher's; a scalar."""
+    """Return the distance between trained and base teacher on renoised class images; a scalar."""
     teacher = state.pair.teacher
     rows = prior_rows(state, prior)
     latents = prior.latents[rows]
@@ -99,7 +99,7 @@ def prior_rows(state: TrainingState, prior: Prior) -> list[int]:
 
 
 def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
-    """Train the student on one-step images: towards the teacher's guided x0 of them and towards the photos."""
+    """Train the student on one-step images, towards the teacher's guided x0 and the photos."""
     with frozen(state.critics):
         generated = batches.student_pass(state)
         total = torch.zeros((), device=state.pair.device)
@@ -117,7 +117,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
 
 
 def discriminator_step(state: TrainingState, generated: StudentPass) -> Metrics:
-    """Train each discriminator to tell photos (and, at a lower weight, echo images) from the student's images."""
+    """Train each discriminator to tell photos, and weighted echo images, from the student's images."""
     reals = batches.real_batch(state, generated.photo_images)
     total = torch.zeros((), device=state.pair.device)
     metrics: Metrics = {}
@@ -154,9 +154,9 @@ def echo_step(state: TrainingState) -> Metrics:
 
 
 def begin(state: TrainingState) -> None:
-    """Prepare the first joint step: finish the head start, copy its LoRA to the student, fill the replay buffer.
+    """Prepare the first joint step: finish the head start, carry over its LoRA, fill the replay buffer.
 
-    Without its first targets (`train.first_targets`) the buffer would hold so few of them that replays overfit.
+    `train.first_targets` fills the buffer first: replays would overfit a few targets.
     """
     while state.phase is HEAD_START:
         head_start_step(state)
@@ -179,9 +179,9 @@ def head_start_step(state: TrainingState) -> Metrics:
 
 
 def replay_step(state: TrainingState) -> Metrics:
-    """Train the student once more, on targets of earlier steps and on images of the class by the base student.
+    """Train the student once more, on stored targets and on class images by the base student.
 
-    Images of the class, for example in other colors, preserve words that the photos of the subject contradict.
+    Images of the class, for example in other colors, keep the meaning of words that the photos of the subject contradict.
     """
     noise, target, prompts = replay_batch(state)
     x0 = student_x0(state.pair.student, noise, encode_for_student(state, prompts))
@@ -191,7 +191,7 @@ def replay_step(state: TrainingState) -> Metrics:
 
 
 def carry_back_step(state: TrainingState) -> Metrics:
-    """Take one step of the teacher alone after the last joint step; the first one starts from the student's LoRA.
+    """Take one teacher step after the last joint step; the first starts from the student's LoRA.
 
     The teacher trains on the photos alone, at a low rate, and ends at the average of the second half of these steps.
     The text side is frozen, because the student is finished.
@@ -212,7 +212,7 @@ def carry_back_step(state: TrainingState) -> Metrics:
 PHASE_STEPS: dict[Phase, Step] = {HEAD_START: head_start_step, JOINT: training_step, CARRY_BACK: carry_back_step}
 
 
-# --- the losses of the student, as data -------------------------------------------------------------------------------
+# --- the table of student losses --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -273,10 +273,25 @@ def _adversarial(state: TrainingState, generated: StudentPass) -> Tensor:
 
 STUDENT_LOSSES: tuple[StudentLoss, ...] = (
     StudentLoss("latent", _latent, weighted_by_alpha_bar=True),
-    StudentLoss("identity", _identity, True, lambda state: state.identity_encoder is not None),
+    StudentLoss(
+        "identity",
+        _identity,
+        weighted_by_alpha_bar=True,
+        available=lambda state: state.identity_encoder is not None,
+    ),
     StudentLoss("sliced_wasserstein", _sliced_wasserstein, weighted_by_alpha_bar=True),
-    StudentLoss("prior", _student_prior, False, lambda state: state.prior is not None),
-    StudentLoss("adversarial", _adversarial, False, lambda state: bool(state.critics)),
+    StudentLoss(
+        "prior",
+        _student_prior,
+        weighted_by_alpha_bar=False,
+        available=lambda state: state.prior is not None,
+    ),
+    StudentLoss(
+        "adversarial",
+        _adversarial,
+        weighted_by_alpha_bar=False,
+        available=lambda state: bool(state.critics),
+    ),
 )
 
 

@@ -73,7 +73,7 @@ def tint(state: TrainingState, latents: Tensor, colours: Sequence[str | None]) -
 
 
 def replay_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
-    """Draw noise and targets [B, C, h, w] and B prompts from the replay buffer, mixed with images of the class.
+    """Draw noise, targets [B, C, h, w] and B prompts from the replay buffer, mixed with class images.
 
     Images of the class keep the student's knowledge of it. They come from the prior (`train.class_share`), or from the
     noise and the prompt of a replayed target, with the class in place of the subject (`train.pair_share`). In such a
@@ -106,7 +106,7 @@ def _base_class_images(state: TrainingState, noise: Tensor, prompts: Sequence[st
 
 @torch.no_grad()
 def base_x0(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Generate latents [B, C, h, w] from noise and prompts with the base student and the base text encoder."""
+    """Generate latents [B, C, h, w] with the base student and the base text encoder."""
     with base_models(state):
         return student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts))
 
