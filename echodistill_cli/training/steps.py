@@ -181,7 +181,7 @@ def head_start_step(state: TrainingState) -> Metrics:
 def replay_step(state: TrainingState) -> Metrics:
     """Train the student once more, on stored targets and on class images by the base student.
 
-    Images of the class, for example in other colors, keep the meaning of words that the photos of the subject contradict.
+    Class images, for example in other colors, keep the meaning of words that the photos contradict.
     """
     noise, target, prompts = replay_batch(state)
     x0 = student_x0(state.pair.student, noise, encode_for_student(state, prompts))
