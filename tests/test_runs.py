@@ -19,19 +19,19 @@ from echodistill_cli.files import (
     last_part,
     make_folder,
     public_name,
+    recover_below,
     sha256,
     write_bytes,
     write_text,
 )
+from echodistill_cli.pipeline import resumed_config
 from echodistill_cli.runs import (
     Run,
     check_name,
     create_run,
     newest_run,
     open_run,
-    remove_leftovers,
     resume_run,
-    resumed_config,
 )
 
 
@@ -309,37 +309,8 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(run: Run) ->
     (run.samples / ".step-000010.png.123.tmp").touch()
     (run.folder / ".metrics.jsonl.123.tmp").touch()
     assert [path.name for path in run.list_checkpoints()] == ["step-000005"]
-    remove_leftovers(run.folder)
+    recover_below(run.folder)
     assert everything_in(run.folder) == before
-
-
-@pytest.mark.parametrize(
-    ("step", "photos", "steps", "message"),
-    [
-        (None, 3, 20, r"was trained on 4 photos, but my/photos has 3\. Resume with the same photos"),
-        (None, 4, 7, r"is at step 10 already, beyond --steps 7\. Finish there with --steps 10"),
-        (7, 4, 20, r"has no checkpoint of step 7\. Choose one of 5, 10\."),
-    ],
-)
-def test_a_state_is_resumed_only_with_its_photos_and_before_the_last_step(
-    tmp_path: Path, step: int | None, photos: int, steps: int, message: str
-) -> None:
-    config = config_at(tmp_path / "run", concept__photos="my/photos", train__steps=steps)
-    run = create_run(config, overwrite=False)
-    assert run.resumable_state(None, photos) is None
-    for number in (5, 10):
-        run.save_checkpoint(number, state(number) | {"photo_count": 4})
-    with pytest.raises(ConfigError, match=message):
-        run.resumable_state(step, photos)
-
-
-def test_the_newest_or_a_named_state_is_resumed(run: Run) -> None:
-    for number in (5, 10):
-        run.save_checkpoint(number, state(number) | {"photo_count": 4})
-    for step, expected in ((None, 10), (5, 5)):
-        saved = run.resumable_state(step, 4)
-        assert saved is not None
-        assert saved["step"] == expected
 
 
 @pytest.mark.parametrize(
