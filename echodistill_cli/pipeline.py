@@ -165,7 +165,6 @@ def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
 
 
 def _loaded_state(config: Config, session: _Session) -> TrainingState:
-    """Load the models and encode the photos."""
     from echodistill_cli.planning import assumptions
     from echodistill_cli.training.state import build_state
 
@@ -177,7 +176,6 @@ def _loaded_state(config: Config, session: _Session) -> TrainingState:
 
 
 def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainResult:
-    """Train and write the LoRA files."""
     from echodistill_cli.outputs.export import write_results
     from echodistill_cli.training.loop import train_to_end
 

@@ -124,16 +124,11 @@ class Run:
         return damaged
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint atomically, then delete the oldest beyond `run.keep`.
-
-        The settings that decide the result are saved with it.
+        """Write a checkpoint with the settings that decide its content, delete the oldest, and return its folder.
 
         Args:
             step: joint training steps so far.
             state: `TrainingState.state_dict()`.
-
-        Returns:
-            The checkpoint folder.
 
         Raises:
             EchoDistillError: the checkpoint cannot be written.
@@ -226,8 +221,7 @@ def check_name(config: Config) -> None:
     """Check that a run's files can have their names, before anything is trained or exported.
 
     Raises:
-        ConfigError: the name, the token or the class name holds a character that no file name may have.
-        ConfigError: the name is reserved or too long, or the LoRA and the token would share a file.
+        ConfigError: a name holds a character that no file name may have, is reserved or too long, or names two files.
     """
     names = {"--name": config.run.name, "--token": config.concept.token, "--class-name": config.concept.class_name}
     for flag, text in names.items():
@@ -350,10 +344,7 @@ def open_run(folder: Path) -> Run:
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.")
     config = config_from_dict(read_toml(folder / CONFIG_FILE))
-    try:
-        check_name(config)
-    except ConfigError as error:
-        raise ConfigError(f"{folder / CONFIG_FILE}: {error.message}", error.hint) from error
+    check_name(config)  # a stranger's run must not lead an export out of its folder
     return Run(folder, config)
 
 
