@@ -185,14 +185,12 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
     return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
 
 
+_MODELS = ("student", "teacher", "student_lora", "tiny_decoder", "vae", "tokenizer", "single_file_config")
 # Settings that may name local files.
 _LOCAL = {
     "concept": ("photos",),
     "critic": ("discriminators", "identity"),
-    "model": (
-        *("student", "teacher", "student_lora", "tiny_decoder", "vae", "tokenizer"),
-        *("single_file_config", "teacher_single_file_config"),
-    ),
+    "model": (*_MODELS, "teacher_single_file_config"),
 }
 _ENCODERS = {"clip", "dino", "dinov2", "teacher", "none"}  # names, even where a folder is called so
 

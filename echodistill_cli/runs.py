@@ -17,6 +17,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -109,9 +110,6 @@ class Run:
 
         Returns:
             how many damaged lines of the metrics were dropped.
-
-        Raises:
-            EchoDistillError: a file cannot be written.
         """
         make_folder(self.samples)
         for later in reversed(self.list_checkpoints()):
@@ -177,7 +175,7 @@ class Run:
             with contextlib.suppress(EchoDistillError):
                 state = self._read_checkpoint(matching.pop())
         state = state or self._read_checkpoint(matching[0])
-        if change := _difference(state.get("settings", {}), _result_settings(self.config)):
+        if change := _difference(dict(state.get("settings", {})), _result_settings(self.config)):
             key, before, now = change
             raise ConfigError(
                 f"{self.folder / CONFIG_FILE} has {key} = {now!r}, but the run was trained with {before!r}.",
@@ -193,8 +191,8 @@ class Run:
             if sha256(folder / "state.pt") != manifest["sha256"]:
                 raise ValueError("its content does not match its checksum")
             state = dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True))
-            if state.get("family", "sd") not in FAMILIES:
-                raise ValueError("its model family is unknown")
+            if type(state["step"]) is not int or state.get("family", "sd") not in FAMILIES:
+                raise ValueError("its content is not a run's state")
         except _READING as error:
             earlier = [path for path in self.list_checkpoints() if _place_of(path) < _place_of(folder)]
             remedy = "Start again with train --overwrite."
@@ -252,7 +250,7 @@ def check_output(config: Config, *, overwrite: bool) -> None:
     """
     folder = config.output
     with explained(folder):
-        recover(folder.resolve())
+        recover(Path(os.path.realpath(folder)))  # pathlib raises another error in a circle of links
         if not folder.exists() or _is_fresh(folder):
             return
     if not overwrite:
@@ -340,7 +338,7 @@ def open_run(folder: Path) -> Run:
         ConfigError: it is not a run folder, its settings cannot be read, or a name in them is no file name.
     """
     if not (folder / CONFIG_FILE).is_file():
-        recover(folder.resolve())
+        recover(Path(os.path.realpath(folder)))
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.")
     config = config_from_dict(read_toml(folder / CONFIG_FILE))

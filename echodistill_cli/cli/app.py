@@ -243,6 +243,8 @@ def _explain(error: BaseException, arguments: Sequence[str], received: Sequence[
         detail = f" while allocating {size[1]}" if size else ""
         hint = "Try a smaller --batch-size or image size, --precision bf16, or a device with more memory."
         return _fail(f"Out of memory{detail}. {hint}", DeviceMemoryError.exit_code)
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's word for ELOOP
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error).partition(" from ")[2].strip("'"))
     if isinstance(error, OSError):
         name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         code = ConfigError.exit_code if error.errno in _WRONG_PATHS else EchoDistillError.exit_code

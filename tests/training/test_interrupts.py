@@ -167,8 +167,8 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(
     # A killed process leaves a truncated line and files with temporary names.
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 2, "denois')
-    (run / ".config.toml.1.tmp").write_text("half")
-    (run / "samples" / ".step-000006.png.1.tmp").write_text("half")
+    (run / f".config.toml.{2**31 - 1}.tmp").write_text("half")
+    (run / "samples" / f".step-000006.png.{2**31 - 1}.tmp").write_text("half")
     done = command("train", "--resume", "-o", run)
     assert done.code == 0
     assert "from the start" in done.err
