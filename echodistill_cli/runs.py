@@ -90,13 +90,12 @@ class Run:
 
     def _readable_metrics(self) -> tuple[list[dict[str, float]], int]:
         """Return the metrics, and how many lines are damaged."""
-        with explained(self.metrics_file):
-            entries, damaged = read_json_lines(self.metrics_file)
+        entries, damaged = read_json_lines(self.metrics_file)
         readable = [entry for entry in entries if isinstance(entry, dict) and type(entry.get("step")) is int]
         return readable, damaged + len(entries) - len(readable)
 
     def locked(self) -> AbstractContextManager[None]:
-        """Context in which no other process can train in this folder; an error says that one does."""
+        """Context in which no other process can train in this folder."""
         return locked(self.folder / _LOCK, "is being trained")
 
     def rewind(self, step: int, phase_step: int = 0) -> int:
@@ -177,10 +176,8 @@ class Run:
         state = state or self._read_checkpoint(matching[0])
         if change := _difference(dict(state.get("settings", {})), _result_settings(self.config)):
             key, before, now = change
-            raise ConfigError(
-                f"{self.folder / CONFIG_FILE} has {key} = {now!r}, but the run was trained with {before!r}.",
-                "Restore that value, or start a new run in another --output.",
-            )
+            message = f"{self.folder / CONFIG_FILE} has {key} = {now!r}, but the run was trained with {before!r}."
+            raise ConfigError(message, "Restore that value, or start a new run in another --output.")
         return state
 
     def _read_checkpoint(self, folder: Path) -> dict[str, Any]:
@@ -251,6 +248,8 @@ def check_output(config: Config, *, overwrite: bool) -> None:
     folder = config.output
     with explained(folder):
         recover(Path(os.path.realpath(folder)))  # pathlib raises another error in a circle of links
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # pathlib takes a circle of links for a folder that does not exist
         if not folder.exists() or _is_fresh(folder):
             return
     if not overwrite:
@@ -387,7 +386,7 @@ def _result_settings(config: Config) -> dict[str, Any]:
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the first setting that differs: its key and both values. Paths may be relative or absolute."""
     changes = ((key, before[key], now[key]) for key in before.keys() & now.keys())
-    return min((one for one in changes if _absolute(one[1]) != _absolute(one[2])), default=None, key=lambda one: one[0])
+    return next((one for one in sorted(changes, key=str) if _absolute(one[1]) != _absolute(one[2])), None)
 
 
 def _absolute(value: Any) -> Any:
