@@ -59,8 +59,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error of Python or torch means that memory ran out. Does not import torch."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory")  # from MPS, and from the CPU allocator
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    text = str(error).lower()
+    return isinstance(error, (RuntimeError, ImportError, OSError)) and any(words in text for words in _MEMORY_WORDS)
+
+
+# What reports exhausted memory with errors of other types and numbers.
+_MEMORY_WORDS = (
+    "out of memory",  # MPS
+    "can't allocate memory",  # torch's allocator of the CPU
+    "cannot allocate memory",  # the system, also while a library is imported
+    "failed to map segment",  # the loader of shared libraries
+    "could not create a primitive",  # oneDNN
+    "could not create a memory object",
+    "bad_alloc",  # C++
+)
 
 
 class Interrupted(EchoDistillError):

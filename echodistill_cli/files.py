@@ -1,15 +1,21 @@
-"""Write files atomically, explain failed writes in one line, and show paths without their folders."""
+"""Write files atomically, recover after a kill, lock, explain failed writes, and show paths without their folders.
+
+While `NAME` is written it is called `.NAME.PID.tmp`. A folder that it replaces is called `.NAME.PID.old.tmp` until the
+new one is in place. `recover` settles what a killed process left under these names.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from echodistill_cli.errors import EchoDistillError
 
@@ -57,19 +63,88 @@ def atomically(path: Path) -> Iterator[Path]:
     """Context that yields a temporary path and renames it to `path` if the block succeeds.
 
     An existing file is replaced by a file, and an existing folder by a folder. After a failure `path` is unchanged and
-    nothing else is left behind.
+    nothing else is left behind. What a killed process left of the same path is settled first.
 
     Raises:
         EchoDistillError: the disk is full, or the folder is missing or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
+    recover(path)
     try:
         with explained(path):
             yield temporary
             _finish(temporary)
             _put_in_place(temporary, path)
     finally:
-        _remove(temporary)
+        remove(temporary)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder so that a kill never leaves a part of it under its name.
+
+    Raises:
+        EchoDistillError: it cannot be deleted.
+    """
+    with explained(folder):
+        temporary = _temporary(folder)
+        folder.replace(temporary)
+        shutil.rmtree(temporary)
+
+
+def recover(path: Path) -> None:
+    """Settle what killed processes left of a path: restore an old version that nothing replaced, delete the rest."""
+    for leftover, target, is_old in _leftovers(path.parent):
+        if target.name == path.name:
+            _settle(leftover, target, is_old=is_old)
+
+
+def recover_below(folder: Path) -> None:
+    """Settle what killed processes left anywhere in a folder. Links are neither followed nor deleted."""
+    for parent, names, _ in os.walk(folder):
+        for leftover, target, is_old in _leftovers(Path(parent)):
+            _settle(leftover, target, is_old=is_old)
+        names[:] = [name for name in names if not _LEFTOVER.fullmatch(name)]
+
+
+@contextlib.contextmanager
+def locked(file: Path, use: str) -> Iterator[None]:
+    """Context that holds a lock file, which is deleted in the end; the lock of a dead process is free.
+
+    Without locks, as on Windows and some network disks, and where the file cannot be made, nothing is held.
+
+    Args:
+        file: holds the ID of this process meanwhile.
+        use: what the folder of the file is used for, such as "is being trained".
+
+    Raises:
+        EchoDistillError: another process holds the lock.
+    """
+    descriptor, holder = _lock(file)
+    if holder is not None:
+        by = f"process {holder}" if holder else "another process"
+        raise EchoDistillError(f"{file.parent} {use} by {by}.", "Wait until it ends, or stop it.")
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            if _is_same(descriptor, file):
+                remove(file)
+            os.close(descriptor)
+
+
+def read_json_lines(path: Path) -> tuple[list[Any], int]:
+    """Return the values of a JSON Lines file, and how many lines are damaged, such as by a full disk or a crash.
+
+    A last line that was cut off does not count as damaged.
+    """
+    values, damaged = list[Any](), 0
+    *lines, _cut_off = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for line in lines:
+        try:
+            values.append(json.loads(line.decode()))
+        except (ValueError, RecursionError):
+            damaged += 1
+    return values, damaged
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -119,14 +194,92 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         temporary.replace(path)
         return
     # A folder cannot be renamed onto one that holds files: move the old one aside, and back again if that fails.
-    old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    old = _temporary(path, ".old")
     path.replace(old)
     try:
         temporary.replace(path)
     except OSError:
         old.replace(path)
         raise
-    _remove(old)
+    # Only a whole folder may have a name from which `recover` restores it.
+    old.replace(temporary)
+    remove(temporary)
+
+
+_LEFTOVER = re.compile(r"\.(.+)\.(\d+)(\.old)?\.tmp")
+
+
+def _temporary(path: Path, suffix: str = "") -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}{suffix}.tmp")
+
+
+def _leftovers(folder: Path) -> list[tuple[Path, Path, bool]]:
+    """Return what dead processes left in a folder: the path, its target, and whether it is an old version."""
+    leftovers = []
+    with contextlib.suppress(OSError):  # what writes there explains why it cannot be read
+        for entry in os.scandir(folder):
+            match = _LEFTOVER.fullmatch(entry.name)
+            if match and not entry.is_symlink() and _is_gone(int(match[2])):
+                leftovers.append((folder / entry.name, folder / match[1], bool(match[3])))
+    return leftovers
+
+
+def _is_gone(process: int) -> bool:
+    """Return whether a process has ended. In containers, this process often has the ID of the one before."""
+    if process == os.getpid():
+        return True
+    if os.name == "nt":  # os.kill would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:  # another user's
+        return False
+    return False
+
+
+def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
+    if is_old and not os.path.lexists(target):
+        with contextlib.suppress(OSError):
+            leftover.replace(target)
+        return
+    if is_old:  # while it is deleted, it must not have a name from which it would be restored
+        with contextlib.suppress(OSError):
+            leftover = leftover.replace(_temporary(target))
+    remove(leftover)
+
+
+def _lock(file: Path) -> tuple[int | None, int | None]:
+    """Return the descriptor of a lock file if the lock is held, and the ID of another process that holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None, None
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError:
+            return None, None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 20).decode("ascii", "replace").strip()
+            os.close(descriptor)
+            return None, (int(holder) if holder.isdecimal() else 0) if isinstance(error, BlockingIOError) else None
+        if _is_same(descriptor, file):
+            with contextlib.suppress(OSError):  # without room for the ID the lock still holds
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, str(os.getpid()).encode())
+            return descriptor, None
+        os.close(descriptor)  # deleted by its last holder, between opening and locking
+
+
+def _is_same(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.lstat())
+    except OSError:  # the file was moved or deleted
+        return False
 
 
 def _finish(path: Path) -> None:
@@ -143,12 +296,27 @@ def _finish(path: Path) -> None:
                 file.chmod(0o666 & ~mask)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or folder if it exists; failures are ignored."""
     with contextlib.suppress(OSError):  # for example, the name is too long
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32)), *map(chr, range(127, 160))}  # on at least one system
+_LONGEST_NAME = 255  # bytes, on nearly every disk
+
+
+def is_file_name(text: str) -> bool:
+    """Return whether a text may be a file's name, or a part of it, on every system; no path is."""
+    return bool(text.strip(" .")) and not set(text) & _NOT_IN_NAMES
+
+
+def is_too_long(name: str) -> bool:
+    """Return whether a name is too long for a file while it is written."""
+    return len(os.fsencode(f".{name}.{10**7 - 1}.tmp")) > _LONGEST_NAME
 
 
 _SEPARATOR = re.compile(r"[/\\]")
@@ -158,6 +326,15 @@ _RELATIVE = re.compile(r"\.\.?[/\\]")
 def expanded(path: str | Path) -> Path:
     """Return a path with `~` and `~user` expanded. An unknown user stays as it is, where pathlib raises."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def absolute_if_local(source: str) -> str:
+    """Return the absolute path of an existing file or folder; other text, such as a hub id, is unchanged."""
+    path = expanded(source)
+    try:
+        return str(path.absolute()) if path.exists() else source
+    except OSError:  # for example, too long for a file name
+        return source
 
 
 def public_name(value: str) -> str:

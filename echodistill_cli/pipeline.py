@@ -7,22 +7,28 @@ functions only, so that a command that fails early does not wait for it.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict
 from echodistill_cli.config.schema import Config, warnings
+from echodistill_cli.files import absolute_if_local
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
 from echodistill_cli.runs import (
     OnMessage,
     OnStep,
+    Run,
     check_name,
     check_output,
     create_run,
+    newest_run,
+    open_run,
     resume_run,
-    resumed_config,
 )
 
 if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when a type is needed
@@ -120,41 +126,107 @@ def train(
     """
     started = time.time()
     report = _check_before(config)
+    config = _with_absolute_paths(config)
     for warning in _warnings(config, report):
         on_message(warning)
-    if not resume:
-        check_output(config, overwrite=overwrite)
-    run = resume_run(config) if resume else None
-    saved = run.resumable_state(from_step, len(report.photos)) if run else None
-
-    from echodistill_cli.outputs.export import write_results
-    from echodistill_cli.training.loop import train_to_end
-
-    state = _loaded_state(config, report.photos, saved, on_message)
-    if run is None:
-        run = create_run(config, overwrite=overwrite)
-    else:
-        run.rewind(state.step)
-    start = f"continuing after {state.place}" if state.step or state.head_start_step else "from the start"
-    on_message(f"Training in {run.folder}, {start}")
-    train_to_end(state, run, on_step, on_message)
-    return write_results(state.pair, state.state_dict(), run, started, on_message)
+    session = _Session(started, report.photos, on_step, on_message)
+    if resume:
+        run = resume_run(config)
+        with run.locked():
+            return _resume(run, from_step, session)
+    check_output(config, overwrite=overwrite)
+    state = _loaded_state(config, session)
+    run = create_run(config, overwrite=overwrite)
+    with run.locked():
+        return _train_to_end(state, run, session)
 
 
-def _loaded_state(
-    config: Config, photos: Sequence[Photo], saved: dict[str, Any] | None, on_message: OnMessage
-) -> TrainingState:
-    """Load the models, encode the photos, and restore a checkpoint's state if there is one."""
+@dataclass(frozen=True)
+class _Session:
+    """One call of `train`: when it started, its photos and its callbacks."""
+
+    started: float
+    photos: Sequence[Photo]
+    on_step: OnStep
+    on_message: OnMessage
+
+
+def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
+    """Continue a run from a checkpoint, or from its first step if it has none."""
+    from echodistill_cli.training.loop import restore, resumable_state
+
+    saved = resumable_state(run, from_step, session.photos, session.on_message)
+    state = _loaded_state(run.config, session)
+    if saved:
+        restore(state, saved, run)
+    if damaged := run.rewind(state.step, state.carry_back_step if state.step else state.head_start_step):
+        session.on_message(f"{run.metrics_file}: {damaged} damaged lines were dropped")
+    return _train_to_end(state, run, session)
+
+
+def _loaded_state(config: Config, session: _Session) -> TrainingState:
     from echodistill_cli.planning import assumptions
     from echodistill_cli.training.state import build_state
 
     for line in assumptions(config.model):
-        on_message(line)
-    on_message(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(photos)} photos")
-    state = build_state(config, photos)
-    if saved:
-        state.load_state_dict(saved)
-    return state
+        session.on_message(line)
+    names = f"{config.model.student} and {config.model.teacher}"
+    session.on_message(f"Loading {names}, encoding {len(session.photos)} photos")
+    return build_state(config, session.photos)
+
+
+def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainResult:
+    from echodistill_cli.outputs.export import write_results
+    from echodistill_cli.training.loop import train_to_end
+
+    start = f"continuing after {state.place}" if state.step or state.head_start_step else "from the start"
+    session.on_message(f"Training in {run.folder}, {start}")
+    train_to_end(state, run, session.on_step, session.on_message)
+    return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
+
+
+_MODELS = ("student", "teacher", "student_lora", "tiny_decoder", "vae", "tokenizer", "single_file_config")
+# Settings that may name local files.
+_LOCAL = {
+    "concept": ("photos",),
+    "critic": ("discriminators", "identity"),
+    "model": (*_MODELS, "teacher_single_file_config"),
+}
+_ENCODERS = {"clip", "dino", "dinov2", "teacher", "none"}  # names, even where a folder is called so
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """Return the settings with local models and photos by absolute paths, so that a run works from any folder."""
+    sections = {}
+    for section, keys in _LOCAL.items():
+        settings = getattr(config, section)
+        sections[section] = dataclasses.replace(settings, **{key: _absolute(getattr(settings, key)) for key in keys})
+    return dataclasses.replace(config, **sections)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return value if not value or value in _ENCODERS else absolute_if_local(value)
+
+
+def resumed_config(overrides: Mapping[str, Any]) -> Config:
+    """Return the settings of the run to resume, with some of them changed.
+
+    Args:
+        overrides: changed settings by dotted key. The output, name, token, class or photos also select the run; without
+            any of them it is the newest run.
+
+    Raises:
+        ConfigError: there is no such run, or a key or value is wrong.
+    """
+    selecting = {"run.output", "run.name", "concept.token", "concept.class_name", "concept.photos"}
+    run = open_run(build_config(overrides=overrides).output) if selecting & set(overrides) else newest_run()
+    tables = config_to_dict(run.config)
+    for key, value in {**overrides, "run.output": str(run.folder)}.items():
+        section, _, name = key.partition(".")
+        tables.setdefault(section, {})[name] = value
+    return config_from_dict(tables)
 
 
 def plan(config: Config) -> Plan:

@@ -5,22 +5,46 @@ runs/sks-dog/
   metrics.jsonl               one object per step
   samples/step-000100.png     one grid per preview
   checkpoints/step-000250/    state.pt and manifest.json (its SHA-256)
+  .lock                       the ID of the process that trains it, while it does
+
+A checkpoint of the head start is called step-000000-head-000010, one of the carry back step-001500-back-000010. No two
+share a name, so that none is replaced. Old runs have such checkpoints without the second number.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import pickle
-import shutil
+import re
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, config_to_toml, read_toml
+from echodistill_cli.config.build import config_from_dict, config_to_dict, config_to_toml, read_toml
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import atomically, explained, make_folder, sha256, write_text
+from echodistill_cli.files import (
+    absolute_if_local,
+    atomically,
+    discard,
+    explained,
+    is_file_name,
+    is_too_long,
+    locked,
+    make_folder,
+    read_json_lines,
+    recover,
+    recover_below,
+    remove,
+    sha256,
+    write_text,
+)
 from echodistill_cli.lora.keys import RESERVED_NAMES
 
 OnStep = Callable[[Mapping[str, float]], None]
@@ -34,7 +58,10 @@ _FREE_TO_CHANGE = {
     *("train.steps", "train.lr", "train.teacher_lr", "train.text_lr", "train.discriminator_lr"),
     "train.gradient_checkpointing",
 }
-_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32))}  # on at least one system
+_CHECKPOINT = re.compile(r"step-(\d+)(?:-(?:head|back)-(\d+))?")
+_LOCK = ".lock"
+# What reading a damaged or forged checkpoint raises.
+_READING = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError)
 
 
 class Run:
@@ -58,33 +85,47 @@ class Run:
             file.write(json.dumps(finite) + "\n")
 
     def read_metrics(self) -> list[dict[str, float]]:
-        """Return the metrics of all steps so far, without a last line that a crash cut off."""
-        if not self.metrics_file.is_file():
-            return []
-        lines = self.metrics_file.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("}\n")]
+        """Return the metrics of all steps so far, without lines that a crash or a full disk damaged."""
+        return self._readable_metrics()[0]
 
-    def rewind(self, step: int) -> None:
-        """Prepare to continue after `step`: write the settings, drop later metrics and checkpoints."""
+    def _readable_metrics(self) -> tuple[list[dict[str, float]], int]:
+        """Return the metrics, and how many lines are damaged."""
+        entries, damaged = read_json_lines(self.metrics_file)
+        readable = [entry for entry in entries if isinstance(entry, dict) and type(entry.get("step")) is int]
+        return readable, damaged + len(entries) - len(readable)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Context in which no other process can train in this folder."""
+        return locked(self.folder / _LOCK, "is being trained")
+
+    def rewind(self, step: int, phase_step: int = 0) -> int:
+        """Prepare to continue after `step`: drop later checkpoints and metrics, write the settings.
+
+        A kill in the middle leaves a run whose newest checkpoint has all of its metrics.
+
+        Args:
+            step: joint training steps to keep.
+            phase_step: steps to keep of the head start, if `step` is 0, or of the carry back.
+
+        Returns:
+            how many damaged lines of the metrics were dropped.
+        """
+        make_folder(self.samples)
+        for later in reversed(self.list_checkpoints()):
+            if _place_of(later) > (step, phase_step):
+                discard(later)
+        entries, damaged = self._readable_metrics()
+        lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step]
+        write_text(self.metrics_file, "".join(lines))
         write_text(self.folder / CONFIG_FILE, config_to_toml(self.config))
-        earlier = [entry for entry in self.read_metrics() if entry["step"] <= step]
-        write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in earlier))
-        for later in self.list_checkpoints():
-            if later.name > f"step-{step:06d}":
-                shutil.rmtree(later)
+        return damaged
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint atomically, then delete the oldest beyond `run.keep`.
-
-        An existing checkpoint of the same step is replaced only after the new one is complete: head-start and
-        carry-back checkpoints share a step number.
+        """Write a checkpoint with the settings that decide its content, delete the oldest, and return its folder.
 
         Args:
             step: joint training steps so far.
             state: `TrainingState.state_dict()`.
-
-        Returns:
-            The checkpoint folder.
 
         Raises:
             EchoDistillError: the checkpoint cannot be written.
@@ -92,66 +133,52 @@ class Run:
         import torch
 
         make_folder(self.checkpoints)
-        target = self.checkpoints / f"step-{step:06d}"
+        target = self.checkpoints / _checkpoint_name(step, state)
         with atomically(target) as folder:
             folder.mkdir()
-            torch.save(dict(state), folder / "state.pt")
+            torch.save({**state, "settings": _result_settings(self.config)}, folder / "state.pt")
             manifest = {"step": step, "sha256": sha256(folder / "state.pt")}
             (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         for old in self.list_checkpoints()[: -self.config.run.keep]:
-            shutil.rmtree(old)
+            discard(old)
         return target
 
     def list_checkpoints(self) -> list[Path]:
         """Return the checkpoint folders, oldest first."""
-        return sorted(self.checkpoints.glob("step-*")) if self.checkpoints.is_dir() else []
+        if not self.checkpoints.is_dir():
+            return []
+        folders = (path for path in self.checkpoints.iterdir() if _CHECKPOINT.fullmatch(path.name) and path.is_dir())
+        return sorted(folders, key=_place_of)
 
     def load_checkpoint(self, step: int | None = None) -> dict[str, Any]:
         """Return the state that a checkpoint holds.
 
         Args:
-            step: of the checkpoint; None for the newest.
+            step: of the checkpoint; None for the newest. Of several with this step, it is the newest undamaged one.
 
         Raises:
-            ConfigError: there is no such checkpoint.
+            ConfigError: there is no such checkpoint, or config.toml was changed after it was written.
             EchoDistillError: it is damaged. The hint names the checkpoint before it.
         """
         checkpoints = self.list_checkpoints()
         if not checkpoints:
             raise ConfigError(f"{self.folder} has no checkpoint yet.", "Start again with train --overwrite.")
-        matching = [path for path in checkpoints if step is None or path.name == f"step-{step:06d}"]
+        matching = (
+            [path for path in checkpoints if _place_of(path)[0] == step] if step is not None else checkpoints[-1:]
+        )
         if not matching:
-            steps = ", ".join(str(_step_of(path)) for path in checkpoints)
+            steps = ", ".join(str(number) for number in sorted({_place_of(path)[0] for path in checkpoints}))
             raise ConfigError(f"{self.folder} has no checkpoint of step {step}.", f"Choose one of {steps}.")
-        return self._read_checkpoint(matching[-1])
-
-    def resumable_state(self, step: int | None, photo_count: int) -> dict[str, Any] | None:
-        """Return the state to resume from; None if the run stopped before its first checkpoint.
-
-        Args:
-            step: of the checkpoint; None for the newest.
-            photo_count: usable photos now.
-
-        Raises:
-            ConfigError: the checkpoint does not exist, was trained on another number of photos, or is beyond
-                `train.steps`.
-            EchoDistillError: the checkpoint is damaged.
-        """
-        if step is None and not self.list_checkpoints():
-            return None
-        saved = self.load_checkpoint(step)
-        if saved["photo_count"] != photo_count:
-            raise ConfigError(
-                f"{self.folder} was trained on {saved['photo_count']} photos, but {self.config.concept.photos} has "
-                f"{photo_count}.",
-                "Resume with the same photos, or start a new run in another --output.",
-            )
-        if saved["step"] > self.config.train.steps:
-            raise ConfigError(
-                f"{self.folder} is at step {saved['step']} already, beyond --steps {self.config.train.steps}.",
-                f"Finish there with --steps {saved['step']}, or go back with --from-step.",
-            )
-        return saved
+        state: dict[str, Any] | None = None
+        while state is None and len(matching) > 1:
+            with contextlib.suppress(EchoDistillError):
+                state = self._read_checkpoint(matching.pop())
+        state = state or self._read_checkpoint(matching[0])
+        if change := _difference(dict(state.get("settings", {})), _result_settings(self.config)):
+            key, before, now = change
+            message = f"{self.folder / CONFIG_FILE} has {key} = {now!r}, but the run was trained with {before!r}."
+            raise ConfigError(message, "Restore that value, or start a new run in another --output.")
+        return state
 
     def _read_checkpoint(self, folder: Path) -> dict[str, Any]:
         import torch
@@ -160,32 +187,44 @@ class Run:
             manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             if sha256(folder / "state.pt") != manifest["sha256"]:
                 raise ValueError("its content does not match its checksum")
-            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-            earlier = [path for path in self.list_checkpoints() if path < folder]
+            state = dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True))
+            if type(state["step"]) is not int or state.get("family", "sd") not in FAMILIES:
+                raise ValueError("its content is not a run's state")
+        except _READING as error:
+            earlier = [path for path in self.list_checkpoints() if _place_of(path) < _place_of(folder)]
             remedy = "Start again with train --overwrite."
             if earlier:
-                number = _step_of(earlier[-1])
+                number = _place_of(earlier[-1])[0]
                 remedy = f"Use the one before it: train --resume --from-step {number}, or export --step {number}."
             raise EchoDistillError(f"Checkpoint {folder} is damaged ({error}).", remedy) from error
-        return dict(state)
+        return state
 
 
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+def _checkpoint_name(step: int, state: Mapping[str, Any]) -> str:
+    phases = {"back": state.get("carry_back_step", 0), "head": 0 if step else state.get("head_start_step", 0)}
+    return f"step-{step:06d}" + "".join(f"-{phase}-{number:06d}" for phase, number in phases.items() if number)
+
+
+def _place_of(checkpoint: Path) -> tuple[int, int]:
+    """Return the joint step of a checkpoint, and its step of the head start or the carry back."""
+    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 0)
 
 
 def check_name(config: Config) -> None:
-    """Check that a run's files can have their names, before anything is trained.
+    """Check that a run's files can have their names, before anything is trained or exported.
 
     Raises:
-        ConfigError: the name, the token or the class name holds a character that no file name may have, or the name is
-            reserved, or the LoRA and the token would share a file.
+        ConfigError: a name holds a character that no file name may have, is reserved or too long, or names two files.
     """
     names = {"--name": config.run.name, "--token": config.concept.token, "--class-name": config.concept.class_name}
     for flag, text in names.items():
-        if text is not None and (not text.strip(" .") or set(text) & _NOT_IN_NAMES):
+        if text is not None and not is_file_name(text):
             raise ConfigError(f"{flag} {text!r} cannot be used as a file name.", "Use letters, digits, - and _.")
+    for name in (config.name, config.concept.token):
+        if is_too_long(f"{name}-teacher.safetensors"):
+            raise ConfigError(f"The name {name[:20]}… is too long for a file.", "Choose a shorter --name.")
     if config.name.lower() in RESERVED_NAMES:
         raise ConfigError(f"A1111 cannot load a LoRA named {config.name!r}.", "Choose another --name.")
     if config.text.form == "token" and config.name == config.concept.token:
@@ -195,7 +234,7 @@ def check_name(config: Config) -> None:
 
 
 def check_output(config: Config, *, overwrite: bool) -> None:
-    """Check that a new run may be created at `config.output`; changes nothing.
+    """Check that a new run may be created at `config.output`; changes nothing but what a killed process left.
 
     Args:
         config: of the new run.
@@ -204,24 +243,51 @@ def check_output(config: Config, *, overwrite: bool) -> None:
     Raises:
         ConfigError: the folder exists and `overwrite` is off, or it is not a run folder, or it holds the photos or the
             working directory.
+        EchoDistillError: another process trains there.
     """
     folder = config.output
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
+    with explained(folder):
+        recover(Path(os.path.realpath(folder)))  # pathlib raises another error in a circle of links
+        with contextlib.suppress(FileNotFoundError):
+            folder.stat()  # pathlib takes a circle of links for a folder that does not exist
+        if not folder.exists() or _is_fresh(folder):
+            return
     if not overwrite:
         raise ConfigError(
             f"{folder} exists already.",
             "Continue it with --resume, replace it with --overwrite, or choose another --output.",
         )
-    if not ((folder / CONFIG_FILE).is_file() and (folder / SAMPLES).is_dir()):
+    if not _is_run(folder):
         raise ConfigError(f"{folder} is not a run folder, so it is not overwritten.", "Choose another --output.")
     for path, what in ((Path(config.concept.photos), "the photos"), (Path(), "the working directory")):
         if path.resolve().is_relative_to(folder.resolve()):
             raise ConfigError(f"{folder} holds {what}, so it is not overwritten.", "Choose another --output.")
 
 
+def _is_fresh(folder: Path) -> bool:
+    """Return whether a folder is empty, or holds only what a run has that was killed while it was created."""
+    if not folder.is_dir():
+        return False
+    recover_below(folder)
+    entries = [entry for entry in folder.iterdir() if entry.name != _LOCK]
+    return all(entry.name == SAMPLES and entry.is_dir() and not any(entry.iterdir()) for entry in entries)
+
+
+def _is_run(folder: Path) -> bool:
+    """Return whether a folder is a run, whole or partly deleted. Anything else is never overwritten."""
+    config_file = folder / CONFIG_FILE
+    if config_file.is_file() and (folder / SAMPLES).is_dir():
+        return True
+    if any(folder.glob("checkpoints/step-*/manifest.json")) or any(folder.glob(f"{SAMPLES}/step-*.png")):
+        return True
+    try:  # a run that was killed while it was created has its settings alone, as this program writes them
+        return config_file.read_text("utf-8") == config_to_toml(config_from_dict(read_toml(config_file)))
+    except (OSError, ValueError, EchoDistillError):
+        return False
+
+
 def create_run(config: Config, *, overwrite: bool) -> Run:
-    """Create a run folder with its settings; an old run in its place is deleted if `overwrite` is on.
+    """Create a run folder with its settings; an old run in its place is deleted last if `overwrite` is on.
 
     Args:
         config: of the new run.
@@ -229,28 +295,54 @@ def create_run(config: Config, *, overwrite: bool) -> Run:
 
     Raises:
         ConfigError: `check_output` refuses the folder.
-        EchoDistillError: the folder cannot be written.
+        EchoDistillError: the folder cannot be written, or another process trains there.
     """
     check_output(config, overwrite=overwrite)
-    folder = config.output
-    with explained(folder):
-        if folder.exists():
-            shutil.rmtree(folder)
-    run = Run(make_folder(folder), config)
-    write_text(folder / CONFIG_FILE, config_to_toml(config))
-    make_folder(run.samples)
+    run = Run(make_folder(config.output), config)
+    with run.locked():
+        check_output(config, overwrite=overwrite)
+        if _is_fresh(run.folder):
+            _fill(run.folder, config)
+        else:
+            _replace(run.folder.resolve(), config)
     return run
+
+
+def _replace(folder: Path, config: Config) -> None:
+    """Replace an old run by a new one, in one step if its folder can be renamed."""
+    try:
+        with atomically(folder) as temporary:
+            temporary.mkdir()
+            _fill(temporary, config)
+    except EchoDistillError as error:
+        number = getattr(error.__cause__, "errno", None)
+        if number not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV):
+            raise
+        for entry in folder.iterdir():  # a disk of its own, or a folder in a folder that is read-only
+            if entry.name not in (_LOCK, CONFIG_FILE):
+                remove(entry)
+        _fill(folder, config)
+
+
+def _fill(folder: Path, config: Config) -> None:
+    """Write a new run. The settings, without which it is no run, come last."""
+    make_folder(folder / SAMPLES)
+    write_text(folder / CONFIG_FILE, config_to_toml(config))
 
 
 def open_run(folder: Path) -> Run:
     """Open an existing run folder.
 
     Raises:
-        ConfigError: it is not a run folder, or its settings cannot be read.
+        ConfigError: it is not a run folder, its settings cannot be read, or a name in them is no file name.
     """
     if not (folder / CONFIG_FILE).is_file():
+        recover(Path(os.path.realpath(folder)))
+    if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.")
-    return Run(folder, config_from_dict(read_toml(folder / CONFIG_FILE)))
+    config = config_from_dict(read_toml(folder / CONFIG_FILE))
+    check_name(config)  # a stranger's run must not lead an export out of its folder
+    return Run(folder, config)
 
 
 def newest_run(root: Path = Path("runs")) -> Run:
@@ -259,56 +351,28 @@ def newest_run(root: Path = Path("runs")) -> Run:
     Raises:
         ConfigError: there is no run.
     """
-    folders = [path.parent for path in root.glob(f"*/{CONFIG_FILE}")]
+    for old in root.glob(".*.old.tmp"):  # that --overwrite moved aside before it was killed
+        recover(root / old.name[1:].rsplit(".", 3)[0])
+    folders = [path.parent for path in root.glob(f"[!.]*/{CONFIG_FILE}")]
     if not folders:
         raise ConfigError(f"There is no run under {root}/.", "Train one first, or name a LoRA file or a run folder.")
     return open_run(max(folders, key=_last_written))
 
 
-def resumed_config(overrides: Mapping[str, Any]) -> Config:
-    """Return the settings of the run to resume, with some of them changed.
-
-    Args:
-        overrides: changed settings by dotted key. The output, name, token, class or photos also select the run; without
-            any of them it is the newest run.
-
-    Raises:
-        ConfigError: there is no such run, or a key or value is wrong.
-    """
-    selecting = {"run.output", "run.name", "concept.token", "concept.class_name", "concept.photos"}
-    run = open_run(build_config(overrides=overrides).output) if selecting & set(overrides) else newest_run()
-    tables = config_to_dict(run.config)
-    for key, value in {**overrides, "run.output": str(run.folder)}.items():
-        section, _, name = key.partition(".")
-        tables.setdefault(section, {})[name] = value
-    return config_from_dict(tables)
-
-
 def resume_run(config: Config) -> Run:
-    """Open the run at `config.output` to continue it with these settings.
+    """Open the run at `config.output` to continue it with these settings. Changes nothing.
 
     Raises:
         ConfigError: the run does not exist, or a setting that decides its result differs.
     """
     run = open_run(config.output)
-    current, recorded = _result_settings(config), _result_settings(run.config)
-    for key, value in recorded.items():
-        if current[key] != value:
-            raise ConfigError(
-                f"{config.output} was made with {key} = {value!r}, not {current[key]!r}.",
-                "Resume with the same settings, or start a new run in another --output.",
-            )
-    remove_leftovers(run.folder)
+    if change := _difference(_result_settings(run.config), _result_settings(config)):
+        key, before, now = change
+        raise ConfigError(
+            f"{config.output} was made with {key} = {before!r}, not {now!r}.",
+            "Resume with the same settings, or start a new run in another --output.",
+        )
     return Run(run.folder, config)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files and folders that a killed process left in a run folder."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def _result_settings(config: Config) -> dict[str, Any]:
@@ -317,6 +381,18 @@ def _result_settings(config: Config) -> dict[str, Any]:
     tables["run"] = {"seed": config.run.seed}
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     return {key: value for key, value in flat.items() if key not in _FREE_TO_CHANGE}
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the first setting that differs: its key and both values. Paths may be relative or absolute."""
+    changes = ((key, before[key], now[key]) for key in before.keys() & now.keys())
+    return next((one for one in sorted(changes, key=str) if _absolute(one[1]) != _absolute(one[2])), None)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_absolute(item) for item in value]
+    return absolute_if_local(value) if isinstance(value, str) else value
 
 
 def _last_written(folder: Path) -> float:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from echodistill_cli.config.build import config_from_dict
+from echodistill_cli.config.build import config_from_dict, config_to_toml
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import (
@@ -19,20 +20,22 @@ from echodistill_cli.files import (
     last_part,
     make_folder,
     public_name,
+    recover_below,
     sha256,
     write_bytes,
     write_text,
 )
+from echodistill_cli.pipeline import resumed_config
 from echodistill_cli.runs import (
     Run,
     check_name,
     create_run,
     newest_run,
     open_run,
-    remove_leftovers,
     resume_run,
-    resumed_config,
 )
+
+DEAD = 2**31 - 1  # no process has this ID
 
 
 def config_at(folder: Path, **changes: Any) -> Config:
@@ -126,6 +129,83 @@ def test_the_newest_run_is_the_one_that_was_written_to_last(tmp_path: Path) -> N
     assert newest_run(tmp_path).folder.name == "b"
     runs[2].log({"step": 1})
     assert newest_run(tmp_path).folder.name == "c"
+
+
+def as_killed(folder: Path, moment: str) -> None:
+    """Leave of a whole run what a killed process would."""
+    if moment == "before its settings":
+        for path in folder.iterdir():
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+        (folder / "samples").mkdir()
+        (folder / f".config.toml.{DEAD}.tmp").touch()
+        (folder / ".lock").write_text(str(DEAD))
+    elif moment == "before its samples":  # by an older version
+        shutil.rmtree(folder / "samples")
+    elif moment == "settings removed":  # by an older version
+        (folder / "config.toml").unlink()
+        (folder / "samples" / "step-000000.png").touch()
+    elif moment == "moved aside":
+        folder.rename(folder.with_name(f".{folder.name}.{DEAD}.old.tmp"))
+
+
+@pytest.mark.parametrize("moment", ["before its settings", "before its samples", "settings removed", "moved aside"])
+def test_a_run_that_was_killed_at_its_start_or_end_can_be_replaced(run: Run, moment: str) -> None:
+    as_killed(run.folder, moment)
+    again = create_run(config_at(run.folder, train__steps=7), overwrite=True)
+    assert everything_in(run.folder.parent) == {"run", "run/config.toml", "run/samples"}
+    assert open_run(again.folder).config.train.steps == 7
+
+
+def test_a_run_that_was_killed_before_its_settings_were_written_is_not_in_the_way(run: Run) -> None:
+    as_killed(run.folder, "before its settings")
+    create_run(run.config, overwrite=False)
+    assert everything_in(run.folder) == {"config.toml", "samples"}
+
+
+def test_a_run_that_was_killed_before_its_samples_folder_was_made_is_resumed(run: Run) -> None:
+    as_killed(run.folder, "before its samples")
+    resume_run(run.config).rewind(0)
+    assert run.samples.is_dir()
+
+
+def test_an_old_run_that_was_moved_aside_comes_back(run: Run) -> None:
+    as_killed(run.folder, "moved aside")
+    assert newest_run(run.folder.parent).folder == run.folder
+    as_killed(run.folder, "moved aside")
+    assert open_run(run.folder).config == run.config
+    as_killed(run.folder, "moved aside")
+    with pytest.raises(ConfigError, match="exists already"):
+        create_run(run.config, overwrite=False)
+
+
+def test_a_folder_of_pictures_is_never_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(ConfigError, match="is not a run folder"):
+        create_run(config_at(tmp_path), overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_a_run_that_is_being_trained_is_neither_trained_nor_overwritten(run: Run) -> None:
+    with run.locked():
+        assert (run.folder / ".lock").read_text() == str(os.getpid())
+        message = rf"run is being trained by process {os.getpid()}\."
+        with pytest.raises(EchoDistillError, match=message), run.locked():
+            pass
+        with pytest.raises(EchoDistillError, match=message):
+            create_run(run.config, overwrite=True)
+    assert everything_in(run.folder) == {"config.toml", "samples"}
+    (run.folder / ".lock").write_text(str(DEAD))  # of a killed process
+    with run.locked():
+        pass
+
+
+@pytest.mark.parametrize("name", ["../../strange", "/tmp/strange", "..", "a\\b", "a\x7fb", "x" * 223])
+@pytest.mark.parametrize("key", ["run__name", "concept__token", "concept__class_name"])
+def test_a_run_with_names_that_lead_out_of_a_folder_is_not_opened(tmp_path: Path, key: str, name: str) -> None:
+    tmp_path.joinpath("config.toml").write_text(config_to_toml(config_at(tmp_path, **{key: name})), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"cannot be used as a file name|is too long for a file"):
+        open_run(tmp_path)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
@@ -223,6 +303,72 @@ def test_a_checkpoint_runs_no_code_of_its_own(run: Run) -> None:
         run.load_checkpoint()
 
 
+def test_checkpoints_of_all_phases_have_their_own_names_in_the_order_of_training(run: Run) -> None:
+    run = Run(run.folder, config_at(run.folder, run__keep=9))
+    phases = [(0, 10, 0), (0, 20, 0), (7, 20, 0), (1_000_000, 20, 0), (1_000_000, 20, 10)]
+    for step, head, back in phases:
+        run.save_checkpoint(step, state(step) | {"head_start_step": head, "carry_back_step": back})
+    names = [path.name for path in run.list_checkpoints()]
+    assert names == [
+        *("step-000000-head-000010", "step-000000-head-000020", "step-000007", "step-1000000"),
+        "step-1000000-back-000010",
+    ]
+    assert run.load_checkpoint(0)["head_start_step"] == 20
+    assert run.load_checkpoint()["carry_back_step"] == 10
+    damage_bit(run.checkpoints / names[1])
+    assert run.load_checkpoint(0)["head_start_step"] == 10  # the newest whole one of the step that the remedy names
+    run.rewind(0, 10)
+    assert [path.name for path in run.list_checkpoints()] == names[:1]
+
+
+def test_a_checkpoint_between_whose_two_renames_the_process_was_killed_comes_back(run: Run) -> None:
+    saved = run.save_checkpoint(5, state(5))
+    saved.rename(saved.with_name(f".{saved.name}.{DEAD}.old.tmp"))
+    saved.with_name(f".{saved.name}.{DEAD}.tmp").mkdir()
+    recover_below(run.folder)
+    assert torch.equal(run.load_checkpoint()["weights"], state(5)["weights"])
+    assert everything_in(run.checkpoints) == {"step-000005", "step-000005/state.pt", "step-000005/manifest.json"}
+
+
+def test_a_copy_that_a_person_made_of_a_checkpoint_is_not_one(run: Run) -> None:
+    damage_bit(run.save_checkpoint(5, state(5)))
+    (run.checkpoints / "step-000001.bak").mkdir()
+    (run.checkpoints / "step-000009").touch()
+    with pytest.raises(EchoDistillError, match=r"step-000005 is damaged .*train --overwrite"):
+        run.load_checkpoint()
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '"x"', '{"sha256": 1}'])
+def test_a_manifest_of_another_form_is_damage(run: Run, content: str) -> None:
+    (run.save_checkpoint(5, state(5)) / "manifest.json").write_text(content)
+    with pytest.raises(EchoDistillError, match="step-000005 is damaged"):
+        run.load_checkpoint()
+
+
+@pytest.mark.parametrize("forged", [{"family": "../x"}, {"family": ["sd"]}, {"step": "5"}])
+def test_a_forged_checkpoint_is_damage(run: Run, forged: dict[str, Any]) -> None:
+    run.save_checkpoint(5, state(5) | forged)
+    with pytest.raises(EchoDistillError, match="step-000005 is damaged"):
+        run.load_checkpoint()
+
+
+def test_settings_that_were_edited_by_hand_are_not_believed(tmp_path: Path) -> None:
+    run = create_run(config_at(tmp_path / "run", adapter__rank=4, train__lr=0.5), overwrite=False)
+    run.save_checkpoint(5, state(5))
+    text = (run.folder / "config.toml").read_text()
+    for changed, message in (
+        (text.replace("seed = 0\n", "seed = 3\n"), r"config\.toml has run\.seed = 3, but .* trained with 0\."),
+        ("", r"config\.toml has adapter\.rank = 16, but .* trained with 4\."),
+    ):
+        (run.folder / "config.toml").write_text(changed)
+        with pytest.raises(ConfigError, match=message):
+            open_run(run.folder).load_checkpoint()
+    # What may change by a flag may change by hand too.
+    (run.folder / "config.toml").write_text(text.replace("lr = 0.5\n", "lr = 0.25\n"))
+    assert open_run(run.folder).config.train.lr == 0.25
+    assert open_run(run.folder).load_checkpoint()["step"] == 5
+
+
 # --- metrics ----------------------------------------------------------------------------------------------------------
 
 
@@ -242,6 +388,29 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_does_not_spoil_the_next(run
     run.rewind(1)
     run.log({"step": 2})
     assert run.read_metrics() == [{"step": 1}, {"step": 2}]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'{"step": 2}{"step": 3}\n',
+        b"\0" * 40 + b"\n",
+        b'{"step": 2, "a": "\xff"}\n',
+        b"[2]\n",
+        b'{"step": "2"}\n',
+        b"[" * 9999,
+    ],
+    ids=["glued", "zeros", "not UTF-8", "no object", "no number", "nested"],
+)
+def test_a_damaged_line_is_left_out_and_counted(run: Run, damage: bytes) -> None:
+    run.log({"step": 1})
+    with run.metrics_file.open("ab") as file:
+        file.write(damage if damage.endswith(b"\n") else damage + b"\n")
+    run.log({"step": 4})
+    assert run.read_metrics() == [{"step": 1}, {"step": 4}]
+    assert run.rewind(4) == 1
+    assert run.rewind(4) == 0
+    assert run.read_metrics() == [{"step": 1}, {"step": 4}]
 
 
 def test_a_resumed_run_forgets_what_it_goes_through_again(run: Run) -> None:
@@ -304,42 +473,13 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(run: Run) ->
     run.save_checkpoint(5, state(5))
     (run.samples / "step-000005.png").touch()
     before = everything_in(run.folder)
-    (run.checkpoints / ".step-000010.123.tmp").mkdir()
-    (run.checkpoints / ".step-000010.123.tmp" / "state.pt").touch()
-    (run.samples / ".step-000010.png.123.tmp").touch()
-    (run.folder / ".metrics.jsonl.123.tmp").touch()
+    (run.checkpoints / f".step-000010.{DEAD}.tmp").mkdir()
+    (run.checkpoints / f".step-000010.{DEAD}.tmp" / "state.pt").touch()
+    (run.samples / f".step-000010.png.{DEAD}.tmp").touch()
+    (run.folder / f".metrics.jsonl.{DEAD}.tmp").touch()
     assert [path.name for path in run.list_checkpoints()] == ["step-000005"]
-    remove_leftovers(run.folder)
+    recover_below(run.folder)
     assert everything_in(run.folder) == before
-
-
-@pytest.mark.parametrize(
-    ("step", "photos", "steps", "message"),
-    [
-        (None, 3, 20, r"was trained on 4 photos, but my/photos has 3\. Resume with the same photos"),
-        (None, 4, 7, r"is at step 10 already, beyond --steps 7\. Finish there with --steps 10"),
-        (7, 4, 20, r"has no checkpoint of step 7\. Choose one of 5, 10\."),
-    ],
-)
-def test_a_state_is_resumed_only_with_its_photos_and_before_the_last_step(
-    tmp_path: Path, step: int | None, photos: int, steps: int, message: str
-) -> None:
-    config = config_at(tmp_path / "run", concept__photos="my/photos", train__steps=steps)
-    run = create_run(config, overwrite=False)
-    assert run.resumable_state(None, photos) is None
-    for number in (5, 10):
-        run.save_checkpoint(number, state(number) | {"photo_count": 4})
-    with pytest.raises(ConfigError, match=message):
-        run.resumable_state(step, photos)
-
-
-def test_the_newest_or_a_named_state_is_resumed(run: Run) -> None:
-    for number in (5, 10):
-        run.save_checkpoint(number, state(number) | {"photo_count": 4})
-    for step, expected in ((None, 10), (5, 5)):
-        saved = run.resumable_state(step, 4)
-        assert saved is not None
-        assert saved["step"] == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ imports torch: `echodistill --help` is quick.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import re
 import signal
 import sys
@@ -14,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, TextIO, cast
 
 import typer
 
@@ -33,7 +36,7 @@ from echodistill_cli.cli.options import (
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
 from echodistill_cli.cli.train import ALSO, train
-from echodistill_cli.errors import DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
+from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
     name="echodistill",
@@ -106,48 +109,158 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def terminating() -> Iterator[None]:
-    """Context in which SIGTERM raises `Terminated`, as SIGINT raises `KeyboardInterrupt`."""
+def signals() -> Iterator[list[int]]:
+    """Context in which SIGTERM raises `Terminated` and SIGINT `KeyboardInterrupt`; provides the signals that came.
+
+    Libraries that are being imported turn the exception into one of their own.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def end(number: int, _frame: FrameType | None) -> None:
-        raise Terminated(128 + number)
+        received.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGTERM, end)
+    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in a background job
+        previous[signal.SIGINT] = signal.signal(signal.SIGINT, end)
     try:
-        yield
+        yield received
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Stream:
+    """stdout or stderr that can be written to whatever it is: it escapes letters and survives a full or closed pipe.
+
+    Args:
+        stream: None if the program was started with it closed.
+
+    Attributes:
+        error: why text was lost; None if none was.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        # A new file takes the number of the closed one, so that no library's message ends up in a checkpoint.
+        self._stream = stream or Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+        self.error: OSError | None = None
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write text, or note why that failed."""
+        with self._noting_errors():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, or note why that failed."""
+        with self._noting_errors():
+            self._stream.flush()
+
+    @contextmanager
+    def _noting_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.error = self.error or error
+            with contextlib.suppress(OSError, ValueError):  # what is left in the buffer must not fail again at exit
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the console script. Any error becomes one line on stderr and an exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    before = sys.stdout, sys.stderr
+    out, err = _Stream(sys.stdout), _Stream(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
     try:
-        with terminating():
+        code = _run(arguments)
+        out.flush()
+        if not code and out.error and out.error.errno != errno.EPIPE:  # a reader that is gone wanted no more
+            code = _fail(f"The result could not be printed ({out.error.strerror}).", 1)
+        err.flush()
+    finally:
+        sys.stdout, sys.stderr = before
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a command and return its exit code, after one line about any error."""
+    with signals() as received:
+        try:
+            _check_surroundings(arguments)
             code = app(args=arguments or ["--help"], prog_name="echodistill", standalone_mode=False)
-    except typer.TyperException as error:
+            if code == 130:  # Typer returns it after a KeyboardInterrupt
+                raise KeyboardInterrupt
+            return int(code or 0)
+        except (Exception, KeyboardInterrupt, Terminated) as error:
+            code = _explain(error, arguments, received)
+            if code is None:
+                raise
+            return code
+
+
+def _check_surroundings(arguments: Sequence[str]) -> None:
+    """Check what every command relies on.
+
+    Raises:
+        ConfigError: an argument is not UTF-8 text, or the working directory was deleted.
+    """
+    for argument in arguments:
+        if any("\ud800" <= letter <= "\udfff" for letter in argument):
+            raise ConfigError(f"{os.fsencode(argument)!r} is not UTF-8 text.", "Type or rename it in UTF-8.")
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise ConfigError(f"The working directory cannot be used ({error.strerror}).", "Change to another.") from error
+
+
+def _explain(error: BaseException, arguments: Sequence[str], received: Sequence[int]) -> int | None:
+    """Print an error as one line and return its exit code; None for what only a programming error raises."""
+    if isinstance(error, typer.TyperException):
         message = error.format_message()
         full_stop = "" if message.endswith((".", "?")) else "."
-        _fail(f"{message}{full_stop} Help: echodistill {_command(arguments)}--help", error.exit_code)
-    except Interrupted as stopped:
-        _fail(str(stopped), 128 + stopped.signal_number, label="")
-    except Terminated:
-        _fail("Stopped by SIGTERM.", 128 + signal.SIGTERM, label="")
-    except EchoDistillError as error:
-        _fail(str(error), error.exit_code)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
+        return _fail(f"{message}{full_stop} Help: echodistill {_command(arguments)}--help", error.exit_code)
+    if isinstance(error, Interrupted):
+        return _fail(str(error), 128 + error.signal_number, label="")
+    if received or isinstance(error, KeyboardInterrupt):
+        if signal.SIGTERM in received:
+            return _fail("Stopped by SIGTERM.", 128 + signal.SIGTERM, label="")
+        return _fail("Interrupted.", 128 + signal.SIGINT, label="")
+    if isinstance(error, EchoDistillError):
+        return _fail(str(error), error.exit_code)
+    if is_out_of_memory(error):
         size = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         detail = f" while allocating {size[1]}" if size else ""
         hint = "Try a smaller --batch-size or image size, --precision bf16, or a device with more memory."
-        _fail(f"Out of memory{detail}. {hint}", DeviceMemoryError.exit_code)
-    if code == 130:  # Typer returns it after a KeyboardInterrupt
-        _fail("Interrupted.", code, label="")
-    sys.exit(code or 0)
+        return _fail(f"Out of memory{detail}. {hint}", DeviceMemoryError.exit_code)
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # pathlib's word for ELOOP
+        error = OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(error).partition(" from ")[2].strip("'"))
+    if isinstance(error, OSError):
+        name = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        code = ConfigError.exit_code if error.errno in _WRONG_PATHS else EchoDistillError.exit_code
+        reason = (error.strerror or str(error) or type(error).__name__).rstrip(".")
+        return _fail(f"{name}{reason}.{_REMEDIES.get(error.errno or 0, '')}", code)
+    return None
+
+
+# A path that no file can have is a wrong argument; other system errors are failures.
+_WRONG_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
+_REMEDIES = {
+    errno.ENAMETOOLONG: " Use a shorter name.",
+    errno.ELOOP: " Its symbolic links lead in a circle.",
+    errno.EACCES: " Change its permissions, or use another place.",
+    errno.ENOSPC: " Free some space, or use another place.",
+}
 
 
 def _command(arguments: Sequence[str]) -> str:
@@ -155,6 +268,6 @@ def _command(arguments: Sequence[str]) -> str:
     return next((f"{argument} " for argument in arguments if argument in names), "")
 
 
-def _fail(message: str, code: int, label: str = "error: ") -> NoReturn:
+def _fail(message: str, code: int, label: str = "error: ") -> int:
     print_error(message, label)
-    sys.exit(code)
+    return code

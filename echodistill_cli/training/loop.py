@@ -1,4 +1,4 @@
-"""The training loop: step, log, preview, save, stop on a signal; and the trackers that a run reports to."""
+"""The training loop: resume, step, log, preview, save, stop on a signal; and the trackers that a run reports to."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from typing import Any
 from echodistill_cli.config.build import config_to_dict
 from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.data.images import grid, save_png, to_image
+from echodistill_cli.data.photos import Photo
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
-from echodistill_cli.files import public_name
+from echodistill_cli.files import public_name, recover_below
 from echodistill_cli.models.device import next_saving, peak_memory_mib
 from echodistill_cli.runs import OnMessage, OnStep, Run
-from echodistill_cli.training.state import HEAD_START, JOINT, PHASES, TrainingState
+from echodistill_cli.training.state import JOINT, PHASES, TrainingState, photo_records
 from echodistill_cli.training.steps import PHASE_STEPS
 
 
@@ -62,6 +63,85 @@ class StopRequest:
         self.received = number
 
 
+def resumable_state(
+    run: Run, step: int | None, photos: Sequence[Photo], on_message: OnMessage = lambda _line: None
+) -> dict[str, Any] | None:
+    """Return the state to resume a run from; None if it stopped before its first checkpoint.
+
+    Args:
+        run: locked, because what a killed process left in its folder is settled first.
+        step: of the checkpoint; None for the newest.
+        photos: the usable photos now.
+        on_message: called with a line if the checkpoint does not record its photos.
+
+    Raises:
+        ConfigError: the checkpoint does not exist, was made with other photos or settings, or is beyond `train.steps`.
+        EchoDistillError: the checkpoint is damaged.
+    """
+    recover_below(run.folder)
+    if step is None and not run.list_checkpoints():
+        return None
+    saved = run.load_checkpoint(step)
+    if "photos" not in saved:
+        on_message(f"An older version made the checkpoint of {run.folder}: whether the photos changed is not known")
+    if saved["photo_count"] != len(photos):
+        changes = f"{saved['photo_count']} photos, but {run.config.concept.photos} has {len(photos)}"
+    else:
+        changes = photo_changes(saved.get("photos", []), photo_records(photos) if "photos" in saved else [])
+        changes = changes and f"other photos: {changes}"
+    if changes:
+        raise ConfigError(
+            f"{run.folder} was trained on {changes}.",
+            "Resume with the same photos, or start a new run in another --output.",
+        )
+    if saved["step"] > run.config.train.steps:
+        raise ConfigError(
+            f"{run.folder} is at step {saved['step']} already, beyond --steps {run.config.train.steps}.",
+            f"Finish there with --steps {saved['step']}, or go back with --from-step.",
+        )
+    return saved
+
+
+def photo_changes(recorded: Sequence[Mapping[str, str]], current: Sequence[Mapping[str, str]]) -> str:
+    """Return in words how the photos differ from those of a checkpoint, such as "the mask of 1.png"; "" if not.
+
+    Args:
+        recorded: `photo_records` of the checkpoint.
+        current: `photo_records` of the photos now.
+    """
+    before, now = ({record["name"]: record for record in records} for records in (recorded, current))
+    changes = [f"{name} is missing" for name in before if name not in now]
+    changes += [f"{name} is new" for name in now if name not in before]
+    same = [name for name in now if name in before]
+    changes += [
+        f"the {part} of {name} changed"
+        for name in same
+        for part in now[name]
+        if now[name][part] != before[name].get(part)
+    ]
+    if not changes and list(before) != list(now):
+        changes = ["their order changed"]
+    return ", ".join(changes)
+
+
+def restore(state: TrainingState, saved: Mapping[str, Any], run: Run) -> None:
+    """Load a checkpoint's content into a state.
+
+    Raises:
+        EchoDistillError: it does not fit the settings, because one of both was forged.
+    """
+    try:
+        state.load_state_dict(saved)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise EchoDistillError(
+            f"The checkpoint of {run.folder} does not fit its settings ({reason}).",
+            "Choose another with --from-step, or start again with train --overwrite.",
+        ) from error
+
+
 def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: OnMessage = lambda _line: None) -> None:
     """Train until the last phase ends, and write into `run` what its configuration asks for.
 
@@ -94,7 +174,7 @@ def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: On
                 if phase is JOINT and (is_last or number % every.sample_every == 0):
                     preview(state, run)
                 signal_number = stop.received  # read once, because it can change between any two lines
-                if signal_number or number % every.save_every == 0 or (is_last and phase is not HEAD_START):
+                if signal_number or number % every.save_every == 0 or is_last:
                     checkpoint = run.save_checkpoint(state.step, state.state_dict())
                 if signal_number and state.phase:
                     message = f"Stopped at {state.place}, saved in {checkpoint}."

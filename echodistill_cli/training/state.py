@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -104,6 +105,7 @@ class TrainingState:
         identity_encoder: of the identity loss and the echo; None if neither is active.
         photos: the photos, encoded.
         photo_count: how many photos the run was started with.
+        photo_records: the names and hashes of these photos.
         token: the learned token; None for other forms of the text side.
         optimizers: one per trained part, and the average of the teacher's weights.
         generator: the only source of randomness in a step.
@@ -123,6 +125,7 @@ class TrainingState:
     identity_encoder: ImageBackbone | None
     photos: TrainingSet
     photo_count: int
+    photo_records: list[dict[str, str]]
     token: LearnedToken | None
     optimizers: Optimizers
     generator: torch.Generator
@@ -222,6 +225,7 @@ class TrainingState:
             "family": self.pair.family,
             "prediction_types": {role: self.pair.role(role).schedule.prediction_type for role in roles},
             "photo_count": self.photo_count,
+            "photos": self.photo_records,
             "step": self.step,
             "head_start_step": self.head_start_step,
             "carry_back_step": self.carry_back_step,
@@ -251,6 +255,25 @@ class TrainingState:
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
         self.replay_buffer.load_state_dict(state["targets"], self.pair.device)
         self.optimizers.mean.load_state_dict(state["teacher_mean"], self.pair.device)
+
+
+def photo_records(photos: Sequence[Photo]) -> list[dict[str, str]]:
+    """Return the name of each photo and the SHA-256 of its prepared image, its mask and its caption."""
+    return [
+        {
+            "name": photo.path.name,
+            "image": _digest(photo.image.size, photo.crop, photo.image.tobytes()),
+            "mask": _digest(photo.mask.tobytes() if photo.mask else None),
+            "caption": _digest(photo.caption),
+        }
+        for photo in photos
+    ]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(
+        b"".join(part if isinstance(part, bytes) else repr(part).encode() for part in parts)
+    ).hexdigest()
 
 
 def text_name(index: int) -> str:
@@ -289,6 +312,7 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         identity_encoder=identity,
         photos=encode_photos(config, photos, pair, critics, identity, _generators(config)),
         photo_count=len(photos),
+        photo_records=photo_records(photos),
         token=token,
         optimizers=_optimizers(config, pair, token, critics),
         generator=generator_for(config, Stream.STEPS),

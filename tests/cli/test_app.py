@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -150,6 +151,116 @@ def test_a_signal_ends_any_command_with_its_code_and_one_line(
     sender.join()
     assert (done.code, done.out, done.err.count("\n")) == (code, "", 1)
     assert signal.getsignal(number) is before
+
+
+def echodistill(*arguments: str | bytes, **more: Any) -> subprocess.CompletedProcess[str]:
+    """Run the program in a process of its own, with streams or surroundings that a test chooses."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more.pop("env", {})
+    line = [sys.executable, "-W", "ignore", "-m", "echodistill_cli", *arguments]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
+    return subprocess.run(line, text=True, check=False, env=environment, timeout=120, **streams)
+
+
+@pytest.mark.parametrize(
+    "line", [("inspect", b"caf\xe9"), ("sample", "-p", b"\xff"), ("train", "p", "--name", b"\xff", "--dry-run")]
+)
+def test_an_argument_that_is_not_utf_8_ends_with_2(line: tuple[str | bytes, ...]) -> None:
+    done = command(*(os.fsdecode(argument) for argument in line))
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "is not UTF-8 text" in done.err
+
+
+@pytest.mark.parametrize(
+    "line", [("inspect",), ("check",), ("sample", "-p", "x", "--lora"), ("export",), ("train", "p", "-o")]
+)
+@pytest.mark.parametrize("name", ["x" * 300, "loop/x"])
+def test_a_path_that_no_file_has_is_one_line(
+    line: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photo_folder: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "p").symlink_to(photo_folder)
+    done = command(*line, name)
+    assert (done.code in (1, 2, 3), done.out) == (True, ""), done.err
+    assert done.error.startswith("error: ")
+    assert not [line for line in done.err.splitlines() if line.startswith("error: ")][1:]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PermissionError(13, "Permission denied", "unet/config.json"), 1, "unet/config.json: Permission denied."),
+        (OSError(36, "File name too long", "x"), 2, "x: File name too long. Use a shorter name."),
+        (OSError(28, "No space left on device"), 1, "No space left on device. Free some space"),
+        (OSError("a library's own"), 1, "a library's own."),
+        (RuntimeError("could not create a primitive"), 5, "Out of memory."),
+        (ImportError("libtorch.so: failed to map segment from shared object"), 5, "Out of memory."),
+    ],
+)
+def test_an_error_of_the_system_is_one_line_at_the_border_of_a_command(
+    error: Exception, code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_file: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("echodistill_cli.pipeline.inspect", fail)
+    done = command("inspect", "x")
+    assert (done.code, done.out, done.err.count("\n")) == (code, "", 1)
+    assert words in done.err
+
+
+def test_a_signal_that_a_library_turns_into_its_own_error_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_file: Path) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr("echodistill_cli.pipeline.inspect", interrupted)
+    done = command("inspect", "x")
+    assert (done.code, done.out, done.err) == (130, "", "Interrupted.\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_what_stdout_cannot_say_is_escaped(encoding: str, photo_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "фото 犬").mkdir()
+    for photo in photo_folder.iterdir():
+        (tmp_path / "фото 犬" / f"犬-{photo.name}").write_bytes(photo.read_bytes())
+    environment = {"PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8", "COLUMNS": "200"}
+    done = echodistill("check", str(tmp_path / "фото 犬"), env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u72ac-photo-0.jpg" in done.stdout
+    assert echodistill("train", "--help", env=environment).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_result_that_cannot_be_printed_ends_with_1_and_one_line(photo_folder: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = echodistill("check", str(photo_folder), stdout=full)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "The result could not be printed (No space left on device)." in done.stderr
+        assert echodistill("check", "nowhere", stderr=full).returncode == 3
+
+
+def test_a_reader_that_is_gone_ends_a_command_quietly(photo_folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = echodistill("check", str(photo_folder), stdout=writer)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
+def test_a_command_works_with_its_streams_closed_and_says_that_its_folder_is_gone(
+    photo_folder: Path, tmp_path: Path
+) -> None:
+    start = f"PYTHONPATH='{ROOT}' '{sys.executable}' -m echodistill_cli"
+    closed = subprocess.run(f"{start} check '{photo_folder}' 2>&- >&-", shell=True, check=False)
+    assert closed.returncode == 0
+    gone = f"mkdir gone && cd gone && rmdir ../gone && {start} check '{photo_folder}'"
+    done = subprocess.run(gone, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "The working directory cannot be used" in done.stderr
 
 
 # --- check, inspect, doctor -------------------------------------------------------------------------------------------

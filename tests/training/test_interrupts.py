@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from echodistill_cli import pipeline
-from echodistill_cli.config.build import build_config
+from echodistill_cli.config.build import build_config, config_from_dict
 from echodistill_cli.config.schema import Config
-from echodistill_cli.errors import Interrupted
-from echodistill_cli.runs import open_run
+from echodistill_cli.errors import ConfigError, Interrupted
+from echodistill_cli.runs import Run, create_run, open_run
+from echodistill_cli.training.loop import resumable_state
+from echodistill_cli.training.state import photo_records
 from tests.helpers.commands import command, files_below, small_toml
+from tests.helpers.runs import small_photos
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
@@ -90,6 +94,66 @@ def killing(number: signal.Signals, step: int, times: int = 1) -> Callable[[Mapp
                 os.kill(os.getpid(), number)
 
     return on_step
+
+
+# --- the state to resume from -----------------------------------------------------------------------------------------
+
+
+def run_of_photos(folder: Path, steps: int = 20, *, old: bool = False) -> Run:
+    """A run with checkpoints of two steps, trained on `small_photos`."""
+    tables = {"run": {"output": str(folder)}, "concept": {"photos": "my/photos"}, "train": {"steps": steps}}
+    run = create_run(config_from_dict(tables), overwrite=False)
+    for step in (5, 10):
+        state = {"step": step, "photo_count": 4, "photos": photo_records(small_photos())}
+        run.save_checkpoint(step, {key: value for key, value in state.items() if key != "photos" or not old})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("step", "photos", "steps", "message"),
+    [
+        (None, 3, 20, r"was trained on 4 photos, but my/photos has 3\. Resume with the same photos"),
+        (None, 4, 7, r"is at step 10 already, beyond --steps 7\. Finish there with --steps 10"),
+        (7, 4, 20, r"has no checkpoint of step 7\. Choose one of 5, 10\."),
+    ],
+)
+def test_a_state_is_resumed_only_with_its_photos_and_before_the_last_step(
+    tmp_path: Path, step: int | None, photos: int, steps: int, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resumable_state(run_of_photos(tmp_path / "run", steps), step, small_photos(photos))
+
+
+def test_the_newest_or_a_named_state_is_resumed(tmp_path: Path) -> None:
+    run = run_of_photos(tmp_path / "run")
+    for step, expected in ((None, 10), (5, 5)):
+        saved = resumable_state(run, step, small_photos())
+        assert saved is not None
+        assert saved["step"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: [replace(p[0], image=p[1].image), *p[1:]], r"other photos: the image of 0\.png changed\."),
+        (lambda p: [p[0], replace(p[1], caption=None), *p[2:]], r"the caption of 1\.png changed\."),
+        (lambda p: [*p[:2], replace(p[2], mask=None), p[3]], r"the mask of 2\.png changed\."),
+        (lambda p: [*p[:3], replace(p[3], crop=(0, 0, 32, 32))], r"the image of 3\.png changed\."),
+        (lambda p: [*p[:3], replace(p[3], path=Path("4.png"))], r"3\.png is missing, 4\.png is new\."),
+        (lambda p: [p[1], p[0], *p[2:]], r"their order changed\."),
+        (lambda p: [replace(p[0], path=p[1].path), replace(p[1], path=p[0].path), *p[2:]], r"their order|the image of"),
+    ],
+)
+def test_a_run_is_not_resumed_with_photos_that_changed(tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resumable_state(run_of_photos(tmp_path / "run"), None, change(small_photos()))
+
+
+def test_a_checkpoint_of_an_older_version_is_resumed_with_a_word_about_its_photos(tmp_path: Path) -> None:
+    messages: list[str] = []
+    assert resumable_state(run_of_photos(tmp_path / "run", old=True), None, small_photos(), messages.append)
+    assert len(messages) == 1
+    assert "whether the photos changed is not known" in messages[0]
 
 
 # --- in this process: the signal comes after exactly the third step ---------------------------------------------------
@@ -167,8 +231,8 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(
     # A killed process leaves a truncated line and files with temporary names.
     with (run / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 2, "denois')
-    (run / ".config.toml.1.tmp").write_text("half")
-    (run / "samples" / ".step-000006.png.1.tmp").write_text("half")
+    (run / f".config.toml.{2**31 - 1}.tmp").write_text("half")
+    (run / "samples" / f".step-000006.png.{2**31 - 1}.tmp").write_text("half")
     done = command("train", "--resume", "-o", run)
     assert done.code == 0
     assert "from the start" in done.err
