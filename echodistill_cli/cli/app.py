@@ -69,7 +69,7 @@ app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
 
 @app.command()
 def check(
-    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos")],
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos", readable=False)],
     resolution: Annotated[int, value_option("N", "side of the training images in pixels", min=16)] = 512,
     min_photos: Annotated[int, value_option("N", "fail with fewer usable photos", min=1)] = 3,
     masks: Annotated[

@@ -37,7 +37,7 @@ ALSO = (
 @with_flags
 def train(
     photos: Annotated[
-        Path | None, typer.Argument(metavar="PHOTOS", help="folder with three to six photos of the subject")
+        Path | None, typer.Argument(metavar="PHOTOS", help="folder with three to six photos", readable=False)
     ] = None,
     model: Annotated[str | None, value_option("MODEL", f"student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
     config_file: Annotated[Path | None, value_option("FILE", "TOML file with settings", "--config")] = None,
