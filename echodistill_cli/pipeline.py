@@ -146,12 +146,15 @@ def _loaded_state(
 ) -> TrainingState:
     """Load the models, encode the photos, and restore a checkpoint's state if there is one."""
     from echodistill_cli.planning import assumptions
+    from echodistill_cli.training.dataset import unread_texts
     from echodistill_cli.training.state import build_state
 
     for line in assumptions(config.model):
         on_message(line)
     on_message(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(photos)} photos")
     state = build_state(config, photos)
+    for line in unread_texts(config, photos, state.pair.encoder):
+        on_message(line)
     if saved:
         state.load_state_dict(saved)
     return state
