@@ -18,8 +18,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 import typer.core
 
-from echodistill_cli.config.build import OFF
-from echodistill_cli.config.schema import RETIRED, Config, nearest
+from echodistill_cli.config.build import OFF, RETIRED
+from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError
 
 # Headings of `train --help`, in the order in which a person needs them. Options without a heading come first.
@@ -78,6 +78,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("text.form", "--text", TRAINING),
     Flag("model.teacher", "--teacher", MODELS_AND_MEMORY),
     Flag("model.student_lora", "--student-lora", MODELS_AND_MEMORY),
+    Flag("model.student_timestep", "--student-timestep", MODELS_AND_MEMORY),
     Flag("model.vae", "--vae", MODELS_AND_MEMORY),
     Flag("model.resolution", "--resolution", MODELS_AND_MEMORY),
     Flag("model.precision", "--precision", MODELS_AND_MEMORY),
@@ -249,7 +250,7 @@ def _toml_value(text: str) -> Any:
     """Return a text as a TOML value, or the text itself if it is not TOML, such as a bare word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

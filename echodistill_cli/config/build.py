@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -18,11 +19,24 @@ from typing import Any, Literal
 import tomli_w
 
 from echodistill_cli.config.families import FAMILIES, family_of_source
-from echodistill_cli.config.schema import RETIRED, Config, nearest
+from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
 
 OFF = "off"
+_BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
 Tables = dict[str, dict[str, Any]]
+# Settings of version 0.1 that are gone, with the value at which each had no effect. A file with that value is still
+# read, and `config_hash` still counts it, so that the hashes in LoRA headers and benchmark rows stay valid.
+RETIRED: Mapping[str, Any] = {
+    "model.student_original_size": None,
+    "model.student_target_size": None,
+    "model.teacher_target_size": None,
+    "train.joint_text_share": 1.0,
+    "train.teacher_mean": False,
+    "train.max_bad_steps": 5,
+    "echo.teacher_steps": 1,
+    "echo.null_share": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -79,8 +93,8 @@ def build_config(
     if preset:
         _merge(tables, preset.settings)
         file_model = {key: value for key, value in file_model.items() if key != "student"}
-    elif student:
-        family = PRESETS[_family_preset(str(student))].settings["model"]
+    elif student and isinstance(student, str):
+        family = PRESETS[_family_preset(student)].settings["model"]
         _merge(tables, {"model": {key: value for key, value in family.items() if key != "student_revision"}})
         _merge(tables, {"model": {"student": student}})
     preset_model = dict(tables.get("model", {}))
@@ -115,11 +129,14 @@ def read_toml(path: Path) -> Tables:
         ConfigError: the file cannot be read, is not TOML, or has a setting outside of any section.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply.") from error
+    except ValueError as error:  # of TOML, of UTF-8, or an integer of thousands of digits
+        is_escape = re.search(r"hex value|Unescaped|escape", str(error))
+        raise ConfigError(f"{path} is not valid TOML: {error}.", _BACKSLASHES if is_escape else None) from error
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(
@@ -163,6 +180,8 @@ def config_hash(config: Config) -> str:
     tables = config_to_dict(config)
     tables["run"] = {"seed": config.run.seed}
     del tables["concept"]["photos"]
+    if config.model.student_timestep is None:  # younger than the hashes in LoRA headers and benchmark rows
+        del tables["model"]["student_timestep"]
     _merge_dotted(tables, {key: _to_plain(neutral) for key, neutral in RETIRED.items()})
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
 
@@ -174,7 +193,18 @@ def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> An
         if key not in hints:
             near = nearest(key, list(hints))
             raise _unknown(f"setting {section}.{key}", f"{section}.{near}" if near else None)
+        _check_characters(f"{section}.{key}", table[key])
     return kind(**{key: _from_plain(value, hints[key]) for key, value in table.items()})
+
+
+def _check_characters(name: str, value: Any) -> None:
+    """Refuse texts that no file can hold, and control characters, which an unescaped Windows path turns into."""
+    is_list = isinstance(value, list | tuple)
+    for text in filter(lambda item: isinstance(item, str), value if is_list else [value]):
+        if re.search(r"[\ud800-\udfff]", text):
+            raise ConfigError(f"{name} = {shown(text)} is not valid Unicode.", "Use UTF-8.")
+        if re.search(r"\0" if is_list else r"[\0-\x1f]", text):  # a prompt may have several lines
+            raise ConfigError(f"{name} = {shown(text)} holds a control character.", _BACKSLASHES)
 
 
 def _without_retired(section: str, table: Mapping[str, Any]) -> dict[str, Any]:

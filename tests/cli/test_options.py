@@ -17,8 +17,8 @@ from typer.main import get_command
 
 from echodistill_cli.cli.app import app
 from echodistill_cli.cli.options import ALIASES, FLAGS, PANELS, with_settings
-from echodistill_cli.config.build import build_config
-from echodistill_cli.config.schema import RETIRED, Config
+from echodistill_cli.config.build import RETIRED, build_config
+from echodistill_cli.config.schema import Config
 from tests.helpers.commands import command
 
 KEYS = [

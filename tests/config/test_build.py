@@ -11,6 +11,7 @@ import pytest
 from echodistill_cli.config import build
 from echodistill_cli.config.build import (
     PRESETS,
+    RETIRED,
     build_config,
     config_from_dict,
     config_hash,
@@ -18,7 +19,7 @@ from echodistill_cli.config.build import (
     config_to_toml,
     read_toml,
 )
-from echodistill_cli.config.schema import RETIRED, Config
+from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
 
 PRESET_FILES = sorted((Path(build.__file__).parent / "presets").glob("*.toml"))
@@ -103,11 +104,58 @@ def test_a_revision_in_the_file_goes_with_the_model_flag_if_the_file_names_no_st
         ("[train\nsteps = 3", "not valid TOML"),
         ("steps = 3", "steps is outside of any section"),
         ('model = "sd-turbo"', "model is outside of any section"),
+        ('[concept]\nphotos = "C:\\Users\\me\\dog"', "not valid TOML: .*single quotes .'C:.* or with forward slashes"),
+        ('[concept]\nphotos = "C:\\dog"', "not valid TOML: .*single quotes"),
+        ("[train]\nsteps = " + "9" * 5000, "not valid TOML: .*digits"),
+        ("[train]\nsteps = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"run.toml.*{message}"):
         build_config(toml_file=toml(tmp_path, text))
+
+
+NESTED = ("[['x']]", "[[1, [2]], {}]", "{a = {b = 1}}", "[{a = 1}]", "1979-05-27", "07:32:00", "inf", "nan", "[]", "''")
+HUGE = ("9" * 400, "-" + "9" * 400, "0x" + "f" * 9000, "1e400", "[" + "9" * 400 + "]")
+
+
+@pytest.mark.parametrize("value", [*NESTED, *HUGE], ids=lambda value: value[:12])
+def test_any_value_of_any_key_is_accepted_or_refused_in_one_line(tmp_path: Path, value: str) -> None:
+    for section, table in config_to_dict(Config()).items():
+        for key in table:
+            file = toml(tmp_path, f"[{section}]\n{key} = {value}\n")
+            message = refusal(file)
+            assert len(message) < 400
+            assert "\n" not in message
+            assert message or value in ("[]", "''")
+
+
+def refusal(file: Path) -> str:
+    """What is said about a file; empty if it is accepted."""
+    try:
+        build_config(toml_file=file)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("value", ['"C:\\new\\tigers"', '"C:\\temp"', '"a\\u0000b"'])
+def test_a_path_whose_backslashes_became_control_characters_is_refused(tmp_path: Path, value: str) -> None:
+    for key in ("concept.photos", "model.student", "run.output"):
+        section, _, name = key.partition(".")
+        with pytest.raises(ConfigError, match=rf"{key} = .* holds a control character\. In TOML, .*C:/dog"):
+            build_config(toml_file=toml(tmp_path, f"[{section}]\n{name} = {value}\n"))
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    for key, value in (("run.sample_prompts", ("caf\udce9",)), ("concept.token", "caf\udce9")):
+        with pytest.raises(ConfigError, match=rf"{key} = .* is not valid Unicode"):
+            build_config(overrides={key: value})
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nsteps = 7\r\n")
+    assert build_config(toml_file=tmp_path / "run.toml").train.steps == 7
 
 
 def test_a_student_that_is_no_string_is_refused(tmp_path: Path) -> None:
