@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import tomli_w
 
-from echodistill_cli.config.families import FAMILIES, family_of_source
+from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
 from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
 
@@ -93,9 +93,9 @@ def build_config(
     if preset:
         _merge(tables, preset.settings)
         file_model = {key: value for key, value in file_model.items() if key != "student"}
-    elif student and isinstance(student, str):
-        family = PRESETS[_family_preset(student)].settings["model"]
-        _merge(tables, {"model": {key: value for key, value in family.items() if key != "student_revision"}})
+    elif student:
+        student_lora = (overrides or {}).get("model.student_lora", file_model.get("student_lora"))
+        _merge(tables, {"model": _family_settings(student, is_base=student_lora not in (None, OFF))})
         _merge(tables, {"model": {"student": student}})
     preset_model = dict(tables.get("model", {}))
     _merge_dotted(tables, fitted or {})
@@ -116,10 +116,22 @@ def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, i
             del model["teacher_revision"]
 
 
-def _family_preset(student: str) -> str:
-    """Return the preset whose teacher and sizes suit a student that was named without a preset."""
-    by_name = (name for name, preset in PRESETS.items() if preset.settings["model"]["student"] == student)
-    return next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)
+def _family_settings(student: Any, *, is_base: bool) -> dict[str, Any]:
+    """Return the teacher and sizes that suit a student that was named without a preset.
+
+    Args:
+        student: as typed; a value that is no string is refused later.
+        is_base: whether it is a base model that a distillation LoRA turns into the student.
+    """
+    if not isinstance(student, str):
+        return {}
+    models = {name: preset.settings["model"] for name, preset in PRESETS.items()}
+    by_name = (name for name, model in models.items() if student in (model["student"], model["teacher"]))
+    model = models[next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)]
+    settings = {key: value for key, value in model.items() if key != "student_revision"}
+    # A base model generates at the resolution that it was trained at, not at that of the family's one-step model.
+    side = native_resolution(student) if is_base else None
+    return settings if side is None else settings | {"resolution": side}
 
 
 def read_toml(path: Path) -> Tables:

@@ -195,6 +195,7 @@ def test_the_hash_tells_what_decides_the_result_and_nothing_else() -> None:
         {"concept": {"photos": "moved"}},
     ]
     other = [{"train": {"lr": 2e-4}}, {"run": {"seed": 1}}, {"loss": {"latent": 0.5}}, {"echo": {"start": "off"}}]
+    other.append({"model": {"student_timestep": 399}})
     reference = config_hash(Config())
     assert {config_hash(config_from_dict(tables)) for tables in same} == {reference}
     assert len({reference} | {config_hash(config_from_dict(tables)) for tables in other}) == len(other) + 1
@@ -249,3 +250,16 @@ def test_another_teacher_is_not_looked_for_at_the_presets_revision() -> None:
     assert build_config("sdxl-turbo", overrides={"model.teacher": "someone/base"}).model.teacher_revision is None
     both = {"model.teacher": "someone/base", "model.teacher_revision": "abc"}
     assert build_config("sdxl-turbo", overrides=both).model.teacher_revision == "abc"
+
+
+def test_a_base_model_with_a_distillation_lora_has_its_own_resolution(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"addition_embed_type": "text_time", "sample_size": 96}')
+    lora = {"model.student_lora": "one-step.safetensors"}
+    for student, side in ((str(tmp_path), 768), ("stabilityai/stable-diffusion-xl-base-1.0", 1024), ("a/b", 512)):
+        assert build_config(student, overrides=lora).model.resolution == side
+        assert build_config(student, overrides=lora | {"model.resolution": 640}).model.resolution == 640
+        assert build_config(student).model.resolution == 512
+    in_file = toml(tmp_path, f"[model]\nstudent = '{tmp_path}'\nstudent_lora = 'one-step.safetensors'\n")
+    assert build_config(toml_file=in_file).model.resolution == 768
+    assert build_config("stabilityai/stable-diffusion-xl-base-1.0", overrides=lora).model.teacher_original_size == 1024
