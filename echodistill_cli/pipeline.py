@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from echodistill_cli.config.build import toy_warning
 from echodistill_cli.config.schema import Config, warnings
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
 from echodistill_cli.runs import (
@@ -328,4 +329,6 @@ def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
         if file.verdict != "ok":
             yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
     yield from report.warnings
+    if toy := toy_warning(config, max((max(file.size) for file in report.files if file.size), default=0)):
+        yield toy
     yield from warnings(config)

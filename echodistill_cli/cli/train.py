@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from echodistill_cli.cli.options import (
     Quiet,
     bool_option,
     echo_setting,
+    naming_flags,
     quiet_libraries,
     value_option,
     with_flags,
@@ -65,6 +67,8 @@ def train(
         raise ConfigError("--resume and --overwrite contradict each other.", "Use one of them.")
     if from_step is not None and not resume:
         raise ConfigError("--from-step needs --resume.", "Use both, or neither.")
+    if resume and photos is not None and (photos / "config.toml").is_file():
+        raise ConfigError(f"PHOTOS {photos} is a run folder.", f"Run echodistill train --resume --output {photos}")
     flags = flags if photos is None else {**flags, "concept.photos": str(photos)}
     flags = flags if model is None else {**flags, "model.student": model}
     overrides = with_settings(flags, settings or ())
@@ -72,8 +76,9 @@ def train(
     is_resumed = resume and model is None and config_file is None
     build = functools.partial(build_config, model, config_file)
     layered = pipeline.resumed_config if is_resumed else build
-    overrides |= echo_setting(echo, overrides, lambda: layered(overrides))
-    config = layered(overrides)
+    with nullcontext() if is_resumed else naming_flags(flags):
+        overrides |= echo_setting(echo, overrides, lambda: layered(overrides))
+        config = layered(overrides)
     if not config.concept.photos:
         raise ConfigError(
             "The folder of photos is missing.", "Run echodistill train PHOTOS --token sks --class-name dog."

@@ -47,17 +47,19 @@ class Preset:
         about: what it is, in one line.
         settings: plain values by section and key.
         family: of models of published size, whose memory needs are known; None for the embedded toy pair.
+        nouns: the only things that a toy can generate; empty for models of published size.
     """
 
     about: str
     settings: Mapping[str, Mapping[str, Any]]
     family: Literal["sd", "sdxl"] | None
+    nouns: tuple[str, ...] = ()
 
 
 def _read_preset(name: str) -> Preset:
     tables = tomllib.loads((Path(__file__).parent / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
     header = tables.pop("preset")
-    return Preset(header["about"], tables, header.get("family"))
+    return Preset(header["about"], tables, header.get("family"), tuple(header.get("nouns", ())))
 
 
 # In the order in which the help shows them.
@@ -103,6 +105,26 @@ def build_config(
     _merge_dotted(tables, overrides or {})
     _settle_teacher(tables.setdefault("model", {}), preset_model, is_preset=preset is not None)
     return config_from_dict(tables)
+
+
+def toy_warning(config: Config, longest_side: int) -> str | None:
+    """Return what a toy model cannot do with a subject; None for other models, and for what the toy was made for.
+
+    Args:
+        config: of the run.
+        longest_side: of the photos, in pixels.
+    """
+    toys = (preset for preset in PRESETS.values() if preset.nouns)
+    toy = next((toy for toy in toys if toy.settings["model"]["student"] == config.model.student), None)
+    if toy is None:
+        return None
+    name, side = config.concept.class_name, config.model.resolution
+    is_known = bool(set((name or "").lower().split()) & set(toy.nouns))
+    if is_known and longest_side <= side:
+        return None
+    what = "no class name was given" if name is None else f"{name!r} is {'' if is_known else 'not '}among them"
+    known = ", ".join(toy.nouns)
+    return f"The toy model knows {len(toy.nouns)} nouns: {known}; {what}. Photos become {side}-pixel drawings."
 
 
 def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, is_preset: bool) -> None:

@@ -214,6 +214,39 @@ def test_a_wrong_set_ends_with_2_and_one_line_that_helps(line: str, words: str) 
     assert words in done.err
 
 
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("p --steps 0", "error: --steps 0 is below 1 (training steps)."),
+        ("p --rank -1", "error: --rank -1 is below 1"),
+        ("p --seed -1", "error: --seed -1 is below 0"),
+        ("p --text lore", "error: --text 'lore' is not one of lora, token, frozen"),
+        ("p --lr nan", "error: --lr nan is not a number."),
+        ("p --lr 0 --teacher-lr 0", "error: --lr and --teacher-lr are both 0"),
+        ("p --identity none", "but --identity is none."),
+        ("p --set train.steps=0", "error: train.steps = 0 is below 1"),
+        ("p --rank 4 --set train.steps=0", "error: train.steps = 0 is below 1"),
+    ],
+)
+def test_an_error_names_what_was_typed(line: str, words: str) -> None:
+    done = command("train", *line.split())
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert words in done.err
+
+
+def test_an_error_names_the_key_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 0\n")
+    done = command("train", "p", "--config", tmp_path / "run.toml")
+    assert "error: train.steps = 0 is below 1" in done.err
+
+
+def test_a_run_folder_in_the_place_of_photos_is_answered_with_the_command_that_resumes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    done = command("train", "--resume", tmp_path, "--steps", 9)
+    assert done.code == 2
+    assert f"is a run folder. Run echodistill train --resume --output {tmp_path}" in done.err
+
+
 # --- flags that are gone ----------------------------------------------------------------------------------------------
 
 # Every flag of version 0.1 that has become a setting, as a person would type it, and what replaces it.

@@ -18,6 +18,7 @@ from echodistill_cli.config.build import (
     config_to_dict,
     config_to_toml,
     read_toml,
+    toy_warning,
 )
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
@@ -263,3 +264,20 @@ def test_a_base_model_with_a_distillation_lora_has_its_own_resolution(tmp_path: 
     in_file = toml(tmp_path, f"[model]\nstudent = '{tmp_path}'\nstudent_lora = 'one-step.safetensors'\n")
     assert build_config(toml_file=in_file).model.resolution == 768
     assert build_config("stabilityai/stable-diffusion-xl-base-1.0", overrides=lora).model.teacher_original_size == 1024
+
+
+def test_the_toy_says_what_it_knows_and_is_silent_on_what_it_was_made_for() -> None:
+    card = json.loads((Path(build.__file__).parents[1] / "models" / "embedded" / "teacher" / "card.json").read_text())
+    assert list(PRESETS["mini"].nouns) == card["nouns"]
+    dog, vase = (build_config("mini", overrides={"concept.class_name": name}) for name in ("Toy Dog", "vase"))
+    assert toy_warning(dog, 64) is None
+    for config, side, words in (
+        (dog, 4000, "'Toy Dog' is among them. Photos become 64-pixel drawings."),
+        (vase, 64, "'vase' is not among them."),
+        (build_config("mini"), 64, "no class name was given."),
+    ):
+        message = toy_warning(config, side)
+        assert message is not None
+        assert message.startswith("The toy model knows 12 nouns: dog, cat, teapot,")
+        assert words in message
+    assert toy_warning(build_config("sd-turbo"), 4000) is None
