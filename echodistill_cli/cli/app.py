@@ -32,7 +32,7 @@ from echodistill_cli.cli.options import (
 )
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
-from echodistill_cli.cli.train import ALSO, train
+from echodistill_cli.cli.train import ALSO, config, train
 from echodistill_cli.errors import DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
@@ -65,6 +65,9 @@ app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES)
 app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
 app.command()(export)
 app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
+
+
+app.command()(config)
 
 
 @app.command()

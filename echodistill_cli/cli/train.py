@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,7 +27,7 @@ from echodistill_cli.cli.options import (
     with_settings,
 )
 from echodistill_cli.cli.show import TrainingProgress, plan_table, print_paths, print_table, say_to, stderr_console
-from echodistill_cli.config.build import PRESETS, build_config
+from echodistill_cli.config.build import PRESETS, build_config, config_to_toml, json_schema
 from echodistill_cli.errors import ConfigError
 
 MODELS = f"{', '.join(PRESETS)}, a hub id, a folder or a .safetensors file"
@@ -101,3 +102,19 @@ def train(
             on_message=progress.on_message,
         )
     print_paths(result.to_dict(), [result.lora], as_json=as_json)
+
+
+def config(
+    model: Annotated[str | None, value_option("MODEL", f"student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
+    config_file: Annotated[Path | None, value_option("FILE", "TOML file with settings", "--config")] = None,
+    settings: Annotated[
+        list[str] | None, value_option("KEY=VALUE", "any setting, such as train.target_steps=5; repeatable", "--set")
+    ] = None,
+    schema: Annotated[bool, bool_option("--schema", "print the JSON Schema of a configuration file instead")] = False,
+) -> None:
+    """Print all settings of `train` as TOML, as a preset, a file and --set decide them."""
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    overrides = with_settings({} if model is None else {"model.student": model}, settings or ())
+    typer.echo(config_to_toml(build_config(overrides.pop("model.student", None), config_file, overrides)), nl=False)

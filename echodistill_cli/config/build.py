@@ -209,6 +209,49 @@ def config_to_toml(config: Config) -> str:
     return tomli_w.dumps(config_to_dict(config))
 
 
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file: sections, types, bounds, choices, defaults, descriptions."""
+    defaults = config_to_dict(Config())
+    sections = {
+        section: {
+            "type": "object",
+            "description": kind.__doc__,
+            "additionalProperties": False,
+            "properties": {
+                entry.name: _key_schema(typing.get_type_hints(kind)[entry.name], entry.metadata)
+                | {"default": defaults[section][entry.name]}
+                for entry in dataclasses.fields(kind)
+            },
+        }
+        for section, kind in typing.get_type_hints(Config).items()
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Configuration of echodistill train",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": sections,
+    }
+
+
+_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+def _key_schema(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    is_list, is_optional = typing.get_origin(hint) is tuple, type(None) in typing.get_args(hint)
+    kind = str if is_list else kinds[0] if is_optional else hint
+    schema: dict[str, Any] = {"type": _JSON_TYPES[kind]}
+    schema |= {bound: metadata[bound] for bound in ("minimum", "maximum") if metadata[bound] is not None}
+    if metadata["choices"]:
+        schema["enum"] = list(metadata["choices"])
+    if is_list:
+        schema = {"type": "array", "items": schema}
+    elif is_optional and kind is not str:
+        schema = {"anyOf": [schema, {"const": OFF}]}
+    return schema | {"description": metadata["about"]}
+
+
 def config_hash(config: Config) -> str:
     """Return the SHA-256, in hex, of the settings that decide the result, so not of paths and reports."""
     tables = config_to_dict(config)

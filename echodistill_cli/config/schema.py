@@ -263,7 +263,7 @@ class RunConfig:
     sample_every: int = count(100, "steps between preview grids")
     sample_prompts: tuple[str, ...] = setting((), "prompts of the preview grids; unset: two built-in ones")
     sample_seeds: int = count(2, "seeds per preview prompt")
-    report_to: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, trackio, wandb and others")
+    report_to: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, trackio, wandb, mlflow, aim")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from echodistill_cli.config.build import (
     config_hash,
     config_to_dict,
     config_to_toml,
+    json_schema,
     read_toml,
     toy_warning,
 )
@@ -281,3 +282,23 @@ def test_the_toy_says_what_it_knows_and_is_silent_on_what_it_was_made_for() -> N
         assert message.startswith("The toy model knows 12 nouns: dog, cat, teapot,")
         assert words in message
     assert toy_warning(build_config("sd-turbo"), 4000) is None
+
+
+def test_the_json_schema_has_every_setting_with_its_bounds_and_default() -> None:
+    schema = json_schema()
+    defaults = config_to_dict(Config())
+    assert {name: set(section["properties"]) for name, section in schema["properties"].items()} == {
+        name: set(table) for name, table in defaults.items()
+    }
+    for name, table in defaults.items():
+        for key, value in table.items():
+            entry = schema["properties"][name]["properties"][key]
+            assert entry["description"]
+            assert entry["default"] == value
+    train, model = schema["properties"]["train"]["properties"], schema["properties"]["model"]["properties"]
+    assert (train["steps"]["type"], train["steps"]["minimum"]) == ("integer", 1)
+    assert (train["scene_share"]["type"], train["scene_share"]["maximum"]) == ("number", 1)
+    assert model["precision"]["enum"] == ["auto", "bf16", "fp16", "fp32"]
+    assert model["student_timestep"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"const": "off"}]
+    assert model["vae"]["type"] == "string"
+    assert schema["properties"]["run"]["properties"]["report_to"]["items"] == {"type": "string"}
