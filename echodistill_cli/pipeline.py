@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict
+from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, toy_warning
 from echodistill_cli.config.schema import Config, warnings
 from echodistill_cli.files import absolute_if_local
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
@@ -166,13 +166,17 @@ def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
 
 def _loaded_state(config: Config, session: _Session) -> TrainingState:
     from echodistill_cli.planning import assumptions
+    from echodistill_cli.training.dataset import unread_texts
     from echodistill_cli.training.state import build_state
 
     for line in assumptions(config.model):
         session.on_message(line)
     names = f"{config.model.student} and {config.model.teacher}"
     session.on_message(f"Loading {names}, encoding {len(session.photos)} photos")
-    return build_state(config, session.photos)
+    state = build_state(config, session.photos)
+    for line in unread_texts(config, session.photos, state.pair.encoder):
+        session.on_message(line)
+    return state
 
 
 def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainResult:
@@ -397,4 +401,6 @@ def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
         if file.verdict != "ok":
             yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
     yield from report.warnings
+    if toy := toy_warning(config, max((max(file.size) for file in report.files if file.size), default=0)):
+        yield toy
     yield from warnings(config)

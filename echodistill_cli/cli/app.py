@@ -35,7 +35,7 @@ from echodistill_cli.cli.options import (
 )
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
-from echodistill_cli.cli.train import ALSO, train
+from echodistill_cli.cli.train import ALSO, config, train
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
@@ -70,9 +70,12 @@ app.command()(export)
 app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
 
 
+app.command()(config)
+
+
 @app.command()
 def check(
-    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos")],
+    photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos", readable=False)],
     resolution: Annotated[int, value_option("N", "side of the training images in pixels", min=16)] = 512,
     min_photos: Annotated[int, value_option("N", "fail with fewer usable photos", min=1)] = 3,
     masks: Annotated[

@@ -7,19 +7,21 @@ import functools
 import inspect
 import json
 import os
+import re
 import shlex
 import sys
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
 import typer
 import typer.core
 
-from echodistill_cli.config.build import OFF
-from echodistill_cli.config.schema import RETIRED, Config, nearest
+from echodistill_cli.config.build import OFF, RETIRED
+from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError
 
 # Headings of `train --help`, in the order in which a person needs them. Options without a heading come first.
@@ -78,6 +80,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("text.form", "--text", TRAINING),
     Flag("model.teacher", "--teacher", MODELS_AND_MEMORY),
     Flag("model.student_lora", "--student-lora", MODELS_AND_MEMORY),
+    Flag("model.student_timestep", "--student-timestep", MODELS_AND_MEMORY),
     Flag("model.vae", "--vae", MODELS_AND_MEMORY),
     Flag("model.resolution", "--resolution", MODELS_AND_MEMORY),
     Flag("model.precision", "--precision", MODELS_AND_MEMORY),
@@ -238,18 +241,42 @@ def with_settings(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str
             near = known.get(key) or nearest(key, list(_settings())) or "train.target_steps"
             raise ConfigError(f"--set {text} is not KEY=VALUE with a dotted key.", f"Write --set {near}=VALUE.")
         if key in flags:
-            names = {"model.student": "--model", "concept.photos": "PHOTOS"}
-            names |= {flag.key: flag.names.split()[0] for flag in FLAGS}
-            raise ConfigError(f"{key} is given by {names[key]} and by --set {text}.", "Use one of them.")
+            raise ConfigError(f"{key} is given by {_typed_name(key)} and by --set {text}.", "Use one of them.")
         values[key] = _toml_value(value)
     return {**flags, **values}
+
+
+def _typed_name(key: str) -> str:
+    names = {"model.student": "--model", "concept.photos": "PHOTOS"}
+    return (names | {flag.key: re.split(r"[ /]", flag.names)[0] for flag in FLAGS})[key]
+
+
+@contextmanager
+def naming_flags(flags: Iterable[str]) -> Iterator[None]:
+    """Context in which an error about a setting names the flag that gave it: --steps 0, not train.steps = 0.
+
+    Args:
+        flags: dotted keys of the settings that flags gave.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        message = error.message
+        for key in flags:
+            message = re.sub(rf"\b{re.escape(key)}\b( =)?", _typed_name(key), message)
+        if message == error.message:
+            raise
+        raise ConfigError(message, error.hint) from error
 
 
 def _toml_value(text: str) -> Any:
     """Return a text as a TOML value, or the text itself if it is not TOML, such as a bare word."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,13 +20,14 @@ from echodistill_cli.cli.options import (
     Quiet,
     bool_option,
     echo_setting,
+    naming_flags,
     quiet_libraries,
     value_option,
     with_flags,
     with_settings,
 )
 from echodistill_cli.cli.show import TrainingProgress, plan_table, print_paths, print_table, say_to, stderr_console
-from echodistill_cli.config.build import PRESETS, build_config
+from echodistill_cli.config.build import PRESETS, build_config, config_to_toml, json_schema
 from echodistill_cli.errors import ConfigError
 
 MODELS = f"{', '.join(PRESETS)}, a hub id, a folder or a .safetensors file"
@@ -37,7 +40,7 @@ ALSO = (
 @with_flags
 def train(
     photos: Annotated[
-        Path | None, typer.Argument(metavar="PHOTOS", help="folder with three to six photos of the subject")
+        Path | None, typer.Argument(metavar="PHOTOS", help="folder with three to six photos", readable=False)
     ] = None,
     model: Annotated[str | None, value_option("MODEL", f"student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
     config_file: Annotated[Path | None, value_option("FILE", "TOML file with settings", "--config")] = None,
@@ -65,6 +68,8 @@ def train(
         raise ConfigError("--resume and --overwrite contradict each other.", "Use one of them.")
     if from_step is not None and not resume:
         raise ConfigError("--from-step needs --resume.", "Use both, or neither.")
+    if resume and photos is not None and (photos / "config.toml").is_file():
+        raise ConfigError(f"PHOTOS {photos} is a run folder.", f"Run echodistill train --resume --output {photos}")
     flags = flags if photos is None else {**flags, "concept.photos": str(photos)}
     flags = flags if model is None else {**flags, "model.student": model}
     overrides = with_settings(flags, settings or ())
@@ -72,8 +77,9 @@ def train(
     is_resumed = resume and model is None and config_file is None
     build = functools.partial(build_config, model, config_file)
     layered = pipeline.resumed_config if is_resumed else build
-    overrides |= echo_setting(echo, overrides, lambda: layered(overrides))
-    config = layered(overrides)
+    with nullcontext() if is_resumed else naming_flags(flags):
+        overrides |= echo_setting(echo, overrides, lambda: layered(overrides))
+        config = layered(overrides)
     if not config.concept.photos:
         raise ConfigError(
             "The folder of photos is missing.", "Run echodistill train PHOTOS --token sks --class-name dog."
@@ -96,3 +102,19 @@ def train(
             on_message=progress.on_message,
         )
     print_paths(result.to_dict(), [result.lora], as_json=as_json)
+
+
+def config(
+    model: Annotated[str | None, value_option("MODEL", f"student: {MODELS} [dim]\\[sd-turbo][/dim]")] = None,
+    config_file: Annotated[Path | None, value_option("FILE", "TOML file with settings", "--config")] = None,
+    settings: Annotated[
+        list[str] | None, value_option("KEY=VALUE", "any setting, such as train.target_steps=5; repeatable", "--set")
+    ] = None,
+    schema: Annotated[bool, bool_option("--schema", "print the JSON Schema of a configuration file instead")] = False,
+) -> None:
+    """Print all settings of `train` as TOML, as a preset, a file and --set decide them."""
+    if schema:
+        typer.echo(json.dumps(json_schema(), indent=2))
+        return
+    overrides = with_settings({} if model is None else {"model.student": model}, settings or ())
+    typer.echo(config_to_toml(build_config(overrides.pop("model.student", None), config_file, overrides)), nl=False)

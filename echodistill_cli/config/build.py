@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -17,12 +18,25 @@ from typing import Any, Literal
 
 import tomli_w
 
-from echodistill_cli.config.families import FAMILIES, family_of_source
-from echodistill_cli.config.schema import RETIRED, Config, nearest
+from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
+from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
 
 OFF = "off"
+_BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
 Tables = dict[str, dict[str, Any]]
+# Settings of version 0.1 that are gone, with the value at which each had no effect. A file with that value is still
+# read, and `config_hash` still counts it, so that the hashes in LoRA headers and benchmark rows stay valid.
+RETIRED: Mapping[str, Any] = {
+    "model.student_original_size": None,
+    "model.student_target_size": None,
+    "model.teacher_target_size": None,
+    "train.joint_text_share": 1.0,
+    "train.teacher_mean": False,
+    "train.max_bad_steps": 5,
+    "echo.teacher_steps": 1,
+    "echo.null_share": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -33,17 +47,19 @@ class Preset:
         about: what it is, in one line.
         settings: plain values by section and key.
         family: of models of published size, whose memory needs are known; None for the embedded toy pair.
+        nouns: the only things that a toy can generate; empty for models of published size.
     """
 
     about: str
     settings: Mapping[str, Mapping[str, Any]]
     family: Literal["sd", "sdxl"] | None
+    nouns: tuple[str, ...] = ()
 
 
 def _read_preset(name: str) -> Preset:
     tables = tomllib.loads((Path(__file__).parent / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
     header = tables.pop("preset")
-    return Preset(header["about"], tables, header.get("family"))
+    return Preset(header["about"], tables, header.get("family"), tuple(header.get("nouns", ())))
 
 
 # In the order in which the help shows them.
@@ -80,8 +96,8 @@ def build_config(
         _merge(tables, preset.settings)
         file_model = {key: value for key, value in file_model.items() if key != "student"}
     elif student:
-        family = PRESETS[_family_preset(str(student))].settings["model"]
-        _merge(tables, {"model": {key: value for key, value in family.items() if key != "student_revision"}})
+        student_lora = (overrides or {}).get("model.student_lora", file_model.get("student_lora"))
+        _merge(tables, {"model": _family_settings(student, is_base=student_lora not in (None, OFF))})
         _merge(tables, {"model": {"student": student}})
     preset_model = dict(tables.get("model", {}))
     _merge_dotted(tables, fitted or {})
@@ -89,6 +105,26 @@ def build_config(
     _merge_dotted(tables, overrides or {})
     _settle_teacher(tables.setdefault("model", {}), preset_model, is_preset=preset is not None)
     return config_from_dict(tables)
+
+
+def toy_warning(config: Config, longest_side: int) -> str | None:
+    """Return what a toy model cannot do with a subject; None for other models, and for what the toy was made for.
+
+    Args:
+        config: of the run.
+        longest_side: of the photos, in pixels.
+    """
+    toys = (preset for preset in PRESETS.values() if preset.nouns)
+    toy = next((toy for toy in toys if toy.settings["model"]["student"] == config.model.student), None)
+    if toy is None:
+        return None
+    name, side = config.concept.class_name, config.model.resolution
+    is_known = bool(set((name or "").lower().split()) & set(toy.nouns))
+    if is_known and longest_side <= side:
+        return None
+    what = "no class name was given" if name is None else f"{name!r} is {'' if is_known else 'not '}among them"
+    known = ", ".join(toy.nouns)
+    return f"The toy model knows {len(toy.nouns)} nouns: {known}; {what}. Photos become {side}-pixel drawings."
 
 
 def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, is_preset: bool) -> None:
@@ -102,10 +138,22 @@ def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, i
             del model["teacher_revision"]
 
 
-def _family_preset(student: str) -> str:
-    """Return the preset whose teacher and sizes suit a student that was named without a preset."""
-    by_name = (name for name, preset in PRESETS.items() if preset.settings["model"]["student"] == student)
-    return next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)
+def _family_settings(student: Any, *, is_base: bool) -> dict[str, Any]:
+    """Return the teacher and sizes that suit a student that was named without a preset.
+
+    Args:
+        student: as typed; a value that is no string is refused later.
+        is_base: whether it is a base model that a distillation LoRA turns into the student.
+    """
+    if not isinstance(student, str):
+        return {}
+    models = {name: preset.settings["model"] for name, preset in PRESETS.items()}
+    by_name = (name for name, model in models.items() if student in (model["student"], model["teacher"]))
+    model = models[next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)]
+    settings = {key: value for key, value in model.items() if key != "student_revision"}
+    # A base model generates at the resolution that it was trained at, not at that of the family's one-step model.
+    side = native_resolution(student) if is_base else None
+    return settings if side is None else settings | {"resolution": side}
 
 
 def read_toml(path: Path) -> Tables:
@@ -115,11 +163,14 @@ def read_toml(path: Path) -> Tables:
         ConfigError: the file cannot be read, is not TOML, or has a setting outside of any section.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply.") from error
+    except ValueError as error:  # of TOML, of UTF-8, or an integer of thousands of digits
+        is_escape = re.search(r"hex value|Unescaped|escape", str(error))
+        raise ConfigError(f"{path} is not valid TOML: {error}.", _BACKSLASHES if is_escape else None) from error
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(
@@ -158,11 +209,56 @@ def config_to_toml(config: Config) -> str:
     return tomli_w.dumps(config_to_dict(config))
 
 
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of a configuration file: sections, types, bounds, choices, defaults, descriptions."""
+    defaults = config_to_dict(Config())
+    sections = {
+        section: {
+            "type": "object",
+            "description": kind.__doc__,
+            "additionalProperties": False,
+            "properties": {
+                entry.name: _key_schema(typing.get_type_hints(kind)[entry.name], entry.metadata)
+                | {"default": defaults[section][entry.name]}
+                for entry in dataclasses.fields(kind)
+            },
+        }
+        for section, kind in typing.get_type_hints(Config).items()
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Configuration of echodistill train",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": sections,
+    }
+
+
+_JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
+
+
+def _key_schema(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
+    is_list, is_optional = typing.get_origin(hint) is tuple, type(None) in typing.get_args(hint)
+    kind = str if is_list else kinds[0] if is_optional else hint
+    schema: dict[str, Any] = {"type": _JSON_TYPES[kind]}
+    schema |= {bound: metadata[bound] for bound in ("minimum", "maximum") if metadata[bound] is not None}
+    if metadata["choices"]:
+        schema["enum"] = list(metadata["choices"])
+    if is_list:
+        schema = {"type": "array", "items": schema}
+    elif is_optional and kind is not str:
+        schema = {"anyOf": [schema, {"const": OFF}]}
+    return schema | {"description": metadata["about"]}
+
+
 def config_hash(config: Config) -> str:
     """Return the SHA-256, in hex, of the settings that decide the result, so not of paths and reports."""
     tables = config_to_dict(config)
     tables["run"] = {"seed": config.run.seed}
     del tables["concept"]["photos"]
+    if config.model.student_timestep is None:  # younger than the hashes in LoRA headers and benchmark rows
+        del tables["model"]["student_timestep"]
     _merge_dotted(tables, {key: _to_plain(neutral) for key, neutral in RETIRED.items()})
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
 
@@ -174,7 +270,18 @@ def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> An
         if key not in hints:
             near = nearest(key, list(hints))
             raise _unknown(f"setting {section}.{key}", f"{section}.{near}" if near else None)
+        _check_characters(f"{section}.{key}", table[key])
     return kind(**{key: _from_plain(value, hints[key]) for key, value in table.items()})
+
+
+def _check_characters(name: str, value: Any) -> None:
+    """Refuse texts that no file can hold, and control characters, which an unescaped Windows path turns into."""
+    is_list = isinstance(value, list | tuple)
+    for text in filter(lambda item: isinstance(item, str), value if is_list else [value]):
+        if re.search(r"[\ud800-\udfff]", text):
+            raise ConfigError(f"{name} = {shown(text)} is not valid Unicode.", "Use UTF-8.")
+        if re.search(r"\0" if is_list else r"[\0-\x1f]", text):  # a prompt may have several lines
+            raise ConfigError(f"{name} = {shown(text)} holds a control character.", _BACKSLASHES)
 
 
 def _without_retired(section: str, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from typing import Any, Literal
 from echodistill_cli.files import expanded
 
 FamilyName = Literal["sd", "sdxl"]
+_PIXELS_PER_LATENT = 8  # along one side, in every published model of both families
+_BASE_RESOLUTIONS = {"stabilityai/stable-diffusion-xl-base-1.0": 1024}
 # The safetensors format: an 8-byte length, then a JSON header of at most this size.
 _LENGTH_BYTES, _MAX_HEADER_BYTES = 8, 100_000_000
 
@@ -153,13 +155,38 @@ def family_of_unet(settings: Mapping[str, Any]) -> Family:
     return by_width if by_width in alike else alike[0]
 
 
-def family_of_source(source: str | Path) -> Family | None:
-    """Return the family of a model folder or one-file checkpoint; None for a hub id or an unreadable file."""
-    path = expanded(source)
+def _unet_settings(source: str | Path) -> dict[str, Any] | None:
+    """Return the UNet's configuration of a model folder, or of a hub id whose configuration is in the cache."""
     try:
-        if path.is_dir():
-            return family_of_unet(json.loads((path / "unet" / "config.json").read_text(encoding="utf-8")))
-        with path.open("rb") as file:
+        path = expanded(source)
+        folder = path if path.is_dir() else None if path.is_file() else _cached_folder(str(source))
+        settings = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")) if folder else None
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) else None
+
+
+def _cached_folder(source: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    file = try_to_load_from_cache(source.partition("@")[0], "unet/config.json")
+    return Path(file).parent.parent if isinstance(file, str) else None
+
+
+def native_resolution(source: str | Path) -> int | None:
+    """Return the side of the images that a base model was made for, in pixels; None if it is not known here."""
+    size = (_unet_settings(source) or {}).get("sample_size")
+    if isinstance(size, int):
+        return size * _PIXELS_PER_LATENT
+    return _BASE_RESOLUTIONS.get(str(source))
+
+
+def family_of_source(source: str | Path) -> Family | None:
+    """Return the family of a model folder, cached hub id or one-file checkpoint; None if it is not known here."""
+    if settings := _unet_settings(source):
+        return family_of_unet(settings)
+    try:
+        with expanded(source).open("rb") as file:
             length = min(int.from_bytes(file.read(_LENGTH_BYTES), "little"), _MAX_HEADER_BYTES)
             names = list(json.loads(file.read(length)))
     except (OSError, ValueError):

@@ -60,7 +60,7 @@ def check_section(section: str, values: Any) -> None:
         kinds = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
         if not any(_is_a(kind, value) for kind in kinds):
             expected = " or ".join(_NAMES.get(kind, 'a list of strings such as ["a", "b"]') for kind in kinds)
-            raise ConfigError(f"{name} = {value!r} is not {expected}.")
+            raise ConfigError(f"{name} = {shown(value)} is not {expected}.")
         if value is not None:
             _check_bounds(name, value, entry.metadata)
 
@@ -68,13 +68,22 @@ def check_section(section: str, values: Any) -> None:
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     about, minimum, maximum, choices = (bounds[key] for key in ("about", "minimum", "maximum", "choices"))
     if choices and value not in choices:
-        near = nearest(str(value), choices)
+        near = nearest(value, choices)
         remedy = f"Did you mean {near!r}?" if near else None
-        raise ConfigError(f"{name} = {value!r} is not one of {', '.join(choices)} ({about}).", remedy)
+        raise ConfigError(f"{name} = {shown(value)} is not one of {', '.join(choices)} ({about}).", remedy)
     if minimum is not None and value < minimum:
         raise ConfigError(f"{name} = {value!r} is below {minimum:g} ({about}).")
     if maximum is not None and value > maximum:
         raise ConfigError(f"{name} = {value!r} is above {maximum:g} ({about}).")
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message, in at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _is_a(kind: Any, value: Any) -> bool:
@@ -82,11 +91,13 @@ def _is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool):  # which Python counts as an integer
         return kind is bool
-    return isinstance(value, (int, float)) and math.isfinite(value) if kind is float else isinstance(value, kind)
+    if isinstance(value, (int, float)) and kind in (int, float):  # neither infinite nor NaN, and no more than 64 bits
+        return isinstance(value, (int, kind)) and abs(value) < 2**63
+    return isinstance(value, kind)
 
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): '"off"'}
-_PREDICTIONS = ("auto", "epsilon", "v_prediction")
+_OUTPUTS = ("auto", "epsilon", "v_prediction")
 
 
 @dataclass(frozen=True)
@@ -128,16 +139,13 @@ class ModelConfig:
     tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's own or one in the cache")
     variant: str | None = setting("fp16", "preferred file variant of a model, if its repository has it")
     student_lora: str | None = setting(None, "distillation LoRA that turns a base model into the one-step student")
+    student_timestep: int | None = setting(None, "timestep at which the student starts; unset: the last one", minimum=1)
     student_revision: str | None = setting(None, "git revision of the student on the hub")
     teacher_revision: str | None = setting(None, "git revision of the teacher on the hub")
     single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single-file student")
     teacher_single_file_config: str | None = setting(None, "folder or hub id with that of a single-file teacher")
-    student_prediction: str = choice(
-        _PREDICTIONS, "student's output: epsilon, v_prediction, or auto = as its files say"
-    )
-    teacher_prediction: str = choice(
-        _PREDICTIONS, "teacher's output: epsilon, v_prediction, or auto = as its files say"
-    )
+    student_prediction: str = choice(_OUTPUTS, "student's output: epsilon, v_prediction, or auto = by its files")
+    teacher_prediction: str = choice(_OUTPUTS, "teacher's output: epsilon, v_prediction, or auto = by its files")
     # SDXL's UNets are conditioned on the original size of an image. Unset means the training resolution.
     teacher_original_size: int | None = setting(None, "SDXL: original size that the teacher is given", minimum=1)
     offload: bool = setting(False, "keep only the active UNet on the device: less memory, slower steps")
@@ -255,21 +263,7 @@ class RunConfig:
     sample_every: int = count(100, "steps between preview grids")
     sample_prompts: tuple[str, ...] = setting((), "prompts of the preview grids; unset: two built-in ones")
     sample_seeds: int = count(2, "seeds per preview prompt")
-    report_to: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, wandb")
-
-
-# Settings of version 0.1 that are gone, with the value at which each had no effect. A file with that value is still
-# read, and `config_hash` still counts it, so that the hashes in LoRA headers and benchmark rows stay valid.
-RETIRED: Mapping[str, Any] = {
-    "model.student_original_size": None,
-    "model.student_target_size": None,
-    "model.teacher_target_size": None,
-    "train.joint_text_share": 1.0,
-    "train.teacher_mean": False,
-    "train.max_bad_steps": 5,
-    "echo.teacher_steps": 1,
-    "echo.null_share": 0.0,
-}
+    report_to: tuple[str, ...] = setting((), "trackers besides metrics.jsonl: tensorboard, trackio, wandb, mlflow, aim")
 
 
 @dataclass(frozen=True)
@@ -376,7 +370,7 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Config], Any], str, str], ...] = (
 def warnings(config: Config) -> Iterator[str]:
     """Yield a sentence for each setting of a valid configuration that has no effect."""
     concept, train, start, single = config.concept, config.train, config.echo.start, config.train.target_steps == 1
-    nameless, unnamed = concept.class_name is None, "there is no class name (--class-name)"
+    nameless = concept.class_name is None
     without_effect = (
         (single and train.target_strength < 1, "train.target_strength", "train.target_steps is 1"),
         (single and train.replays, "train.replays", "train.target_steps is 1"),
@@ -384,13 +378,19 @@ def warnings(config: Config) -> Iterator[str]:
         (train.first_targets and not train.replays, "train.first_targets", "train.replays is 0"),
         (train.class_share and not train.replays, "train.class_share", "train.replays is 0"),
         (train.pair_share and not train.replays, "train.pair_share", "train.replays is 0"),
-        (nameless and concept.masks == "teacher", "concept.masks = 'teacher'", unnamed),
-        (nameless and concept.recolour, "concept.recolour", unnamed),
-        (nameless and concept.tint_scenes, "concept.tint_scenes", unnamed),
-        (nameless and config.loss.prior, "loss.prior", unnamed),
-        (nameless and config.replays and train.class_share, "train.class_share", unnamed),
-        (nameless and config.replays and train.pair_share, "train.pair_share", unnamed),
     )
+    of_the_class = (
+        (concept.masks == "teacher", "concept.masks = 'teacher'"),
+        (concept.recolour, "concept.recolour"),
+        (concept.tint_scenes, "concept.tint_scenes"),
+        (config.loss.prior, "loss.prior"),
+        (config.replays and train.class_share, "train.class_share"),
+        (config.replays and train.pair_share, "train.pair_share"),
+    )
+    if nameless:
+        idle = ", ".join(key for is_set, key in of_the_class if is_set)
+        effect = f" No effect without it: {idle}." if idle else ""
+        yield f"Without --class-name, such as dog, the prompts do not say what the subject is.{effect}"
     yield from (f"{key} has no effect while {reason}." for is_idle, key, reason in without_effect if is_idle)
     if train.scene_share and train.photo_prompts == train.batch_size:
         size = f"train.batch_size = {train.batch_size}"

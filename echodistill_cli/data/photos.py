@@ -165,9 +165,10 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
         except UnusableError as error:
             files.append(FileReport(path.name, "skipped", (str(error),)))
             continue
-        notes.warnings += _quality_warnings(photo, image.size, resolution) + _copy_warnings(photo, thumbnails)
+        size = notes.size or image.size
+        notes.warnings += _quality_warnings(photo, size, resolution) + _copy_warnings(photo, thumbnails)
         verdict: Literal["ok", "warning"] = "warning" if notes.warnings else "ok"
-        files.append(FileReport(path.name, verdict, (*notes.warnings, *notes.remarks), image.size, kind))
+        files.append(FileReport(path.name, verdict, (*notes.warnings, *notes.remarks), size, kind))
         photos.append(photo)
     warnings = _mask_warnings(mask_files, paths) if has_mask_folder else []
     return PhotoReport(tuple(files), tuple(photos), tuple(warnings))
@@ -250,10 +251,12 @@ def _subject_mask(
 
 
 def _caption(path: Path, notes: Notes) -> str | None:
+    """Return the first line of a photo's .txt file that has text, and report what is not read."""
     file = path.with_suffix(".txt")
-    if not file.exists():
-        return None
     try:
+        if not file.is_file():  # a pipe would block
+            notes.warnings += [f"{file.name} is ignored: it is not a regular file"] * file.exists()
+            return None
         lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         notes.warnings.append(f"{file.name} is ignored: it cannot be read as UTF-8 text ({type(error).__name__})")
@@ -261,6 +264,8 @@ def _caption(path: Path, notes: Notes) -> str | None:
     if not lines:
         notes.warnings.append(f"{file.name} is ignored: it is empty")
         return None
+    if more := len(lines) - 1:
+        notes.warnings.append(f"only the first line of {file.name} is the caption; {more} more with text not read")
     return lines[0]
 
 

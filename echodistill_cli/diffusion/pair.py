@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echodistill_cli.diffusion.schedule import NoiseSchedule, pure_noise
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
-from echodistill_cli.errors import ModelError
+from echodistill_cli.errors import ConfigError, ModelError
 
 Family = Literal["sd", "sdxl"]
 Role = Literal["student", "teacher"]
@@ -32,11 +32,23 @@ class Denoiser:
         unet: a UNet2DConditionModel, or a module with the same call.
         schedule: its ᾱ_t and prediction type.
         time_ids: SDXL's (original height, width, crop top, left, target height, width) in pixels; None for SD.
+        timestep: where a one-step model starts, from unit noise; None for the last timestep, from its noise level.
+
+    Raises:
+        ConfigError: the schedule has no such timestep.
     """
 
     unet: Any
     schedule: NoiseSchedule
     time_ids: tuple[int, ...] | None = None
+    timestep: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.timestep is not None and self.timestep > self.schedule.last_timestep:
+            raise ConfigError(
+                f"--student-timestep {self.timestep} is after the last timestep, {self.schedule.last_timestep}.",
+                "Use the timestep that the one-step model was trained at, such as 399.",
+            )
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the UNet's output, ε or v.
@@ -73,13 +85,20 @@ class Denoiser:
         return replace(conditioning, time_ids=torch.tensor(rows, device=conditioning.hidden.device))
 
     def pure_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z_T, the UNet's input at the last timestep, and that timestep repeated: [B, C, h, w] and [B].
+        """Return the UNet's input at the first timestep, and that timestep repeated: [B, C, h, w] and [B].
+
+        One-step models that start before the last timestep (DMD2's at 399) were trained on unit noise.
 
         Args:
             noise: [B, C, h, w], standard normal.
         """
-        timesteps = torch.full((len(noise),), self.schedule.last_timestep, device=noise.device)
-        return pure_noise(self.schedule, noise), timesteps
+        timesteps = torch.full((len(noise),), self.first_timestep, device=noise.device)
+        return pure_noise(self.schedule, noise) if self.timestep is None else noise.float(), timesteps
+
+    @property
+    def first_timestep(self) -> int:
+        """The timestep at which sampling starts."""
+        return self.schedule.last_timestep if self.timestep is None else self.timestep
 
 
 @dataclass

@@ -38,7 +38,7 @@ class SamplingSettings:
 
 
 def student_x0(student: Denoiser, noise: Tensor, conditioning: Conditioning) -> Tensor:
-    """Return the student's one-step sample: its x0 at the last timestep, float32 [B, C, h, w], differentiable.
+    """Return the student's one-step sample: its x0 at its first timestep, [B, C, h, w], differentiable.
 
     Args:
         student: the one-step model.
@@ -110,7 +110,7 @@ def sample_latents(
     """
     scale = max(guidance_scale, 1.0)
     steps_to_run = steps if init_latents is None else max(1, round(strength * steps))
-    timesteps = trailing_timesteps(denoiser.schedule, steps)[steps - steps_to_run :]
+    timesteps = trailing_timesteps(denoiser.schedule, steps, denoiser.timestep)[steps - steps_to_run :]
     if init_latents is None or steps_to_run == steps:
         noisy, _ = denoiser.pure_noise(noise)
     else:

@@ -108,13 +108,18 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return unconditional.float() + scale * (conditional.float() - unconditional.float())
 
 
-def trailing_timesteps(schedule: NoiseSchedule, steps: int) -> list[int]:
+def trailing_timesteps(schedule: NoiseSchedule, steps: int, first: int | None = None) -> list[int]:
     """Return `steps` timesteps in "trailing" spacing: 1 gives [999], 4 give [999, 749, 499, 249].
 
     This is the spacing that starts at the last timestep, as one-step models do (Lin et al. 2023, arXiv 2305.08891,
     table 2).
+
+    Args:
+        schedule: of the model.
+        steps: number of timesteps.
+        first: timestep to start at; None for the last one of the schedule.
     """
-    total = len(schedule.alphas_cumprod)
+    total = len(schedule.alphas_cumprod) if first is None else first + 1
     return [round(total - index * total / steps) - 1 for index in range(steps)]
 
 

@@ -113,6 +113,16 @@ class PromptEncoder:
             return Conditioning(self.encoders[0](ids[0]).last_hidden_state)
         return self._encode_pair(prompts, ids)
 
+    def cut_off(self, prompt: str) -> str:
+        """Return the end of a prompt that `encode` does not read, because it has too many tokens; "" if it reads all.
+
+        Of two tokenizers, the one that reads less decides.
+
+        Args:
+            prompt: one prompt.
+        """
+        return max((_unread(tokenizer, prompt) for tokenizer in self.tokenizers), key=len)
+
     def encode_null(self) -> Conditioning:
         """Encode the empty prompt, batch 1. It is not cached, because training changes the encoders."""
         return self.encode([""])
@@ -126,6 +136,12 @@ class PromptEncoder:
             keep = torch.tensor([prompt != "" for prompt in prompts], device=hidden.device)
             hidden, pooled = hidden * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)
         return Conditioning(hidden, pooled)
+
+
+def _unread(tokenizer: Any, prompt: str) -> str:
+    offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
+    first = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    return prompt[offsets[first][0] :].strip() if len(offsets) > first else ""
 
 
 def _pool_at_end_of_text(encoder: Any, tokenizer: Any) -> None:
@@ -225,7 +241,8 @@ def _ensure_token(tokenizer: Any, text_encoder: Any, token: str) -> int:
         return token_id
     from transformers import AddedToken
 
-    tokenizer.add_tokens(AddedToken(token, single_word=True, normalized=False))
+    # CLIP's tokenizers lower-case a prompt. A normalized token is found in any case then, as known words are.
+    tokenizer.add_tokens(AddedToken(token, single_word=True, normalized=True))
     # mean_resizing would consume the global generator for the new row, which the hook replaces anyway.
     text_encoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     text_encoder.get_input_embeddings().requires_grad_(False)

@@ -11,7 +11,7 @@ import functools
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,7 +54,7 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
     loader.check_generation()
-    student = loader.denoiser(loader.student)
+    student = replace(loader.denoiser(loader.student), timestep=config.student_timestep)
     family = family_of_unet(student.unet.config)
     base = share_weights(student, loader.teacher.sizes) if config.student_lora and teacher else None
     if config.student_lora:

@@ -257,8 +257,10 @@ class Artifact:
         record, side = self.record or self._read_record(), config.model.resolution
         student_lora = config.model.student_lora
         together = f"together with {last_part(student_lora)}, " if student_lora else ""
+        first = config.model.student_timestep
+        timesteps = "trailing timesteps" if first is None else f"timestep {first} with unit noise (LCM sampler)"
         usage = {
-            "student": f"{together}1 step, guidance 0 (CFG 1), trailing timesteps, {side}x{side}",
+            "student": f"{together}1 step, guidance 0 (CFG 1), {timesteps}, {side}x{side}",
             "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
         }
         return LoraHeader(

@@ -123,7 +123,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
     student = public_name(config.model.student)
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
-    return _CARD.format(
+    card = _CARD.format(
         base_model=f"base_model: {student}\n" if _is_hub_id(config.model.student) else "",
         student=student,
         linked_student=_linked(config.model.student),
@@ -150,6 +150,19 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         echo=_echo(config, state),
         digest=config_hash(config)[:16],
     )
+    return card if config.model.student_timestep is None else _at_timestep(card, config.model.student_timestep)
+
+
+def _at_timestep(card: str, timestep: int) -> str:
+    """Adapt a card to a student that starts from unit noise before the last timestep, as LCM's scheduler does."""
+    for before, after in (
+        ("EulerDiscreteScheduler", "LCMScheduler"),
+        (', timestep_spacing="trailing")', ")"),
+        ('"num_inference_steps": 1', f'"timesteps": [{timestep}]'),
+        ("; 1 step, CFG 1,", f"; 1 step of LCM from timestep {timestep}, CFG 1,"),
+    ):
+        card = card.replace(before, after)
+    return card
 
 
 def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:

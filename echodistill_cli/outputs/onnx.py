@@ -85,6 +85,7 @@ def _graph_settings(pair: ModelPair, size: int) -> dict[str, Any]:
         "token_count": pair.encoder.tokenizers[0].model_max_length,
         "zero_null": pair.encoder.zero_null,
         "time_ids": pair.student.time_ids,
+        "student_timestep": pair.student.timestep,
     }
 
 
@@ -101,7 +102,7 @@ def _graphs(pair: ModelPair, size: int) -> dict[str, tuple[nn.Module, dict[str, 
     latents = torch.zeros(1, pair.codec.channels, side, side)
     inputs = {
         "sample": latents,
-        "timestep": torch.tensor([pair.student.schedule.last_timestep]),
+        "timestep": torch.tensor([pair.student.first_timestep]),
         "encoder_hidden_states": conditioning.hidden.detach(),
     }
     added = conditioning.added(pair.student.time_ids) or {}
@@ -195,6 +196,7 @@ def load_onnx(folder: Path, *, threads: int | None = None) -> ModelPair:
             _Graph(folder / "unet", threads),
             load_schedule(folder / "scheduler"),
             None if time_ids is None else tuple(time_ids),
+            settings.get("student_timestep"),
         ),
         loaded_teacher=None,
         device=torch.device("cpu"),
@@ -266,8 +268,10 @@ class _Encoder(PromptEncoder):
 
 
 class _Student(Denoiser):
-    def __init__(self, graph: _Graph, schedule: NoiseSchedule, time_ids: tuple[int, ...] | None) -> None:
-        super().__init__(graph, schedule, time_ids)
+    def __init__(
+        self, graph: _Graph, schedule: NoiseSchedule, time_ids: tuple[int, ...] | None, timestep: int | None
+    ) -> None:
+        super().__init__(graph, schedule, time_ids, timestep)
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict; see `Denoiser.__call__`."""

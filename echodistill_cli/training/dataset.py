@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,14 +12,16 @@ from torch import Tensor
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.masks import with_masks
 from echodistill_cli.data.photos import Photo
-from echodistill_cli.data.prompts import class_prompts
+from echodistill_cli.data.prompts import class_prompts, with_subject
 from echodistill_cli.data.recolour import recoloured
-from echodistill_cli.data.views import View, real_views, teacher_views
+from echodistill_cli.data.views import View, prompt_for, real_views, teacher_views
 from echodistill_cli.diffusion.pair import LatentCodec, ModelPair
 from echodistill_cli.diffusion.sampling import student_x0
-from echodistill_cli.diffusion.text import Conditioning
+from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.critics import Discriminator
+
+_MOST_SHOWN = 80  # characters of an unread text in a message
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,31 @@ class TrainingSet:
     real_latents: Tensor
     critics: dict[str, list[Tensor]]
     identity: Tensor | None
+
+
+def unread_texts(config: Config, photos: Sequence[Photo], encoder: PromptEncoder) -> Iterator[str]:
+    """Yield a line for each text of a run whose end the text encoder does not read.
+
+    Args:
+        config: of the run.
+        photos: the usable photos, with their captions.
+        encoder: after the token was added.
+    """
+    concept, subject, generator = config.concept, config.subject, torch.Generator()
+    empty = View(torch.empty(0), torch.empty(0), "", None, 0)
+    prompts = [(f"The subject {subject!r}", with_subject("a photo of a {}", subject))]
+    prompts += [
+        (f"The caption of {photo.path.name}", prompt_for(replace(empty, caption=photo.caption), subject, generator))
+        for photo in photos
+        if photo.caption is not None
+    ]
+    prompts += [("A prompt of concept.scenes", with_subject(text, subject)) for text in concept.scenes]
+    prompts += [("A prompt of concept.class_prompts", text) for text in concept.class_prompts]
+    prompts += [("A prompt of --sample-prompt", text) for text in config.run.sample_prompts]
+    for source, prompt in prompts:
+        if unread := encoder.cut_off(prompt):
+            shown = unread if len(unread) <= _MOST_SHOWN else f"{unread[:_MOST_SHOWN]}..."
+            yield f"{source} is too long for the text encoder, which does not read {shown!r}."
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -236,7 +237,9 @@ def preview(state: TrainingState, run: Run) -> None:
     save_png(run.samples / f"step-{state.step:06d}.png", sheet, metadata)
 
 
-TRACKERS = ("tensorboard", "wandb")
+# Of accelerate's trackers, those that start without an account, and Weights & Biases, which can (WANDB_MODE=offline).
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "aim")
+_NEED_ACCOUNTS = ("comet_ml", "clearml", "swanlab", "dvclive")
 Track = Callable[[Mapping[str, float]], None]
 
 
@@ -253,13 +256,15 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             near = nearest(name, TRACKERS)
             raise ConfigError(
-                f"--report-to {name} is unknown; choose {' or '.join(TRACKERS)}.",
+                f"--report-to {name} is {_why_not(name)}; choose from {', '.join(TRACKERS)}.",
                 f"Did you mean {near}?" if near else None,
             )
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(
-                f"--report-to {name} needs a package that is not installed.", f"pip install 'echodistill[{name}]'"
-            )
+            raise ConfigError(f"--report-to {name} needs a package that is not installed.", f"pip install {name}")
+
+
+def _why_not(name: str) -> str:
+    return "not supported, as it needs an account or a repository" if name in _NEED_ACCOUNTS else "unknown"
 
 
 @contextmanager
@@ -283,7 +288,8 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
 
     accelerator = Accelerator(cpu=True, log_with=list(names), project_dir=folder / "logs")
     try:
-        accelerator.init_trackers("echodistill", config=_flat(config))
+        with redirect_stdout(sys.stderr):  # stdout is for the result; trackio greets there
+            accelerator.init_trackers("echodistill", config=_flat(config))
     except Exception as error:  # each tracker raises other errors
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise EchoDistillError(
@@ -292,7 +298,8 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
     try:
         yield lambda metrics: accelerator.log(dict(metrics), step=int(metrics["step"]))
     finally:
-        accelerator.end_training()
+        with redirect_stdout(sys.stderr):
+            accelerator.end_training()
 
 
 def _flat(config: Config) -> dict[str, str | float]:

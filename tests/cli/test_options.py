@@ -17,8 +17,8 @@ from typer.main import get_command
 
 from echodistill_cli.cli.app import app
 from echodistill_cli.cli.options import ALIASES, FLAGS, PANELS, with_settings
-from echodistill_cli.config.build import build_config
-from echodistill_cli.config.schema import RETIRED, Config
+from echodistill_cli.config.build import RETIRED, build_config
+from echodistill_cli.config.schema import Config
 from tests.helpers.commands import command
 
 KEYS = [
@@ -51,12 +51,12 @@ def planned(*arguments: object) -> Any:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_of_train_has_seven_headings_and_48_options() -> None:
+def test_the_help_of_train_has_seven_headings_and_49_options() -> None:
     text = command("train", "--help").out
     headings = re.findall(r"─ ([A-Z][\w ]+) ─", text)
     assert headings == ["Arguments", "Options", *PANELS]
     assert len(headings) <= 7
-    assert len(re.findall(r"^│ --", text, re.MULTILINE)) == 49
+    assert len(re.findall(r"^│ --", text, re.MULTILINE)) == 50
     assert all(f"│ {flag.names.split('/')[0].split()[0]} " in text for flag in FLAGS)
     assert "[off]" in text  # the default of an option that is turned on
     assert "--max-train-steps" not in text
@@ -78,7 +78,7 @@ def test_the_help_of_train_fits_two_screens_of_50_lines_and_100_columns() -> Non
 
 def test_a_flag_is_a_setting_and_no_setting_has_two_flags() -> None:
     keys = [flag.key for flag in FLAGS]
-    assert len(set(keys)) == len(keys) == 37
+    assert len(set(keys)) == len(keys) == 38
     # --model and PHOTOS are declared by `train` itself: they may name a preset, and a folder.
     assert set(keys) <= set(KEYS) - {"model.student", "concept.photos"}
     names = [name for flag in FLAGS for name in re.split(r"[ /]", flag.names)]
@@ -212,6 +212,39 @@ def test_a_wrong_set_ends_with_2_and_one_line_that_helps(line: str, words: str) 
     done = command("train", *line.split())
     assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
     assert words in done.err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("p --steps 0", "error: --steps 0 is below 1 (training steps)."),
+        ("p --rank -1", "error: --rank -1 is below 1"),
+        ("p --seed -1", "error: --seed -1 is below 0"),
+        ("p --text lore", "error: --text 'lore' is not one of lora, token, frozen"),
+        ("p --lr nan", "error: --lr nan is not a number."),
+        ("p --lr 0 --teacher-lr 0", "error: --lr and --teacher-lr are both 0"),
+        ("p --identity none", "but --identity is none."),
+        ("p --set train.steps=0", "error: train.steps = 0 is below 1"),
+        ("p --rank 4 --set train.steps=0", "error: train.steps = 0 is below 1"),
+    ],
+)
+def test_an_error_names_what_was_typed(line: str, words: str) -> None:
+    done = command("train", *line.split())
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert words in done.err
+
+
+def test_an_error_names_the_key_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("[train]\nsteps = 0\n")
+    done = command("train", "p", "--config", tmp_path / "run.toml")
+    assert "error: train.steps = 0 is below 1" in done.err
+
+
+def test_a_run_folder_in_the_place_of_photos_is_answered_with_the_command_that_resumes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    done = command("train", "--resume", tmp_path, "--steps", 9)
+    assert done.code == 2
+    assert f"is a run folder. Run echodistill train --resume --output {tmp_path}" in done.err
 
 
 # --- flags that are gone ----------------------------------------------------------------------------------------------

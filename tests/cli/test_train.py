@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
+from echodistill_cli.config.build import build_config
 from echodistill_cli.diffusion.sampling import seeded_noise
 from echodistill_cli.runs import open_run
 from echodistill_cli.training.state import JOINT
@@ -482,3 +483,20 @@ def test_real_photos_are_learned_from(small_line: tuple[object, ...]) -> None:
     done = command("train", PHOTOS / "dog", *small_line, "--steps", 1)
     assert done.code == 0, done.err
     assert "encoding 5 photos" in done.err
+
+
+# --- the settings of a run, printed -----------------------------------------------------------------------------------
+
+
+def test_config_prints_settings_that_give_the_same_run_when_read_back(tmp_path: Path) -> None:
+    done = command("config", "--model", "mini", "--set", "train.steps=7")
+    assert (done.code, done.err) == (0, "")
+    (tmp_path / "run.toml").write_text(done.out, encoding="utf-8")
+    assert build_config(toml_file=tmp_path / "run.toml") == build_config("mini", overrides={"train.steps": 7})
+    assert command("config", "--config", tmp_path / "run.toml").out == done.out
+    assert command("config", "--set", "train.steps=0").code == 2
+
+
+def test_config_prints_a_json_schema() -> None:
+    schema = json.loads(command("config", "--schema").out)
+    assert schema["properties"]["adapter"]["properties"]["rank"]["minimum"] == 1

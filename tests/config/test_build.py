@@ -11,14 +11,17 @@ import pytest
 from echodistill_cli.config import build
 from echodistill_cli.config.build import (
     PRESETS,
+    RETIRED,
     build_config,
     config_from_dict,
     config_hash,
     config_to_dict,
     config_to_toml,
+    json_schema,
     read_toml,
+    toy_warning,
 )
-from echodistill_cli.config.schema import RETIRED, Config
+from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
 
 PRESET_FILES = sorted((Path(build.__file__).parent / "presets").glob("*.toml"))
@@ -103,11 +106,58 @@ def test_a_revision_in_the_file_goes_with_the_model_flag_if_the_file_names_no_st
         ("[train\nsteps = 3", "not valid TOML"),
         ("steps = 3", "steps is outside of any section"),
         ('model = "sd-turbo"', "model is outside of any section"),
+        ('[concept]\nphotos = "C:\\Users\\me\\dog"', "not valid TOML: .*single quotes .'C:.* or with forward slashes"),
+        ('[concept]\nphotos = "C:\\dog"', "not valid TOML: .*single quotes"),
+        ("[train]\nsteps = " + "9" * 5000, "not valid TOML: .*digits"),
+        ("[train]\nsteps = " + "[" * 3000 + "]" * 3000, "nested too deeply"),
     ],
 )
 def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"run.toml.*{message}"):
         build_config(toml_file=toml(tmp_path, text))
+
+
+NESTED = ("[['x']]", "[[1, [2]], {}]", "{a = {b = 1}}", "[{a = 1}]", "1979-05-27", "07:32:00", "inf", "nan", "[]", "''")
+HUGE = ("9" * 400, "-" + "9" * 400, "0x" + "f" * 9000, "1e400", "[" + "9" * 400 + "]")
+
+
+@pytest.mark.parametrize("value", [*NESTED, *HUGE], ids=lambda value: value[:12])
+def test_any_value_of_any_key_is_accepted_or_refused_in_one_line(tmp_path: Path, value: str) -> None:
+    for section, table in config_to_dict(Config()).items():
+        for key in table:
+            file = toml(tmp_path, f"[{section}]\n{key} = {value}\n")
+            message = refusal(file)
+            assert len(message) < 400
+            assert "\n" not in message
+            assert message or value in ("[]", "''")
+
+
+def refusal(file: Path) -> str:
+    """What is said about a file; empty if it is accepted."""
+    try:
+        build_config(toml_file=file)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("value", ['"C:\\new\\tigers"', '"C:\\temp"', '"a\\u0000b"'])
+def test_a_path_whose_backslashes_became_control_characters_is_refused(tmp_path: Path, value: str) -> None:
+    for key in ("concept.photos", "model.student", "run.output"):
+        section, _, name = key.partition(".")
+        with pytest.raises(ConfigError, match=rf"{key} = .* holds a control character\. In TOML, .*C:/dog"):
+            build_config(toml_file=toml(tmp_path, f"[{section}]\n{name} = {value}\n"))
+
+
+def test_text_that_is_no_unicode_is_refused() -> None:
+    for key, value in (("run.sample_prompts", ("caf\udce9",)), ("concept.token", "caf\udce9")):
+        with pytest.raises(ConfigError, match=rf"{key} = .* is not valid Unicode"):
+            build_config(overrides={key: value})
+
+
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_bytes(b"\xef\xbb\xbf[train]\r\nsteps = 7\r\n")
+    assert build_config(toml_file=tmp_path / "run.toml").train.steps == 7
 
 
 def test_a_student_that_is_no_string_is_refused(tmp_path: Path) -> None:
@@ -147,6 +197,7 @@ def test_the_hash_tells_what_decides_the_result_and_nothing_else() -> None:
         {"concept": {"photos": "moved"}},
     ]
     other = [{"train": {"lr": 2e-4}}, {"run": {"seed": 1}}, {"loss": {"latent": 0.5}}, {"echo": {"start": "off"}}]
+    other.append({"model": {"student_timestep": 399}})
     reference = config_hash(Config())
     assert {config_hash(config_from_dict(tables)) for tables in same} == {reference}
     assert len({reference} | {config_hash(config_from_dict(tables)) for tables in other}) == len(other) + 1
@@ -201,3 +252,53 @@ def test_another_teacher_is_not_looked_for_at_the_presets_revision() -> None:
     assert build_config("sdxl-turbo", overrides={"model.teacher": "someone/base"}).model.teacher_revision is None
     both = {"model.teacher": "someone/base", "model.teacher_revision": "abc"}
     assert build_config("sdxl-turbo", overrides=both).model.teacher_revision == "abc"
+
+
+def test_a_base_model_with_a_distillation_lora_has_its_own_resolution(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"addition_embed_type": "text_time", "sample_size": 96}')
+    lora = {"model.student_lora": "one-step.safetensors"}
+    for student, side in ((str(tmp_path), 768), ("stabilityai/stable-diffusion-xl-base-1.0", 1024), ("a/b", 512)):
+        assert build_config(student, overrides=lora).model.resolution == side
+        assert build_config(student, overrides=lora | {"model.resolution": 640}).model.resolution == 640
+        assert build_config(student).model.resolution == 512
+    in_file = toml(tmp_path, f"[model]\nstudent = '{tmp_path}'\nstudent_lora = 'one-step.safetensors'\n")
+    assert build_config(toml_file=in_file).model.resolution == 768
+    assert build_config("stabilityai/stable-diffusion-xl-base-1.0", overrides=lora).model.teacher_original_size == 1024
+
+
+def test_the_toy_says_what_it_knows_and_is_silent_on_what_it_was_made_for() -> None:
+    card = json.loads((Path(build.__file__).parents[1] / "models" / "embedded" / "teacher" / "card.json").read_text())
+    assert list(PRESETS["mini"].nouns) == card["nouns"]
+    dog, vase = (build_config("mini", overrides={"concept.class_name": name}) for name in ("Toy Dog", "vase"))
+    assert toy_warning(dog, 64) is None
+    for config, side, words in (
+        (dog, 4000, "'Toy Dog' is among them. Photos become 64-pixel drawings."),
+        (vase, 64, "'vase' is not among them."),
+        (build_config("mini"), 64, "no class name was given."),
+    ):
+        message = toy_warning(config, side)
+        assert message is not None
+        assert message.startswith("The toy model knows 12 nouns: dog, cat, teapot,")
+        assert words in message
+    assert toy_warning(build_config("sd-turbo"), 4000) is None
+
+
+def test_the_json_schema_has_every_setting_with_its_bounds_and_default() -> None:
+    schema = json_schema()
+    defaults = config_to_dict(Config())
+    assert {name: set(section["properties"]) for name, section in schema["properties"].items()} == {
+        name: set(table) for name, table in defaults.items()
+    }
+    for name, table in defaults.items():
+        for key, value in table.items():
+            entry = schema["properties"][name]["properties"][key]
+            assert entry["description"]
+            assert entry["default"] == value
+    train, model = schema["properties"]["train"]["properties"], schema["properties"]["model"]["properties"]
+    assert (train["steps"]["type"], train["steps"]["minimum"]) == ("integer", 1)
+    assert (train["scene_share"]["type"], train["scene_share"]["maximum"]) == ("number", 1)
+    assert model["precision"]["enum"] == ["auto", "bf16", "fp16", "fp32"]
+    assert model["student_timestep"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"const": "off"}]
+    assert model["vae"]["type"] == "string"
+    assert schema["properties"]["run"]["properties"]["report_to"]["items"] == {"type": "string"}

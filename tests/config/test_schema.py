@@ -27,7 +27,7 @@ def key_name(value: Any) -> str | None:
 
 
 def test_the_defaults_are_valid_and_cause_no_warning() -> None:
-    assert list(warnings(Config())) == []
+    assert list(warnings(build_config(overrides={"concept.class_name": "dog"}))) == []
 
 
 @pytest.mark.parametrize("entry", [entry for _, entry in SETTINGS], ids=key_name)
@@ -188,14 +188,18 @@ def test_a_setting_without_effect_is_reported_with_what_it_depends_on(
     assert list(warnings(config)) == ([] if expected is None else [expected])
 
 
+def test_a_missing_class_name_is_reported_in_one_line() -> None:
+    assert list(warnings(Config())) == [
+        "Without --class-name, such as dog, the prompts do not say what the subject is."
+    ]
+
+
 def test_settings_that_need_a_class_name_are_reported_without_one() -> None:
     overrides = {"concept.masks": "teacher", "loss.prior": 1.0}
     sentences = list(warnings(build_config("mini", overrides=overrides)))
     assert sentences == [
-        f"{key} has no effect while there is no class name (--class-name)."
-        for key in (
-            *("concept.masks = 'teacher'", "concept.recolour", "concept.tint_scenes", "loss.prior"),
-            *("train.class_share", "train.pair_share"),
-        )
+        "Without --class-name, such as dog, the prompts do not say what the subject is. No effect without it: "
+        "concept.masks = 'teacher', concept.recolour, concept.tint_scenes, loss.prior, train.class_share, "
+        "train.pair_share."
     ]
     assert not list(warnings(build_config("mini", overrides={"concept.class_name": "dog", **overrides})))

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageFilter
+from PIL import Image, ImageCms, ImageFilter, PngImagePlugin
 
+from echodistill_cli.data.images import _ADOBE_RGB, _SRGB, _matrix_profile
 from echodistill_cli.data.photos import FileReport, Photo, PhotoReport, check_photos, load_photos, square_crop
 from echodistill_cli.errors import PhotoError
 
@@ -228,6 +229,49 @@ def test_colours_go_through_the_embedded_profile_to_srgb(tmp_path: Path) -> None
     assert file.verdict == "ok"
 
 
+@pytest.mark.parametrize("name", ["GIMP built-in Linear sRGB", "Linear Rec709", "sRGB"])
+def test_a_profile_is_judged_by_its_curve_not_by_its_name(tmp_path: Path, name: str) -> None:
+    Image.new("RGB", (96, 96), (55, 55, 55)).save(tmp_path / "a.png", icc_profile=_matrix_profile(name, _SRGB, 1.0))
+    file, photo = only(tmp_path)
+    assert near(at(photo, 0.5, 0.5), (128, 128, 128), 1)
+    assert f"converted from {name} to sRGB" in file.notes
+
+
+def test_a_curve_near_that_of_srgb_under_another_name_is_converted_and_srgb_itself_is_not(tmp_path: Path) -> None:
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    renamed = bytes(profile).replace("sRGB".encode("utf-16-be"), "mine".encode("utf-16-be"))
+    assert renamed != bytes(profile)
+    noise().save(tmp_path / "same.png", icc_profile=renamed)
+    noise(1).save(tmp_path / "wide.png", icc_profile=_matrix_profile("mine", _ADOBE_RGB, 2.2))
+    same, wide = check(tmp_path).files
+    assert same.notes == ()
+    assert wide.notes == ("converted from mine to sRGB",)
+
+
+def test_adobe_rgb_that_a_camera_writes_into_exif_alone_is_converted(tmp_path: Path) -> None:
+    def directory(tag: int, kind: int, count: int, value: bytes) -> bytes:
+        return struct.pack("<HHHI", 1, tag, kind, count) + value.ljust(4, b"\0") + bytes(4)
+
+    # Each directory of one entry has 18 bytes; the first two point to the next.
+    pointers = [directory(tag, 4, 1, struct.pack("<I", at)) for tag, at in ((0x8769, 26), (0xA005, 44))]
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + b"".join(pointers) + directory(1, 2, 4, b"R03\0")
+    image = Image.new("RGB", (96, 96), (150, 100, 100))
+    image.save(tmp_path / "a.jpg", exif=exif, quality=100)
+    file, photo = only(tmp_path)
+    assert any("converted from Adobe RGB to sRGB" in note for note in file.notes)
+    red, green, _ = at(photo, 0.5, 0.5)
+    assert red > 165  # Adobe's red is wider, so that the same number means more of it
+    assert green < 101
+
+
+@pytest.mark.parametrize(("gamma", "expected"), [(100_000, 128), (45_455, 55)])
+def test_the_gamma_of_a_png_without_a_profile_counts(tmp_path: Path, gamma: int, expected: int) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add(b"gAMA", struct.pack(">I", gamma))
+    Image.new("RGB", (96, 96), (55, 55, 55)).save(tmp_path / "a.png", pnginfo=chunks)
+    assert near(at(only(tmp_path)[1], 0.5, 0.5), (expected,) * 3, 1)
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P"])
 def test_an_srgb_profile_changes_nothing_in_any_mode(tmp_path: Path, mode: str) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -315,6 +359,58 @@ def test_a_decompression_bomb_is_skipped_before_it_is_decoded(tmp_path: Path, si
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     (tmp_path / "a.png").write_bytes(png(header, zlib.compress(bytes(1000))))
     assert "too many pixels" in skipped(tmp_path).notes[0]
+
+
+@pytest.mark.parametrize(("size", "expected"), [((12_000, 9_000), (6_000, 4_500)), ((9_000, 12_000), (4_500, 6_000))])
+def test_a_phones_photo_of_108_megapixels_is_read_at_half_its_size(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    noise().resize(size, Image.Resampling.NEAREST).save(tmp_path / "a.jpg", quality=20, exif=exif)
+    file, photo = only(tmp_path)
+    assert (file.verdict, file.size) == ("ok", size[::-1])
+    assert f"has {size[0]} x {size[1]} pixels; it is read at {expected[0]} x {expected[1]}" in file.notes
+    assert min(photo.image.size) == 128
+
+
+def test_too_many_pixels_are_skipped_with_what_to_do(tmp_path: Path) -> None:
+    header = struct.pack(">IIBBBBB", 12_000, 9_000, 8, 2, 0, 0, 0)
+    (tmp_path / "a.png").write_bytes(png(header, zlib.compress(bytes(1000))))
+    note = skipped(tmp_path).notes[0]
+    assert note == "has too many pixels (12000 x 9000); make it smaller, such as 4000 pixels wide"
+
+
+@pytest.mark.parametrize("name", ["a.dng", "a.NEF", "a.tif"])
+@pytest.mark.parametrize("tag", [{254: 1}, {50706: b"\x01\x04\x00\x00"}, {}], ids=["preview", "DNG", "plain"])
+def test_a_raw_file_is_not_mistaken_for_its_preview(tmp_path: Path, name: str, tag: dict[int, Any]) -> None:
+    noise(0, (160, 120)).save(tmp_path / name, format="TIFF", tiffinfo=tag)
+    if name == "a.tif" and not tag:
+        assert only(tmp_path)[0].size == (160, 120)
+    else:
+        assert "raw file" in skipped(tmp_path).notes[0]
+        assert "export it as JPEG" in skipped(tmp_path).notes[0]
+
+
+def test_a_raw_file_that_is_no_tiff_is_named_as_one_and_a_misnamed_jpeg_is_used(tmp_path: Path) -> None:
+    (tmp_path / "a.CR3").write_bytes(b"\0\0\0\x18ftypcrx " + bytes(100))
+    assert "raw file" in skipped(tmp_path).notes[0]
+    (tmp_path / "a.CR3").unlink()
+    noise().save(tmp_path / "b.raw", format="JPEG")
+    assert only(tmp_path)[0].verdict == "ok"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in folders")
+def test_pipes_among_photos_captions_and_masks_do_not_block(tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.png")
+    (tmp_path / "masks").mkdir()
+    for name in ("b.png", "a.txt", "masks/a.png"):
+        os.mkfifo(tmp_path / name)
+    (tmp_path / "c.jpg").symlink_to("/dev/zero")
+    report = check(tmp_path)
+    assert [file.verdict for file in report.files] == ["warning", "skipped", "skipped"]
+    assert "a.txt is ignored: it is not a regular file" in report.files[0].notes
+    assert any("masks/a.png is ignored" in note for note in report.files[0].notes)
 
 
 def test_an_icon_is_skipped(tmp_path: Path) -> None:
@@ -457,7 +553,9 @@ def test_masks_that_match_no_photo_are_never_silent(tmp_path: Path) -> None:
 def test_the_caption_is_the_first_line_with_text(tmp_path: Path) -> None:
     noise().save(tmp_path / "a.b.jpg")
     (tmp_path / "a.b.txt").write_bytes("\ufeff\n  a brown dog  \nmore\n".encode())
-    assert only(tmp_path)[1].caption == "a brown dog"
+    file, photo = only(tmp_path)
+    assert photo.caption == "a brown dog"
+    assert file.notes == ("only the first line of a.b.txt is the caption; 1 more with text not read",)
     assert only(tmp_path, captions=False)[1].caption is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from torch import Tensor
 
 from echodistill_cli.config.schema import ModelConfig
@@ -24,7 +26,7 @@ from echodistill_cli.diffusion.sampling import (
 )
 from echodistill_cli.diffusion.schedule import add_noise, guide, predict_x0
 from echodistill_cli.diffusion.text import Conditioning
-from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.models.load import load_pair
 from tests.helpers.commands import missing_flags
 
@@ -64,6 +66,42 @@ def test_one_step_pictures_are_those_of_diffusers(pair: ModelPair, small_pair: t
 def test_the_student_with_several_steps_is_diffusers_too(pair: ModelPair, small_pair: tuple[Path, Path]) -> None:
     expected = draw_with_diffusers(small_pair[0], num_inference_steps=3, guidance_scale=0.0)
     assert np.abs(draw(pair, steps=3) - expected).max() <= 1
+
+
+def test_a_student_that_starts_earlier_is_given_unit_noise_and_its_own_timestep(pair: ModelPair) -> None:
+    early, conditioning = replace(pair.student, timestep=399), pair.encoder.encode(["a dog"])
+    noise, timesteps = seeded_noise([3], (4, 8, 8)), torch.tensor([399])
+    alpha_bar = early.schedule.alphas_cumprod[399]
+    with torch.no_grad():
+        output = pair.student(noise, timesteps, conditioning)
+        x0 = student_x0(early, noise, conditioning)
+    torch.testing.assert_close(x0, (noise - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt())
+    assert not torch.allclose(x0, student_x0(pair.student, noise, conditioning), atol=0.1)
+    only = replace(pair, student=early)
+    assert np.array_equal(draw(only)[0], to_uint8(pair.codec.decode(_first_x0(only)))[0].numpy().astype(int))
+    assert np.array_equal(draw(only, role="teacher", steps=2), draw(pair, role="teacher", steps=2))
+
+
+def _first_x0(pair: ModelPair) -> Tensor:
+    with torch.no_grad():
+        return student_x0(pair.student, seeded_noise(SEEDS, (4, 8, 8)), pair.encoder.encode(PROMPTS))
+
+
+def test_one_step_at_an_earlier_timestep_is_that_of_diffusers_lcm_scheduler(
+    pair: ModelPair, small_pair: tuple[Path, Path]
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(small_pair[0], safety_checker=None, feature_extractor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    noise = seeded_noise(SEEDS, (4, 8, 8))
+    settings = {"timesteps": [399], "guidance_scale": 0.0, "height": 64, "width": 64, "output_type": "np"}
+    expected = (np.asarray(pipeline(list(PROMPTS), latents=noise, **settings).images) * 255).round().astype(int)
+    assert np.abs(draw(replace(pair, student=replace(pair.student, timestep=399))) - expected).max() <= 1
+
+
+def test_a_timestep_after_the_last_one_is_refused(pair: ModelPair) -> None:
+    with pytest.raises(ConfigError, match=r"--student-timestep 1000 is after the last timestep, 999"):
+        replace(pair.student, timestep=1000)
 
 
 def test_the_guided_teacher_in_several_steps_is_diffusers(pair: ModelPair, small_pair: tuple[Path, Path]) -> None:

@@ -124,6 +124,11 @@ def test_trailing_timesteps_start_at_the_last_one(steps: int, expected: list[int
     assert trailing_timesteps(schedule(), steps) == expected
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(1, [399]), (2, [399, 199]), (4, [399, 299, 199, 99])])
+def test_trailing_timesteps_can_start_earlier(steps: int, expected: list[int]) -> None:
+    assert trailing_timesteps(schedule(), steps, 399) == expected
+
+
 @pytest.mark.parametrize("steps", [3, 7, 25, 30, 50])
 def test_trailing_timesteps_equal_diffusers(steps: int) -> None:
     euler = EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")

@@ -128,6 +128,30 @@ def test_a_prompt_longer_than_the_context_is_cut(encoder: PromptEncoder) -> None
     assert torch.equal(encoder.encode(["dog " * 31]).hidden, encoder.encode(["dog " * 90]).hidden)
 
 
+def test_the_end_of_a_prompt_that_is_not_read_is_returned_as_it_was_typed(encoder: PromptEncoder) -> None:
+    limit = encoder.tokenizers[0].model_max_length - 2
+    start = " ".join(["dog"] * limit)
+    assert encoder.cut_off(start) == ""
+    assert encoder.cut_off(f"{start}  In the Snow, at night ") == "In the Snow, at night"
+    assert encoder.cut_off("") == ""
+    same = [encoder.encode([text]).hidden for text in (start, f"{start} in the snow")]
+    assert torch.equal(*same)
+
+
+def test_a_learned_word_counts_as_one_token_of_a_prompt(encoder: PromptEncoder) -> None:
+    limit = encoder.tokenizers[0].model_max_length - 2
+    prompt = " ".join(["Zwx"] * limit)
+    assert encoder.cut_off(prompt)
+    LearnedToken(encoder, "zwx", "dog")
+    assert encoder.cut_off(prompt) == ""
+    assert encoder.cut_off(f"{prompt} zwx dog") == "zwx dog"
+
+
+def test_the_tokenizer_that_reads_less_of_a_prompt_decides(pair_encoder: PromptEncoder) -> None:
+    pair_encoder.tokenizers[1].model_max_length = 5
+    assert pair_encoder.cut_off("a dog in deep snow") == "deep snow"
+
+
 def test_the_null_prompt_is_encoded_with_the_encoder_as_it_is_now(encoder: PromptEncoder) -> None:
     before = encoder.encode_null().hidden
     encoder.encoders[0].final_layer_norm.weight.mul_(2)
@@ -258,6 +282,14 @@ def test_a_learned_word_stands_for_itself_alone(encoder: PromptEncoder) -> None:
     ids = [encoder.tokenizers[0](text, add_special_tokens=False).input_ids for text in ("zwx", "azwxdog", "zw")]
     assert len(ids[0]) == 1
     assert ids[0][0] not in ids[1] + ids[2]
+
+
+@pytest.mark.parametrize("token", ["zwx", "ZwX", "sks", "SKS"])
+def test_a_learned_word_is_found_in_any_case(encoder: PromptEncoder, token: str) -> None:
+    plain = encoder.encode(["a dog"]).hidden
+    LearnedToken(encoder, token, "dog")
+    for written in (token.lower(), token.upper(), token.title()):
+        torch.testing.assert_close(encoder.encode([f"A {written}"]).hidden, plain)
 
 
 def test_both_encoders_of_sdxl_learn_the_word(pair_encoder: PromptEncoder) -> None:

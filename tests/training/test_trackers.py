@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.training.loop import check_trackers, tracking
+from echodistill_cli.training.loop import TRACKERS, check_trackers, tracking
 from tests.helpers.commands import command, small_toml
 
 
@@ -22,14 +23,19 @@ def test_without_trackers_nothing_is_written(tmp_path: Path) -> None:
 
 def test_an_unknown_or_missing_tracker_is_named() -> None:
     with pytest.raises(
-        ConfigError, match=r"tensorbord is unknown; choose tensorboard or wandb. Did you mean tensorboard\?"
+        ConfigError, match=r"tensorbord is unknown; choose from tensorboard, trackio, .*Did you mean tensorboard\?"
     ):
         check_trackers(["tensorbord"])
-    if importlib.util.find_spec("wandb") is None:
-        with pytest.raises(
-            ConfigError, match=r"wandb needs a package that is not installed. pip install 'echodistill\[wandb\]'"
-        ):
-            check_trackers(["wandb"])
+    with pytest.raises(ConfigError, match=r"clearml is not supported, as it needs an account or a repository; choose"):
+        check_trackers(["clearml"])
+    for name in ("trackio", "wandb", "mlflow", "aim"):
+        if importlib.util.find_spec(name) is None:
+            with pytest.raises(ConfigError, match=rf"{name} needs a package that is not installed. pip install {name}"):
+                check_trackers([name])
+
+
+def test_every_tracker_is_one_of_accelerates() -> None:
+    assert set(TRACKERS) <= set(LOGGER_TYPE_TO_CLASS)
 
 
 def test_a_missing_tracker_is_reported_before_anything_is_written(
