@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from datetime import date
@@ -150,3 +151,39 @@ def test_what_a_page_links_to_is_there(file: Path) -> None:
         target = file.parent / name if name else file
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_no_demo_prompt_was_trained_with() -> None:
+    config = build_config("mini", overrides={"concept.class_name": "dog"})
+    prompts = (ROOT / "examples" / "demo-prompts.txt").read_text(encoding="utf-8").splitlines()
+    templates = {*config.concept.scenes, *config.concept.class_prompts}
+    # Without the subject: neither the wording of a place nor a color at a place is one of the training's.
+    trained = {template.replace("{}", "…") for template in templates}
+    assert len(set(prompts)) == 8
+    assert all(config.subject in prompt for prompt in prompts)
+    assert not {prompt.replace(config.subject, "…") for prompt in prompts} & trained
+
+
+def setup_lines(*settings: str) -> str:
+    """What `make setup` would run in a fresh clone, with settings such as TORCH_INDEX=URL."""
+    words = ["make", "--dry-run", "--always-make", "--no-print-directory", "setup", "PYTHON=python3", *settings]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_asks_before_it_downloads_cuda_for_a_machine_without_a_gpu() -> None:
+    plain = setup_lines("CUDA=", "TORCH_INDEX=")
+    assert plain.index("--dry-run --no-deps --report") < plain.index("exit 1") < plain.index("--group dev")
+    assert "--dry-run" not in setup_lines("CUDA=1")
+    small = setup_lines("CUDA=", "TORCH_INDEX=URL")
+    assert "--dry-run" not in small
+    assert "pip install --quiet --index-url URL torch==" in small
+
+
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "Makefile", ROOT / "pyproject.toml", *DOCUMENTS, *sorted(PACKAGE.rglob("*.py"))],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_nobody_is_told_to_install_a_package_of_this_name_from_an_index(file: Path) -> None:
+    # No index has it: whoever takes the name would be installed.
+    assert not re.search(r"pip install [^\n`]*echodistill", file.read_text(encoding="utf-8"))

@@ -88,7 +88,7 @@ def _decode(path: Path, notes: Notes) -> tuple[Image.Image, Image.Image | None, 
     except UnidentifiedImageError as error:
         reason = f"is not an image of a known kind ({', '.join(_formats())})" if header else "is empty (0 bytes)"
         if header[4:8] == b"ftyp" and header[8:] in _HEIC_BRANDS:
-            reason = "is HEIC, which needs pillow-heif: pip install echodistill[heic]"
+            reason = "is HEIC, which needs pillow-heif: pip install pillow-heif"
         raise UnusableError(reason) from error
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise UnusableError(f"has too many pixels to be safe: {error}") from error

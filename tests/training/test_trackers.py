@@ -26,9 +26,7 @@ def test_an_unknown_or_missing_tracker_is_named() -> None:
     ):
         check_trackers(["tensorbord"])
     if importlib.util.find_spec("wandb") is None:
-        with pytest.raises(
-            ConfigError, match=r"wandb needs a package that is not installed. pip install 'echodistill\[wandb\]'"
-        ):
+        with pytest.raises(ConfigError, match=r"wandb needs the package wandb. Install it: pip install wandb"):
             check_trackers(["wandb"])
 
 
