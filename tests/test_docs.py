@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -86,7 +87,8 @@ def test_an_example_configuration_is_valid_and_its_commented_keys_exist(file: Pa
 
 def test_every_flag_that_the_documents_name_exists() -> None:
     group: Any = get_command(app)
-    known = {"--network-dim", "--learning-rate", "--max-train-steps"}  # said to be understood
+    known = {"--index-url"}  # of pip
+    known |= {"--network-dim", "--learning-rate", "--max-train-steps"}  # said to be understood
     for command in group.commands.values():
         known |= {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     known |= {name for option in group.params for name in option.opts} | {"--help"}
@@ -187,3 +189,65 @@ def test_make_asks_before_it_downloads_cuda_for_a_machine_without_a_gpu() -> Non
 def test_nobody_is_told_to_install_a_package_of_this_name_from_an_index(file: Path) -> None:
     # No index has it: whoever takes the name would be installed.
     assert not re.search(r"pip install [^\n`]*echodistill", file.read_text(encoding="utf-8"))
+
+
+def test_every_setting_that_the_readme_names_exists() -> None:
+    settings = re.findall(r"--set ([a-z_.]+)=([\d.]+)", README.read_text(encoding="utf-8"))
+    assert settings
+    build_config("mini", overrides={key: tomllib.loads(f"value = {value}")["value"] for key, value in settings})
+
+
+def table_rows(file: Path) -> list[list[str]]:
+    """The cells of every table row of a page."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
+
+
+@pytest.mark.parametrize(
+    ("name", "contestant"),
+    [
+        ("echodistill", "ours"),
+        ("same losses, teacher trained first and then fixed", "sequential"),
+        ("teacher's LoRA loaded into the student (common practice)", "teacher-lora"),
+        ("base student", "untouched"),
+    ],
+)
+def test_the_readmes_scores_are_those_of_the_benchmark(name: str, contestant: str) -> None:
+    rows = table_rows(ROOT / "examples" / "benchmark" / "README.md")
+    (row,) = [row for row in rows if row[0] == contestant and len(row) > 8]
+    recognition, _, prompt, _, _, sharpness, drift = (float(cell.split()[0]) for cell in row[2:9])
+    (written,) = [row[1:] for row in table_rows(README) if row[0] == name]
+    shown = [float(cell.split()[0]) for cell in written]
+    assert shown == pytest.approx([recognition, prompt, drift, sharpness], abs=0.0051)
+    assert shown[:2] == [recognition, prompt]
+
+
+def test_the_readmes_costs_are_those_that_the_benchmark_measured() -> None:
+    readme = README.read_text(encoding="utf-8")
+    lines = (ROOT / "examples" / "benchmark" / "README.md").read_text(encoding="utf-8").splitlines()
+    for pair in ("SD-Turbo + SD 2.1 | 1", "SDXL-Turbo + SDXL base | 1"):
+        (line,) = [line for line in lines if line.startswith(f"| {pair} |")]
+        _, _, step, _, peak, _, speed = (cell.strip() for cell in line.strip("| ").split("|"))
+        student, teacher = pair.removesuffix(" | 1").split(" + ")
+        minutes = round(float(step.split()[0]) * 1000 / 60)
+        (sentence,) = re.findall(rf"{student} with {teacher} takes ([^;]*?)[;.]\s", readme.replace("\n", " "))
+        for words in (step, f"({minutes} minutes", peak.partition(" (")[0], speed):
+            assert words in sentence
+
+
+def test_the_comfyui_workflow_is_wired_and_generates_in_one_step() -> None:
+    nodes = json.loads((ROOT / "examples" / "comfyui-workflow.json").read_text(encoding="utf-8"))
+    links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
+    # The outputs of ComfyUI's nodes, by their published definitions.
+    outputs = {
+        "CheckpointLoaderSimple": 3, "LoraLoader": 2, "CLIPTextEncode": 1, "EmptyLatentImage": 1, "KSamplerSelect": 1,
+        "SDTurboScheduler": 1, "SamplerCustom": 2, "VAEDecode": 1, "SaveImage": 0,
+    }  # fmt: skip
+    assert all(index < outputs[nodes[number]["class_type"]] for number, index in links)
+    kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    assert set(kinds) == set(outputs)
+    assert kinds["SDTurboScheduler"] == {"model": ["2", 0], "steps": 1, "denoise": 1.0}
+    assert kinds["SamplerCustom"]["cfg"] == kinds["LoraLoader"]["strength_model"] == 1.0
+    assert (kinds["EmptyLatentImage"]["width"], kinds["EmptyLatentImage"]["height"]) == (512, 512)
+    # Every path from the checkpoint to the sampler goes through the LoRA.
+    assert [node for node in nodes.values() if ["1", 0] in node["inputs"].values()] == [nodes["2"]]
