@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from datetime import date
@@ -251,3 +253,22 @@ def test_the_comfyui_workflow_is_wired_and_generates_in_one_step() -> None:
     assert (kinds["EmptyLatentImage"]["width"], kinds["EmptyLatentImage"]["height"]) == (512, 512)
     # Every path from the checkpoint to the sampler goes through the LoRA.
     assert [node for node in nodes.values() if ["1", 0] in node["inputs"].values()] == [nodes["2"]]
+
+
+@pytest.mark.parametrize("name", ["ci_personalize.sh", "compare_seeds.sh"])
+def test_a_script_without_arguments_says_how_it_is_used(name: str) -> None:
+    done = subprocess.run(["bash", ROOT / "examples" / name], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Usage: {name} ")
+
+
+def test_the_batch_script_skips_a_subject_whose_photos_cannot_be_used_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "subjects" / "cat").mkdir(parents=True)
+    (tmp_path / "subjects" / "cat" / "0.png").write_bytes((ROOT / "examples" / "photos" / "0.png").read_bytes())
+    script = ["bash", ROOT / "examples" / "ci_personalize.sh", tmp_path / "subjects", tmp_path / "out"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 3
+    assert "Skipped" in done.stderr
+    assert (tmp_path / "out" / "cat.photos.json").stat().st_size
