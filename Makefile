@@ -3,9 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Pinned here only, for reproducible tests. On Linux PyPI's build brings gigabytes of CUDA libraries; for the CPU build use
-#   make setup TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# Pinned here only, for reproducible tests.
 TORCH ?= torch==2.13.0
+# On Linux, pip's default index has torch with CUDA: 2.7 GB to download (2026-11-30). Name PyTorch's CPU index for the
+# small build, or set CUDA=1 to want the large one. Setup stops before it downloads CUDA for a machine without a GPU.
+TORCH_INDEX ?=
+CUDA ?= $(shell command -v nvidia-smi)
+PIP := $(BIN)/python -m pip
+INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
 .PHONY: help setup test lint type bench bench-proof demo mini-world clean
 help:
@@ -15,9 +20,15 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --group dev --editable ".[onnx]"
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+ifeq ($(CUDA)$(TORCH_INDEX),)
+	@if [ "$$(uname)" = Linux ] && $(INSTALL_TORCH) --dry-run --no-deps --report - | grep -q '"nvidia-'; then \
+	  echo "This machine has no NVIDIA GPU, and pip would download 2.7 GB of CUDA libraries."; \
+	  echo "Run: make $(or $(MAKECMDGOALS),setup) TORCH_INDEX=URL   with the CPU index of PyTorch, which pytorch.org names."; \
+	  echo "Or download CUDA: make $(or $(MAKECMDGOALS),setup) CUDA=1"; exit 1; fi >&2
+endif
+	$(INSTALL_TORCH)
+	$(PIP) install --quiet --group dev --editable ".[onnx]"
 	touch $@
 
 # Two processes, each with whole files, so that fixtures of a module are built once. Files run in order of name: in
@@ -41,13 +52,13 @@ demo: $(STAMP)
 
 # The benchmark in small: four subjects, five methods; two processes of one thread each.
 bench-proof: $(STAMP)
-	$(BIN)/python -m pip install --quiet --group benchmark
+	$(PIP) install --quiet --group benchmark
 	$(BIN)/python -m examples.benchmark.run --small --processes 2 --results runs/benchmark/proof.json
 	$(BIN)/python -m examples.benchmark.report --results runs/benchmark/proof.json --figure runs/benchmark/proof.png
 
 # Every weight of the embedded pair, from seeds: hours on a CPU. A stopped run resumes.
 mini-world: $(STAMP)
-	$(BIN)/python -m pip install --quiet --group mini-world
+	$(PIP) install --quiet --group mini-world
 	PYTHON=$(BIN)/python bash examples/mini_world/train_all.sh
 
 clean:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+import echodistill_cli as ed
 from echodistill_cli.cli.options import quiet_libraries
-from echodistill_cli.outputs.requests import SampleRequest
-from echodistill_cli.outputs.sample import Sample, sample
 from echodistill_cli.runs import open_run
 
 TILE, GAP, LINE = 128, 6, 18
@@ -22,10 +21,8 @@ Picture = Image.Image
 
 def labelled(image: Picture, text: str) -> Picture:
     """Return a tile with a line of text below the image."""
-    # Small images are enlarged without smoothing, to show the pixels that were generated.
-    method = Image.Resampling.NEAREST if image.width < TILE else Image.Resampling.LANCZOS
     tile = Image.new("RGB", (TILE, TILE + LINE), "white")
-    tile.paste(ImageOps.fit(image.convert("RGB"), (TILE, TILE), method))
+    tile.paste(ImageOps.fit(image.convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS))
     draw = ImageDraw.Draw(tile)
     sizes = (ImageFont.load_default(size) for size in (11, 10, 9, 8))
     font = next((font for font in sizes if draw.textlength(text, font) <= TILE - 2), ImageFont.load_default(7))
@@ -55,7 +52,7 @@ def contact_sheet(run: Path, prompts: Sequence[str], columns: int = 8) -> Pictur
         for path in sorted(Path(config.concept.photos).iterdir())
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     ]
-    samples: list[Sample] = list(sample(SampleRequest(prompts, lora=run, compare=True)))
+    samples = list(ed.sample(ed.SampleRequest(prompts, lora=run, compare=True)))
     rows: list[tuple[str, Sequence[Picture]]] = [("photos", photos[:columns])]
     for start in range(0, len(samples), columns):
         part = samples[start : start + columns]

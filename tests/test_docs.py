@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from datetime import date
@@ -85,7 +89,8 @@ def test_an_example_configuration_is_valid_and_its_commented_keys_exist(file: Pa
 
 def test_every_flag_that_the_documents_name_exists() -> None:
     group: Any = get_command(app)
-    known = {"--network-dim", "--learning-rate", "--max-train-steps"}  # said to be understood
+    known = {"--index-url"}  # of pip
+    known |= {"--network-dim", "--learning-rate", "--max-train-steps"}  # said to be understood
     for command in group.commands.values():
         known |= {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     known |= {name for option in group.params for name in option.opts} | {"--help"}
@@ -150,3 +155,120 @@ def test_what_a_page_links_to_is_there(file: Path) -> None:
         target = file.parent / name if name else file
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_no_demo_prompt_was_trained_with() -> None:
+    config = build_config("mini", overrides={"concept.class_name": "dog"})
+    prompts = (ROOT / "examples" / "demo-prompts.txt").read_text(encoding="utf-8").splitlines()
+    templates = {*config.concept.scenes, *config.concept.class_prompts}
+    # Without the subject: neither the wording of a place nor a color at a place is one of the training's.
+    trained = {template.replace("{}", "…") for template in templates}
+    assert len(set(prompts)) == 8
+    assert all(config.subject in prompt for prompt in prompts)
+    assert not {prompt.replace(config.subject, "…") for prompt in prompts} & trained
+
+
+def setup_lines(*settings: str) -> str:
+    """What `make setup` would run in a fresh clone, with settings such as TORCH_INDEX=URL."""
+    words = ["make", "--dry-run", "--always-make", "--no-print-directory", "setup", "PYTHON=python3", *settings]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_make_asks_before_it_downloads_cuda_for_a_machine_without_a_gpu() -> None:
+    plain = setup_lines("CUDA=", "TORCH_INDEX=")
+    assert plain.index("--dry-run --no-deps --report") < plain.index("exit 1") < plain.index("--group dev")
+    assert "--dry-run" not in setup_lines("CUDA=1")
+    small = setup_lines("CUDA=", "TORCH_INDEX=URL")
+    assert "--dry-run" not in small
+    assert "pip install --quiet --index-url URL torch==" in small
+
+
+@pytest.mark.parametrize(
+    "file",
+    [ROOT / "Makefile", ROOT / "pyproject.toml", *DOCUMENTS, *sorted(PACKAGE.rglob("*.py"))],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)
+def test_nobody_is_told_to_install_a_package_of_this_name_from_an_index(file: Path) -> None:
+    # No index has it: whoever takes the name would be installed.
+    assert not re.search(r"pip install [^\n`]*echodistill", file.read_text(encoding="utf-8"))
+
+
+def test_every_setting_that_the_readme_names_exists() -> None:
+    settings = re.findall(r"--set ([a-z_.]+)=([\d.]+)", README.read_text(encoding="utf-8"))
+    assert settings
+    build_config("mini", overrides={key: tomllib.loads(f"value = {value}")["value"] for key, value in settings})
+
+
+def table_rows(file: Path) -> list[list[str]]:
+    """The cells of every table row of a page."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in lines if line.startswith("|")]
+
+
+@pytest.mark.parametrize(
+    ("name", "contestant"),
+    [
+        ("echodistill", "ours"),
+        ("same losses, teacher trained first and then fixed", "sequential"),
+        ("teacher's LoRA loaded into the student (common practice)", "teacher-lora"),
+        ("base student", "untouched"),
+    ],
+)
+def test_the_readmes_scores_are_those_of_the_benchmark(name: str, contestant: str) -> None:
+    rows = table_rows(ROOT / "examples" / "benchmark" / "README.md")
+    (row,) = [row for row in rows if row[0] == contestant and len(row) > 8]
+    recognition, _, prompt, _, _, sharpness, drift = (float(cell.split()[0]) for cell in row[2:9])
+    (written,) = [row[1:] for row in table_rows(README) if row[0] == name]
+    shown = [float(cell.split()[0]) for cell in written]
+    assert shown == pytest.approx([recognition, prompt, drift, sharpness], abs=0.0051)
+    assert shown[:2] == [recognition, prompt]
+
+
+def test_the_readmes_costs_are_those_that_the_benchmark_measured() -> None:
+    readme = README.read_text(encoding="utf-8")
+    lines = (ROOT / "examples" / "benchmark" / "README.md").read_text(encoding="utf-8").splitlines()
+    for pair in ("SD-Turbo + SD 2.1 | 1", "SDXL-Turbo + SDXL base | 1"):
+        (line,) = [line for line in lines if line.startswith(f"| {pair} |")]
+        _, _, step, _, peak, _, speed = (cell.strip() for cell in line.strip("| ").split("|"))
+        student, teacher = pair.removesuffix(" | 1").split(" + ")
+        minutes = round(float(step.split()[0]) * 1000 / 60)
+        (sentence,) = re.findall(rf"{student} with {teacher} takes ([^;]*?)[;.]\s", readme.replace("\n", " "))
+        for words in (step, f"({minutes} minutes", peak.partition(" (")[0], speed):
+            assert words in sentence
+
+
+def test_the_comfyui_workflow_is_wired_and_generates_in_one_step() -> None:
+    nodes = json.loads((ROOT / "examples" / "comfyui-workflow.json").read_text(encoding="utf-8"))
+    links = [value for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
+    # The outputs of ComfyUI's nodes, by their published definitions.
+    outputs = {
+        "CheckpointLoaderSimple": 3, "LoraLoader": 2, "CLIPTextEncode": 1, "EmptyLatentImage": 1, "KSamplerSelect": 1,
+        "SDTurboScheduler": 1, "SamplerCustom": 2, "VAEDecode": 1, "SaveImage": 0,
+    }  # fmt: skip
+    assert all(index < outputs[nodes[number]["class_type"]] for number, index in links)
+    kinds = {node["class_type"]: node["inputs"] for node in nodes.values()}
+    assert set(kinds) == set(outputs)
+    assert kinds["SDTurboScheduler"] == {"model": ["2", 0], "steps": 1, "denoise": 1.0}
+    assert kinds["SamplerCustom"]["cfg"] == kinds["LoraLoader"]["strength_model"] == 1.0
+    assert (kinds["EmptyLatentImage"]["width"], kinds["EmptyLatentImage"]["height"]) == (512, 512)
+    # Every path from the checkpoint to the sampler goes through the LoRA.
+    assert [node for node in nodes.values() if ["1", 0] in node["inputs"].values()] == [nodes["2"]]
+
+
+@pytest.mark.parametrize("name", ["ci_personalize.sh", "compare_seeds.sh"])
+def test_a_script_without_arguments_says_how_it_is_used(name: str) -> None:
+    done = subprocess.run(["bash", ROOT / "examples" / name], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"Usage: {name} ")
+
+
+def test_the_batch_script_skips_a_subject_whose_photos_cannot_be_used_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "subjects" / "cat").mkdir(parents=True)
+    (tmp_path / "subjects" / "cat" / "0.png").write_bytes((ROOT / "examples" / "photos" / "0.png").read_bytes())
+    script = ["bash", ROOT / "examples" / "ci_personalize.sh", tmp_path / "subjects", tmp_path / "out"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 3
+    assert "Skipped" in done.stderr
+    assert (tmp_path / "out" / "cat.photos.json").stat().st_size

@@ -138,7 +138,7 @@ def _why_unidentified(path: Path, header: bytes) -> str:
     if path.suffix.lower() in _RAW:
         return _RAW_REASON
     if header[4:8] == b"ftyp" and header[8:] in _HEIC_BRANDS:
-        return "is HEIC, which needs pillow-heif: pip install echodistill[heic]"
+        return "is HEIC, which needs pillow-heif: pip install pillow-heif"
     return f"is not an image of a known kind ({', '.join(_formats())})"
 
 

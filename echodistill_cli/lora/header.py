@@ -17,6 +17,8 @@ from echodistill_cli.lora.keys import RESERVED_NAMES
 from echodistill_cli.lora.safetensors_io import body_sha256
 
 MODELSPEC_VERSION = "1.0.0"
+# The architecture of the embedded pair, which no other tool has.
+_TOY = "echodistill-mini"
 # Readers accept 8 MiB of header. The cover is stored twice, and base64 adds a third to each copy.
 MAX_COVER_BYTES = 2**20
 
@@ -46,6 +48,7 @@ class LoraHeader:
         started_at: start of training in seconds since the epoch; None omits it.
         finished_at: end of training in seconds since the epoch; None omits it.
         cover: a PNG of at most 1 MiB; viewers expect 256 x 256 pixels.
+        toy: whether the base model is the embedded toy pair, which no other tool has.
     """
 
     name: str
@@ -68,6 +71,7 @@ class LoraHeader:
     started_at: float | None = None
     finished_at: float | None = None
     cover: bytes | None = None
+    toy: bool = False
 
 
 def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
@@ -128,7 +132,9 @@ def _kohya(lora: LoraHeader) -> dict[str, str]:
 
 def _modelspec(lora: LoraHeader, digest: str) -> dict[str, str]:
     velocity = lora.prediction_type == "v_prediction"
-    if lora.family == "sdxl":
+    if lora.toy:
+        architecture, implementation = _TOY, "echodistill"
+    elif lora.family == "sdxl":
         architecture = "stable-diffusion-xl-v1-base"
         implementation = "https://github.com/Stability-AI/generative-models"
     else:
@@ -204,11 +210,16 @@ def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
 
 def a1111_card(metadata: Mapping[str, str]) -> dict[str, str | float]:
     """Return A1111's user metadata for a LoRA with this header."""
-    sdxl = metadata.get("ss_base_model_version", "").startswith("sdxl")
     base_model = metadata.get("ss_sd_model_name", "")
+    if metadata.get("modelspec.architecture", "").startswith(_TOY):
+        version = "Unknown"
+    elif metadata.get("ss_base_model_version", "").startswith("sdxl"):
+        version = "SDXL"
+    else:
+        version = "SD2" if metadata.get("ss_v2") == "True" else "SD1"
     return {
         "description": metadata.get("modelspec.description", ""),
-        "sd version": "SDXL" if sdxl else "SD2" if metadata.get("ss_v2") == "True" else "SD1",
+        "sd version": version,
         "activation text": metadata.get("modelspec.trigger_phrase", ""),
         "preferred weight": 1.0,
         "negative text": "",

@@ -23,6 +23,7 @@ from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2
 from echodistill_cli.lora.read import LoraFile, read_lora
 from echodistill_cli.lora.safetensors_io import body_sha256, read_header
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, LoraWeights
+from echodistill_cli.models.sources import is_embedded
 from echodistill_cli.outputs.apply import read_token_file
 from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
 
@@ -259,6 +260,9 @@ class Artifact:
         together = f"together with {last_part(student_lora)}, " if student_lora else ""
         first = config.model.student_timestep
         timesteps = "trailing timesteps" if first is None else f"timestep {first} with unit noise (LCM sampler)"
+        toy = is_embedded(config.model.student)
+        if toy:
+            together = "in echodistill only, "
         usage = {
             "student": f"{together}1 step, guidance 0 (CFG 1), {timesteps}, {side}x{side}",
             "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
@@ -284,6 +288,7 @@ class Artifact:
             started_at=record.started_at,
             finished_at=record.finished_at,
             cover=record.cover,
+            toy=toy,
         )
 
     def _read_record(self) -> TrainingRecord:

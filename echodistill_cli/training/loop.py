@@ -260,7 +260,7 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"Did you mean {near}?" if near else None,
             )
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report-to {name} needs a package that is not installed.", f"pip install {name}")
+            raise ConfigError(f"--report-to {name} needs the package {name}.", f"Install it: pip install {name}")
 
 
 def _why_not(name: str) -> str:

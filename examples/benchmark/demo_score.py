@@ -11,8 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echodistill_cli.outputs.requests import SampleRequest
-from echodistill_cli.outputs.sample import sample
+import echodistill_cli as ed
 from echodistill_cli.runs import open_run
 from examples.benchmark.measure import JUDGE
 from examples.benchmark.subjects import PROMPTS
@@ -23,7 +22,9 @@ from examples.mini_world.nouns import HELD_OUT_VENDOR
 def count(run: Path, scale: float) -> dict[str, int]:
     """Return in how many of 16 images the judge reads the subject and the place, at a scale of the LoRA."""
     prompts = [ask.prompt(open_run(run).config.subject) for ask in PROMPTS]
-    images = np.stack([np.asarray(one.image) for one in sample(SampleRequest(prompts, lora=run, lora_scale=scale))])
+    images = np.stack(
+        [np.asarray(one.image) for one in ed.sample(ed.SampleRequest(prompts, lora=run, lora_scale=scale))]
+    )
     reading = Examiner(JUDGE).read(images)
     subject = reading.right("sprite", [f"dog/{HELD_OUT_VENDOR}"] * len(PROMPTS))
     place = reading.right("place", [ask.place for ask in PROMPTS])

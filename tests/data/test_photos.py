@@ -317,7 +317,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> None:
 def test_heic_without_pillow_heif_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     (tmp_path / "a.HEIC").write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(64))
-    assert "pip install echodistill[heic]" in skipped(tmp_path).notes[0]
+    assert "pip install pillow-heif" in skipped(tmp_path).notes[0]
 
 
 @pytest.mark.parametrize("kept", [0.5, 0.9])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,6 +110,29 @@ def test_a_run_on_the_example_photos_needs_nothing_but_the_package(trained: tupl
     drawn = command("sample", "--lora", run, "--prompt", "a sks dog in the snow", "-o", tmp_path / "out", "--json")
     assert drawn.code == 0, drawn.err
     assert len(drawn.result["files"]) == 1
+
+
+def test_what_a_run_writes_says_that_no_other_tool_has_the_pair(trained: tuple[Path, Done]) -> None:
+    run = trained[0]
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert "Only echodistill generates images with this LoRA" in card
+    assert "ComfyUI" not in card
+    assert "from_pretrained" not in card
+    sidecar = json.loads((run / "sks-dog.json").read_text(encoding="utf-8"))
+    assert sidecar["sd version"] == "Unknown"
+    assert sidecar["notes"].startswith("in echodistill only, 1 step")
+    found = command("inspect", run / "sks-dog.safetensors", "--json")
+    assert {one["loads"] for one in found.result["readers"] if one["reader"] != "diffusers"} == {"no"}
+
+
+def test_the_cards_command_generates_an_image_in_the_runs_folder(
+    trained: tuple[Path, Done], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = re.findall(r"^echodistill (sample .*)$", (trained[0] / "README.md").read_text(encoding="utf-8"), re.M)
+    monkeypatch.chdir(trained[0])
+    done = command(*shlex.split(line), "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    assert len(done.result["files"]) == 1
 
 
 def test_evaluate_uses_the_embedded_encoders(trained: tuple[Path, Done], tmp_path: Path) -> None:

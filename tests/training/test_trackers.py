@@ -30,7 +30,7 @@ def test_an_unknown_or_missing_tracker_is_named() -> None:
         check_trackers(["clearml"])
     for name in ("trackio", "wandb", "mlflow", "aim"):
         if importlib.util.find_spec(name) is None:
-            with pytest.raises(ConfigError, match=rf"{name} needs a package that is not installed. pip install {name}"):
+            with pytest.raises(ConfigError, match=rf"{name} needs the package {name}. Install it: pip install {name}"):
                 check_trackers([name])
 
 
