@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from echodistill_cli.files import write_bytes
 
@@ -180,6 +180,7 @@ def _flatten(rgb: Image.Image, alpha: Image.Image | None, notes: Notes) -> tuple
 
 
 _GAP = 2  # pixels between the images of a grid
+_LABEL_LINES = 3  # a longer label is cut
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -187,16 +188,47 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Arrange images of one size in a grid, as square as possible unless `columns` is given."""
+def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
+    """Arrange images of one size in a grid, as square as possible unless `columns` is given.
+
+    Args:
+        images: at least one.
+        columns: images per row.
+        labels: one text per image, written below it; None for no text.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
-    rows = math.ceil(len(images) / columns)
-    size = (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
+    texts = [_label(text, width) for text in labels or ()]
+    step = height + max((text.height for text in texts), default=0) + _GAP
+    size = (columns * (width + _GAP) - _GAP, math.ceil(len(images) / columns) * step - _GAP)
     sheet = Image.new("RGB", size, "white")
     for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * (width + _GAP), index // columns * (height + _GAP)))
+        left, top = index % columns * (width + _GAP), index // columns * step
+        sheet.paste(image, (left, top))
+        if texts:
+            sheet.paste(texts[index], (left, top + height))
     return sheet
+
+
+def _label(text: str, width: int) -> Image.Image:
+    """Return black text on white, wrapped to a width in pixels."""
+    size = max(10, min(width // 32, 24))
+    # Without FreeType there is one size, and only Latin characters.
+    scalable = features.check("freetype2")
+    font = ImageFont.load_default(size) if scalable else ImageFont.load_default()
+    text = text if scalable else text.encode("latin-1", "replace").decode("latin-1")
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
+    lines = [line for line in lines if line]
+    if len(lines) > _LABEL_LINES:
+        lines = [*lines[: _LABEL_LINES - 1], f"{lines[_LABEL_LINES - 1]} ..."]
+    height = round(size * 1.3)
+    label = Image.new("RGB", (width, max(len(lines), 1) * height + 2), "white")
+    for row, line in enumerate(lines):
+        ImageDraw.Draw(label).text((1, 1 + row * height), line, fill="black", font=font)
+    return label
 
 
 def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:

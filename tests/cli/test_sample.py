@@ -91,9 +91,11 @@ def test_a_scale_of_0_draws_the_base_models_picture_and_compare_shows_it_beside(
     sample(tmp_path / "pair", "--lora", run, "-p", PROMPT, "--compare")
     sample(tmp_path / "full", "--lora", run, "-p", PROMPT)
     zero, pair, full = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair", "full"))
-    assert pair.shape == (64, 64 + 2 + 64, 3)
-    assert (pair[:, :64] == zero).all()
-    assert (pair[:, 66:] == full).all()
+    assert pair.shape[1:] == (64 + 2 + 64, 3)
+    assert (pair[:64, :64] == zero).all()
+    assert (pair[:64, 66:] == full).all()
+    assert pair[64:].min() < 128  # the labels
+    assert (pixels(tmp_path / "pair" / "0000_s0_lora.png") == full).all()
     assert np.abs(full - zero).mean() > 0.5
 
 
@@ -105,7 +107,7 @@ def test_a_scale_of_0_leaves_a_learned_word_out_too(
     sample(tmp_path / "zero", "--lora", learned, "-p", PROMPT, "--lora-scale", 0)
     sample(tmp_path / "pair", "--lora", learned, "-p", PROMPT, "--compare")
     zero, pair = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair"))
-    assert (pair[:, :64] == zero).all()
+    assert (pair[:64, :64] == zero).all()
 
 
 def test_pictures_are_drawn_with_the_full_decoder_whatever_the_run_was_trained_with() -> None:
