@@ -20,7 +20,7 @@ from echodistill_cli.pipeline import OnMessage
 _PANEL = "Generation"
 
 # Options that kohya's trainers read behind a prompt: --n negative, --w width, --h height, --d seed, --s steps, --l CFG.
-_OPTION_IN_PROMPT = re.compile(r"(?:^|\s)(--?[A-Za-z]{1,4})(?=\s+\S)")
+_OPTION_IN_PROMPT = re.compile(r"(?:^|\s)(--(?:[A-Za-z]{1,2}(?=[\s=])|[A-Za-z]+(?=[\s=]+-?\d)))")
 _OUR_OPTION = {"w": "--width", "h": "--height", "d": "--seed", "s": "--steps", "l": "--guidance"}
 _ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 

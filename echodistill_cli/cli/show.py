@@ -219,6 +219,7 @@ class TrainingProgress:
         self.started, self.first_step, self.step = 0.0, 0, 0
         self.latest: dict[str, float] = {}
         self.began, self.config = time.monotonic(), config
+        self.first_targets = config.train.first_targets if config.replays else 0
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -235,7 +236,8 @@ class TrainingProgress:
         counter = next(name for name in _PHASES if name in metrics)
         step, phase = int(metrics[counter]), _PHASES[counter]
         if self.phase != phase or step <= self.step:  # the next phase, or the next run of a benchmark
-            self._start(phase, self.lengths[counter], step)
+            targets = self.first_targets and counter == "step" and step == 1
+            self._start(phase, self.lengths[counter], step, None if targets else metrics.get("step_seconds", 0.0))
         self.step = step
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
         skipped = [name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")]
@@ -251,8 +253,8 @@ class TrainingProgress:
             name = "step" if counter == "step" else phase
             parts = (f"{name} {step}/{self.steps}", self._remaining(step), self._losses())
             self.on_message("  ".join(filter(None, parts)))
-        if counter == "head_start_step" and step == self.steps and self.config.replays:
-            self.on_message(f"Generating the first targets ({self.config.train.first_targets} batches)")
+        if counter == "head_start_step" and step == self.steps and self.first_targets:
+            self.on_message(f"Generating the first targets ({self.first_targets} batches)")
 
     def show_end(self, run: Path) -> None:
         """Print how long the training took and the next command."""
@@ -263,11 +265,11 @@ class TrainingProgress:
         if not self.quiet:
             self.on_message(f"Done in {minutes}{seconds % 60} s. Next: {following}")
 
-    def _start(self, phase: str, steps: int, step: int) -> None:
-        """Begin a phase with a bar and a clock of its own. Its first step may include work before it."""
+    def _start(self, phase: str, steps: int, step: int, seconds: float | None) -> None:
+        """Begin a phase with a bar and a clock of its own; `seconds` of None leave its first step out of the clock."""
         self._stop()
         self.phase, self.steps, self.latest = phase, steps, {}
-        self.started, self.first_step = time.monotonic(), step
+        self.started, self.first_step = time.monotonic() - (seconds or 0), step if seconds is None else step - 1
         if not self.console.is_terminal:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
@@ -292,7 +294,7 @@ class TrainingProgress:
         return "  ".join(f"{name} {value:.3g}" for name, value in self.latest.items())
 
     def _remaining(self, step: int) -> str:
-        """Return the time left; nothing after the first step of several, whose time says little."""
+        """Return the time left; nothing before a step on the clock."""
         if step == self.first_step and step < self.steps:
             return ""
         seconds = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.steps - step)

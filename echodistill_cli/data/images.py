@@ -6,7 +6,9 @@ An alpha channel that cuts out a subject is returned separately.
 from __future__ import annotations
 
 import io
+import json
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from echodistill_cli.files import write_bytes
+from echodistill_cli.files import explained, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -244,3 +246,29 @@ def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> byt
 def save_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG atomically; see `files.atomically` for its errors."""
     write_bytes(path, png_bytes(image, texts))
+
+
+def save_new_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> bool:
+    """Write a PNG unless the name is taken, also by another process at the same time; return whether it was written.
+
+    Raises:
+        EchoDistillError: the file cannot be written.
+    """
+    with explained(path):
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    try:
+        save_png(path, image, texts)
+    except BaseException:
+        path.unlink(missing_ok=True)  # the empty file that held the name
+        raise
+    return True
+
+
+def a1111_text(prompt: str, fields: Mapping[str, object]) -> str:
+    """Return the text of the PNG chunk "parameters", which A1111 and Forge read: prompt, then settings in a line."""
+    values = {name: str(value) for name, value in fields.items()}
+    quoted = {n: json.dumps(v, ensure_ascii=False) if re.search(r"[,:\n]", v) else v for n, v in values.items()}
+    return f"{prompt}\n" + ", ".join(f"{name}: {value}" for name, value in quoted.items())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import tempfile
@@ -17,12 +16,12 @@ from PIL import Image
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config
-from echodistill_cli.data.images import grid, save_png, to_image
+from echodistill_cli.data.images import a1111_text, grid, save_new_png, save_png, to_image
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import explained, make_folder, public_name
+from echodistill_cli.files import make_folder, public_name
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import attach_lora, fold_lora, read_token_file
@@ -149,8 +148,9 @@ def _load_models(request: SampleRequest, on_message: OnMessage) -> _Generator:
         hint = error.hint and error.hint.replace("--resolution", "--size")
         raise ConfigError(error.message.replace("--resolution", "--size"), hint) from error
     _set_sides(pair, settings)
-    token = first.metadata(request.role).get("echodistill.token") or (first.config and first.config.concept.token)
-    return _Generator(pair, loras, source, settings, artifacts, first.run and first.run.folder, token)
+    known_token = first.config.concept.token if first.config else None
+    token = first.metadata(request.role).get("echodistill.token", known_token)
+    return _Generator(pair, loras, source, settings, artifacts, first.run.folder if first.run else None, token)
 
 
 def _load_graphs(request: SampleRequest, on_message: OnMessage) -> _Generator:
@@ -177,7 +177,7 @@ def _load_graphs(request: SampleRequest, on_message: OnMessage) -> _Generator:
     on_message(f"Loading {source}")
     token = run.config.concept.token if run else None
     settings = _settings(request, size, 0.0)
-    return _Generator(load_onnx(folder), [(folder, 1.0)], source, settings, [], run and run.folder, token)
+    return _Generator(load_onnx(folder), [(folder, 1.0)], source, settings, [], run.folder if run else None, token)
 
 
 def _settings(request: SampleRequest, size: int, teacher_guidance: float) -> SamplingSettings:
@@ -258,21 +258,20 @@ def _texts(generator: _Generator, prompt: str, seed: int) -> dict[str, str]:
 
 
 def _parameters(generator: _Generator, prompt: str, seed: int) -> str:
-    """Return the text that A1111 and Forge write into their images and read back from them."""
+    """Return what A1111 and Forge read from an image: prompt, LoRA tags, and settings."""
     settings = generator.settings
-    model = public_name(generator.source)
-    fields: dict[str, object] = {
+    fields = {
         "Steps": settings.steps,
         "Sampler": "Euler",
         "Schedule type": "SGM Uniform",  # trailing timesteps
         "CFG scale": f"{max(settings.guidance_scale, 1.0):g}",
         "Seed": seed,
         "Size": f"{settings.width or settings.size}x{settings.height or settings.size}",
-        "Model": json.dumps(model, ensure_ascii=False) if re.search(r"[,:\n]", model) else model,
+        "Model": public_name(generator.source),
         "Version": f"echodistill {__version__}",
     }
     tags = "".join(f" <lora:{lora.stem}:{scale:g}>" for lora, scale in generator.loras if lora.suffix)
-    return f"{prompt}{tags}\n" + ", ".join(f"{name}: {value}" for name, value in fields.items())
+    return a1111_text(f"{prompt}{tags}", fields)
 
 
 @dataclass(frozen=True)
@@ -320,26 +319,19 @@ def write_samples(
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written.
     """
-    total = len(request.prompts) * request.count
-    number = _next_number(folder)
-    images: list[dict[str, Any]] = []
-    files: list[Path] = []
-    tiles: list[Image.Image] = []
+    total, number = len(request.prompts) * request.count, _next_number(folder)
+    images, files, tiles = list[Mapping[str, Any]](), list[Path](), list[Image.Image]()
     seconds = 0.0
     for one in sample(request, on_message):
         make_folder(folder)
         image = one.image if one.base is None else grid([one.base, one.image], 2, ["base model", "yours"])
-        file, number = _save_new(folder, f"_s{one.seed}", number, image, one.texts)
-        entry = {"file": str(file), "prompt": one.prompt, "seed": one.seed}
-        entry |= {"run": str(one.run) if one.run else None, "model": one.texts["model"], "lora": one.texts["lora"]}
-        if one.base is not None:
-            alone = file.with_name(f"{file.stem}_lora.png")
-            save_png(alone, one.image, one.texts)
-            entry["alone"] = str(alone)
+        while not save_new_png(file := folder / f"{number:04d}_s{one.seed}.png", image, one.texts):
+            number += 1  # another process took it
+        number += 1
+        images.append(_entry(file, one))
         if 1 < total <= _MOST_TILES:
             tiles.append(_tile(image, total))
         files.append(file)
-        images.append(entry)
         seconds += one.seconds
         on_image(len(files), total)
     sheet = _write_grid(folder, files, tiles, request) if tiles else None
@@ -348,6 +340,17 @@ def write_samples(
     rate = len(files) / max(seconds, 1e-9)
     on_message(f"{len(files)} {'image' if len(files) == 1 else 'images'}, {rate:.2f} images/s")
     return WrittenSamples(tuple(files), sheet, rate, tuple(images))
+
+
+def _entry(file: Path, one: Sample) -> dict[str, Any]:
+    """Return what a file shows; beside a comparison, write the LoRA's image alone."""
+    entry = {"file": str(file), "prompt": one.prompt, "seed": one.seed}
+    entry |= {"run": str(one.run) if one.run else None, "model": one.texts["model"], "lora": one.texts["lora"]}
+    if one.base is not None:
+        alone = file.with_name(f"{file.stem}_lora.png")
+        save_png(alone, one.image, one.texts)
+        entry["alone"] = str(alone)
+    return entry
 
 
 def _tile(image: Image.Image, total: int) -> Image.Image:
@@ -362,46 +365,10 @@ def _write_grid(folder: Path, files: Sequence[Path], tiles: Sequence[Image.Image
     first, last = (file.name.partition("_")[0] for file in (files[0], files[-1]))
     prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
     sheet = grid(tiles, request.count if 1 < request.count <= _MOST_COLUMNS else None, prompts)
-    name = f"{first}-{last}_grid"
-    for suffix in ("", *(f"-{number}" for number in range(2, 1000))):
-        if _claim(folder / f"{name}{suffix}.png"):
-            break
-    path = folder / f"{name}{suffix}.png"
-    _save_claimed(path, sheet, {})
+    path, copy = folder / f"{first}-{last}_grid.png", 2
+    while not save_new_png(path, sheet):
+        path, copy = folder / f"{first}-{last}_grid-{copy}.png", copy + 1
     return path
-
-
-def _save_new(folder: Path, ending: str, number: int, image: Image.Image, texts: Mapping[str, str]) -> tuple[Path, int]:
-    """Write an image under the first free number, which another process may be taking at the same time.
-
-    Returns:
-        The file, and the number to try next.
-    """
-    while True:
-        path = folder / f"{number:04d}{ending}.png"
-        number += 1
-        if _claim(path):
-            _save_claimed(path, image, texts)
-            return path, number
-
-
-def _claim(path: Path) -> bool:
-    """Create an empty file, unless the name is taken; return whether it was free."""
-    with explained(path):
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            return False
-    return True
-
-
-def _save_claimed(path: Path, image: Image.Image, texts: Mapping[str, str]) -> None:
-    """Write a PNG over the empty file that holds its name, which is removed if that fails."""
-    try:
-        save_png(path, image, texts)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def _next_number(folder: Path) -> int:
