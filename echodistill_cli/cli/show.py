@@ -266,7 +266,7 @@ class TrainingProgress:
             self.on_message(f"Done in {minutes}{seconds % 60} s. Next: {following}")
 
     def _start(self, phase: str, steps: int, step: int, seconds: float | None) -> None:
-        """Begin a phase with a bar and a clock of its own; `seconds` of None leave its first step out of the clock."""
+        """Begin a phase with a bar and a clock; with `seconds` of None, the clock omits its first step."""
         self._stop()
         self.phase, self.steps, self.latest = phase, steps, {}
         self.started, self.first_step = time.monotonic() - (seconds or 0), step if seconds is None else step - 1
@@ -307,7 +307,7 @@ def _quoted(text: str) -> str:
 
 
 class ImageProgress:
-    """Context that shows how many images are generated: a bar on a terminal, about ten plain lines elsewhere.
+    """Context that counts generated images: a bar on a terminal, about ten plain lines elsewhere.
 
     Args:
         console: of stderr.
@@ -342,8 +342,6 @@ class ImageProgress:
             self.bar.add_task("images", total=total)
             self.bar.start()
         self.bar.update(self.bar.task_ids[0], completed=done)
-        if done == total:
-            self.bar.stop()
 
 
 def echo_line(metrics: Mapping[str, float]) -> str:

@@ -199,7 +199,8 @@ def prompt_notes(encoder: PromptEncoder, prompts: Sequence[str], token: str | No
     tokenizer = encoder.tokenizers[0]
     limit = getattr(encoder, "token_count", tokenizer.model_max_length)
     room = limit - tokenizer.num_special_tokens_to_add()
-    ids = {text: list(tokenizer(text, add_special_tokens=False).input_ids) for text in prompts}
+    # Without `verbose`, the library does not warn of long texts itself.
+    ids = {text: list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in prompts}
     if long := [text for text in ids if len(ids[text]) > room]:
         cut = _short(tokenizer.decode(ids[long[0]][room:]))
         yield f"{_subject_of(long)} too long: the model reads {limit} tokens. It does not read {cut!r}."

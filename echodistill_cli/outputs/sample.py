@@ -20,7 +20,7 @@ from echodistill_cli.data.images import a1111_text, grid, save_new_png, save_png
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import make_folder, public_name
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.load import load_pair
@@ -228,8 +228,7 @@ def _attach(generator: _Generator, request: SampleRequest, on_message: OnMessage
         if role != request.role:
             on_message(f"{lora.name} was trained for the {role}. Use it with --role {role}.")
         if index:
-            parts = read_lora(lora).to_peft()
-            fold_lora(pair, request.role, [dataclasses.replace(part, alpha=part.alpha * scale) for part in parts])
+            _fold(pair, request, lora, scale)
         else:
             attach_lora(pair, request.role, lora, scale)
         if not token_file or not scale:  # scale 0 means the base model, which has not learned the token
@@ -239,6 +238,15 @@ def _attach(generator: _Generator, request: SampleRequest, on_message: OnMessage
         tokens.append(token_file.stem)
         token = LearnedToken(pair.encoder, token_file.stem, "a").to(pair.device)
         token.set_vectors(read_token_file(token_file))
+
+
+def _fold(pair: ModelPair, request: SampleRequest, lora: Path, scale: float) -> None:
+    """Add a LoRA file to the weights at a scale."""
+    parts = [dataclasses.replace(part, alpha=part.alpha * scale) for part in read_lora(lora).to_peft()]
+    try:
+        fold_lora(pair, request.role, parts)
+    except ModelError as error:
+        raise ModelError(f"{lora} does not fit this model ({error.message})", "Omit this --lora.") from error
 
 
 def _texts(generator: _Generator, prompt: str, seed: int) -> dict[str, str]:

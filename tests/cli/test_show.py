@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 from rich.text import Text
 
-from echodistill_cli.cli.show import ImageProgress, SafeConsole, TrainingProgress, say_to
+from echodistill_cli.cli.show import ImageProgress, SafeConsole, TrainingProgress, print_paths, say_to
 from echodistill_cli.config.schema import ConceptConfig, Config, EchoConfig, LossConfig, TrainConfig
 from tests.helpers.commands import command
 
@@ -102,11 +101,7 @@ def test_sampling_shows_a_bar_on_a_terminal_and_nothing_if_quiet() -> None:
         assert re.search(words, re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text.getvalue()))
 
 
-def test_a_name_that_stdout_cannot_encode_is_printed_escaped(
-    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from echodistill_cli.cli.show import print_paths
-
+def test_a_name_that_stdout_cannot_encode_is_printed_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     for encoding, name, expected in (
         ("cp1252", "s犬.png", b"s\\u72ac.png"),
         ("utf-8", "s\udcff.png", b"s\xff.png"),
