@@ -110,5 +110,5 @@ def test_a_name_that_stdout_cannot_encode_is_printed_escaped(monkeypatch: pytest
         monkeypatch.setattr("sys.stdout", out)
         print_paths({}, [Path(name)], as_json=False)
         out.flush()
-        assert out.buffer.getvalue().strip() == expected  # type: ignore[attr-defined]
+        assert out.buffer.getvalue().strip() == expected
         monkeypatch.undo()
