@@ -279,8 +279,20 @@ def sample(request: SampleRequest, *, on_message: OnMessage = _ignore) -> Iterat
     return sample_images(request, on_message)
 
 
-def write_samples(request: SampleRequest, folder: Path, *, on_message: OnMessage = _ignore) -> WrittenSamples:
+def write_samples(
+    request: SampleRequest,
+    folder: Path,
+    *,
+    on_message: OnMessage = _ignore,
+    on_image: Callable[[int, int], None] = lambda _done, _total: None,
+) -> WrittenSamples:
     """Generate images and write one PNG each, and a grid of all; nothing is overwritten.
+
+    Args:
+        request: what to generate.
+        folder: of the images.
+        on_message: called with lines about progress.
+        on_image: called with the number of finished images and of all.
 
     Raises:
         ConfigError: there is no run or LoRA file to sample from.
@@ -289,7 +301,7 @@ def write_samples(request: SampleRequest, folder: Path, *, on_message: OnMessage
     """
     from echodistill_cli.outputs.sample import write_samples as write_images
 
-    return write_images(request, folder, on_message)
+    return write_images(request, folder, on_message, on_image)
 
 
 def export(request: ExportRequest, *, on_message: OnMessage = _ignore) -> ExportResult:

@@ -22,6 +22,7 @@ from echodistill_cli.cli.sample import (
     Size,
     Steps,
     Teacher,
+    parse_seed,
     read_prompts,
 )
 from echodistill_cli.cli.show import (
@@ -62,7 +63,7 @@ def evaluate(
         bool | None, bool_option("--offline/--no-offline", "do not use the network; unset: as in training")
     ] = None,
     seeds: Annotated[int, value_option("N", "images per prompt", panel="Generation", min=1)] = 4,
-    seed: Seed = 0,
+    seed: Seed = "0",
     lora_scale: LoraScale = 1.0,
     role: Role = "student",
     steps: Steps = None,
@@ -107,7 +108,7 @@ def evaluate(
     sampling = pipeline.SampleRequest(
         prompts=templates,
         count=seeds,
-        seed=seed,
+        seed=parse_seed(seed, say_to(stderr_console(), quiet=quiet)),
         lora=source,
         lora_scale=lora_scale,
         role=role,

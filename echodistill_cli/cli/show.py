@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -24,18 +28,41 @@ _STYLES = {"ok": "green", "warning": "yellow", "skipped": "red"}
 _LOADS = {"fully": "green", "partly": "yellow", "hidden": "yellow", "no": "red"}
 
 
+# Control characters and marks that change the direction of text, which names, headers and errors may hold.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+class SafeConsole(Console):
+    """A console on which text cannot control the terminal; rich's own codes pass."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render to segments without control characters."""
+        for segment in super().render(renderable, options):
+            text = segment.text if segment.control else _CONTROLS.sub("", segment.text)
+            yield segment if text == segment.text else Segment(text, segment.style)
+
+
 def print_paths(result: Mapping[str, Any], paths: Iterable[Path], *, as_json: bool) -> None:
     """Print a command's result on stdout: a line per path, or one JSON object."""
-    for line in [json.dumps(result)] if as_json else paths:
-        print(line)
+    accept_any_text()
+    for line in [json.dumps(result)] if as_json else map(str, paths):
+        print(_CONTROLS.sub("", line) if sys.stdout.isatty() else line)
 
 
 def print_table(result: Mapping[str, Any], table: RenderableType, *, as_json: bool) -> None:
     """Print a command's result on stdout: a table, or one JSON object."""
+    accept_any_text()
     if as_json:
         print(json.dumps(result))
     else:
-        Console().print(table)
+        SafeConsole().print(table)
+
+
+def accept_any_text() -> None:
+    """Let stdout print characters that its encoding lacks, and bytes of file names that are no text."""
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        is_utf = sys.stdout.encoding.lower().startswith("utf")
+        reconfigure(errors="surrogateescape" if is_utf else "backslashreplace")
 
 
 def photo_table(report: PhotoReport) -> RenderableType:
@@ -43,7 +70,7 @@ def photo_table(report: PhotoReport) -> RenderableType:
     table = Table("file", "verdict", "size", "notes", box=None, pad_edge=False)
     for file in report.files:
         size = f"{file.size[0]} x {file.size[1]}" if file.size else ""
-        table.add_row(file.name, Text(file.verdict, _STYLES[file.verdict]), size, Text("; ".join(file.notes)))
+        table.add_row(Text(file.name), Text(file.verdict, _STYLES[file.verdict]), size, Text("; ".join(file.notes)))
     usable = f"{len(report.photos)} of {len(report.files)} files are usable for training."
     return Group(table, *(Text(warning, "yellow") for warning in report.warnings), Text(usable))
 
@@ -112,7 +139,9 @@ def inspection_table(inspection: Inspection) -> RenderableType:
     readers = Table("tool", "loads", "keys", "", box=None, pad_edge=False)
     for verdict in inspection.readers:
         keys = f"{verdict.matched} of {verdict.matched + verdict.unmatched}"
-        readers.add_row(verdict.reader, Text(verdict.loads, _LOADS.get(verdict.loads, "")), keys, Text(verdict.text))
+        readers.add_row(
+            Text(verdict.reader), Text(verdict.loads, _LOADS.get(verdict.loads, "")), keys, Text(verdict.text)
+        )
     return Group(_facts(facts), Text(), readers, *(Text(note, "yellow") for note in inspection.notes))
 
 
@@ -151,14 +180,14 @@ _SHOWN = ("denoising", "latent", "identity", "adversarial", "echo_pool")
 
 def stderr_console() -> Console:
     """Return a console for stderr. rich reads NO_COLOR and similar variables."""
-    return Console(stderr=True)
+    return SafeConsole(stderr=True)
 
 
 def say_to(console: Console, *, quiet: bool) -> OnMessage:
     """Return a function that prints a line without markup, or nothing if `quiet`."""
     if quiet:
         return lambda _line: None
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return lambda line: console.print(Text(line), soft_wrap=True)
 
 
 def print_error(message: str, label: str = "error: ") -> None:
@@ -189,6 +218,8 @@ class TrainingProgress:
         self.live: Live | None = None
         self.started, self.first_step, self.step = 0.0, 0, 0
         self.latest: dict[str, float] = {}
+        self.began, self.config = time.monotonic(), config
+        self.first_targets = config.train.first_targets if config.replays else 0
 
     def __enter__(self) -> TrainingProgress:
         return self
@@ -205,7 +236,8 @@ class TrainingProgress:
         counter = next(name for name in _PHASES if name in metrics)
         step, phase = int(metrics[counter]), _PHASES[counter]
         if self.phase != phase or step <= self.step:  # the next phase, or the next run of a benchmark
-            self._start(phase, self.lengths[counter], step, metrics.get("step_seconds", 0.0))
+            targets = self.first_targets and counter == "step" and step == 1
+            self._start(phase, self.lengths[counter], step, None if targets else metrics.get("step_seconds", 0.0))
         self.step = step
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
         skipped = [name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")]
@@ -219,13 +251,25 @@ class TrainingProgress:
                 self._stop()
         elif step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps:
             name = "step" if counter == "step" else phase
-            self.on_message(f"{name} {step}/{self.steps}  {self._remaining(step)}  {self._losses()}")
+            parts = (f"{name} {step}/{self.steps}", self._remaining(step), self._losses())
+            self.on_message("  ".join(filter(None, parts)))
+        if counter == "head_start_step" and step == self.steps and self.first_targets:
+            self.on_message(f"Generating the first targets ({self.first_targets} batches)")
 
-    def _start(self, phase: str, steps: int, step: int, seconds: float) -> None:
-        """Begin a phase with a bar and a clock of its own."""
+    def show_end(self, run: Path) -> None:
+        """Print how long the training took and the next command."""
+        seconds = round(time.monotonic() - self.began)
+        minutes = f"{seconds // 60} min " if seconds >= 60 else ""
+        prompt = f"a photo of {self.config.subject} on the beach"
+        following = f"echodistill sample --lora {shlex.quote(str(run))} {_quoted(prompt)}"
+        if not self.quiet:
+            self.on_message(f"Done in {minutes}{seconds % 60} s. Next: {following}")
+
+    def _start(self, phase: str, steps: int, step: int, seconds: float | None) -> None:
+        """Begin a phase with a bar and a clock; with `seconds` of None, the clock omits its first step."""
         self._stop()
-        self.phase, self.steps = phase, steps
-        self.started, self.first_step = time.monotonic() - seconds, step - 1
+        self.phase, self.steps, self.latest = phase, steps, {}
+        self.started, self.first_step = time.monotonic() - (seconds or 0), step if seconds is None else step - 1
         if not self.console.is_terminal:
             return
         columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
@@ -250,9 +294,54 @@ class TrainingProgress:
         return "  ".join(f"{name} {value:.3g}" for name, value in self.latest.items())
 
     def _remaining(self, step: int) -> str:
-        done = max(step - self.first_step, 1)
-        seconds = (time.monotonic() - self.started) / done * (self.steps - step)
+        """Return the time left; nothing before a step on the clock."""
+        if step == self.first_step and step < self.steps:
+            return ""
+        seconds = (time.monotonic() - self.started) / max(step - self.first_step, 1) * (self.steps - step)
         return f"{seconds / 60:.0f} min left" if seconds >= 90 else f"{seconds:.0f} s left"
+
+
+def _quoted(text: str) -> str:
+    """Return a text in quotes for a shell, in double quotes if they suffice."""
+    return shlex.quote(text) if re.search(r'["$`\\!]', text) else f'"{text}"'
+
+
+class ImageProgress:
+    """Context that counts generated images: a bar on a terminal, about ten plain lines elsewhere.
+
+    Args:
+        console: of stderr.
+        quiet: show nothing.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self.console, self.quiet = console, quiet
+        self.on_message = say_to(console, quiet=quiet)
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> ImageProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def on_image(self, done: int, total: int) -> None:
+        """Show that `done` of `total` images are finished."""
+        if self.quiet or total == 1:
+            return
+        if not self.console.is_terminal:
+            if done % max(1, total // 10) == 0:
+                self.on_message(f"image {done}/{total}")
+            return
+        if self.bar is None:
+            columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("left"))
+            self.bar = Progress(TextColumn("images"), *columns, console=self.console, speed_estimate_period=3600)
+            self.bar.add_task("images", total=total)
+            self.bar.start()
+        self.bar.update(self.bar.task_ids[0], completed=done)
 
 
 def echo_line(metrics: Mapping[str, float]) -> str:
@@ -276,7 +365,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
     table.add_section()
     scores = evaluation.scores
     _add(table, f"all {evaluation.pictures} images", scores.clip_i, scores.dino, scores.clip_t)
-    photos = f"the {evaluation.photos} photos among themselves"
+    photos = f"for comparison, no upper limit: the {evaluation.photos} photos among themselves"
     _add(table, photos, evaluation.photos_clip_i, evaluation.photos_dino, None)
     return Group(table, Text(), Text(str(evaluation.file)))
 
@@ -289,7 +378,13 @@ def benchmark_table(benchmark: Benchmark) -> RenderableType:
     table.add_section()
     mean, paper = benchmark.mean, benchmark.to_dict()["paper_sd_turbo"]
     _add(table, f"mean of {len(benchmark.subjects)}", mean["clip_i"], mean["dino"], mean["clip_t"])
-    _add(table, "photos among themselves", mean["photos_clip_i"], mean["photos_dino"], None)
+    _add(
+        table,
+        "for comparison, no upper limit: photos among themselves",
+        mean["photos_clip_i"],
+        mean["photos_dino"],
+        None,
+    )
     _add(table, "paper: SD-Turbo, all 30", paper["clip_i"], paper["dino"], None)
     return Group(table, Text(), Text(str(benchmark.file)))
 

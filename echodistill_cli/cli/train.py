@@ -101,6 +101,7 @@ def train(
             on_step=progress.on_step,
             on_message=progress.on_message,
         )
+        progress.show_end(result.run)
     print_paths(result.to_dict(), [result.lora], as_json=as_json)
 
 

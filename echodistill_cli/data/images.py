@@ -6,7 +6,9 @@ An alpha channel that cuts out a subject is returned separately.
 from __future__ import annotations
 
 import io
+import json
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -17,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from echodistill_cli.files import write_bytes
+from echodistill_cli.files import explained, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -295,6 +297,7 @@ def _flatten(rgb: Image.Image, alpha: Image.Image | None, notes: Notes) -> tuple
 
 
 _GAP = 2  # pixels between the images of a grid
+_LABEL_LINES = 3  # a longer label is cut
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -302,16 +305,47 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Arrange images of one size in a grid, as square as possible unless `columns` is given."""
+def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
+    """Arrange images of one size in a grid, as square as possible unless `columns` is given.
+
+    Args:
+        images: at least one.
+        columns: images per row.
+        labels: one text per image, written below it; None for no text.
+    """
     columns = columns or math.ceil(math.sqrt(len(images)))
     width, height = images[0].size
-    rows = math.ceil(len(images) / columns)
-    size = (columns * (width + _GAP) - _GAP, rows * (height + _GAP) - _GAP)
+    texts = [_label(text, width) for text in labels or ()]
+    step = height + max((text.height for text in texts), default=0) + _GAP
+    size = (columns * (width + _GAP) - _GAP, math.ceil(len(images) / columns) * step - _GAP)
     sheet = Image.new("RGB", size, "white")
     for index, image in enumerate(images):
-        sheet.paste(image, (index % columns * (width + _GAP), index // columns * (height + _GAP)))
+        left, top = index % columns * (width + _GAP), index // columns * step
+        sheet.paste(image, (left, top))
+        if texts:
+            sheet.paste(texts[index], (left, top + height))
     return sheet
+
+
+def _label(text: str, width: int) -> Image.Image:
+    """Return black text on white, wrapped to a width in pixels."""
+    size = max(10, min(width // 32, 24))
+    # Without FreeType there is one size, and only Latin characters.
+    scalable = features.check("freetype2")
+    font = ImageFont.load_default(size) if scalable else ImageFont.load_default()
+    text = text if scalable else text.encode("latin-1", "replace").decode("latin-1")
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
+    lines = [line for line in lines if line]
+    if len(lines) > _LABEL_LINES:
+        lines = [*lines[: _LABEL_LINES - 1], f"{lines[_LABEL_LINES - 1]} ..."]
+    height = round(size * 1.3)
+    label = Image.new("RGB", (width, max(len(lines), 1) * height + 2), "white")
+    for row, line in enumerate(lines):
+        ImageDraw.Draw(label).text((1, 1 + row * height), line, fill="black", font=font)
+    return label
 
 
 def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
@@ -327,3 +361,29 @@ def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> byt
 def save_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> None:
     """Write a PNG atomically; see `files.atomically` for its errors."""
     write_bytes(path, png_bytes(image, texts))
+
+
+def save_new_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> bool:
+    """Write a PNG unless the name is taken, also by another process at the same time; return whether it was written.
+
+    Raises:
+        EchoDistillError: the file cannot be written.
+    """
+    with explained(path):
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+    try:
+        save_png(path, image, texts)
+    except BaseException:
+        path.unlink(missing_ok=True)  # the empty file that held the name
+        raise
+    return True
+
+
+def a1111_text(prompt: str, fields: Mapping[str, object]) -> str:
+    """Return the text of the PNG chunk "parameters", which A1111 and Forge read: prompt, then settings in a line."""
+    values = {name: str(value) for name, value in fields.items()}
+    quoted = {n: json.dumps(v, ensure_ascii=False) if re.search(r"[,:\n]", v) else v for n, v in values.items()}
+    return f"{prompt}\n" + ", ".join(f"{name}: {value}" for name, value in quoted.items())

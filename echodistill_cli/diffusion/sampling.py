@@ -28,6 +28,8 @@ class SamplingSettings:
         guidance_scale: of classifier-free guidance; 0 and 1 both disable it.
         size: side of the images in pixels.
         batch_size: images per forward pass; it affects speed and memory only.
+        width: of the images in pixels; None for `size`.
+        height: of the images in pixels; None for `size`.
     """
 
     role: Role = "student"
@@ -35,6 +37,8 @@ class SamplingSettings:
     guidance_scale: float = 0.0
     size: int = 512
     batch_size: int = 4
+    width: int | None = None
+    height: int | None = None
 
 
 def student_x0(student: Denoiser, noise: Tensor, conditioning: Conditioning) -> Tensor:
@@ -142,11 +146,11 @@ def generate(
         ModelError: the settings ask for the teacher, which was not loaded.
     """
     denoiser = pair.role(settings.role)
-    side = settings.size // pair.codec.factor
+    sides = [(side or settings.size) // pair.codec.factor for side in (settings.height, settings.width)]
     null = pair.encoder.encode_null()
     for start in range(0, len(prompts), settings.batch_size):
         chunk = slice(start, start + settings.batch_size)
-        noise = seeded_noise(seeds[chunk], (pair.codec.channels, side, side)).to(pair.device)
+        noise = seeded_noise(seeds[chunk], (pair.codec.channels, *sides)).to(pair.device)
         conditioning = pair.encoder.encode(prompts[chunk])
         latents = sample_latents(
             denoiser, noise, conditioning, null, steps=settings.steps, guidance_scale=settings.guidance_scale

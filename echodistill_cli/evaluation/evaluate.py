@@ -143,6 +143,9 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
     if not sampling.prompts:
         sampling = dataclasses.replace(sampling, prompts=EVALUATION_TEMPLATES)
     artifact = find(sampling.lora)
+    if sampling.lora is None and artifact.run:
+        on_message(f"Using the newest run, {artifact.run.folder}")
+        sampling = dataclasses.replace(sampling, lora=artifact.run.folder)
     lora, models = (
         artifact.lora(sampling.role),
         artifact.models(sampling.model, sampling.model_overrides, sampling.size),
@@ -319,8 +322,8 @@ def prompt_fidelity(images: Tensor, prompts: Tensor) -> float:
 def own_similarity(photos: Tensor) -> float | None:
     """Return the mean cosine similarity of the M (M - 1) / 2 pairs of different photos; None for M = 1.
 
-    DreamBooth's table calls it "real images". Generated images that keep the subject and change its surroundings
-    cannot be expected to score higher.
+    DreamBooth's table calls it "real images". It is no upper limit: photos with different backgrounds may be less
+    alike than generated images are like them.
 
     Args:
         photos: [M, D], embeddings of real photos.

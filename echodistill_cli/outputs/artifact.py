@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from echodistill_cli import __version__
-from echodistill_cli.config.build import build_config, config_hash
+from echodistill_cli.config.build import build_config, config_hash, read_toml
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig, check_section
 from echodistill_cli.diffusion.pair import Role
@@ -350,8 +351,12 @@ def _copied_header(
 
 
 def _run_around(file: Path) -> Run | None:
-    """Return the run in whose folder, or in a folder of which, a LoRA file lies."""
+    """Return the run in whose folder, or in a folder of which, a LoRA file lies.
+
+    Other programs have a config.toml, too. That of a run names a subject and a model.
+    """
     for folder in file.resolve().parents[:2]:
-        if (folder / CONFIG_FILE).is_file():
-            return open_run(folder)
+        with contextlib.suppress(ConfigError):
+            if (folder / CONFIG_FILE).is_file() and {"concept", "model"} <= read_toml(folder / CONFIG_FILE).keys():
+                return open_run(folder)
     return None

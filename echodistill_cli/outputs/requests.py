@@ -1,18 +1,29 @@
-"""What a person can ask for, as frozen data: the arguments of the façade. Imports no torch."""
+"""What a person can ask for, as frozen data: the arguments of the façade. Imports no torch.
+
+Also what to tell a person whose request is valid, but may not do what it seems to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echodistill_cli.config.schema import Config
+from echodistill_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from echodistill_cli.diffusion.pair import Role
+    from echodistill_cli.diffusion.text import PromptEncoder
 
 AUTO = "auto"
+_SEEDS = 2**64  # torch takes seeds below it
+_FAR_FROM_TRAINING = 1.5  # factor between the sizes above which images usually break
+# Weights and tags that user interfaces read; here they are words.
+_UI_SYNTAX = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]+:\d*\.?\d+[)\]]")
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,14 @@ class SampleRequest:
         model: preset, hub id, folder or file to use instead of the run's. A LoRA file outside of run folders needs it.
         model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
         backend: "torch", or "onnx" for an ONNX model, which is the run's or the folder that `model` names.
+        more_loras: further LoRA files or run folders, each with its scale, that are added to `lora`.
+        width: of the images in pixels; None for `size`.
+        height: of the images in pixels; None for `size`.
+
+    Raises:
+        ConfigError: a prompt is empty.
+        ConfigError: a scale is infinite or not a number.
+        ConfigError: a seed is negative or too large.
     """
 
     prompts: Sequence[str]
@@ -50,6 +69,20 @@ class SampleRequest:
     model: str | None = None
     model_overrides: Mapping[str, Any] = field(default_factory=dict)
     backend: str = "torch"
+    # Without `repr`: the fingerprint of a benchmark's results is taken from it, and a benchmark sets none of these.
+    more_loras: Sequence[tuple[Path, float]] = field(default=(), repr=False)
+    width: int | None = field(default=None, repr=False)
+    height: int | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ConfigError("A prompt is empty.", 'Write one: --prompt "a photo of a sks dog on the beach"')
+        numbers = [("--lora-scale", self.lora_scale), ("--guidance", self.guidance_scale)]
+        for flag, number in (*numbers, *(("--lora", scale) for _, scale in self.more_loras)):
+            if number is not None and not isfinite(number):
+                raise ConfigError(f"{flag} {number} is not a finite number.", f"Use a finite number for {flag}.")
+        if not 0 <= self.seed <= _SEEDS - self.count:
+            raise ConfigError(f"--seed {self.seed} is out of range.", "Use a --seed of 0 or more, below 2^64.")
 
 
 @dataclass(frozen=True)
@@ -134,3 +167,59 @@ class BenchmarkRequest:
     names: Sequence[str] = ()
     clip: str = AUTO
     dino: str = AUTO
+
+
+def setting_notes(request: SampleRequest, steps: int, guidance: float, trained: int | None) -> Iterator[str]:
+    """Yield a line for each setting that usually makes the images worse.
+
+    Args:
+        request: what to generate.
+        steps: denoising steps, resolved for the role.
+        guidance: guidance scale, resolved for the role.
+        trained: side in pixels of the images in training; None if it is not known.
+    """
+    if request.role == "student" and (steps > 1 or guidance > 1):
+        yield (
+            "The student was trained for 1 step without guidance. "
+            f"--steps {steps} and --guidance {guidance:g} may make the images worse."
+        )
+    for flag, side in {"--size": request.size, "--width": request.width, "--height": request.height}.items():
+        if side and trained and not trained / _FAR_FROM_TRAINING <= side <= trained * _FAR_FROM_TRAINING:
+            yield f"{flag} {side} is far from the {trained} pixels in training. The images may break."
+
+
+def prompt_notes(encoder: PromptEncoder, prompts: Sequence[str], token: str | None) -> Iterator[str]:
+    """Yield a line for each kind of text that has no effect, or lacks the subject.
+
+    Args:
+        encoder: with the learned token, if there is one.
+        prompts: of the images.
+        token: of the subject; None if it is not known.
+    """
+    tokenizer = encoder.tokenizers[0]
+    limit = getattr(encoder, "token_count", tokenizer.model_max_length)
+    room = limit - tokenizer.num_special_tokens_to_add()
+    # Without `verbose`, the library does not warn of long texts itself.
+    ids = {text: list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) for text in prompts}
+    if long := [text for text in ids if len(ids[text]) > room]:
+        cut = _short(tokenizer.decode(ids[long[0]][room:]))
+        yield f"{_subject_of(long)} too long: the model reads {limit} tokens. It does not read {cut!r}."
+    word = list(tokenizer(token, add_special_tokens=False).input_ids) if token else []
+    if lacking := [text for text in ids if not _contains(ids[text][:room], word)]:
+        yield f"{_subject_of(lacking)} without the token {token!r}. The subject may be missing from the image."
+    if marked := [text for text in ids if _UI_SYNTAX.search(text)]:
+        yield f"{_subject_of(marked)} read as plain words: weights and <lora:...> tags have no effect."
+
+
+def _contains(ids: Sequence[int], part: Sequence[int]) -> bool:
+    return any(ids[start : start + len(part)] == part for start in range(len(ids) - len(part) + 1))
+
+
+def _subject_of(prompts: Sequence[str]) -> str:
+    """Return the beginning of a sentence on one or more prompts, with its verb."""
+    first = f"The prompt {_short(prompts[0])!r}"
+    return f"{first} is" if len(prompts) == 1 else f"{first} and {len(prompts) - 1} more are"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:40]} ... {text[-35:]}"

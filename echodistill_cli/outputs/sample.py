@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +15,26 @@ from typing import Any
 from PIL import Image
 
 from echodistill_cli import __version__
-from echodistill_cli.data.images import grid, save_png, to_image
+from echodistill_cli.config.build import PRESETS, build_config
+from echodistill_cli.data.images import a1111_text, grid, save_new_png, save_png, to_image
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import make_folder, public_name
+from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.apply import attach_lora, read_token_file
+from echodistill_cli.outputs.apply import attach_lora, fold_lora, read_token_file
 from echodistill_cli.outputs.artifact import Artifact, find
 from echodistill_cli.outputs.onnx import load_onnx, read_settings
-from echodistill_cli.outputs.requests import SampleRequest
+from echodistill_cli.outputs.requests import SampleRequest, prompt_notes, setting_notes
 from echodistill_cli.runs import OnMessage, newest_run, open_run
 
+OnImage = Callable[[int, int], None]  # called with the number of finished images and of all
+
 _MOST_COLUMNS = 8  # a row of the grid shows the images of one prompt, up to this number
+_MOST_TILES = 100  # more images get no grid
+_GRID_PIXELS = 2**24  # larger images are reduced, so that the memory of a grid has a limit
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ class Sample:
         seed: of its noise.
         texts: how it was made, for the metadata of its file.
         seconds: time since the image before it.
+        run: folder of the run that the LoRA belongs to; None for a LoRA file outside of run folders.
     """
 
     image: Image.Image
@@ -47,17 +57,30 @@ class Sample:
     seed: int
     texts: Mapping[str, str]
     seconds: float
+    run: Path | None = None
 
 
 @dataclass(frozen=True)
 class _Generator:
-    """Models without their LoRA yet, and what is needed to put it on and to generate."""
+    """Models without their LoRA yet, and what is needed to put it on and to generate.
+
+    Attributes:
+        pair: the models.
+        loras: the LoRA files with their scales.
+        source: the base model.
+        settings: of the sampler.
+        artifacts: what was trained, with the scales; empty for an ONNX model, which includes it.
+        run: folder of the run of the first LoRA; None if there is none.
+        token: of the first LoRA; None if it is not known.
+    """
 
     pair: ModelPair
-    lora: Path
+    loras: Sequence[tuple[Path, float]]
     source: str
     settings: SamplingSettings
-    artifact: Artifact | None
+    artifacts: Sequence[tuple[Artifact, float]]
+    run: Path | None
+    token: str | None
 
 
 def sample(request: SampleRequest, on_message: OnMessage = lambda _line: None) -> Iterator[Sample]:
@@ -71,50 +94,90 @@ def sample(request: SampleRequest, on_message: OnMessage = lambda _line: None) -
     pair, settings = generator.pair, generator.settings
     prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
     seeds = [request.seed + index for _ in request.prompts for index in range(request.count)]
-    bases = list(generate(pair, prompts, seeds, settings)) if request.compare else [None] * len(prompts)
-    if generator.artifact:
-        _attach(generator.artifact, pair, request, on_message)
-    started = time.perf_counter()
-    for prompt, seed, base, pixels in zip(prompts, seeds, bases, generate(pair, prompts, seeds, settings), strict=True):
-        seconds = time.perf_counter() - started
-        yield Sample(
-            image=to_image(pixels),
-            base=None if base is None else to_image(base),
-            prompt=prompt,
-            seed=seed,
-            texts=_texts(generator, request.lora_scale, prompt, seed),
-            seconds=seconds,
-        )
+    with tempfile.TemporaryDirectory(prefix="echodistill-") as folder:
+        if request.compare:
+            # The LoRA and its token cannot be removed again, so all of these come first. On disk they take no memory.
+            on_message(f"Generating {len(prompts)} images of the base model")
+            for index, pixels in enumerate(generate(pair, prompts, seeds, settings)):
+                save_png(Path(folder, f"{index}.png"), to_image(pixels))
+        _attach(generator, request, on_message)
+        for line in prompt_notes(pair.encoder, request.prompts, generator.token if request.lora_scale else None):
+            on_message(line)
         started = time.perf_counter()
+        for index, pixels in enumerate(generate(pair, prompts, seeds, settings)):
+            seconds = time.perf_counter() - started
+            yield Sample(
+                image=to_image(pixels),
+                base=_take_image(Path(folder, f"{index}.png")) if request.compare else None,
+                prompt=prompts[index],
+                seed=seeds[index],
+                texts=_texts(generator, prompts[index], seeds[index]),
+                seconds=seconds,
+                run=generator.run,
+            )
+            started = time.perf_counter()
+
+
+def _take_image(file: Path) -> Image.Image:
+    """Read an image file and delete it."""
+    with Image.open(file) as image:
+        image.load()
+    file.unlink()
+    return image
 
 
 def _load_models(request: SampleRequest, on_message: OnMessage) -> _Generator:
     """Load the models that a LoRA goes with."""
-    artifact = find(request.lora)
-    lora, models = artifact.lora(request.role), artifact.models(request.model, request.model_overrides, request.size)
-    guidance = artifact.teacher_guidance(request.model)
+    first = find(request.lora)
+    if request.lora is None and first.run:
+        on_message(f"Using the newest run, {first.run.folder}")
+    artifacts = [(first, request.lora_scale), *((find(path), scale) for path, scale in request.more_loras)]
+    loras = [(artifact.lora(request.role), scale) for artifact, scale in artifacts]
+    models = first.models(request.model, request.model_overrides, request.size)
     source = models.student if request.role == "student" else models.teacher
+    settings = _settings(request, models.resolution, first.teacher_guidance(request.model))
+    known = request.model is None or request.model in PRESETS
+    trained = (first.config if request.model is None else build_config(request.model)) if known else None
+    resolution = trained.model.resolution if trained else None
+    for line in setting_notes(request, settings.steps, settings.guidance_scale, resolution):
+        on_message(line)
     on_message(f"Loading {source}")
-    pair = load_pair(models, teacher=request.role == "teacher")
-    return _Generator(pair, lora, source, _settings(request, models.resolution, guidance), artifact)
+    try:
+        pair = load_pair(models, teacher=request.role == "teacher")
+    except ConfigError as error:  # the loader knows the setting, a person typed the option
+        hint = error.hint and error.hint.replace("--resolution", "--size")
+        raise ConfigError(error.message.replace("--resolution", "--size"), hint) from error
+    _set_sides(pair, settings)
+    known_token = first.config.concept.token if first.config else None
+    token = first.metadata(request.role).get("echodistill.token", known_token)
+    return _Generator(pair, loras, source, settings, artifacts, first.run.folder if first.run else None, token)
 
 
 def _load_graphs(request: SampleRequest, on_message: OnMessage) -> _Generator:
     """Load an ONNX model, whose weights include the LoRA and the token: the named one, or that of a run."""
-    if request.role == "teacher" or request.compare or request.lora_scale != 1:
+    if request.role == "teacher" or request.compare or request.lora_scale != 1 or request.more_loras:
         raise ConfigError(
-            "An ONNX model is the student with the LoRA at scale 1.", "Omit --role, --compare and --lora-scale."
+            "An ONNX model is the student with the LoRA at scale 1.",
+            "Omit --role, --compare, --lora-scale and a second --lora.",
         )
+    run = None
     if request.model is not None:
         folder, source = Path(request.model), request.model
     else:
         run = newest_run() if request.lora is None else open_run(request.lora)
+        if request.lora is None:
+            on_message(f"Using the newest run, {run.folder}")
         folder, source = run.folder / "export" / f"{run.config.name}-onnx", run.config.model.student
     size = int(read_settings(folder)["size"])
-    if request.size not in (None, size):
-        raise ConfigError(f"{folder} generates {size}-pixel images, not {request.size}.", "Omit --size.")
+    for flag in ("size", "width", "height"):
+        if getattr(request, flag) not in (None, size):
+            raise ConfigError(
+                f"{folder} generates {size}-pixel images, not {getattr(request, flag)}.", f"Omit --{flag}."
+            )
     on_message(f"Loading {source}")
-    return _Generator(load_onnx(folder), folder, source, _settings(request, size, 0.0), None)
+    token = run.config.concept.token if run else None
+    settings = _settings(request, size, 0.0)
+    return _Generator(load_onnx(folder), [(folder, 1.0)], source, settings, [], run.folder if run else None, token)
 
 
 def _settings(request: SampleRequest, size: int, teacher_guidance: float) -> SamplingSettings:
@@ -126,42 +189,114 @@ def _settings(request: SampleRequest, size: int, teacher_guidance: float) -> Sam
         guidance_scale=guidance if request.guidance_scale is None else request.guidance_scale,
         size=size,
         batch_size=request.batch_size,
+        width=request.width,
+        height=request.height,
     )
 
 
-def _attach(artifact: Artifact, pair: ModelPair, request: SampleRequest, on_message: OnMessage) -> None:
-    """Put the LoRA and the learned token on the models."""
-    lora = artifact.lora(request.role)
-    role = artifact.metadata(request.role).get("echodistill.role", request.role)
-    if role != request.role:
-        on_message(f"{lora.name} was trained for the {role}. Use it with --role {role}.")
-    attach_lora(pair, request.role, lora, request.lora_scale)
-    if artifact.token_file and request.lora_scale:  # scale 0 means the base model, which has not learned the token
-        token = LearnedToken(pair.encoder, artifact.token_file.stem, "a").to(pair.device)
-        token.set_vectors(read_token_file(artifact.token_file))
+def _set_sides(pair: ModelPair, settings: SamplingSettings) -> None:
+    """Check width and height, and condition SDXL on them.
+
+    Raises:
+        ConfigError: the UNet cannot halve a side often enough.
+    """
+    denoiser = pair.role(settings.role)
+    multiple = pair.codec.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
+    for flag, side in (("--width", settings.width), ("--height", settings.height)):
+        if side is not None and side % multiple:
+            near = max(side // multiple, 1) * multiple
+            raise ConfigError(
+                f"{flag} {side} is not a multiple of {multiple}, which this model needs.", f"Try {flag} {near}."
+            )
+    if denoiser.time_ids is not None and (settings.width or settings.height):
+        target = (settings.height or settings.size, settings.width or settings.size)
+        original = target if denoiser.time_ids[:2] == (settings.size, settings.size) else denoiser.time_ids[:2]
+        denoiser.time_ids = (*original, 0, 0, *target)
 
 
-def _texts(generator: _Generator, lora_scale: float, prompt: str, seed: int) -> dict[str, str]:
+def _attach(generator: _Generator, request: SampleRequest, on_message: OnMessage) -> None:
+    """Put the LoRAs and the learned tokens on the models: the first as an adapter, the others into the weights.
+
+    Raises:
+        ConfigError: two of them learned the same token.
+        ModelError: one does not fit the models.
+    """
+    pair, tokens = generator.pair, list[str]()
+    for index, (artifact, scale) in enumerate(generator.artifacts):
+        lora, token_file = artifact.lora(request.role), artifact.token_file
+        role = artifact.metadata(request.role).get("echodistill.role", request.role)
+        if role != request.role:
+            on_message(f"{lora.name} was trained for the {role}. Use it with --role {role}.")
+        if index:
+            _fold(pair, request, lora, scale)
+        else:
+            attach_lora(pair, request.role, lora, scale)
+        if not token_file or not scale:  # scale 0 means the base model, which has not learned the token
+            continue
+        if token_file.stem in tokens:
+            raise ConfigError(f"Two LoRAs learned the token {token_file.stem!r}.", "Name only one of them with --lora.")
+        tokens.append(token_file.stem)
+        token = LearnedToken(pair.encoder, token_file.stem, "a").to(pair.device)
+        token.set_vectors(read_token_file(token_file))
+
+
+def _fold(pair: ModelPair, request: SampleRequest, lora: Path, scale: float) -> None:
+    """Add a LoRA file to the weights at a scale."""
+    parts = [dataclasses.replace(part, alpha=part.alpha * scale) for part in read_lora(lora).to_peft()]
+    try:
+        fold_lora(pair, request.role, parts)
+    except ModelError as error:
+        raise ModelError(f"{lora} does not fit this model ({error.message})", "Omit this --lora.") from error
+
+
+def _texts(generator: _Generator, prompt: str, seed: int) -> dict[str, str]:
     """Return the metadata of one image file; it holds only the last part of a path."""
+    settings = generator.settings
     return {
         "prompt": prompt,
         "seed": str(seed),
         "model": public_name(generator.source),
-        "lora": generator.lora.name,
-        "lora_scale": f"{lora_scale:g}",
-        "steps": str(generator.settings.steps),
-        "guidance_scale": f"{generator.settings.guidance_scale:g}",
+        "lora": ", ".join(lora.name for lora, _ in generator.loras),
+        "lora_scale": ", ".join(f"{scale:g}" for _, scale in generator.loras),
+        "steps": str(settings.steps),
+        "guidance_scale": f"{settings.guidance_scale:g}",
         "software": f"echodistill {__version__}",
+        "parameters": _parameters(generator, prompt, seed),
     }
+
+
+def _parameters(generator: _Generator, prompt: str, seed: int) -> str:
+    """Return what A1111 and Forge read from an image: prompt, LoRA tags, and settings."""
+    settings = generator.settings
+    fields = {
+        "Steps": settings.steps,
+        "Sampler": "Euler",
+        "Schedule type": "SGM Uniform",  # trailing timesteps
+        "CFG scale": f"{max(settings.guidance_scale, 1.0):g}",
+        "Seed": seed,
+        "Size": f"{settings.width or settings.size}x{settings.height or settings.size}",
+        "Model": public_name(generator.source),
+        "Version": f"echodistill {__version__}",
+    }
+    tags = "".join(f" <lora:{lora.stem}:{scale:g}>" for lora, scale in generator.loras if lora.suffix)
+    return a1111_text(f"{prompt}{tags}", fields)
 
 
 @dataclass(frozen=True)
 class WrittenSamples:
-    """The files that one call wrote; a single image has no grid."""
+    """The files that one call wrote.
+
+    Attributes:
+        files: one per image; with the base model's image beside it if that was requested.
+        grid: of all images; None for a single image and for very many.
+        images_per_second: without the time to load models.
+        images: what each file shows: file, prompt, seed, run, model, and "alone", the LoRA's image without the base's.
+    """
 
     files: tuple[Path, ...]
     grid: Path | None
     images_per_second: float
+    images: tuple[Mapping[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -169,35 +304,79 @@ class WrittenSamples:
             "files": [str(file) for file in self.files],
             "grid": str(self.grid) if self.grid else None,
             "images_per_second": round(self.images_per_second, 3),
+            "images": [dict(image) for image in self.images],
         }
 
 
-def write_samples(request: SampleRequest, folder: Path, on_message: OnMessage = lambda _line: None) -> WrittenSamples:
+def write_samples(
+    request: SampleRequest,
+    folder: Path,
+    on_message: OnMessage = lambda _line: None,
+    on_image: OnImage = lambda _done, _total: None,
+) -> WrittenSamples:
     """Generate images and write one PNG per image and a grid of all. Overwrites nothing.
+
+    Args:
+        request: what to generate.
+        folder: of the images.
+        on_message: receives lines about the progress.
+        on_image: receives the number of finished images and of all.
 
     Raises:
         ConfigError: there is no such run or file.
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written.
     """
-    first = _next_number(folder)
-    files: list[Path] = []
-    images: list[Image.Image] = []
+    total, number = len(request.prompts) * request.count, _next_number(folder)
+    images, files, tiles = list[Mapping[str, Any]](), list[Path](), list[Image.Image]()
     seconds = 0.0
     for one in sample(request, on_message):
-        path = make_folder(folder) / f"{first + len(files):04d}_s{one.seed}.png"
-        image = one.image if one.base is None else grid([one.base, one.image], columns=2)
-        save_png(path, image, one.texts)
-        files.append(path)
-        images.append(image)
+        make_folder(folder)
+        image = one.image if one.base is None else grid([one.base, one.image], 2, ["base model", "yours"])
+        while not save_new_png(file := folder / f"{number:04d}_s{one.seed}.png", image, one.texts):
+            number += 1  # another process took it
+        number += 1
+        images.append(_entry(file, one))
+        if 1 < total <= _MOST_TILES:
+            tiles.append(_tile(image, total))
+        files.append(file)
         seconds += one.seconds
-    sheet = None
-    if len(images) > 1:
-        sheet = folder / f"{first:04d}-{first + len(images) - 1:04d}_grid.png"
-        save_png(sheet, grid(images, columns=request.count if 1 < request.count <= _MOST_COLUMNS else None))
+        on_image(len(files), total)
+    sheet = _write_grid(folder, files, tiles, request) if tiles else None
+    if total > _MOST_TILES:
+        on_message(f"There is no grid of more than {_MOST_TILES} images.")
     rate = len(files) / max(seconds, 1e-9)
     on_message(f"{len(files)} {'image' if len(files) == 1 else 'images'}, {rate:.2f} images/s")
-    return WrittenSamples(tuple(files), sheet, rate)
+    return WrittenSamples(tuple(files), sheet, rate, tuple(images))
+
+
+def _entry(file: Path, one: Sample) -> dict[str, Any]:
+    """Return what a file shows; beside a comparison, write the LoRA's image alone."""
+    entry = {"file": str(file), "prompt": one.prompt, "seed": one.seed}
+    entry |= {"run": str(one.run) if one.run else None, "model": one.texts["model"], "lora": one.texts["lora"]}
+    if one.base is not None:
+        alone = file.with_name(f"{file.stem}_lora.png")
+        save_png(alone, one.image, one.texts)
+        entry["alone"] = str(alone)
+    return entry
+
+
+def _tile(image: Image.Image, total: int) -> Image.Image:
+    """Return an image as large as the grid of `total` images allows."""
+    shrink = math.sqrt(min(1.0, _GRID_PIXELS / (total * image.width * image.height)))
+    size = (max(1, int(image.width * shrink)), max(1, int(image.height * shrink)))
+    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
+
+
+def _write_grid(folder: Path, files: Sequence[Path], tiles: Sequence[Image.Image], request: SampleRequest) -> Path:
+    """Write the grid of all images with their prompts, and return its path."""
+    first, last = (file.name.partition("_")[0] for file in (files[0], files[-1]))
+    prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
+    sheet = grid(tiles, request.count if 1 < request.count <= _MOST_COLUMNS else None, prompts)
+    path, copy = folder / f"{first}-{last}_grid.png", 2
+    while not save_new_png(path, sheet):
+        path, copy = folder / f"{first}-{last}_grid-{copy}.png", copy + 1
+    return path
 
 
 def _next_number(folder: Path) -> int:

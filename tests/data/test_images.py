@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.data.images import grid, png_bytes, save_png, to_image
+from echodistill_cli.data.images import a1111_text, grid, png_bytes, save_new_png, save_png, to_image
 from echodistill_cli.errors import EchoDistillError
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan"]
@@ -56,3 +56,25 @@ def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(EchoDistillError, match=r"none/a.png could not be written .*--output"):
         save_png(tmp_path / "none" / "a.png", tiles(1)[0])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_are_written_below_the_images_and_long_ones_are_cut() -> None:
+    tiles = [Image.new("RGB", (64, 32), "red")] * 2
+    plain, short, long = grid(tiles, 2), grid(tiles, 2, ["a dog", "犬"]), grid(tiles, 2, ["a dog " * 40, ""])
+    assert plain.height < short.height < long.height <= 32 + 3 * 16
+    for sheet in (short, long):
+        assert sheet.crop((0, 0, 130, 32)).tobytes() == plain.tobytes()
+        assert sheet.convert("L").crop((0, 32, 64, sheet.height)).getextrema()[0] < 100
+
+
+def test_a_new_file_takes_no_name_that_exists(tmp_path: Path) -> None:
+    red, blue = tiles(1)[0], Image.new("RGB", (6, 4), "blue")
+    assert save_new_png(tmp_path / "a.png", red)
+    assert not save_new_png(tmp_path / "a.png", blue)
+    assert (tmp_path / "a.png").read_bytes() == png_bytes(red)
+    with pytest.raises(EchoDistillError, match="could not be written"):
+        save_new_png(tmp_path / "none" / "a.png", red)
+
+
+def test_values_with_commas_are_quoted_as_a1111_does() -> None:
+    assert a1111_text("a dog", {"Steps": 1, "Model": "a, b"}) == 'a dog\nSteps: 1, Model: "a, b"'

@@ -188,7 +188,14 @@ def test_another_way_of_drawing_has_its_own_pictures_and_scores(flags: list[obje
 def test_a_person_sees_a_row_per_prompt_the_whole_and_the_photos_own(flags: list[object], tmp_path: Path) -> None:
     done = command("evaluate", *flags)
     assert done.code == 0, done.err
-    for words in ("CLIP-I", "DINO", "CLIP-T", "a sks dog on the beach", "all 4 images", "the 4 photos among"):
+    for words in (
+        "CLIP-I",
+        "DINO",
+        "CLIP-T",
+        "a sks dog on the beach",
+        "all 4 images",
+        "no upper limit: the 4 photos among",
+    ):
         assert words in done.out
     assert done.out.splitlines()[-1] == str(tmp_path / "out" / "evaluation.json")
     assert "image 4/4" in done.err
@@ -270,6 +277,29 @@ def test_a_run_that_was_trained_offline_is_measured_so_unless_no_offline_is_said
     done = command("evaluate", *flags, "--clip", "nobody/has-this", *how)
     assert (done.code, done.out) == (4, "")
     assert words in done.error
+
+
+@pytest.mark.parametrize("flag", ["--clip", "--dino"])
+def test_a_damaged_encoder_ends_with_4(flags: list[object], tmp_path: Path, flag: str) -> None:
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text("{")
+    done = command("evaluate", *flags, flag, tmp_path / "damaged", "-q")
+    assert (done.code, done.out, done.err.count("\n")) == (4, "", 1), done.err
+
+
+def test_a_damaged_earlier_result_is_replaced(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "evaluation.json").write_text("{")
+    found = command("evaluate", *flags, "--json").result
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text(encoding="utf-8"))["dino"] == found["dino"]
+
+
+def test_templates_are_read_as_prompts_of_sample_are(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# mine\na {} at sea\n", encoding="utf-8-sig")
+    done = command("evaluate", *flags, "--json")
+    assert [one["prompt"] for one in done.result["per_prompt"]] == ["a sks dog at sea"]
+    (tmp_path / "prompts.txt").write_text("a {} at sea --w 512\n")
+    assert "line 1 holds the option --w" in command("evaluate", *flags).error
 
 
 def test_photos_must_be_named(run: Path) -> None:
