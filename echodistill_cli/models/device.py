@@ -8,6 +8,7 @@ sliced Wasserstein distance they include what these sums lacked compared with a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import torch
 
 from echodistill_cli.config.families import FAMILIES, Family, Size
 from echodistill_cli.config.schema import Config
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ConfigError
 
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -225,3 +227,21 @@ def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 def _relative_size(config: Config) -> float:
     """Return an estimate that compares settings; which family it is for does not matter."""
     return estimate(config, FAMILIES["sd"], half=config.model.precision != "fp32").total
+
+
+def alternate_on_device(pair: ModelPair) -> None:
+    """Keep the frozen weights of one UNet at a time on the device, of the one in use; the other's wait on the CPU."""
+    pair.alternating = True
+    roles = (pair.student, pair.teacher)
+    for role, other in (roles, roles[::-1]):
+        exchange = functools.partial(_exchange, role.unet, other.unet, pair.device)
+        role.unet.register_forward_pre_hook(lambda _unet, _inputs, exchange=exchange: exchange())
+    _exchange(pair.student.unet, pair.teacher.unet, pair.device)
+
+
+def _exchange(active: Any, idle: Any, device: torch.device) -> None:
+    """Move frozen weights; adapters stay on the device, because the optimizer holds them."""
+    for unet, place in ((idle, torch.device("cpu")), (active, device)):
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            if not tensor.requires_grad and tensor.device.type != place.type:
+                tensor.data = tensor.data.to(place)

@@ -19,14 +19,8 @@ from transformers import CLIPTokenizer
 from echodistill_cli.diffusion.text import RARE_WORDS, check_token
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.models.sources import (
-    downloads,
-    find_vocabulary,
-    resolve,
-    vocabulary_in,
-    wanted_files,
-    weight_variant,
-)
+from echodistill_cli.models.single_file import find_vocabulary, vocabulary_in
+from echodistill_cli.models.sources import downloads, resolve, wanted_files, weight_variant
 from tests.helpers.commands import command, missing_flags
 from tests.helpers.models import model_config
 from tests.helpers.original_layout import build_sd2_pair, build_sdxl
