@@ -59,7 +59,7 @@ def test_each_preset_fits_with_settings_or_does_not_fit() -> None:
 
 
 def test_no_published_model_fits_into_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echodistill_cli.planning.memory_gib", lambda _device: 4.0)
+    monkeypatch.setattr("echodistill_cli.models.device.memory_gib", lambda _device: 4.0)
     *published, mini = planning.diagnose().advice
     assert mini.startswith("mini: runs on any machine")
     assert "--model mini" in mini
@@ -69,6 +69,6 @@ def test_no_published_model_fits_into_little_memory(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_whole_method_fits_into_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echodistill_cli.planning.memory_gib", lambda _device: 80.0)
+    monkeypatch.setattr("echodistill_cli.models.device.memory_gib", lambda _device: 80.0)
     for line in planning.diagnose().advice[:-1]:
         assert "model.decoder = full, train.batch_size = 2" in line

@@ -222,7 +222,7 @@ def find_vocabulary(*, offline: bool) -> Path:
     try:
         return resolve(_OWNERS[0], ("tokenizer",), offline=offline) / "tokenizer"
     except ModelError as error:
-        raise ModelError(
+        raise type(error)(
             f"A single file holds no vocabulary, and CLIP's is not in the cache. {error.message}",
             f'Download it: hf download {_OWNERS[0]} --include "tokenizer/*". Or name a folder with it when you train: '
             "echodistill train --set model.tokenizer=DIR",
