@@ -297,11 +297,8 @@ def load_schedule(folder: Path, prediction: str = "auto", *, zero_snr: bool = Fa
     with reading(file):
         scheduler = DDPMScheduler(**present | {"rescale_betas_zero_snr": zero_snr or settings.get(keys[-1], False)})
         alphas = scheduler.alphas_cumprod.float()
-        if (
-            len(alphas) < 2
-            or not bool((alphas.diff() <= 0).all())
-            or not 0 <= float(alphas[-1]) < float(alphas[0]) <= 1
-        ):
+        falls = len(alphas) > 1 and bool((alphas.diff() <= 0).all()) and float(alphas[-1]) < float(alphas[0])
+        if not falls or not bool(((scheduler.betas >= 0) & (scheduler.betas <= 1)).all()):
             raise ModelError(f"{file}: the betas are not those of a noise schedule.", remedy)
     if prediction_type == "epsilon" and float(alphas[-1]) == 0:
         raise ModelError(
