@@ -87,7 +87,10 @@ def test_the_whole_method_fits_into_much_memory(monkeypatch: pytest.MonkeyPatch)
         ({"concept.token": "dog"}, "--token 'dog' is part of the class name"),
         ({"model.device": "nowhere"}, "--device nowhere does not exist"),
         ({"model.resolution": 100}, "--resolution 100 is not a multiple of"),
-        ({"model.student_lora": "missing.safetensors"}, "missing.safetensors does not exist"),
+        (
+            {"model.student_lora": "missing.safetensors", "model.teacher": "mini:student"},
+            "missing.safetensors does not exist",
+        ),
         ({"run.output": "/proc/nothing"}, "/proc/nothing cannot be written"),
     ],
 )
@@ -104,9 +107,11 @@ def test_a_dry_run_refuses_what_a_run_refuses_before_it_loads_a_model(
 
 def test_a_token_and_a_file_are_checked_although_the_models_are_not_here_yet(photo_folder: Path) -> None:
     subject = {"concept.photos": str(photo_folder), "concept.class_name": "dog", "model.offline": True}
-    for wrong in ({"concept.token": "dog"}, {"model.student_lora": "missing.safetensors"}):
-        with pytest.raises((ConfigError, ModelError), match="part of the class name|does not exist"):
-            pipeline.plan(build_config("sd-turbo", overrides=subject | wrong))
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    wrong = {"sd-turbo": {"concept.token": "dog"}, base: {"model.student_lora": "missing.safetensors"}}
+    for (model, settings), message in zip(wrong.items(), ("part of the class name", "does not exist"), strict=True):
+        with pytest.raises((ConfigError, ModelError), match=message):
+            pipeline.plan(build_config(model, overrides=subject | settings))
 
 
 # --- downloads --------------------------------------------------------------------------------------------------------

