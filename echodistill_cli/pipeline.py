@@ -151,8 +151,8 @@ def _loaded_state(
     from echodistill_cli.planning import assumptions, check_settings, fetch_models
     from echodistill_cli.training.state import build_state
 
-    fetch_models(config)
     check_settings(config)
+    fetch_models(config)
     for line in assumptions(config.model):
         on_message(line)
     on_message(f"Loading {config.model.student} and {config.model.teacher}, encoding {len(photos)} photos")
