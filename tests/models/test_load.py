@@ -36,13 +36,15 @@ from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.models.adapters import DISTILLATION, UNET_LAYERS, add_lora, trainable_parameters
 from echodistill_cli.models.device import fit_to_memory, pick_device, pick_dtype
 from echodistill_cli.models.load import _Loader, load_pair, load_schedule
+from echodistill_cli.models.single_file import zero_snr_in
+from echodistill_cli.models.vision import DinoScorer
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import train
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
 from echodistill_cli.training.targets import base_x0
-from tests.helpers.random_models import write_distillation
+from tests.helpers.random_models import DINO_SEES, write_distillation
 from tests.helpers.runs import small_config, small_photos
 
 Pair = tuple[Path, Path]
@@ -199,6 +201,24 @@ def test_an_sdxl_unet_with_other_blocks_is_refused_before_training(small_sdxl_pa
     file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_per_block": 1}))
     with pytest.raises(ModelError, match="koala: an SDXL UNet with layers_per_block 1 is not supported"):
         load_pair(settings((student, small_sdxl_pair[1])))
+
+
+def test_code_that_comes_with_an_encoder_is_never_run(small_backbones: dict[str, Path], tmp_path: Path) -> None:
+    encoder = Path(shutil.copytree(small_backbones["dino"], tmp_path / "encoder"))
+    foreign = {"image_processor_type": "Strange", "auto_map": {"AutoImageProcessor": "strange.Strange"}}
+    (encoder / "preprocessor_config.json").write_text(json.dumps(DINO_SEES | foreign))
+    (encoder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n")
+    with pytest.raises(ModelError, match="image_processor_type is 'Strange', not one of CLIP, ViT, Bit"):
+        DinoScorer(encoder, torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_single_file_may_declare_zero_terminal_snr(small_pair: Pair, tmp_path: Path) -> None:
+    save_file({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "z.safetensors")
+    assert zero_snr_in(tmp_path / "z.safetensors")
+    schedule = load_schedule(small_pair[1] / "scheduler", "v_prediction", zero_snr=True)
+    assert float(schedule.alphas_cumprod[-1]) == 0
+    assert float(load_schedule(small_pair[1] / "scheduler").alphas_cumprod[-1]) > 0.004
 
 
 def test_the_implementation_of_attention_is_torchs_own(small_pair: Pair) -> None:
