@@ -38,13 +38,14 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
     from echodistill_cli.lora.inspect import Inspection
     from echodistill_cli.outputs.export import ExportResult, TrainResult
     from echodistill_cli.outputs.sample import Sample, WrittenSamples
-    from echodistill_cli.planning import Diagnosis, Plan
+    from echodistill_cli.planning import Diagnosis, Downloaded, Plan
     from echodistill_cli.training.state import TrainingState
 
 __all__ = [
     "Benchmark",
     "BenchmarkRequest",
     "Diagnosis",
+    "Downloaded",
     "Evaluation",
     "EvaluationRequest",
     "ExportRequest",
@@ -61,6 +62,7 @@ __all__ = [
     "benchmark",
     "check",
     "doctor",
+    "download",
     "evaluate",
     "export",
     "fit_to_memory",
@@ -75,6 +77,7 @@ __all__ = [
 _RESULTS = {
     "Benchmark": "evaluation.dreambench",
     "Diagnosis": "planning",
+    "Downloaded": "planning",
     "Evaluation": "evaluation.evaluate",
     "ExportResult": "outputs.export",
     "Inspection": "lora.inspect",
@@ -165,10 +168,12 @@ def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
 
 
 def _loaded_state(config: Config, session: _Session) -> TrainingState:
-    from echodistill_cli.planning import assumptions
+    from echodistill_cli.planning import assumptions, check_settings, fetch_models
     from echodistill_cli.training.dataset import unread_texts
     from echodistill_cli.training.state import build_state
 
+    check_settings(config)
+    fetch_models(config)
     for line in assumptions(config.model):
         session.on_message(line)
     names = f"{config.model.student} and {config.model.teacher}"
@@ -242,8 +247,9 @@ def plan(config: Config) -> Plan:
     """
     report = _check_before(config)
 
-    from echodistill_cli.planning import plan_run
+    from echodistill_cli.planning import check_settings, plan_run
 
+    check_settings(config)
     return plan_run(config, len(report.photos), tuple(_warnings(config, report)))
 
 
@@ -259,10 +265,10 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str, on_me
         ConfigError: nothing fits, or `vram` is not a number.
         ModelError: the size of the model is not known.
     """
-    from echodistill_cli import planning
+    from echodistill_cli.models import device
 
-    memory_plan = planning.fit_to_memory(build, vram)
-    for line in planning.memory_lines(memory_plan):
+    memory_plan = device.fit_to_memory(build, vram)
+    for line in device.memory_lines(memory_plan):
         on_message(line)
     return build(memory_plan.settings)
 
@@ -381,6 +387,24 @@ def inspect(file: Path) -> Inspection:
     from echodistill_cli.lora.inspect import inspect_file
 
     return inspect_file(file)
+
+
+def download(model: str, teacher: str | None = None, *, to: Path | None = None, dry_run: bool = False) -> Downloaded:
+    """Download all that training with a model loads.
+
+    Args:
+        model: preset, hub id, folder or file of the student.
+        teacher: of another student; None for the default one.
+        to: new folder for a copy of everything, to carry to a machine without a network.
+        dry_run: only list the files.
+
+    Raises:
+        ConfigError: the folder exists already.
+        ModelError: a model does not exist, or the hub cannot be reached or refuses it.
+    """
+    from echodistill_cli import planning
+
+    return planning.download(model, teacher, to=to, dry_run=dry_run)
 
 
 def doctor() -> Diagnosis:

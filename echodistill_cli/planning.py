@@ -4,60 +4,52 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import platform
-import re
+import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
-import torch
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
-from echodistill_cli.config.families import FAMILIES, Family, family_of_width
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
-from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.diffusion.text import check_token
+from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import expanded
+from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import (
-    PRECISIONS,
     Estimate,
-    MemoryPlan,
     backbones,
-    estimate,
-    memory_gib,
+    devices,
+    expected_memory,
+    family_of,
+    fit_to_memory,
     pick_device,
-    pick_dtype,
-    plan_memory,
+    settings_line,
 )
-from echodistill_cli.models.single_file import prediction_in, shipped_configuration
-from echodistill_cli.models.sources import Download, downloads, is_cached, is_embedded, resolve, where
+from echodistill_cli.models.load import check_pair
+from echodistill_cli.models.single_file import find_vocabulary, prediction_in
+from echodistill_cli.models.sources import (
+    Download,
+    UnreachableError,
+    downloads,
+    is_cached,
+    is_embedded,
+    resolve,
+    wanted_files,
+    where,
+)
 from echodistill_cli.models.vision import IMAGE_BACKBONES
 
+Source = tuple[str, tuple[str, ...], str | None]  # name, parts and revision of a model
 _UNET_PARTS = ("unet", "scheduler")
-
-
-def family_of(model: ModelConfig) -> Family | None:
-    """Return the family of a published-size student; None for toy models and for weights that are not here yet."""
-    known = {
-        str(preset.settings["model"][role]): FAMILIES[preset.family]
-        for preset in PRESETS.values()
-        for role in ("student", "teacher")
-        if preset.family
-    }
-    if model.student in known:
-        return known[model.student]
-    try:
-        folder = resolve(model.student, ("unet",), revision=model.student_revision, offline=True)
-        if folder.is_file():
-            folder = Path(model.single_file_config or shipped_configuration(folder))
-        settings = json.loads((folder / "unet" / "config.json").read_text())
-    except (ModelError, OSError):
-        return None
-    return family_of_width(settings.get("cross_attention_dim"))
 
 
 @dataclass(frozen=True)
@@ -123,10 +115,12 @@ def plan_run(config: Config, photos: int, warnings: tuple[str, ...]) -> Plan:
     )
 
 
-def sources_of(config: Config) -> Iterator[tuple[str, tuple[str, ...], str | None]]:
+def sources_of(config: Config) -> Iterator[Source]:
     """Every model that a run loads: source, parts, revision."""
     model, family = config.model, family_of(config.model) or FAMILIES["sd"]
-    yield model.student, (*_UNET_PARTS, *family.parts), model.student_revision
+    replaced = (*(("vae",) if model.vae else ()), *(family.tokenizers if model.tokenizer else ()))
+    shared = [part for part in family.parts if part not in replaced]
+    yield model.student, (*_UNET_PARTS, *shared), model.student_revision
     yield model.teacher, _UNET_PARTS, model.teacher_revision
     if model.vae:
         yield model.vae, ("",), None
@@ -146,58 +140,164 @@ def planned_downloads(config: Config) -> list[Download]:
     ]
 
 
-def expected_memory(config: Config) -> Estimate | None:
-    """Return the device memory that a run needs; None for models of unknown size."""
-    family = family_of(config.model)
-    if family is None:
-        return None
-    dtype = pick_dtype(config.model.precision, pick_device(config.model.device))
-    return estimate(config, family, half=dtype.itemsize == 2)
+class _NoVocabulary:
+    """A tokenizer that knows no word. With it, `check_token` checks only what needs no vocabulary."""
+
+    unk_token_id, vocab_size = None, 0
+
+    def __call__(self, _text: str, **_options: Any) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=[])
 
 
-def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> MemoryPlan:
-    """Return the settings that fit a device.
-
-    Args:
-        build: makes the configuration; takes the chosen settings as defaults below what a person set.
-        vram: memory of the device in GiB, or "auto" for the device of the run.
+def check_settings(config: Config) -> None:
+    """Check all that can be wrong with a run before its models are loaded; opens no connection.
 
     Raises:
-        ConfigError: nothing fits, or `vram` is not a number.
-        ModelError: the size of the model is not known.
+        ConfigError: the token, device, resolution or output folder cannot be used.
+        ModelError: the distillation LoRA or a model on this machine is damaged or not supported.
     """
-    config = build({})
-    family = family_of(config.model)
-    if family is None:
-        raise ModelError(
-            f"The memory that {config.model.student} needs is not known.",
-            "Omit --vram, which supports models of the size of SD-Turbo and SDXL-Turbo.",
-        )
-    budget = None if vram == "auto" else _gib(vram)
-    device = pick_device(config.model.device)
-    precision = PRECISIONS[pick_dtype("auto", device)]
-    # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
-    if device.type == "cpu" or (budget is not None and precision == "fp32"):
-        precision = "bf16"
-    return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision)
+    concept, is_learned = config.concept, config.text.form == "token"
+    check_token(_NoVocabulary(), concept.token, concept.class_name, learned=True)
+    pick_device(config.model.device)
+    _check_writable(config.output)
+    if config.model.student_lora:
+        read_header(Path(config.model.student_lora))
+    local = replace(config.model, offline=True)
+    if planned_downloads(replace(config, model=local)):
+        return
+    try:
+        tokenizers = check_pair(local)
+    except UnreachableError:  # the vocabulary or configuration of a single file is not here yet
+        return
+    check_token(tokenizers[0], concept.token, concept.class_name, learned=is_learned)
 
 
-def _gib(text: str) -> float:
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    raise ConfigError(f"--vram {text} is not a number.", "Use GiB, such as 8, 12, 16 or 24, or auto.")
+def _check_writable(folder: Path) -> None:
+    """Check that a run folder can be created, by creating and removing a folder beside it."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(dir=existing, prefix=".echodistill-").cleanup()
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be written ({error.strerror}).", "Choose another --output.") from error
 
 
-def memory_lines(plan: MemoryPlan) -> Iterator[str]:
-    """Yield the chosen settings and the expected memory of a memory plan, a line each."""
-    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in plan.estimate.parts.items())
-    yield f"Plan for {plan.budget:.1f} GiB: {_settings_line(plan)}"
-    yield f"About {plan.estimate.total:.1f} GiB of device memory: {parts}"
+def fetch_models(config: Config) -> None:
+    """Download every model of a run that is not on this machine; those that are come first, to fail early.
+
+    Raises:
+        ModelError: a model is missing, or the hub refuses it. Without a network, it names all that is missing.
+    """
+    try:
+        for source in sorted(sources_of(config), key=lambda entry: where(entry[0]) == "to be downloaded"):
+            _resolved(config.model, source)
+    except UnreachableError as error:
+        local = replace(config, model=replace(config.model, offline=True))
+        missing = ", ".join(download.file for download in planned_downloads(local))
+        raise UnreachableError(
+            f"{error.message} Missing: {missing}.",
+            f"Download all of it on a machine with a network: {download_command(config.model)}",
+        ) from error
 
 
-def _settings_line(plan: MemoryPlan) -> str:
-    texts = {key: ",".join(value) if isinstance(value, tuple) else str(value) for key, value in plan.settings.items()}
-    return ", ".join(f"{key} = {text}" for key, text in texts.items())
+def _resolved(model: ModelConfig, source: Source) -> Path:
+    name, parts, revision = source
+    return resolve(name, parts, variant=model.variant, revision=revision, offline=model.offline)
+
+
+def download_command(model: ModelConfig) -> str:
+    """Return the command that downloads all models of a run."""
+    names = {str(preset.settings["model"]["student"]): name for name, preset in PRESETS.items()}
+    name = names.get(model.student, model.student)
+    default = build_config(name).model.teacher
+    teacher = () if model.teacher == default else ("--teacher", model.teacher)
+    return shlex.join(("echodistill", "download", name, *teacher))
+
+
+@dataclass(frozen=True)
+class Downloaded:
+    """What `download` downloaded, or would download.
+
+    Args:
+        files: bytes of each file that was not on this machine; None if the size is not known.
+        folders: where each model is, by its source; empty for a dry run.
+        command: trains with the folder of `--to`; None without it.
+    """
+
+    files: Mapping[str, int | None]
+    folders: Mapping[str, str]
+    command: str | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files of known size."""
+        return sum(size or 0 for size in self.files.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self) | {"bytes": self.total}
+
+    def lines(self) -> Iterator[str]:
+        """Yield a line per file and folder, for people."""
+        for file, size in self.files.items():
+            yield f"{file}  {'size unknown' if size is None else f'{size / 1e6:,.1f} MB'}"
+        yield f"{len(self.files)} files to download, {self.total / 1e9:.2f} GB" if self.files else "All files are here."
+        for source, folder in self.folders.items():
+            yield f"{source}: {folder}"
+        if self.command:
+            yield self.command
+
+
+def download(model: str, teacher: str | None = None, *, to: Path | None = None, dry_run: bool = False) -> Downloaded:
+    """Download all that training with a model loads; files that are here already are kept.
+
+    Args:
+        model: preset, hub id, folder or file of the student.
+        teacher: of another student; None for the default one.
+        to: new folder for a copy of everything, to carry to a machine without a network.
+        dry_run: only list the files.
+
+    Raises:
+        ConfigError: the folder exists already.
+        ModelError: a model does not exist, or the hub cannot be reached or refuses it.
+        EchoDistillError: the folder cannot be written.
+    """
+    config = build_config(model, overrides={} if teacher is None else {"model.teacher": teacher})
+    if to is not None and to.exists():
+        raise ConfigError(f"{to} exists already.", "Choose another folder with --to.")
+    files = {download.file: download.size for download in planned_downloads(config)}
+    if dry_run:
+        return Downloaded(files, {}, None)
+    fetch_models(config)
+    folders = {source[0]: str(_resolved(config.model, source)) for source in sources_of(config)}
+    if Path(folders[config.model.student]).is_file() and not config.model.tokenizer:
+        folders["vocabulary"] = str(find_vocabulary(offline=config.model.offline))
+    return Downloaded(files, folders, None if to is None else _bundle(config, folders, to))
+
+
+def _bundle(config: Config, folders: Mapping[str, str], to: Path) -> str:
+    """Copy the models of a run into one folder, and return the command that trains with it."""
+    model, copies = config.model, {}
+    roles = {model.student: "student", model.teacher: "teacher"}
+    for source, parts, _ in sources_of(config):
+        copies[source] = to / roles.get(source, source.replace("/", "--").replace(":", "-"))
+        copy_model(Path(folders[source]), copies[source], parts, model.variant)
+    places = {name: str(copies[IMAGE_BACKBONES.get(name, name)]) for name in backbones(config)}
+    discriminators = ",".join(places.get(name, name) for name in config.critic.discriminators)
+    identity = places.get(config.critic.identity, config.critic.identity)
+    arguments = ["--model", str(copies[model.student]), "--teacher", str(copies[model.teacher])]
+    arguments += ["--discriminators", discriminators, "--identity", identity, "--offline"]
+    return shlex.join(["echodistill", "train", "PHOTOS", *arguments])
+
+
+def copy_model(source: Path, target: Path, parts: tuple[str, ...], variant: str | None) -> None:
+    """Copy some parts of a model's folder, or a single file; adds to what is there."""
+    target.mkdir(parents=True, exist_ok=True)
+    names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+    for name in [*wanted_files(names, parts, variant), "model_index.json"] if source.is_dir() else [source.name]:
+        file = source / name if source.is_dir() else source
+        if file.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, target / name)
 
 
 def assumptions(model: ModelConfig) -> Iterator[str]:
@@ -257,7 +357,7 @@ def diagnose() -> Diagnosis:
     sources = {str(model[role]) for model in published for role in ("student", "teacher")}
     return Diagnosis(
         versions=_versions(),
-        devices=_devices(),
+        devices=devices(),
         memory_gib=round(psutil.virtual_memory().total / 2**30, 1),
         disk_free_gib=round(shutil.disk_usage(existing).free / 2**30, 1),
         cache=str(cache),
@@ -269,18 +369,6 @@ def diagnose() -> Diagnosis:
 def _versions() -> dict[str, str]:
     versions = {"echodistill": __version__, "python": platform.python_version(), "system": platform.platform()}
     return versions | {name: importlib.metadata.version(name) for name in _PACKAGES}
-
-
-def _devices() -> dict[str, str]:
-    devices = {
-        "cpu": f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, {torch.get_num_threads()} threads"
-    }
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        devices[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
-    if torch.backends.mps.is_available():
-        devices["mps"] = "Apple GPU, memory shared with the CPU"
-    return devices
 
 
 def _advice(preset: str) -> str:
@@ -299,4 +387,4 @@ def _advice(preset: str) -> str:
         return f"{preset}: does not fit on {machine}. {error.message}"
     slow = ", slowly (minutes per step)" if device.type == "cpu" else ""
     needs = f"about {plan.estimate.total:.1f} GiB"
-    return f"{preset} --vram auto: runs on {machine}{slow}, in {needs}: {_settings_line(plan)}"
+    return f"{preset} --vram auto: runs on {machine}{slow}, in {needs}: {settings_line(plan)}"

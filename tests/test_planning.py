@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 
 from echodistill_cli import pipeline, planning
 from echodistill_cli.config.build import PRESETS, build_config
+from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.models.load import check_pair
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +62,7 @@ def test_each_preset_fits_with_settings_or_does_not_fit() -> None:
 
 
 def test_no_published_model_fits_into_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echodistill_cli.planning.memory_gib", lambda _device: 4.0)
+    monkeypatch.setattr("echodistill_cli.models.device.memory_gib", lambda _device: 4.0)
     *published, mini = planning.diagnose().advice
     assert mini.startswith("mini: runs on any machine")
     assert "--model mini" in mini
@@ -69,6 +72,67 @@ def test_no_published_model_fits_into_little_memory(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_whole_method_fits_into_much_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("echodistill_cli.planning.memory_gib", lambda _device: 80.0)
+    monkeypatch.setattr("echodistill_cli.models.device.memory_gib", lambda _device: 80.0)
     for line in planning.diagnose().advice[:-1]:
         assert "model.decoder = full, train.batch_size = 2" in line
+
+
+# --- before a run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"concept.token": "my dog"}, "--token 'my dog'"),
+        ({"concept.token": "dog"}, "--token 'dog' is part of the class name"),
+        ({"model.device": "nowhere"}, "--device nowhere does not exist"),
+        ({"model.resolution": 100}, "--resolution 100 is not a multiple of"),
+        (
+            {"model.student_lora": "missing.safetensors", "model.teacher": "mini:student"},
+            "missing.safetensors does not exist",
+        ),
+        ({"run.output": "/proc/nothing"}, "/proc/nothing cannot be written"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses_before_it_loads_a_model(
+    photo_folder: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("echodistill_cli.training.state.build_state", lambda *_: pytest.fail("models were loaded"))
+    subject = {"concept.photos": str(photo_folder), "concept.class_name": "dog", "run.output": "runs/none"}
+    config = build_config("mini", overrides=subject | settings)
+    for command in (pipeline.plan, pipeline.train):
+        with pytest.raises((ConfigError, ModelError), match=message):
+            command(config)
+
+
+def test_a_token_and_a_file_are_checked_although_the_models_are_not_here_yet(photo_folder: Path) -> None:
+    subject = {"concept.photos": str(photo_folder), "concept.class_name": "dog", "model.offline": True}
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    wrong = {"sd-turbo": {"concept.token": "dog"}, base: {"model.student_lora": "missing.safetensors"}}
+    for (model, settings), message in zip(wrong.items(), ("part of the class name", "does not exist"), strict=True):
+        with pytest.raises((ConfigError, ModelError), match=message):
+            pipeline.plan(build_config(model, overrides=subject | settings))
+
+
+# --- downloads --------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_is_missing_is_named_at_once_with_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = build_config("sd-turbo", overrides={"model.offline": True, "model.teacher": "someone/base"})
+    with pytest.raises(ModelError) as caught:
+        planning.fetch_models(config)
+    for part in ("stabilityai/sd-turbo/unet", "stabilityai/sd-turbo/tokenizer", "someone/base/unet", "dinov2-large"):
+        assert part in caught.value.message
+    assert str(caught.value.hint).endswith(": echodistill download sd-turbo --teacher someone/base")
+
+
+def test_a_bundle_is_what_a_run_without_a_network_reads(tmp_path: Path) -> None:
+    downloaded = pipeline.download("mini", to=tmp_path / "bundle")
+    assert downloaded.files == {}
+    words = shlex.split(str(downloaded.command))
+    student, teacher = (words[words.index(flag) + 1] for flag in ("--model", "--teacher"))
+    assert (student, teacher) == (str(tmp_path / "bundle" / "student"), str(tmp_path / "bundle" / "teacher"))
+    check_pair(build_config(student, overrides={"model.teacher": teacher, "model.resolution": 64}).model)
+    with pytest.raises(ConfigError, match="exists already"):
+        pipeline.download("mini", to=tmp_path / "bundle")

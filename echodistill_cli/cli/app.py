@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Annotated, Any, Literal, TextIO, cast
 
 import typer
+from rich.text import Text
 
 from echodistill_cli import __version__, pipeline
 from echodistill_cli.cli.evaluate import evaluate
@@ -28,6 +29,7 @@ from echodistill_cli.cli.options import (
     ALIASES,
     CommandWithSettings,
     Json,
+    Quiet,
     accepting_aliases,
     bool_option,
     quiet_libraries,
@@ -35,7 +37,7 @@ from echodistill_cli.cli.options import (
 )
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
-from echodistill_cli.cli.train import ALSO, config, train
+from echodistill_cli.cli.train import ALSO, MODELS, config, train
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
@@ -97,6 +99,21 @@ def inspect(
     """Show what a LoRA or token file is, and which tools load it."""
     inspection = pipeline.inspect(file)
     print_table(inspection.to_dict(), inspection_table(inspection), as_json=as_json)
+
+
+@app.command()
+def download(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"what to train with: {MODELS}")],
+    teacher: Annotated[str | None, value_option("ID", "teacher of a model that has no preset")] = None,
+    to: Annotated[Path | None, value_option("DIR", "also copy everything into a new folder, to use offline")] = None,
+    dry_run: Annotated[bool, bool_option("--dry-run", "list files and sizes; download nothing")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Download everything that training with a model needs; an interrupted download continues."""
+    quiet_libraries(offline=False, quiet=quiet)
+    downloaded = pipeline.download(model, teacher, to=to, dry_run=dry_run)
+    print_table(downloaded.to_dict(), Text("\n".join(downloaded.lines())), as_json=as_json)
 
 
 @app.command()

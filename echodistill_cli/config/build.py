@@ -66,6 +66,9 @@ def _read_preset(name: str) -> Preset:
 PRESETS: Mapping[str, Preset] = {name: _read_preset(name) for name in ("sd-turbo", "sdxl-turbo", "mini")}
 
 
+DEFAULT = "sd-turbo"
+
+
 def build_config(
     model: str | None = None,
     toml_file: Path | None = None,
@@ -89,7 +92,9 @@ def build_config(
     if model and file_model.get("student", model) != model:
         # `model` replaces the student of the file, and with it the student's revision.
         file_model = {key: value for key, value in file_model.items() if key not in ("student", "student_revision")}
-    student = model or file_model.get("student")
+    # Without any name, the default is the preset itself, whose models have pinned revisions.
+    default = None if "model.student" in (overrides or {}) else DEFAULT
+    student = model or file_model.get("student", default)
     preset = PRESETS.get(student) if isinstance(student, str) else None
     tables: Tables = {}
     if preset:

@@ -1,4 +1,4 @@
-"""Model families (SD and SDXL) as data, and which family a model belongs to. No torch.
+"""Model families (SD and SDXL) as data, and what the JSON files of a model say. No torch.
 
 To add a family:
 
@@ -13,11 +13,13 @@ in `lora/keys.py`, the header in `lora/header.py`, and the one-file layout in `m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from echodistill_cli.errors import EchoDistillError, ModelError, is_out_of_memory
 from echodistill_cli.files import expanded
 
 FamilyName = Literal["sd", "sdxl"]
@@ -25,6 +27,9 @@ _PIXELS_PER_LATENT = 8  # along one side, in every published model of both famil
 _BASE_RESOLUTIONS = {"stabilityai/stable-diffusion-xl-base-1.0": 1024}
 # The safetensors format: an 8-byte length, then a JSON header of at most this size.
 _LENGTH_BYTES, _MAX_HEADER_BYTES = 8, 100_000_000
+_MOST_LAYERS = 1000  # a damaged count would keep a constructor busy for hours
+_SDXL_LAYERS = 2  # per block; the names in LoRA files count them
+_REPLACE = "Replace the file, or delete it and download it again."
 
 
 @dataclass(frozen=True)
@@ -193,3 +198,115 @@ def family_of_source(source: str | Path) -> Family | None:
         return None
     prefixes = {family.checkpoint_prefix: family for family in FAMILIES.values()}
     return next((prefixes[prefix] for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
+
+
+def check_unet(settings: Mapping[str, Any], name: str, latent_channels: int | None = None) -> None:
+    """Check that a UNet is a text-to-image model whose inputs are all known here.
+
+    Args:
+        settings: its diffusers configuration.
+        name: of the model, for the error.
+        latent_channels: of the VAE; None if unknown.
+
+    Raises:
+        ModelError: it has other inputs, such as a mask, or a LoRA for it could not be written.
+    """
+    remedy = "Use a text-to-image model of the SD 2.1 or SDXL family."
+    channels = settings.get("in_channels", 4)
+    if channels != settings.get("out_channels", 4) or channels != (latent_channels or channels):
+        raise ModelError(
+            f"{name} is not a text-to-image model: its UNet reads {channels} channels instead of the latent's "
+            f"{latent_channels or settings.get('out_channels', 4)}, as models for inpainting and depth do.",
+            remedy,
+        )
+    if settings.get("time_cond_proj_dim") is not None:
+        raise ModelError(
+            f"{name} has a guidance embedding (time_cond_proj_dim), as whole LCM models do, which is not supported.",
+            "Use its LoRA on the base model: --student-lora FILE",
+        )
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if settings.get(key) is not None:
+            raise ModelError(f"{name} is not a plain text-to-image model: its UNet has {key}.", remedy)
+    if settings.get("addition_embed_type") not in (None, "text_time"):
+        kind = settings["addition_embed_type"]
+        raise ModelError(f"{name}: a UNet with addition_embed_type {kind!r} is not supported.", remedy)
+    layers = settings.get("layers_per_block", _SDXL_LAYERS)
+    counts = set(layers) if isinstance(layers, (list, tuple)) else {layers}
+    if family_of_unet(settings).size_conditioning and counts != {_SDXL_LAYERS}:
+        raise ModelError(
+            f"{name}: an SDXL UNet with layers_per_block {layers} is not supported; the names in SDXL's LoRA files "
+            f"are made for {_SDXL_LAYERS}.",
+            "Use a model with the blocks of SDXL.",
+        )
+
+
+@contextmanager
+def reading(path: Path | str, remedy: str = _REPLACE) -> Iterator[None]:
+    """Context in which any failure to read a part of a model becomes one line.
+
+    Args:
+        path: the file or folder that the line names.
+        remedy: what to do about it.
+
+    Raises:
+        ModelError: the code inside raised anything but our own errors, and memory did not run out.
+    """
+    try:
+        yield
+    except EchoDistillError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(f"{path} cannot be read ({first_line(error)}).", remedy) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first sentence of an error of another library."""
+    text = getattr(error, "strerror", None) or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model.
+
+    Raises:
+        ModelError: the file is missing, unreadable, empty or damaged, or does not hold an object.
+    """
+    with reading(path):
+        content = path.read_bytes()
+        if not content.strip():
+            raise ModelError(f"{path} is empty.", _REPLACE)
+        try:
+            settings = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise ModelError(f"{path} is not valid JSON; the file is damaged or cut off.", _REPLACE) from error
+        if not isinstance(settings, dict):
+            raise ModelError(f"{path} holds {type(settings).__name__}, not a JSON object.", _REPLACE)
+        return settings
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Return a part's `config.json`, after checking that it can be loaded without foreign code.
+
+    Raises:
+        ModelError: the file is damaged, or names quantized weights or code to download.
+    """
+    file = folder / "config.json"
+    settings = read_json(file)
+    if settings.get("quantization_config"):
+        raise ModelError(f"{file}: quantized weights are not supported.", "Use the model in fp16, bf16 or fp32.")
+    for key, value in _entries(settings):
+        if key in ("attn_implementation", "_attn_implementation") and "/" in str(value):
+            raise ModelError(f"{file}: {key} names code on the hub ({value}).", "Remove this entry from the file.")
+        if "layers" in key and isinstance(value, int) and value > _MOST_LAYERS:
+            raise ModelError(f"{file}: {key} is {value}.", _REPLACE)
+    return settings
+
+
+def _entries(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _entries(value)

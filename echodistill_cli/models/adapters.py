@@ -6,9 +6,12 @@ the methods through which they use peft; only these are used here.
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +19,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.config.families import Family
+from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.errors import EchoDistillError, ModelError
+from echodistill_cli.lora.safetensors_io import read_header
 
 ADAPTER = "default"
 # The frozen LoRA that makes a base model one-step, if the student is made that way.
@@ -145,3 +151,56 @@ def without_lora(module: Any) -> Iterator[None]:
             activate(module)
         else:
             module.enable_adapters()
+
+
+def load_distillation_lora(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None:
+    """Make a base model one-step with a frozen LoRA, such as Hyper-SD's, DMD2's or LCM's.
+
+    Args:
+        student: the base model.
+        family: its family.
+        file: the LoRA.
+        fold: whether to add the LoRA to the weights; otherwise it stays a separate adapter.
+
+    Raises:
+        ModelError: the file is missing or damaged, or does not fit the model.
+    """
+    import diffusers
+
+    kind, remedy = getattr(diffusers, family.pipeline), "Name the base model that it was made for with --model."
+    read_header(file)
+    try:
+        unet_config = student.unet.config
+        state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, unet_config=unet_config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # modules that do not fit are counted below
+            kind.load_lora_into_unet(state, alphas, student.unet, adapter_name=DISTILLATION, metadata=metadata)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{file} does not fit this model ({first_line}).", remedy) from error
+    modules = {re.sub(r"\.lora.*", "", name) for name in state if name.startswith("unet.") and ".lora" in name}
+    matches = len(lora_layers(student.unet, DISTILLATION))
+    if not modules or matches != len(modules):
+        raise ModelError(f"{file} does not fit this model: {matches} of its {len(modules)} UNet modules match.", remedy)
+    if fold:
+        student.unet.fuse_lora(adapter_names=[DISTILLATION])
+        student.unet.unload_lora()
+    student.unet.requires_grad_(False)
+
+
+def share_weights(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
+    """Return a second UNet that shares the frozen weights of the first but carries its own adapters.
+
+    It takes almost no memory. Switching adapters on one module is error-prone: a backward pass under another adapter
+    than its forward pass gives wrong gradients without an error. Two module trees over one set of weights cannot be
+    mixed up.
+
+    Args:
+        denoiser: the first one.
+        sizes: original and target size in pixels for the second one, if it is conditioned on them.
+    """
+    tensors = (*denoiser.unet.parameters(), *denoiser.unet.buffers())
+    unet = copy.deepcopy(denoiser.unet, {id(tensor): tensor for tensor in tensors})
+    original, target = sizes
+    time_ids = None if denoiser.time_ids is None else (original, original, 0, 0, target, target)
+    return Denoiser(unet, denoiser.schedule, time_ids)

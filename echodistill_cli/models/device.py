@@ -8,8 +8,10 @@ sliced Wasserstein distance they include what these sums lacked compared with a 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,13 @@ from typing import Any
 import psutil
 import torch
 
-from echodistill_cli.config.families import FAMILIES, Family, Size
-from echodistill_cli.config.schema import Config
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.config.build import PRESETS
+from echodistill_cli.config.families import FAMILIES, Family, Size, family_of_width, read_json
+from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.models.single_file import shipped_configuration
+from echodistill_cli.models.sources import resolve
 
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS: Mapping[torch.dtype, str] = {dtype: precision for precision, dtype in DTYPES.items()}
@@ -78,6 +84,17 @@ def memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return float(torch.cuda.get_device_properties(device).total_memory) / _GIB
     return float(psutil.virtual_memory().available) / _GIB
+
+
+def devices() -> dict[str, str]:
+    """Return what each device of this machine is, by its name."""
+    names = {"cpu": f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
+    if torch.backends.mps.is_available():
+        names["mps"] = "Apple GPU, memory shared with the CPU"
+    return names
 
 
 def peak_memory_mib(device: torch.device) -> float:
@@ -225,3 +242,96 @@ def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 def _relative_size(config: Config) -> float:
     """Return an estimate that compares settings; which family it is for does not matter."""
     return estimate(config, FAMILIES["sd"], half=config.model.precision != "fp32").total
+
+
+def family_of(model: ModelConfig) -> Family | None:
+    """Return the family of a published-size student; None for toy models and for weights that are not here yet."""
+    known = {
+        str(preset.settings["model"][role]): FAMILIES[preset.family]
+        for preset in PRESETS.values()
+        for role in ("student", "teacher")
+        if preset.family
+    }
+    if model.student in known:
+        return known[model.student]
+    try:
+        folder = resolve(model.student, ("unet",), revision=model.student_revision, offline=True)
+        if folder.is_file():
+            folder = Path(model.single_file_config or shipped_configuration(folder))
+        settings = read_json(folder / "unet" / "config.json")
+    except ModelError:
+        return None
+    return family_of_width(settings.get("cross_attention_dim"))
+
+
+def expected_memory(config: Config) -> Estimate | None:
+    """Return the device memory that a run needs; None for models of unknown size."""
+    family = family_of(config.model)
+    if family is None:
+        return None
+    dtype = pick_dtype(config.model.precision, pick_device(config.model.device))
+    return estimate(config, family, half=dtype.itemsize == 2)
+
+
+def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> MemoryPlan:
+    """Return the settings that fit a device.
+
+    Args:
+        build: makes the configuration; takes the chosen settings as defaults below what a person set.
+        vram: memory of the device in GiB, or "auto" for the device of the run.
+
+    Raises:
+        ConfigError: nothing fits, or `vram` is not a number.
+        ModelError: the size of the model is not known.
+    """
+    config = build({})
+    family = family_of(config.model)
+    if family is None:
+        raise ModelError(
+            f"The memory that {config.model.student} needs is not known.",
+            "Omit --vram, which supports models of the size of SD-Turbo and SDXL-Turbo.",
+        )
+    budget = None if vram == "auto" else _gib(vram)
+    device = pick_device(config.model.device)
+    precision = PRECISIONS[pick_dtype("auto", device)]
+    # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
+    if device.type == "cpu" or (budget is not None and precision == "fp32"):
+        precision = "bf16"
+    return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision)
+
+
+def _gib(text: str) -> float:
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    raise ConfigError(f"--vram {text} is not a number.", "Use GiB, such as 8, 12, 16 or 24, or auto.")
+
+
+def memory_lines(plan: MemoryPlan) -> Iterator[str]:
+    """Yield the chosen settings and the expected memory of a memory plan, a line each."""
+    parts = ", ".join(f"{name} {gib:.1f}" for name, gib in plan.estimate.parts.items())
+    yield f"Plan for {plan.budget:.1f} GiB: {settings_line(plan)}"
+    yield f"About {plan.estimate.total:.1f} GiB of device memory: {parts}"
+
+
+def settings_line(plan: MemoryPlan) -> str:
+    """Return the chosen settings of a memory plan in one line."""
+    texts = {key: ",".join(value) if isinstance(value, tuple) else str(value) for key, value in plan.settings.items()}
+    return ", ".join(f"{key} = {text}" for key, text in texts.items())
+
+
+def alternate_on_device(pair: ModelPair) -> None:
+    """Keep the frozen weights of one UNet at a time on the device, of the one in use; the other's wait on the CPU."""
+    pair.alternating = True
+    roles = (pair.student, pair.teacher)
+    for role, other in (roles, roles[::-1]):
+        exchange = functools.partial(_exchange, role.unet, other.unet, pair.device)
+        role.unet.register_forward_pre_hook(lambda _unet, _inputs, exchange=exchange: exchange())
+    _exchange(pair.student.unet, pair.teacher.unet, pair.device)
+
+
+def _exchange(active: Any, idle: Any, device: torch.device) -> None:
+    """Move frozen weights; adapters stay on the device, because the optimizer holds them."""
+    for unet, place in ((idle, torch.device("cpu")), (active, device)):
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            if not tensor.requires_grad and tensor.device.type != place.type:
+                tensor.data = tensor.data.to(place)

@@ -6,34 +6,39 @@ alternate. Models of diffusers are created only here.
 
 from __future__ import annotations
 
-import copy
-import functools
-import json
-import re
-import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from echodistill_cli.config.families import Family, family_of_unet
+from echodistill_cli.config.families import (
+    Family,
+    check_unet,
+    family_of_unet,
+    read_json,
+    read_model_config,
+    reading,
+)
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec, ModelPair
 from echodistill_cli.diffusion.schedule import NoiseSchedule, PredictionType
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.lora.safetensors_io import read_header
-from echodistill_cli.models.adapters import DISTILLATION, lora_layers
-from echodistill_cli.models.device import pick_device, pick_dtype
+from echodistill_cli.models.adapters import load_distillation_lora, share_weights
+from echodistill_cli.models.device import alternate_on_device, pick_device, pick_dtype
 from echodistill_cli.models.single_file import (
     configuration_folder,
+    find_vocabulary,
     load_part,
     prediction_in,
     shipped_configuration,
     stable_diffusion_1,
+    vocabulary_in,
+    zero_snr_in,
 )
-from echodistill_cli.models.sources import find_vocabulary, resolve, vocabulary_in, weight_variant
+from echodistill_cli.models.sources import check_weights, resolve, weight_variant
 
 # Width of the UNet's first level, and of the text features that it reads.
 _SD1_WIDTHS = (320, 768)
@@ -47,13 +52,13 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
         teacher: whether to load the teacher.
 
     Raises:
-        ModelError: a part is missing, the student is a Stable Diffusion 1 model, or the families differ.
+        ModelError: a part is missing or damaged, a model is not supported, or the families differ.
         ConfigError: the device does not exist, or the resolution does not suit the UNet.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
-    loader.check_generation()
+    loader.check(teacher=teacher)
     student = replace(loader.denoiser(loader.student), timestep=config.student_timestep)
     family = family_of_unet(student.unet.config)
     base = share_weights(student, loader.teacher.sizes) if config.student_lora and teacher else None
@@ -72,6 +77,22 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     if config.offload and pair.has_teacher and base is None:
         alternate_on_device(pair)
     return pair
+
+
+def check_pair(config: ModelConfig) -> list[Any]:
+    """Check what the JSON files of student and teacher say, and return the student's tokenizers. Loads no weights.
+
+    Args:
+        config: names of the models; all their files are on this machine.
+
+    Raises:
+        ModelError: a file is damaged, a model is not supported, or the families differ.
+        ConfigError: the resolution does not suit the UNet.
+    """
+    loader = _Loader(config, torch.float32, torch.device("cpu"))
+    loader.check(teacher=True)
+    family = family_of_unet(loader.model_config(loader.student, "unet"))
+    return [loader.tokenizer(family, part) for part in family.tokenizers]
 
 
 @dataclass(frozen=True)
@@ -119,25 +140,53 @@ class _Loader:
         config = self.config
         return resolve(source.name, parts, variant=config.variant, revision=source.revision, offline=config.offline)
 
-    def check_generation(self) -> None:
-        """Refuse a Stable Diffusion 1 student before its weights are read."""
-        unet = json.loads((self.settings(self.student, "unet") / "config.json").read_text())
-        # A toy model may read text of this width too, but its first level is narrower.
-        if (unet.get("block_out_channels", [0])[0], unet.get("cross_attention_dim")) == _SD1_WIDTHS:
-            raise stable_diffusion_1(self.config.student)
+    def check(self, *, teacher: bool) -> None:
+        """Check the JSON files of UNets, schedules and VAE, before any weights are read."""
+        channels, levels = self.latent_shape()
+        unets = {}
+        for source in (self.student, self.teacher) if teacher else (self.student,):
+            unet = unets[source.name] = self.model_config(source, "unet")
+            with reading(self.settings(source, "unet") / "config.json"):
+                # A toy model may read text of this width too, but its first level is narrower.
+                widths = unet.get("block_out_channels", [0])
+                if source is self.student and (widths[0], unet.get("cross_attention_dim")) == _SD1_WIDTHS:
+                    raise stable_diffusion_1(source.name)
+                check_unet(unet, source.name, channels)
+                if source is self.student and levels:
+                    _check_resolution(self.config.resolution, 2 ** (levels + len(widths) - 2))
+            self.schedule(source)
+        if teacher:
+            _check_family(unets[self.student.name], unets[self.teacher.name], self.config)
+
+    def latent_shape(self) -> tuple[int | None, int]:
+        """Return the VAE's latent channels and number of levels; None and 0 where its file does not say."""
+        source, part = self.vae_source()
+        vae = self.model_config(source, part)
+        levels = vae.get("block_out_channels", vae.get("encoder_block_out_channels"))
+        return vae.get("latent_channels"), len(levels) if isinstance(levels, list) else 0
+
+    def vae_source(self) -> tuple[_Source, str]:
+        return (_Source(self.config.vae), "") if self.config.vae else (self.student, "vae")
+
+    def model_config(self, source: _Source, part: str) -> dict[str, Any]:
+        return read_model_config(self.settings(source, part))
+
+    def schedule(self, source: _Source) -> NoiseSchedule:
+        prediction, path = source.prediction, self.folder(source, "scheduler")
+        zero_snr = path.is_file() and zero_snr_in(path)
+        if prediction == "auto" and path.is_file():
+            prediction = prediction_in(path) or "auto"
+        return load_schedule(self.settings(source, "scheduler"), prediction, zero_snr=zero_snr)
 
     def denoiser(self, source: _Source) -> Denoiser:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         waits = self.config.offload and source is self.teacher
         unet = self.load(UNet2DConditionModel, source, "unet", torch.device("cpu") if waits else self.device)
-        prediction = source.prediction
-        if prediction == "auto" and (path := self.folder(source, "scheduler")).is_file():
-            prediction = prediction_in(path) or "auto"
         original, target = source.sizes
         sized = family_of_unet(unet.config).size_conditioning
         sizes = (original, original, 0, 0, target, target) if sized else None
-        return as_denoiser(unet, load_schedule(self.settings(source, "scheduler"), prediction), sizes)
+        return as_denoiser(unet, self.schedule(source), sizes)
 
     def prompt_encoder(self, family: Family) -> PromptEncoder:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -146,19 +195,27 @@ class _Loader:
         encoders = [self.load(kinds[part], self.student, part) for part in family.text_encoders]
         tokenizers = [self.tokenizer(family, part) for part in family.tokenizers]
         for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+            self.check_vocabulary(tokenizer, encoder)
             tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
         return PromptEncoder(tokenizers, encoders, zero_null=family.zero_null and self.zero_null())
 
-    def tokenizer(self, family: Family, part: str) -> Any:
-        from transformers import CLIPTokenizer
+    def check_vocabulary(self, tokenizer: Any, encoder: Any) -> None:
+        """Check that the text encoder has a vector for each token."""
+        rows = encoder.get_input_embeddings().num_embeddings
+        if len(tokenizer) > rows:
+            raise ModelError(
+                f"{self.config.student}: its tokenizer has {len(tokenizer)} tokens, its text encoder only {rows}.",
+                "Use the tokenizer of this model: --set model.tokenizer=DIR",
+            )
 
+    def tokenizer(self, family: Family, part: str) -> Any:
         path = self.folder(self.student, part) if self.config.tokenizer is None else None
         if path is not None and (path.is_dir() or self.student.single_file_config is not None):
-            return CLIPTokenizer.from_pretrained(self.settings(self.student, part))
+            return load_tokenizer(self.settings(self.student, part))
         # All families share CLIP's vocabulary and differ only in the padding token.
         configured = self.config.tokenizer
         folder = vocabulary_in(Path(configured)) if configured else find_vocabulary(offline=self.config.offline)
-        tokenizer = CLIPTokenizer.from_pretrained(folder)
+        tokenizer = load_tokenizer(folder)
         tokenizer.pad_token = family.padding[part]
         return tokenizer
 
@@ -166,14 +223,14 @@ class _Loader:
         """Return whether the empty prompt is encoded as zeros, per the student's index; if that is missing, True."""
         path = self.folder(self.student, "unet")
         index = (path if path.is_dir() else self.settings(self.student, "unet").parent) / "model_index.json"
-        return not index.is_file() or bool(json.loads(index.read_text()).get("force_zeros_for_empty_prompt", True))
+        return not index.is_file() or bool(read_json(index).get("force_zeros_for_empty_prompt", True))
 
     def codec(self, family: Family) -> LatentCodec:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-        source, part = (_Source(self.config.vae), "") if self.config.vae else (self.student, "vae")
-        name = json.loads((self.settings(source, part) / "config.json").read_text())["_class_name"]
+        source, part = self.vae_source()
+        name = self.model_config(source, part).get("_class_name")
         vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, source, part)
         if self.dtype is torch.float16 and vae.config.get("force_upcast"):
             vae.float()  # these VAEs overflow in half precision and give black images
@@ -197,11 +254,12 @@ class _Loader:
 
     def load(self, kind: Any, source: _Source, part: str, device: torch.device | None = None) -> Any:
         path, settings = self.folder(source, part), self.settings(source, part)
+        read_model_config(settings)
         if path.is_file():
-            module = load_part(kind, path, part, settings.parent, self.dtype)
+            with reading(path):
+                module = load_part(kind, path, part, settings.parent, self.dtype)
         else:
-            variant = weight_variant(settings, self.config.variant)
-            module = kind.from_pretrained(settings, dtype=self.dtype, variant=variant, use_safetensors=True)
+            module = load_module(kind, settings, self.dtype, self.config.variant)
         return module.to(device or self.device).eval().requires_grad_(False)
 
 
@@ -211,113 +269,116 @@ def as_denoiser(unet: Any, schedule: NoiseSchedule, time_ids: tuple[int, ...] | 
     return Denoiser(unet, schedule, time_ids)
 
 
-def load_schedule(folder: Path, prediction: str = "auto") -> NoiseSchedule:
-    """Load the noise schedule from a scheduler's folder, whichever scheduler class it names.
+def load_schedule(folder: Path, prediction: str = "auto", *, zero_snr: bool = False) -> NoiseSchedule:
+    """Load the noise schedule from a scheduler's folder, whichever scheduler with betas it names.
 
     Args:
         folder: with scheduler_config.json.
         prediction: what the model predicts; "auto" to read it from the folder.
+        zero_snr: rescale the betas to zero terminal SNR, even if the folder does not say so.
 
     Raises:
-        ModelError: the prediction type is neither ε nor v.
+        ModelError: the file is damaged, or the schedule has no betas.
+        ModelError: the prediction type is neither ε nor v, or it is ε at zero terminal SNR.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
-    settings = json.loads((folder / "scheduler_config.json").read_text())
+    file = folder / "scheduler_config.json"
+    settings, remedy = read_json(file), "Use a model with the noise schedule of Stable Diffusion."
     keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    scheduler = DDPMScheduler(**{key: settings[key] for key in keys if key in settings})
+    present = {key: settings[key] for key in keys if settings.get(key) is not None}
+    kind = str(settings.get("_class_name", "its class"))
+    has_betas = "trained_betas" in present or {"beta_start", "beta_end", "beta_schedule"} <= present.keys()
+    if not has_betas or kind.startswith(("EDM", "FlowMatch")) or settings.get("use_flow_sigmas"):
+        raise ModelError(f"{file}: a noise schedule without betas ({kind}) is not supported.", remedy)
     prediction_type = str(settings.get("prediction_type", "epsilon") if prediction == "auto" else prediction)
     if prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{folder.parent.name}: models that predict {prediction_type!r} are not supported.")
-    return NoiseSchedule(scheduler.alphas_cumprod.float(), cast(PredictionType, prediction_type))
-
-
-def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
-    """Check that the UNet can halve the resolution, and that both UNets share their latents and text features."""
-    multiple = pair.codec.factor * 2 ** (len(pair.student.unet.config.block_out_channels) - 1)
-    if config.resolution % multiple:
-        raise ConfigError(
-            f"--resolution {config.resolution} is not a multiple of {multiple}, which this model needs.",
-            f"Try --resolution {max(config.resolution // multiple, 1) * multiple}.",
+        raise ModelError(f"{folder.parent.name}: models that predict {prediction_type!r} are not supported.", remedy)
+    with reading(file):
+        scheduler = DDPMScheduler(**present | {"rescale_betas_zero_snr": zero_snr or settings.get(keys[-1], False)})
+        alphas = scheduler.alphas_cumprod.float()
+        falls = len(alphas) > 1 and bool((alphas.diff() <= 0).all()) and float(alphas[-1]) < float(alphas[0])
+        if not falls or not bool(((scheduler.betas >= 0) & (scheduler.betas <= 1)).all()):
+            raise ModelError(f"{file}: the betas are not those of a noise schedule.", remedy)
+    if prediction_type == "epsilon" and float(alphas[-1]) == 0:
+        raise ModelError(
+            f"{file}: a model cannot predict noise (epsilon) from pure noise, at zero terminal SNR.",
+            "If it predicts v: --set model.student_prediction=v_prediction, or model.teacher_prediction.",
         )
-    if not pair.has_teacher:
-        return
+    return NoiseSchedule(alphas, cast(PredictionType, prediction_type))
+
+
+def load_module(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None = None, **extra: Any) -> Any:
+    """Load the safetensors weights of one part of a model, all of them.
+
+    Args:
+        kind: the part's class in diffusers or transformers.
+        folder: with config.json and the weights.
+        dtype: of the loaded weights.
+        variant: preferred file variant.
+        **extra: for the constructor.
+
+    Raises:
+        ModelError: a file is damaged, or weights are missing, which transformers would fill at random.
+    """
+    read_model_config(folder)
+    variant = weight_variant(folder, variant)
+    check_weights(folder, variant)
+    if kind.__module__.startswith("transformers"):
+        extra["attn_implementation"] = "sdpa"  # a configuration may name code on the hub instead
+    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    with reading(folder):
+        module, report = kind.from_pretrained(folder, output_loading_info=True, **options, **extra)
+    missing = sorted(str(name) for name in report["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of its weights, such as {missing[0]}.", "Download the model again."
+        )
+    return module
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Load a CLIP tokenizer; runs no code of the folder.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    from transformers import CLIPTokenizer
+
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)
+    with reading(folder):
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+        ids = tokenizer("a photo").input_ids
+        if len(ids) < 3 or tokenizer.eos_token_id is None:
+            raise ModelError(f"{folder}: the tokenizer has no vocabulary of CLIP.", "Download the model again.")
+    return tokenizer
+
+
+def _check_resolution(resolution: int, multiple: int) -> None:
+    """Check that a UNet can halve the resolution."""
+    if resolution % multiple:
+        raise ConfigError(
+            f"--resolution {resolution} is not a multiple of {multiple}, which this model needs.",
+            f"Try --resolution {max(resolution // multiple, 1) * multiple}.",
+        )
+
+
+def _check_family(student: Mapping[str, Any], teacher: Mapping[str, Any], config: ModelConfig) -> None:
+    """Check that both UNets share their latents and text features."""
     for key in ("cross_attention_dim", "in_channels", "addition_embed_type"):
-        student, teacher = (role.unet.config[key] for role in (pair.student, pair.teacher))
-        if student != teacher:
+        if student.get(key) != teacher.get(key):
             raise ModelError(
-                f"Teacher {config.teacher} is of another family than {config.student}: {key} is {teacher}, not "
-                f"{student}.",
+                f"Teacher {config.teacher} is of another family than {config.student}: {key} is {teacher.get(key)}, "
+                f"not {student.get(key)}.",
                 "Name the base model that the student was distilled from with --teacher.",
             )
 
 
-def share_weights(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
-    """Return a second UNet that shares the frozen weights of the first but carries its own adapters.
-
-    It takes almost no memory. Switching adapters on one module is error-prone: a backward pass under another adapter
-    than its forward pass gives wrong gradients without an error. Two module trees over one set of weights cannot be
-    mixed up.
-
-    Args:
-        denoiser: the first one.
-        sizes: original and target size in pixels for the second one, if it is conditioned on them.
-    """
-    tensors = (*denoiser.unet.parameters(), *denoiser.unet.buffers())
-    unet = copy.deepcopy(denoiser.unet, {id(tensor): tensor for tensor in tensors})
-    original, target = sizes
-    time_ids = None if denoiser.time_ids is None else (original, original, 0, 0, target, target)
-    return Denoiser(unet, denoiser.schedule, time_ids)
-
-
-def load_distillation_lora(student: Denoiser, family: Family, file: Path, *, fold: bool) -> None:
-    """Make a base model one-step with a frozen LoRA, such as Hyper-SD's, DMD2's or LCM's.
-
-    Args:
-        student: the base model.
-        family: its family.
-        file: the LoRA.
-        fold: whether to add the LoRA to the weights; otherwise it stays a separate adapter.
-
-    Raises:
-        ModelError: the file is missing or damaged, or does not fit the model.
-    """
-    import diffusers
-
-    kind, remedy = getattr(diffusers, family.pipeline), "Name the base model that it was made for with --model."
-    read_header(file)
-    try:
-        unet_config = student.unet.config
-        state, alphas, metadata = kind.lora_state_dict(str(file), return_lora_metadata=True, unet_config=unet_config)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # modules that do not fit are counted below
-            kind.load_lora_into_unet(state, alphas, student.unet, adapter_name=DISTILLATION, metadata=metadata)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(f"{file} does not fit this model ({first_line}).", remedy) from error
-    modules = {re.sub(r"\.lora.*", "", name) for name in state if name.startswith("unet.") and ".lora" in name}
-    matches = len(lora_layers(student.unet, DISTILLATION))
-    if not modules or matches != len(modules):
-        raise ModelError(f"{file} does not fit this model: {matches} of its {len(modules)} UNet modules match.", remedy)
-    if fold:
-        student.unet.fuse_lora(adapter_names=[DISTILLATION])
-        student.unet.unload_lora()
-    student.unet.requires_grad_(False)
-
-
-def alternate_on_device(pair: ModelPair) -> None:
-    """Keep the frozen weights of one UNet at a time on the device, of the one in use; the other's wait on the CPU."""
-    pair.alternating = True
-    roles = (pair.student, pair.teacher)
-    for role, other in (roles, roles[::-1]):
-        exchange = functools.partial(_exchange, role.unet, other.unet, pair.device)
-        role.unet.register_forward_pre_hook(lambda _unet, _inputs, exchange=exchange: exchange())
-    _exchange(pair.student.unet, pair.teacher.unet, pair.device)
-
-
-def _exchange(active: Any, idle: Any, device: torch.device) -> None:
-    """Move frozen weights; adapters stay on the device, because the optimizer holds them."""
-    for unet, place in ((idle, torch.device("cpu")), (active, device)):
-        for tensor in (*unet.parameters(), *unet.buffers()):
-            if not tensor.requires_grad and tensor.device.type != place.type:
-                tensor.data = tensor.data.to(place)
+def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
+    """Check the loaded models, which have defaults where their JSON files say nothing."""
+    unet = pair.student.unet.config
+    _check_resolution(config.resolution, pair.codec.factor * 2 ** (len(unet.block_out_channels) - 1))
+    check_unet(unet, config.student, pair.codec.channels)
+    if pair.has_teacher:
+        _check_family(unet, pair.teacher.unet.config, config)

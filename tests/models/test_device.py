@@ -34,6 +34,7 @@ from echodistill_cli.config.build import build_config
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.models import device
 from echodistill_cli.models.adapters import TEXT_LAYERS, UNET_LAYERS
 from echodistill_cli.models.device import BACKBONES, TINY_DECODER, VAE, estimate, next_saving, plan_memory
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, write
@@ -152,7 +153,7 @@ def test_a_vae_in_fp16_is_counted_in_single_precision() -> None:
 )
 def test_a_plan_keeps_as_much_of_the_method_as_fits(preset: str, vram: str, chosen: tuple[Any, ...]) -> None:
     build = partial(build_config, preset, None, {})
-    plan = planning.fit_to_memory(build, vram)
+    plan = device.fit_to_memory(build, vram)
     config = build(plan.settings)
     train = config.train
     found = (config.model.decoder, train.batch_size, config.critic.discriminators, train.gradient_checkpointing)
@@ -165,19 +166,19 @@ def test_what_a_person_set_is_not_changed_by_a_plan(tmp_path: Path) -> None:
     file = tmp_path / "train.toml"
     file.write_text('[critic]\ndiscriminators = ["dinov2"]\n')
     build = partial(build_config, "sd-turbo", file, {"train.batch_size": 3, "model.precision": "fp16"})
-    config = build(planning.fit_to_memory(build, "12").settings)
+    config = build(device.fit_to_memory(build, "12").settings)
     assert (config.train.batch_size, config.critic.discriminators) == (3, ("dinov2",))
     assert (config.model.precision, config.model.decoder) == ("fp16", "tiny")
 
 
 def test_a_model_that_fits_in_no_way_is_refused_with_the_least_it_needs() -> None:
     with pytest.raises(ConfigError, match=r"does not fit into 8\.0 GiB: the smallest plan needs about 10\.\d"):
-        planning.fit_to_memory(partial(build_config, "sdxl-turbo", None, {}), "8")
+        device.fit_to_memory(partial(build_config, "sdxl-turbo", None, {}), "8")
 
 
 def test_a_plan_says_what_it_chose_and_what_it_expects() -> None:
-    plan = planning.fit_to_memory(partial(build_config, "sd-turbo", None, {}), "8")
-    first, second = planning.memory_lines(plan)
+    plan = device.fit_to_memory(partial(build_config, "sd-turbo", None, {}), "8")
+    first, second = device.memory_lines(plan)
     assert first.startswith("Plan for 8.0 GiB: model.precision = bf16, model.decoder = tiny")
     assert "critic.discriminators = dino,clip" in first
     assert second.startswith("About 6.1 GiB of device memory: UNets 1.6, ")
@@ -188,7 +189,7 @@ def test_auto_plans_for_this_machine() -> None:
         return build_config("sd-turbo", None, {"model.device": "cpu", "model.resolution": 64}, fitted)
 
     try:
-        plan = planning.fit_to_memory(build, "auto")
+        plan = device.fit_to_memory(build, "auto")
     except ConfigError as error:
         pytest.skip(f"too little memory is free here: {error}")
     assert plan.settings["model.precision"] == "bf16"
@@ -197,14 +198,14 @@ def test_auto_plans_for_this_machine() -> None:
 @pytest.mark.parametrize("vram", ["lots", "-1", "nan"])
 def test_a_size_that_is_none_is_refused(vram: str) -> None:
     with pytest.raises(ConfigError, match=f"--vram {vram}"):
-        planning.fit_to_memory(partial(build_config, "sd-turbo", None, {}), vram)
+        device.fit_to_memory(partial(build_config, "sd-turbo", None, {}), vram)
 
 
 def test_models_of_unknown_size_have_no_plan(small_pair: tuple[Path, Path]) -> None:
     build = partial(build_config, str(small_pair[0]), None, {})
-    assert planning.expected_memory(build({})) is None
+    assert device.expected_memory(build({})) is None
     with pytest.raises(ModelError, match=r"The memory that .* needs is not known"):
-        planning.fit_to_memory(build, "8")
+        device.fit_to_memory(build, "8")
 
 
 def test_the_family_of_a_model_is_known_before_it_is_loaded(tmp_path: Path) -> None:
@@ -212,9 +213,9 @@ def test_the_family_of_a_model_is_known_before_it_is_loaded(tmp_path: Path) -> N
     (folder / "unet").mkdir(parents=True)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").touch()
     (folder / "unet" / "config.json").write_text(json.dumps(shipped("sdxl", "unet")))
-    assert planning.family_of(ModelConfig(student=str(folder))) is FAMILIES["sdxl"]
-    assert planning.family_of(ModelConfig(student="stabilityai/sdxl-turbo")) is FAMILIES["sdxl"]
-    assert planning.family_of(ModelConfig(student="someone/something", offline=True)) is None
+    assert device.family_of(ModelConfig(student=str(folder))) is FAMILIES["sdxl"]
+    assert device.family_of(ModelConfig(student="stabilityai/sdxl-turbo")) is FAMILIES["sdxl"]
+    assert device.family_of(ModelConfig(student="someone/something", offline=True)) is None
 
 
 def test_a_single_file_that_does_not_say_what_it_predicts_is_spoken_of(tmp_path: Path) -> None:

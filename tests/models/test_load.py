@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from safetensors.torch import load_file, save_file
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config, ModelConfig
@@ -26,16 +34,17 @@ from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.models.adapters import DISTILLATION, UNET_LAYERS, add_lora, trainable_parameters
-from echodistill_cli.models.device import pick_device, pick_dtype
-from echodistill_cli.models.load import load_pair, load_schedule
+from echodistill_cli.models.device import fit_to_memory, pick_device, pick_dtype
+from echodistill_cli.models.load import _Loader, load_pair, load_schedule
+from echodistill_cli.models.single_file import zero_snr_in
+from echodistill_cli.models.vision import DinoScorer
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import train
-from echodistill_cli.planning import fit_to_memory
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
 from echodistill_cli.training.targets import base_x0
-from tests.helpers.random_models import write_distillation
+from tests.helpers.random_models import DINO_SEES, write_distillation
 from tests.helpers.runs import small_config, small_photos
 
 Pair = tuple[Path, Path]
@@ -75,6 +84,146 @@ def denoise(denoiser: Denoiser) -> torch.Tensor:
     noisy = torch.randn(2, 4, 8, 8, generator=generator)
     hidden = torch.randn(2, 32, 32, generator=generator).to(denoiser.unet.conv_in.weight.dtype)
     return denoiser(noisy, torch.tensor([5, 900]), Conditioning(hidden))
+
+
+# --- damaged and foreign models ---------------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+    "text_encoder": "text_encoder/model.safetensors",
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+}
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lack_half(file: Path) -> None:
+    tensors = load_file(file)
+    save_file({name: tensors[name] for name in sorted(tensors)[: len(tensors) // 2]}, file)
+
+
+def reshape(file: Path) -> None:
+    save_file({name: torch.zeros(3, *tensor.shape) for name, tensor in load_file(file).items()}, file)
+
+
+def unlink_blob(file: Path) -> None:
+    file.unlink()
+    file.symlink_to("../../blobs/deleted")
+
+
+def become_pointer(file: Path) -> None:
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("damage", [cut, lack_half, reshape, unlink_blob, become_pointer, Path.touch])
+def test_damaged_weights_are_refused_in_one_line_that_names_them(
+    copied: Pair, part: str, damage: Callable[[Path], None]
+) -> None:
+    file = copied[0] / WEIGHTS[part]
+    if damage is Path.touch:
+        file.unlink()
+    damage(file)
+    with pytest.raises(ModelError, match=rf"student/{part}") as caught:
+        load_pair(settings(copied))
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe\x00", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json"),
+        *("tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", "model_index.json"),
+    ],
+)
+def test_broken_json_is_refused_in_one_line_that_names_it(copied: Pair, name: str, content: bytes) -> None:
+    (copied[0] / name).write_bytes(content)
+    if name == "model_index.json":
+        with pytest.raises(ModelError, match=name):
+            _Loader(settings(copied), torch.float32, torch.device("cpu")).zero_null()
+        return
+    with pytest.raises(ModelError, match=f"student/{name} (is|holds)") as caught:
+        load_pair(settings(copied))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("unet/config.json", {"act_fn": "strange"}, "student/unet cannot be read"),
+        ("unet/config.json", {"layers_per_block": 10**9}, "layers_per_block is 1000000000"),
+        ("unet/config.json", {"block_out_channels": "x"}, "student/unet"),
+        ("unet/config.json", {"in_channels": 9}, "reads 9 channels instead of the latent's 4"),
+        ("unet/config.json", {"time_cond_proj_dim": 16}, "guidance embedding"),
+        ("unet/config.json", {"class_embed_type": "projection"}, "its UNet has class_embed_type"),
+        ("unet/config.json", {"num_class_embeds": 1000}, "its UNet has num_class_embeds"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type 'image' is not supported"),
+        ("unet/config.json", {"quantization_config": {"quant_method": "x"}}, "quantized weights are not supported"),
+        ("text_encoder/config.json", {"hidden_act": "strange"}, "student/text_encoder cannot be read"),
+        ("text_encoder/config.json", {"quantization_config": {"quant_method": "x"}}, "quantized weights"),
+        ("text_encoder/config.json", {"attn_implementation": "owner/kernel"}, "names code on the hub"),
+        ("text_encoder/config.json", {"_attn_implementation": "owner/kernel"}, "names code on the hub"),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "strange"}, "scheduler_config.json cannot be read"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": -1}, "scheduler_config.json"),
+        ("scheduler/scheduler_config.json", {"beta_end": 2.0}, "not those of a noise schedule"),
+        ("scheduler/scheduler_config.json", {"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+        ("scheduler/scheduler_config.json", {"use_flow_sigmas": True}, "without betas"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "from pure noise"),
+    ],
+)
+def test_what_a_configuration_says_and_is_not_supported_is_refused(
+    copied: Pair, name: str, change: dict[str, Any], message: str
+) -> None:
+    file = copied[0] / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ModelError, match=message) as caught:
+        load_pair(settings(copied))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler])
+def test_a_schedule_without_betas_is_refused_by_its_class(kind: Any, tmp_path: Path) -> None:
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=kind.__name__):
+        load_schedule(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="without betas"):
+        load_schedule(tmp_path)
+
+
+def test_an_sdxl_unet_with_other_blocks_is_refused_before_training(small_sdxl_pair: Pair, tmp_path: Path) -> None:
+    student = Path(shutil.copytree(small_sdxl_pair[0], tmp_path / "koala"))
+    file = student / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"layers_per_block": 1}))
+    with pytest.raises(ModelError, match="koala: an SDXL UNet with layers_per_block 1 is not supported"):
+        load_pair(settings((student, small_sdxl_pair[1])))
+
+
+def test_code_that_comes_with_an_encoder_is_never_run(small_backbones: dict[str, Path], tmp_path: Path) -> None:
+    encoder = Path(shutil.copytree(small_backbones["dino"], tmp_path / "encoder"))
+    foreign = {"image_processor_type": "Strange", "auto_map": {"AutoImageProcessor": "strange.Strange"}}
+    (encoder / "preprocessor_config.json").write_text(json.dumps(DINO_SEES | foreign))
+    (encoder / "strange.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Strange: pass\n")
+    with pytest.raises(ModelError, match="image_processor_type is 'Strange', not one of CLIP, ViT, Bit"):
+        DinoScorer(encoder, torch.device("cpu"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_single_file_may_declare_zero_terminal_snr(small_pair: Pair, tmp_path: Path) -> None:
+    save_file({"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}, tmp_path / "z.safetensors")
+    assert zero_snr_in(tmp_path / "z.safetensors")
+    schedule = load_schedule(small_pair[1] / "scheduler", "v_prediction", zero_snr=True)
+    assert float(schedule.alphas_cumprod[-1]) == 0
+    assert float(load_schedule(small_pair[1] / "scheduler").alphas_cumprod[-1]) > 0.004
+
+
+def test_the_implementation_of_attention_is_torchs_own(small_pair: Pair) -> None:
+    pair = load_pair(settings(small_pair))
+    assert [encoder.config._attn_implementation for encoder in pair.encoder.encoders] == ["sdpa"]
 
 
 # --- the pair ---------------------------------------------------------------------------------------------------------

@@ -6,27 +6,26 @@ import gzip
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import socket
+import threading
 import time
+from collections.abc import Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from httpx2 import InvalidURL
 from transformers import CLIPTokenizer
 
 from echodistill_cli.diffusion.text import RARE_WORDS, check_token
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.models.sources import (
-    downloads,
-    find_vocabulary,
-    resolve,
-    vocabulary_in,
-    wanted_files,
-    weight_variant,
-)
+from echodistill_cli.models.single_file import find_vocabulary, vocabulary_in
+from echodistill_cli.models.sources import downloads, hub_error, resolve, wanted_files, weight_variant
 from tests.helpers.commands import command, missing_flags
 from tests.helpers.models import model_config
 from tests.helpers.original_layout import build_sd2_pair, build_sdxl
@@ -38,12 +37,14 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Any attempt to open a socket fails the test."""
 
     def refuse(*_args: Any, **_options: Any) -> NoReturn:
         pytest.fail("a socket was opened")
 
+    if "hub" in request.fixturenames:  # it answers on this machine
+        return
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -235,6 +236,91 @@ def test_a_hub_that_cannot_be_reached_is_one_line_with_the_command(monkeypatch: 
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the hub client's attempts
     with pytest.raises(ModelError, match=r"the hub cannot be reached \(.*hf download somebody/else"):
         resolve("somebody/else", PARTS)
+
+
+class FakeHub(ThreadingHTTPServer):
+    """A hub on this machine that gives every request the same answer."""
+
+    status: int = 200
+    headers: Mapping[str, str] = {}
+    body: bytes = b"{}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        assert isinstance(self.server, FakeHub)
+        self.send_response(self.server.status)
+        for name, text in {**self.server.headers, "Content-Length": str(len(self.server.body))}.items():
+            self.send_header(name, text)
+        self.end_headers()
+        self.wfile.write(self.server.body)
+
+    def log_message(self, *_: Any) -> None:
+        """Stay quiet."""
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    from huggingface_hub import constants
+
+    server = FakeHub(("127.0.0.1", 0), Answer)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "body", "message"),
+    [
+        (401, {"X-Error-Message": "Invalid credentials"}, b"{}", r"answered 401 \(Invalid credentials\)\. .*HF_TOKEN"),
+        (401, {"X-Error-Code": "GatedRepo"}, b"{}", "access must be granted on its hub page"),
+        (403, {"X-Error-Message": "Enable access"}, b"{}", r"answered 403 \(Enable access\)\. Give the token"),
+        (404, {"X-Error-Code": "RepoNotFound"}, b"{}", "the hub has no such model, or it is private"),
+        (404, {"X-Error-Code": "RevisionNotFound"}, b"{}", "the hub has no revision v9"),
+        (429, {"Retry-After": "300"}, b"{}", "answered 429.*try again in 300 seconds"),
+        (429, {}, b"{}", "answered 429.*try again later"),
+        (503, {}, b"{}", "answered 503"),
+        (200, {}, b"<html>Log in</html>", "did not answer as a model hub does.*HF_ENDPOINT"),
+        (200, {}, b"[1]", "cannot be downloaded"),
+    ],
+)
+def test_what_the_hub_answers_is_one_line_for_a_run_and_a_dry_run_without_waiting(
+    hub: FakeHub, status: int, headers: dict[str, str], body: bytes, message: str
+) -> None:
+    hub.status, hub.headers, hub.body = status, headers, body
+    for look in (resolve, downloads):
+        started = time.monotonic()
+        with pytest.raises(ModelError, match=message) as caught:
+            look(HUB_ID, ("unet",), revision="v9")
+        assert "\n" not in str(caught.value)
+        assert "cannot be reached" not in caught.value.message
+        assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ImportError("Using SOCKS proxy, but the 'socksio' package is not installed"), "proxy in ALL_PROXY.*socksio"),
+        (ValueError("Unknown scheme for proxy URL"), "the proxy in ALL_PROXY"),
+        (InvalidURL("Invalid port: 'abc'"), "the proxy in ALL_PROXY"),
+        (OSError(30, "Read-only file system", "/cache/x"), r"cannot be saved in the cache: /cache/x.*HF_HOME"),
+        (OSError(28, "No space left on device", "/cache/x"), "No space left on device.*HF_HOME"),
+        (OSError("Network is unreachable"), "the hub cannot be reached"),
+    ],
+)
+def test_what_stands_between_this_machine_and_the_hub_is_named(
+    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert re.search(message, str(hub_error(HUB_ID, error, "hf download")))
 
 
 # --- which files ------------------------------------------------------------------------------------------------------
