@@ -35,6 +35,7 @@ from echodistill_cli.lora.keys import (
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 # A token names its file, so it must be a valid name on every system.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
+BUNDLE_PREFIX = "bundle_emb."
 TOKEN_KEYS = {TEXT_ENCODER: "clip_l", TEXT_ENCODER_2: "clip_g"}
 # The text encoder that web UIs build as OpenCLIP, with q, k and v in one weight.
 _OPEN_CLIP = {"sd": TEXT_ENCODER, "sdxl": TEXT_ENCODER_2}
@@ -167,8 +168,8 @@ def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> d
     """
     tensors = token_tensors(token, vectors, family)
     if family != "sdxl":
-        return {f"bundle_emb.{token}.string_to_param.*": tensors[token]}
-    return {f"bundle_emb.{token}.{key}": value for key, value in tensors.items()}
+        return {f"{BUNDLE_PREFIX}{token}.string_to_param.*": tensors[token]}
+    return {f"{BUNDLE_PREFIX}{token}.{key}": value for key, value in tensors.items()}
 
 
 def folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:

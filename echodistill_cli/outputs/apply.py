@@ -1,16 +1,22 @@
-"""Apply a LoRA to loaded models: attach a file through diffusers' own readers, or fold it into the weights.
+"""Apply a LoRA to loaded models: attach a file's adapters, or fold them into the weights.
 
-`sample` attaches files this way, so its images are those that every diffusers user gets from the same file.
+`lora.read` alone says how strong each layer's LoRA is. `check_same_images` attaches through diffusers instead, to test
+that its users get the same images from a file of ours.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -100,7 +106,10 @@ def components_of(pair: ModelPair, role: Role) -> dict[str, Any]:
 
 
 def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> None:
-    """Load a LoRA file of any common format into one role's UNet and the text encoders.
+    """Add a LoRA file of any common format to one role's UNet and the text encoders.
+
+    The reader of LoRA files gives the tensors and each layer's strength, so that the images are those of the same file
+    folded into the weights. diffusers' own reader gives some files another strength.
 
     Args:
         pair: models without a trained LoRA; a distillation LoRA stays active.
@@ -111,28 +120,76 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
     Raises:
         ModelError: the file is damaged, or a part of it does not fit these models.
     """
-    lora = read_lora(file)
-    if not lora.modules or lora.unmatched:
-        example = f" such as {lora.unmatched[0]}" if lora.unmatched else ""
-        raise ModelError(f"{file} is not a plain LoRA: {len(lora.unmatched)} of its keys are unknown{example}.")
+    components = components_of(pair, role)
+    layers = {name: dict(module.named_modules()) for name, module in components.items()}
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for part in read_lora(file).to_peft(layers):
+        for path, down, up in folded(part, torch.float32):
+            name = path if path in layers[part.component] else path.removeprefix("text_model.")
+            layer = layers[part.component][name]
+            shapes = _layer_shapes(layer, down, up)
+            if shapes is None:
+                raise _misfit(f"{part.component} {path} has another shape", str(file))
+            tensors[part.component] |= {
+                f"{name}.lora_A.weight": down.reshape(shapes[0]),
+                f"{name}.lora_B.weight": up.reshape(shapes[1]),
+            }
+    for name, state in tensors.items():
+        _add_adapter(components[name], state, scale)
+        keep_on(pair.device, components[name])
+
+
+def _add_adapter(module: Any, tensors: Mapping[str, Tensor], scale: float) -> None:
+    """Add tensors with peft's keys to a module as its trained LoRA; each layer has α = its rank."""
+    ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in tensors.items() if ".lora_A." in key}
+    exact = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    rank = next(iter(ranks.values()))
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, rank_pattern=exact, alpha_pattern=dict(exact), target_modules=list(ranks)
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a distillation LoRA
+        module.add_adapter(config, adapter_name=ADAPTER)
+        set_peft_model_state_dict(module, dict(tensors), adapter_name=ADAPTER)
+    activate(module, scale)
+    for layer in lora_layers(module):
+        layer.set_scale(ADAPTER, scale)
+
+
+def _layer_shapes(layer: Any, down: Tensor, up: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the shapes of A and B for a linear layer or a convolution; None if they do not fit it."""
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    if weight is None or weight.dim() < 2 or getattr(layer, "groups", 1) != 1:
+        return None
+    rank = len(down)
+    shapes = (rank, *weight.shape[1:]), (len(weight), rank, *[1] * (weight.dim() - 2))
+    same = down.numel() == math.prod(shapes[0]) and up.numel() == math.prod(shapes[1])
+    return shapes if same else None
+
+
+def _misfit(what: str, lora: str = "The LoRA") -> ModelError:
+    return ModelError(f"{lora} does not fit this model: {what}.", "Name the model it was made for with --model.")
+
+
+def _attach_with_diffusers(pair: ModelPair, role: Role, file: Path) -> None:
+    """Load a LoRA file as every diffusers user does.
+
+    Raises:
+        ModelError: diffusers does not read all of the file.
+    """
     pipeline = plain_pipeline(pair, role)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a distillation LoRA
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{file} does not fit this model ({first_line}).", "Name the model it was made for."
-        ) from error
-    matched = sum(len(lora_layers(module)) for module in (pipeline.unet, *pair.encoder.encoders))
-    if matched != len(lora.modules):
-        raise ModelError(
-            f"{file} does not fit this model: only {matched} of its {len(lora.modules)} modules match.",
-            "Name the model it was made for.",
-        )
-    pipeline.set_adapters([ADAPTER], [scale])
-    activate(pipeline.unet, scale)
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"diffusers does not read {file} ({first_line}).") from error
+    count, matched = len(read_lora(file).modules), sum(map(len, map(lora_layers, components_of(pair, role).values())))
+    if matched != count:
+        raise ModelError(f"diffusers reads only {matched} of the {count} modules in {file}.")
+    pipeline.set_adapters([ADAPTER], [1.0])
+    activate(pipeline.unet)
     keep_on(pair.device, pipeline.unet)
 
 
@@ -188,7 +245,7 @@ def check_same_images(
     with at_strength(pair.role(role).unet, strength):
         before = list(generate(pair, prompts, seeds, settings))
     detach_lora(pair, role)
-    attach_lora(pair, role, file)
+    _attach_with_diffusers(pair, role, file)
     after = list(generate(pair, prompts, seeds, settings))
     levels = max(float((a.float() - b.float()).abs().mean()) for a, b in zip(before, after, strict=True))
     if levels > _MEAN_LEVELS:
@@ -210,17 +267,14 @@ def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> No
     components = components_of(pair, role)
     for part in weights:
         if part.component not in components:
-            raise ModelError(f"This model has no {part.component}.", "Name the model that the LoRA was made for.")
+            raise _misfit(f"it has no {part.component}")
         layers = dict(components[part.component].named_modules())
         for path, down, up in folded(part, torch.float32):
             layer = layers.get(path) or layers.get(path.removeprefix("text_model."))
-            weight = getattr(layer, "weight", None)
+            if _layer_shapes(layer, down, up) is None:
+                raise _misfit(f"{part.component} {path} is missing or has another shape")
+            weight = layer.weight  # type: ignore[union-attr]
             change = up.flatten(1) @ down.flatten(1)
-            if weight is None or weight.numel() != change.numel() or len(weight) != len(change):
-                raise ModelError(
-                    f"The LoRA does not fit this model: {part.component} {path} is missing or has another shape.",
-                    "Name the model that the LoRA was made for.",
-                )
             weight.copy_(weight.float() + change.reshape(weight.shape).to(weight.device))
 
 
