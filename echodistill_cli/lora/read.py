@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
@@ -115,6 +116,39 @@ class LoraFile:
             f"{self.path}: {module.down} matches no module of this model's {module.component}.",
             f"Use a model of the file's family ({self.family}).",
         )
+
+    def token_vectors(self) -> tuple[str, dict[str, Tensor]] | None:
+        """Return the token of a token file, or of one that is bundled, and its vectors [n, width] by text encoder.
+
+        Returns:
+            None if the file has no token. A token file's token is the stem of its name.
+
+        Raises:
+            ModelError: several tokens are bundled.
+        """
+        places = self.bundled
+        if self.format == "token":
+            encoders = {key: encoder for encoder, key in TOKEN_KEYS.items()} if len(self.table) > 1 else {}
+            places = {(self.path.stem, encoders.get(key, TEXT_ENCODER)): key for key in self.table}
+        tokens = {token for token, _ in places}
+        if len(tokens) > 1:
+            raise ModelError(f"{self.path} bundles {len(tokens)} tokens; only one is supported.")
+        tensors = dict(read_tensors(self.path, places.values()))
+        # Some tools write one vector with one dimension.
+        vectors = {encoder: torch.atleast_2d(tensors[key]) for (_, encoder), key in sorted(places.items())}
+        return (tokens.pop(), vectors) if tokens else None
+
+
+def read_token_file(path: Path) -> list[Tensor]:
+    """Return the vectors of a token file, [n, width], one per text encoder in the order of the pipeline.
+
+    Raises:
+        ModelError: it is not a token file.
+    """
+    file = read_lora(path)
+    if file.format != "token" or (token := file.token_vectors()) is None:
+        raise ModelError(f"{path} is not a token file (format: {file.format}).")
+    return list(token[1].values())
 
 
 def read_lora(path: Path) -> LoraFile:

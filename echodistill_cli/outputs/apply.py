@@ -6,11 +6,13 @@ that its users get the same images from a file of ours.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from echodistill_cli.diffusion.pair import ModelPair, Role
-from echodistill_cli.diffusion.sampling import SamplingSettings, generate
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate, sample_latents, seeded_noise
 from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.files import atomically, write_text
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from echodistill_cli.lora.read import read_lora
-from echodistill_cli.lora.safetensors_io import read_tensors, write_checkpoint
+from echodistill_cli.lora.safetensors_io import write_checkpoint
 from echodistill_cli.lora.tensors import LoraWeights, folded
 from echodistill_cli.models.adapters import (
     ADAPTER,
@@ -49,6 +51,12 @@ _SCHEDULE: Mapping[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
+# Below every ᾱ_T of a schedule that is not rescaled (Stable Diffusion: 0.0047), above what rounding leaves of 0.
+_NO_SIGNAL = 1e-6
+# Latents per side of the images that test a written folder, and their relative difference. Half precision gives
+# some percent, because one step multiplies rounding errors by up to 15; a wrong scheduler gives 100 percent or more.
+_TEST_SIDE = 8
+_MOST_DIFFERENCE = 0.5
 _TRUE_OF_THE_LORA = ("modelspec.hash_sha256", "modelspec.implementation")
 
 
@@ -86,11 +94,24 @@ def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     schedule = pair.role(role).schedule
+    alphas = schedule.alphas_cumprod.cpu()
     settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
-    scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings)
-    if torch.allclose(scheduler.alphas_cumprod, schedule.alphas_cumprod.cpu(), rtol=1e-4):
+    zero_snr = {"rescale_betas_zero_snr": True} if has_zero_snr(pair, role) else {}
+    count = {"num_train_timesteps": len(alphas)}
+    scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings, **zero_snr)
+    # Where ᾱ is 0, diffusers has a tiny number instead, because its σ would be infinite.
+    same_length = len(alphas) == len(scheduler.alphas_cumprod)
+    if same_length and torch.allclose(scheduler.alphas_cumprod, alphas, rtol=1e-4, atol=1e-7 if zero_snr else 1e-8):
         return scheduler
-    return EulerDiscreteScheduler(trained_betas=_betas(schedule.alphas_cumprod), **settings)
+    if zero_snr:
+        # Rescaling to zero SNR changes nothing in a schedule that has it, and makes diffusers keep σ finite.
+        alphas = torch.cat((alphas[:-1], alphas[-1:].clamp(max=0)))
+    return EulerDiscreteScheduler(trained_betas=_betas(alphas), **count, **settings, **zero_snr)
+
+
+def has_zero_snr(pair: ModelPair, role: Role) -> bool:
+    """Return whether the last timestep of a role's schedule holds no signal."""
+    return float(pair.role(role).schedule.alphas_cumprod[-1]) < _NO_SIGNAL
 
 
 def _betas(alphas_cumprod: Tensor) -> Any:
@@ -205,19 +226,6 @@ def detach_lora(pair: ModelPair, role: Role) -> None:
             encoder.delete_adapter(ADAPTER)
 
 
-def read_token_file(file: Path) -> list[Tensor]:
-    """Return the vectors of a token file, [n, width], one per text encoder in the order of the pipeline.
-
-    Raises:
-        ModelError: it is not a token file.
-    """
-    content = read_lora(file)
-    if content.format != "token":
-        raise ModelError(f"{file} is not a token file (format: {content.format}).")
-    tensors = dict(read_tensors(file, content.table))
-    return [tensors["clip_l"], tensors["clip_g"]] if "clip_g" in tensors else list(tensors.values())
-
-
 def check_same_images(
     pair: ModelPair, role: Role, file: Path, prompts: Sequence[str], settings: SamplingSettings, strength: float = 1.0
 ) -> None:
@@ -317,13 +325,82 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
         EchoDistillError: the folder cannot be written.
     """
     pipeline = plain_pipeline(pair, role)
-    for module in (*components_of(pair, role).values(), pair.codec.encoder):
+    parts = {**components_of(pair, role), "vae": pair.codec.encoder}
+    for module in parts.values():
         nn.Module.to(module, dtype)  # diffusers' own .to warns about layers that these models do not have
     with atomically(folder) as temporary:
-        pipeline.save_pretrained(temporary)
+        with _without_progress_bars():
+            pipeline.save_pretrained(temporary)
         _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
+        make_portable(temporary)
+        _check_same_latents(pair, role, temporary, parts)
         if card is not None:
             write_text(temporary / "README.md", card)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Context that hides the progress bars of transformers, which shows one for a single file, too."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def make_portable(folder: Path) -> None:
+    """Remove paths of this machine from the settings in a model folder; add what transformers 4 reads of tokenizers.
+
+    transformers 5 writes a tokenizer as tokenizer.json only, and CLIPTokenizer of transformers 4 reads vocab.json and
+    merges.txt only.
+    """
+    for file in folder.rglob("*config.json"):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        public = {key: value for key, value in settings.items() if not key.endswith("name_or_path")}
+        if public != settings:
+            file.write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
+    for file in folder.rglob("tokenizer.json"):
+        model = json.loads(file.read_text(encoding="utf-8"))["model"]
+        if model.get("type") != "BPE":
+            continue
+        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+        file.with_name("vocab.json").write_text(vocabulary, encoding="utf-8")
+        file.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mapping[str, Any]) -> None:
+    """Generate through a written folder's scheduler, tokenizers and settings, and compare with our sampler.
+
+    Raises:
+        EchoDistillError: the latents differ by more than rounding.
+    """
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt, denoiser = "a photo", pair.role(role)
+    noise = seeded_noise([0], (pair.codec.channels, _TEST_SIDE, _TEST_SIDE))
+    conditioning, null = pair.encoder.encode([prompt]), pair.encoder.encode_null()
+    expected = sample_latents(denoiser, noise, conditioning, null, steps=1, guidance_scale=0.0)
+    pixels = _TEST_SIDE * pipeline.vae_scale_factor
+    settings: dict[str, Any] = {"height": pixels, "width": pixels, "output_type": "latent"}
+    if denoiser.time_ids is not None:
+        ids = denoiser.time_ids
+        settings |= {"original_size": ids[:2], "crops_coords_top_left": ids[2:4], "target_size": ids[4:]}
+    dtype = parts[UNET].dtype
+    result = pipeline(prompt, num_inference_steps=1, guidance_scale=0.0, latents=noise.to(dtype), **settings).images
+    difference = float((result.float() - expected).abs().mean() / expected.abs().mean())
+    if not difference < _MOST_DIFFERENCE:
+        raise EchoDistillError(
+            f"{folder.name}: diffusers generates other images with it (latents differ by {difference:.0%}).",
+            "Report this, with the versions that echodistill doctor lists.",
+        )
 
 
 def save_checkpoint(
@@ -347,6 +424,9 @@ def save_checkpoint(
     vae = {name: _cast(value, dtype) for name, value in pair.codec.encoder.state_dict().items()}
     layout = sd_checkpoint if pair.family == "sd" else sdxl_checkpoint
     tensors = layout(states[0], vae, *states[1:])
+    # ComfyUI, A1111 and Forge know how an SDXL checkpoint predicts by these empty tensors alone.
+    markers = {"v_pred": pair.role(role).schedule.prediction_type == "v_prediction", "ztsnr": has_zero_snr(pair, role)}
+    tensors |= {name: torch.zeros(0) for name, holds in markers.items() if holds}
     rows = pair.encoder.tokenizers[0].vocab_size
     for name, value in tensors.items():
         if name.endswith("token_embedding.weight") and len(value) != rows:

@@ -20,10 +20,9 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import last_part
 from echodistill_cli.lora.header import LoraHeader, cover_of, header
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2
-from echodistill_cli.lora.read import LoraFile, read_lora
+from echodistill_cli.lora.read import LoraFile, read_lora, read_token_file
 from echodistill_cli.lora.safetensors_io import body_sha256, read_header
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, LoraWeights
-from echodistill_cli.outputs.apply import read_token_file
 from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
 
 # The family of each architecture that a LoRA file can name.
@@ -110,12 +109,14 @@ class Artifact:
     @property
     def token(self) -> str | None:
         """The token that has a learned vector; None if none was learned."""
+        if self._bundled:
+            return self._bundled[0]
         return self.config.concept.token if self.config and self.config.text.form == "token" else None
 
     @property
     def token_file(self) -> Path | None:
         """The file of the learned token in the run folder; None if none was learned."""
-        return self.run.folder / f"{self.token}.safetensors" if self.run and self.token else None
+        return self.run.folder / f"{self.token}.safetensors" if self.run and self.token and not self._bundled else None
 
     @property
     def is_finished(self) -> bool:
@@ -197,11 +198,22 @@ class Artifact:
         """Return the learned token's vectors, [1, width] each, by text encoder; empty if none was learned."""
         if self.token is None:
             return {}
-        if self.file is None:
-            vectors = [vector.unsqueeze(0) for vector in self._trained[1]["token"].values()]
-        else:
-            vectors = read_token_file(self.token_file) if self.token_file else []
+        if self.file is not None:
+            return self.file_vectors()
+        vectors = [vector.unsqueeze(0) for vector in self._trained[1]["token"].values()]
         return dict(zip(_TEXT_ENCODERS, vectors, strict=False))
+
+    def file_vectors(self) -> dict[str, Tensor]:
+        """Return the vectors of a token in a file: bundled into the LoRA file, or in the run's token file."""
+        if self._bundled:
+            return self._bundled[1]
+        vectors = read_token_file(self.token_file) if self.token_file else []
+        return dict(zip(_TEXT_ENCODERS, vectors, strict=False))
+
+    @cached_property
+    def _bundled(self) -> tuple[str, dict[str, Tensor]] | None:
+        """The token that is bundled into the LoRA file, and its vectors."""
+        return self.file.token_vectors() if self.file and self.file.bundled else None
 
     def header(self, role: Role, path: Path, tensors: Mapping[str, Tensor], *, minimal: bool) -> dict[str, str]:
         """Return the metadata of a new LoRA file.

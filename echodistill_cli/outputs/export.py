@@ -176,7 +176,8 @@ def _paths_of(item: ExportItem, request: ExportRequest) -> tuple[Path, ...]:
 
 def _writes_token(artifact: Artifact, request: ExportRequest) -> bool:
     """Whether a file of the learned token is needed and not beside the LoRA file already."""
-    beside_file = artifact.file is not None and request.output in (None, artifact.folder)
+    bundled = artifact.file is not None and bool(artifact.file.bundled)
+    beside_file = artifact.file is not None and not bundled and request.output in (None, artifact.folder)
     return artifact.token is not None and bool(set(request.layouts) - _WITH_VOCABULARY) and not beside_file
 
 

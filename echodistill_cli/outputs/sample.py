@@ -19,7 +19,7 @@ from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder, public_name
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.apply import attach_lora, read_token_file
+from echodistill_cli.outputs.apply import attach_lora
 from echodistill_cli.outputs.artifact import Artifact, find
 from echodistill_cli.outputs.onnx import load_onnx, read_settings
 from echodistill_cli.outputs.requests import SampleRequest
@@ -136,9 +136,9 @@ def _attach(artifact: Artifact, pair: ModelPair, request: SampleRequest, on_mess
     if role != request.role:
         on_message(f"{lora.name} was trained for the {role}. Use it with --role {role}.")
     attach_lora(pair, request.role, lora, request.lora_scale)
-    if artifact.token_file and request.lora_scale:  # scale 0 means the base model, which has not learned the token
-        token = LearnedToken(pair.encoder, artifact.token_file.stem, "a").to(pair.device)
-        token.set_vectors(read_token_file(artifact.token_file))
+    if artifact.token and request.lora_scale:  # scale 0 means the base model, which has not learned the token
+        token = LearnedToken(pair.encoder, artifact.token, "a").to(pair.device)
+        token.set_vectors(list(artifact.file_vectors().values()))
 
 
 def _texts(generator: _Generator, lora_scale: float, prompt: str, seed: int) -> dict[str, str]:

@@ -100,7 +100,9 @@ def test_keys_that_match_no_module_of_the_model_are_refused_by_name(tmp_path: Pa
     write_safetensors(path, kohya_tensors([SMALL], "sd", torch.float16), {})
     with pytest.raises(ModelError, match=r"lora_unet_mid_block_\S+ matches no module.*family .sd2"):
         read_lora(path).to_peft({"unet": ["conv_in"]})
-    write_safetensors(path, kohya_tensors([SMALL], "sd", torch.float16) | {"lora_unet_strange.weight": torch.ones(2)}, {})
+    write_safetensors(
+        path, kohya_tensors([SMALL], "sd", torch.float16) | {"lora_unet_strange.weight": torch.ones(2)}, {}
+    )
     with pytest.raises(ModelError, match=r"1 of its keys are unknown, such as lora_unet_strange\.weight"):
         read_lora(path).to_peft()
 
