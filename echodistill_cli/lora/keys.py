@@ -16,7 +16,7 @@ Sources: kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
@@ -152,18 +152,35 @@ def canonical(component: str, path: str) -> str:
     return f"text_model.{path}" if path.startswith("encoder.") else path
 
 
-def kohya_module(family: str, component: str, path: str) -> str:
+def kohya_module(family: str, component: str, path: str, *, sgm: bool = True) -> str:
     """Return a module's canonical name in kohya's format.
 
     Args:
         family: "sd" or "sdxl"; SDXL's UNet gets SGM block names, as in kohya's own files.
         component: "unet", "text_encoder" or, for SDXL, "text_encoder_2".
         path: with or without `text_model.`.
+        sgm: whether SDXL's UNet gets SGM block names; see `has_sgm_names`.
     """
     path = canonical(component, path)
-    if family == "sdxl" and component == UNET:
+    if family == "sdxl" and component == UNET and sgm:
         path = to_sgm(path)
     return KOHYA_PREFIXES[family][component] + path.replace(".", "_")
+
+
+def has_sgm_names(paths: Iterable[str]) -> bool:
+    """Return whether the layers of a UNet have SGM names: it has two layers per block, as far as the paths show.
+
+    An output block has one layer more than an input block. Readers count the layers of SDXL, so a smaller UNet, such as
+    one with one layer per block, keeps diffusers' names, which all of them read, too.
+    """
+    layers = [
+        int(match[4])
+        for path in paths
+        if (match := _DIFFUSERS_BLOCK.fullmatch(path))
+        and match[1] == "up_blocks"
+        and match[3] in ("attentions", "resnets")
+    ]
+    return not layers or max(layers) == LAYERS_PER_BLOCK
 
 
 def to_sgm(path: str, *, first_upsampler: int = 2) -> str:

@@ -27,6 +27,7 @@ from echodistill_cli.lora.keys import (
     TEXT_ENCODER_2,
     UNET,
     canonical,
+    has_sgm_names,
     kohya_module,
     split_key,
 )
@@ -76,13 +77,15 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
     """
     if family not in KOHYA_PREFIXES:
         raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use sd or sdxl.")
+    unet_paths = [split_key(key).module for part in weights if part.component == UNET for key in part.tensors]
+    sgm = has_sgm_names(unet_paths)
     tensors: dict[str, Tensor] = {}
     open_clip_paths: set[str] = set()
     for part in weights:
         if part.component not in KOHYA_PREFIXES[family]:
             raise ConfigError(f"Family {family!r} has no {part.component}.")
         for path, down, up in folded(part, dtype):
-            name = kohya_module(family, part.component, path)
+            name = kohya_module(family, part.component, path, sgm=sgm)
             tensors[f"{name}.lora_down.weight"] = down
             tensors[f"{name}.lora_up.weight"] = up
             tensors[f"{name}.alpha"] = torch.tensor(float(part.rank))

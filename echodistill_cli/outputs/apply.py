@@ -6,7 +6,6 @@ that its users get the same images from a file of ours.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import warnings
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate, sample_latents, seeded_noise
-from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.files import atomically, write_text
+from echodistill_cli.lora.header import model_metadata
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.lora.safetensors_io import write_checkpoint
@@ -41,6 +40,7 @@ from echodistill_cli.models.adapters import (
     trainable_parameters,
 )
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
+from echodistill_cli.outputs.hub import make_portable
 
 # Rounding the adapters to half precision changes few pixels by more than one level; a lost module changes many.
 _MEAN_LEVELS = 1.5
@@ -57,7 +57,6 @@ _NO_SIGNAL = 1e-6
 # some percent, because one step multiplies rounding errors by up to 15; a wrong scheduler gives 100 percent or more.
 _TEST_SIDE = 8
 _MOST_DIFFERENCE = 0.5
-_TRUE_OF_THE_LORA = ("modelspec.hash_sha256", "modelspec.implementation")
 
 
 def plain_pipeline(pair: ModelPair, role: Role) -> Any:
@@ -286,31 +285,6 @@ def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> No
             weight.copy_(weight.float() + change.reshape(weight.shape).to(weight.device))
 
 
-@torch.no_grad()
-def insert_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
-    """Write a learned token's vectors into the embeddings: to the token's row, or to a new row.
-
-    Args:
-        pair: its tokenizers get a new token if they need one.
-        token: the word.
-        vectors: [1, width], one per text encoder.
-
-    Raises:
-        ModelError: the vectors do not fit the text encoders.
-    """
-    # Adds a row for a new token.
-    LearnedToken(pair.encoder, token, "a").set_vectors(vectors)
-    for tokenizer, encoder, vector in zip(pair.encoder.tokenizers, pair.encoder.encoders, vectors, strict=True):
-        (row,) = tokenizer(token, add_special_tokens=False).input_ids
-        embedding = encoder.get_input_embeddings()
-        embedding.weight[row] = vector[0].to(embedding.weight)
-
-
-def has_token(pair: ModelPair, token: str) -> bool:
-    """Return whether every tokenizer encodes the word as one token."""
-    return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
-
-
 def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype, card: str | None) -> None:
     """Write one role as a diffusers folder, atomically, with the scheduler that matches our sampler.
 
@@ -331,46 +305,27 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
     with atomically(folder) as temporary:
         with _without_progress_bars():
             pipeline.save_pretrained(temporary)
-        _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
-        make_portable(temporary)
-        _check_same_latents(pair, role, temporary, parts)
+            _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
+            make_portable(temporary)
+            _check_same_latents(pair, role, temporary, parts)
         if card is not None:
             write_text(temporary / "README.md", card)
 
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Context that hides the progress bars of transformers, which shows one for a single file, too."""
-    from transformers.utils import logging
+    """Context that hides the progress bars of diffusers and transformers, which show one for a single file, too."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def make_portable(folder: Path) -> None:
-    """Remove paths of this machine from the settings in a model folder; add what transformers 4 reads of tokenizers.
-
-    transformers 5 writes a tokenizer as tokenizer.json only, and CLIPTokenizer of transformers 4 reads vocab.json and
-    merges.txt only.
-    """
-    for file in folder.rglob("*config.json"):
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        public = {key: value for key, value in settings.items() if not key.endswith("name_or_path")}
-        if public != settings:
-            file.write_text(json.dumps(public, indent=2) + "\n", encoding="utf-8")
-    for file in folder.rglob("tokenizer.json"):
-        model = json.loads(file.read_text(encoding="utf-8"))["model"]
-        if model.get("type") != "BPE":
-            continue
-        pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
-        file.with_name("vocab.json").write_text(vocabulary, encoding="utf-8")
-        file.with_name("merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+        for library in shown:
+            library.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -431,15 +386,7 @@ def save_checkpoint(
     for name, value in tensors.items():
         if name.endswith("token_embedding.weight") and len(value) != rows:
             raise ConfigError("A one-file checkpoint cannot hold a new token.", "Use --format pipeline.")
-    write_checkpoint(path, tensors, _model_metadata(lora_metadata))
-
-
-def _model_metadata(lora_metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the fields of a LoRA's header that hold for the model, too."""
-    metadata = {key: value for key, value in lora_metadata.items() if key.startswith(("modelspec.", "echodistill."))}
-    if "modelspec.architecture" in metadata:
-        metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
-    return {key: value for key, value in metadata.items() if key not in _TRUE_OF_THE_LORA} | {"format": "pt"}
+    write_checkpoint(path, tensors, model_metadata(lora_metadata))
 
 
 def _restore_wrapper(file: Path) -> None:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig, check_section
-from echodistill_cli.diffusion.pair import Role
+from echodistill_cli.diffusion.pair import ModelPair, Role
+from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import last_part
 from echodistill_cli.lora.header import LoraHeader, cover_of, header
@@ -23,7 +25,7 @@ from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2
 from echodistill_cli.lora.read import LoraFile, read_lora, read_token_file
 from echodistill_cli.lora.safetensors_io import body_sha256, read_header
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, LoraWeights
-from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
+from echodistill_cli.runs import CONFIG_FILE, Run, check_name, newest_run, open_run
 
 # The family of each architecture that a LoRA file can name.
 _FAMILIES: Mapping[str, str] = {name: family.name for family in FAMILIES.values() for name in family.architectures}
@@ -66,7 +68,11 @@ def from_run(
         step: step of the checkpoint; None for the newest checkpoint.
         state: the state of a training run that is in memory, instead of a checkpoint.
         record: times and cover image; None for those in the header of the run's finished LoRA file.
+
+    Raises:
+        ConfigError: the run's settings name files outside of its folder.
     """
+    check_name(run.config)
     return Artifact(run.config.name, run.folder / "export", run, None, step, state, record)
 
 
@@ -304,6 +310,31 @@ class Artifact:
         return TrainingRecord(started, finished, cover_of(metadata))
 
 
+@torch.no_grad()
+def insert_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
+    """Write a learned token's vectors into the embeddings: to the token's row, or to a new row.
+
+    Args:
+        pair: its tokenizers get a new token if they need one.
+        token: the word.
+        vectors: [1, width], one per text encoder.
+
+    Raises:
+        ModelError: the vectors do not fit the text encoders.
+    """
+    # Adds a row for a new token.
+    LearnedToken(pair.encoder, token, "a").set_vectors(vectors)
+    for tokenizer, encoder, vector in zip(pair.encoder.tokenizers, pair.encoder.encoders, vectors, strict=True):
+        (row,) = tokenizer(token, add_special_tokens=False).input_ids
+        embedding = encoder.get_input_embeddings()
+        embedding.weight[row] = vector[0].to(embedding.weight)
+
+
+def has_token(pair: ModelPair, token: str) -> bool:
+    """Return whether every tokenizer encodes the word as one token."""
+    return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
+
+
 def changed_models(model: ModelConfig, changes: Mapping[str, Any], size: int | None = None) -> ModelConfig:
     """Return a run's models with changes for generating images.
 
@@ -358,5 +389,7 @@ def _run_around(file: Path) -> Run | None:
     """Return the run in whose folder, or in a folder of which, a LoRA file lies."""
     for folder in file.resolve().parents[:2]:
         if (folder / CONFIG_FILE).is_file():
-            return open_run(folder)
+            run = open_run(folder)
+            check_name(run.config)
+            return run
     return None
