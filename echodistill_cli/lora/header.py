@@ -230,6 +230,6 @@ def cover_of(metadata: Mapping[str, str]) -> bytes | None:
     try:
         covers = json.loads(metadata.get("ssmd_cover_images", "[]"))
         content = base64.b64decode(covers[0], validate=True)
-    except (ValueError, TypeError, IndexError, KeyError):
+    except (ValueError, TypeError, IndexError, KeyError, RecursionError):
         return None
     return content if content.startswith(b"\x89PNG") else None

@@ -113,6 +113,11 @@ _DIFFUSERS_BLOCK = re.compile(
 _SGM_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.)?(.+)")
 
 
+# ComfyUI's own names of text encoders, which OneTrainer writes.
+_COMFY_TEXT = re.compile(r"^text_encoders\.(clip_[lgh])\.transformer\.")
+_COMFY_TEXT_ENCODERS = {"clip_l": TEXT_ENCODER, "clip_h": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2}
+
+
 def split_key(key: str) -> ParsedKey:
     """Split a tensor's key into module and part."""
     for suffix, part in _SUFFIXES.items():
@@ -128,9 +133,11 @@ def locate(module: str) -> tuple[str, str] | None:
     Examples:
         "lora_te_text_model_encoder_layers_0_mlp_fc1" -> ("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
     """
-    if module.startswith(("lora_", "lycoris_")):
+    if module.startswith(("lora_", "lycoris_", "oft_unet_")):
         return _locate_kohya(module)
-    module = module.removeprefix("base_model.model.")
+    module = _COMFY_TEXT.sub(
+        lambda match: f"{_COMFY_TEXT_ENCODERS[match[1]]}.", module.removeprefix("base_model.model.")
+    )
     for component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
         if module.startswith(f"{component}."):
             return component, canonical(component, module.removeprefix(f"{component}."))
@@ -255,7 +262,13 @@ def text_paths(layers: int) -> tuple[str, ...]:
 
 
 def _locate_kohya(module: str) -> tuple[str, str] | None:
-    prefixes = {"lora_unet_": UNET, "lycoris_": UNET, "lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER}
+    prefixes = {
+        "lora_unet_": UNET,
+        "lycoris_": UNET,
+        "oft_unet_": UNET,
+        "lora_te_": TEXT_ENCODER,
+        "lora_te1_": TEXT_ENCODER,
+    }
     prefixes["lora_te2_"] = TEXT_ENCODER_2
     for prefix, component in prefixes.items():
         if module.startswith(prefix):

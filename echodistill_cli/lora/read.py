@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
@@ -135,8 +134,12 @@ class LoraFile:
             raise ModelError(f"{self.path} bundles {len(tokens)} tokens; only one is supported.")
         tensors = dict(read_tensors(self.path, places.values()))
         # Some tools write one vector with one dimension.
-        vectors = {encoder: torch.atleast_2d(tensors[key]) for (_, encoder), key in sorted(places.items())}
+        vectors = {encoder: _rows(tensors[key]) for (_, encoder), key in sorted(places.items())}
         return (tokens.pop(), vectors) if tokens else None
+
+
+def _rows(vector: Tensor) -> Tensor:
+    return vector.reshape(-1, vector.shape[-1])
 
 
 def read_token_file(path: Path) -> list[Tensor]:
@@ -206,6 +209,9 @@ def _module(
     down_shape, up_shape = table[down][1], table[up][1]
     if len(down_shape) < 2 or len(up_shape) < 2 or down_shape[0] != up_shape[1] or down_shape[0] == 0:
         raise ModelError(f"{path}: {down} {list(down_shape)} and {up} {list(up_shape)} differ in rank.")
+    for key in (down, up):
+        if not table[key][0].startswith(("F", "BF")):
+            raise ModelError(f"{path}: {key} has dtype {table[key][0]}.", "Only floating-point LoRAs are supported.")
     rank = down_shape[0]
     if "alpha" in keys:
         alpha = alphas.get(keys["alpha"])
@@ -318,15 +324,22 @@ def _is_token(table: Table) -> bool:
 
 
 def _family(
-    metadata: Mapping[str, str], table: Table, modules: Sequence[LoraModule], places: Collection[tuple[str, str]]
+    metadata: Mapping[str, str],
+    table: Table,
+    modules: Sequence[LoraModule],
+    places: Mapping[tuple[str, str], Mapping[str, str]],
 ) -> str:
     """Determine the family from the width of the text features, then from module names, then from the header."""
     if _is_token(table):
         width = next(iter(table.values()))[1][-1]
         return "sdxl" if len(table) > 1 else _FAMILY_BY_CONTEXT.get(width, "unknown")
-    for module in modules:
-        if module.component == UNET and module.path.endswith(_CROSS_ATTENTION_INPUTS):
-            return _FAMILY_BY_CONTEXT.get(table[module.down][1][1], "unknown")
+    for (component, name), keys in places.items():
+        if (
+            component == UNET
+            and name.endswith(_CROSS_ATTENTION_INPUTS)
+            and len(table.get(keys.get("down", ""), ("", ()))[1]) > 1
+        ):
+            return _FAMILY_BY_CONTEXT.get(table[keys["down"]][1][1], "unknown")
     if any(component == TEXT_ENCODER_2 or "transformer_blocks.1." in path for component, path in places):
         return "sdxl"
     text_inputs = {table[module.down][1][1] for module in modules if module.component == TEXT_ENCODER}

@@ -181,8 +181,7 @@ def _layer_shapes(layer: Any, down: Tensor, up: Tensor) -> tuple[tuple[int, ...]
     weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
     if weight is None or weight.dim() < 2 or getattr(layer, "groups", 1) != 1:
         return None
-    rank = len(down)
-    shapes = (rank, *weight.shape[1:]), (len(weight), rank, *[1] * (weight.dim() - 2))
+    shapes = (len(down), *weight.shape[1:]), (len(weight), len(down), *[1] * (weight.dim() - 2))
     same = down.numel() == math.prod(shapes[0]) and up.numel() == math.prod(shapes[1])
     return shapes if same else None
 
@@ -337,6 +336,7 @@ def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mappin
     """
     from diffusers import DiffusionPipeline
 
+    parts[UNET].conv_out.float()  # the loader's hook on this layer gives it float32
     pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
     pipeline.set_progress_bar_config(disable=True)
     prompt, denoiser = "a photo", pair.role(role)
@@ -348,7 +348,7 @@ def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mappin
     if denoiser.time_ids is not None:
         ids = denoiser.time_ids
         settings |= {"original_size": ids[:2], "crops_coords_top_left": ids[2:4], "target_size": ids[4:]}
-    dtype = parts[UNET].dtype
+    dtype = parts[UNET].conv_in.weight.dtype
     result = pipeline(prompt, num_inference_steps=1, guidance_scale=0.0, latents=noise.to(dtype), **settings).images
     difference = float((result.float() - expected).abs().mean() / expected.abs().mean())
     if not difference < _MOST_DIFFERENCE:

@@ -29,6 +29,7 @@ from echodistill_cli.runs import CONFIG_FILE, Run, check_name, newest_run, open_
 
 # The family of each architecture that a LoRA file can name.
 _FAMILIES: Mapping[str, str] = {name: family.name for family in FAMILIES.values() for name in family.architectures}
+_LAST_SECOND = 2.0**37  # the year 6325
 _TEXT_ENCODERS = (TEXT_ENCODER, TEXT_ENCODER_2)
 # Header fields that are wrong for the same LoRA in another layout or precision.
 _TRUE_OF_ONE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", ADAPTER_METADATA_KEY)
@@ -306,7 +307,7 @@ class Artifact:
         """Read what the header of the finished LoRA file says of the training."""
         metadata = self.metadata("student") if self.is_finished else {}
         dates = [metadata.get(f"ss_training_{event}_at") for event in ("started", "finished")]
-        started, finished = (None if date is None else float(date) for date in dates)
+        started, finished = map(_seconds, dates)
         return TrainingRecord(started, finished, cover_of(metadata))
 
 
@@ -357,6 +358,15 @@ def changed_models(model: ModelConfig, changes: Mapping[str, Any], size: int | N
 def _written_alpha(config: Config, role: Role) -> float:
     """Return the LoRA alpha of one role's UNet; the student's includes the strength it is exported with."""
     return config.lora_alpha * (config.adapter.strength if role == "student" else 1.0)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return a header's date in seconds since the epoch; None if there is none or it is no date of a training."""
+    try:
+        seconds = float(text or "nan")
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < _LAST_SECOND else None
 
 
 def _copied_header(
