@@ -93,7 +93,7 @@ def _verdict(file: LoraFile, reader: _Reader) -> Verdict:
         text = "Unknown: the file fits no SD 1, SD 2 or SDXL model."
         return Verdict(reader.name, "no", 0, total, text)
     parsed = [split_key(key) for key in file.table]
-    full = {key.module for key in parsed if key.part not in ("", "alpha")}
+    full = {key.module for key in parsed if key.part in reader.parts - {"alpha"}}
     if file.family == "unknown":
         matched = sum(key.part in reader.parts and key.module.startswith(_PIPELINE_PREFIXES) for key in parsed)
     else:
