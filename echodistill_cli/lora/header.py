@@ -17,6 +17,7 @@ from echodistill_cli.lora.keys import RESERVED_NAMES
 from echodistill_cli.lora.safetensors_io import body_sha256
 
 MODELSPEC_VERSION = "1.0.0"
+_TRUE_OF_THE_LORA = ("modelspec.hash_sha256", "modelspec.implementation")
 # The architecture of the embedded pair, which no other tool has.
 _TOY = "echodistill-mini"
 # Readers accept 8 MiB of header. The cover is stored twice, and base64 adds a third to each copy.
@@ -184,6 +185,14 @@ def _cover(cover: bytes | None) -> dict[str, str]:
     return {"ssmd_cover_images": json.dumps([text]), "modelspec.thumbnail": f"data:image/png;base64,{text}"}
 
 
+def model_metadata(lora_metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the fields of a LoRA's header that hold for the model, too."""
+    metadata = {key: value for key, value in lora_metadata.items() if key.startswith(("modelspec.", "echodistill."))}
+    if "modelspec.architecture" in metadata:
+        metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
+    return {key: value for key, value in metadata.items() if key not in _TRUE_OF_THE_LORA} | {"format": "pt"}
+
+
 def sidecar_paths(lora: Path) -> tuple[Path, Path]:
     """Return the paths of a LoRA file's preview image and A1111 card."""
     return lora.with_suffix(".png"), lora.with_suffix(".json")
@@ -232,6 +241,6 @@ def cover_of(metadata: Mapping[str, str]) -> bytes | None:
     try:
         covers = json.loads(metadata.get("ssmd_cover_images", "[]"))
         content = base64.b64decode(covers[0], validate=True)
-    except (ValueError, TypeError, IndexError, KeyError):
+    except (ValueError, TypeError, IndexError, KeyError, RecursionError):
         return None
     return content if content.startswith(b"\x89PNG") else None

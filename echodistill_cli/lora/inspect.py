@@ -14,6 +14,7 @@ from echodistill_cli.errors import ConfigError
 from echodistill_cli.lora.keys import locate, split_key
 from echodistill_cli.lora.read import LoraFile, read_lora
 from echodistill_cli.lora.readers import Verdict, compatibility
+from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY
 
 _CHECKPOINT_PREFIXES = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 MOST_TRIGGERS = 5
@@ -80,12 +81,13 @@ def inspect_file(path: Path) -> Inspection:
     if not path.exists():
         raise ConfigError(f"{path} does not exist.")
     file = read_lora(path)
+    file = dataclasses.replace(file, metadata={key: printable(text) for key, text in file.metadata.items()})
     kind = _kind(file)
     from_header = file.metadata.get
     version = from_header("echodistill.version")
     alphas = [float(module.rank) if module.alpha is None else module.alpha for module in file.modules]
     return Inspection(
-        file=path.name,
+        file=printable(path.name),
         size=path.stat().st_size,
         kind=kind,
         format=file.format,
@@ -93,7 +95,7 @@ def inspect_file(path: Path) -> Inspection:
         dtypes=tuple(sorted({dtype for key, (dtype, _) in file.table.items() if not key.endswith(".alpha")})),
         ranks=tuple(sorted({module.rank for module in file.modules})),
         alphas=tuple(sorted(set(alphas))),
-        scales=tuple(sorted({alpha / module.rank for alpha, module in zip(alphas, file.modules, strict=True)})),
+        scales=tuple(sorted({module.scale for module in file.modules})),
         modules=_modules(file),
         tensors=len(file.table),
         triggers=_triggers(file),
@@ -104,6 +106,13 @@ def inspect_file(path: Path) -> Inspection:
         role=from_header("echodistill.role"),
         readers={"lora": compatibility, "token": _token_compatibility}.get(kind, _no_compatibility)(file),
         notes=tuple(_notes(file, kind)),
+    )
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which could change what a terminal shows; line breaks become spaces."""
+    return "".join(
+        sign if sign.isprintable() else " " if sign in "\n\r\t" else "\N{REPLACEMENT CHARACTER}" for sign in text
     )
 
 
@@ -123,15 +132,15 @@ def _modules(file: LoraFile) -> dict[str, int]:
 
 def _triggers(file: LoraFile) -> tuple[str, ...]:
     if file.format == "token":
-        return (file.path.stem,)
+        return (printable(file.path.stem),)
     phrase = file.metadata.get("modelspec.trigger_phrase") or file.metadata.get("ss_trigger_words")
     if phrase:
         return (phrase,)
     try:
         counts: Counter[str] = Counter()
         for tags in json.loads(file.metadata.get("ss_tag_frequency", "{}")).values():
-            counts.update({tag.strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError):
+            counts.update({printable(tag.strip()): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return ()
     return tuple(tag for tag, _ in counts.most_common(MOST_TRIGGERS))
 
@@ -143,11 +152,15 @@ def _notes(file: LoraFile, kind: str) -> list[str]:
     parts = {split_key(key).part for key in file.table}
     if parts & {"dora_scale", "lora_magnitude_vector"}:
         notes.append("This is a DoRA. Tools that support only plain LoRA generate different images with it.")
-    elif file.format == "lycoris":
+    elif file.format == "lycoris" and (file.unmatched or not file.modules):
         notes.append("This is a LyCORIS file, not a plain LoRA. echodistill cannot load it.")
     if any(key.startswith("bundle_emb.") for key in file.table):
-        notes.append("A learned token is bundled into the file. Only A1111 and SD.Next read it.")
-    if file.format == "diffusers" and any(module.alpha not in (None, module.rank) for module in file.modules):
+        notes.append(
+            "A learned token is bundled into the file. A1111 and SD.Next read it; ComfyUI does as an embedding."
+        )
+    if file.unclear:
+        notes.append(f"The strength is not known: {file.unclear}. echodistill does not load it.")
+    if ADAPTER_METADATA_KEY in file.metadata and any(module.scale != 1 for module in file.modules):
         notes.append(
             "Its alpha is in the header, which only diffusers reads. Other tools apply the LoRA at strength 1."
         )
@@ -160,7 +173,7 @@ def _no_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
 
 
 def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
-    token, count = file.path.stem, len(file.table)
+    token, count = printable(file.path.stem), len(file.table)
     if count > 1:
         diffusers = "partly", "Pass clip_l and clip_g to load_textual_inversion separately, each with its text encoder."
     else:

@@ -16,7 +16,7 @@ Sources: kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
@@ -113,6 +113,11 @@ _DIFFUSERS_BLOCK = re.compile(
 _SGM_BLOCK = re.compile(r"(input_blocks|middle_block|output_blocks)\.(\d+)\.(?:(\d+)\.)?(.+)")
 
 
+# ComfyUI's own names of text encoders, which OneTrainer writes.
+_COMFY_TEXT = re.compile(r"^text_encoders\.(clip_[lgh])\.transformer\.")
+_COMFY_TEXT_ENCODERS = {"clip_l": TEXT_ENCODER, "clip_h": TEXT_ENCODER, "clip_g": TEXT_ENCODER_2}
+
+
 def split_key(key: str) -> ParsedKey:
     """Split a tensor's key into module and part."""
     for suffix, part in _SUFFIXES.items():
@@ -128,9 +133,11 @@ def locate(module: str) -> tuple[str, str] | None:
     Examples:
         "lora_te_text_model_encoder_layers_0_mlp_fc1" -> ("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
     """
-    if module.startswith(("lora_", "lycoris_")):
+    if module.startswith(("lora_", "lycoris_", "oft_unet_")):
         return _locate_kohya(module)
-    module = module.removeprefix("base_model.model.")
+    module = _COMFY_TEXT.sub(
+        lambda match: f"{_COMFY_TEXT_ENCODERS[match[1]]}.", module.removeprefix("base_model.model.")
+    )
     for component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
         if module.startswith(f"{component}."):
             return component, canonical(component, module.removeprefix(f"{component}."))
@@ -152,18 +159,35 @@ def canonical(component: str, path: str) -> str:
     return f"text_model.{path}" if path.startswith("encoder.") else path
 
 
-def kohya_module(family: str, component: str, path: str) -> str:
+def kohya_module(family: str, component: str, path: str, *, sgm: bool = True) -> str:
     """Return a module's canonical name in kohya's format.
 
     Args:
         family: "sd" or "sdxl"; SDXL's UNet gets SGM block names, as in kohya's own files.
         component: "unet", "text_encoder" or, for SDXL, "text_encoder_2".
         path: with or without `text_model.`.
+        sgm: whether SDXL's UNet gets SGM block names; see `has_sgm_names`.
     """
     path = canonical(component, path)
-    if family == "sdxl" and component == UNET:
+    if family == "sdxl" and component == UNET and sgm:
         path = to_sgm(path)
     return KOHYA_PREFIXES[family][component] + path.replace(".", "_")
+
+
+def has_sgm_names(paths: Iterable[str]) -> bool:
+    """Return whether the layers of a UNet have SGM names: it has two layers per block, as far as the paths show.
+
+    An output block has one layer more than an input block. Readers count the layers of SDXL, so a smaller UNet, such as
+    one with one layer per block, keeps diffusers' names, which all of them read, too.
+    """
+    layers = [
+        int(match[4])
+        for path in paths
+        if (match := _DIFFUSERS_BLOCK.fullmatch(path))
+        and match[1] == "up_blocks"
+        and match[3] in ("attentions", "resnets")
+    ]
+    return not layers or max(layers) == LAYERS_PER_BLOCK
 
 
 def to_sgm(path: str, *, first_upsampler: int = 2) -> str:
@@ -238,7 +262,13 @@ def text_paths(layers: int) -> tuple[str, ...]:
 
 
 def _locate_kohya(module: str) -> tuple[str, str] | None:
-    prefixes = {"lora_unet_": UNET, "lycoris_": UNET, "lora_te_": TEXT_ENCODER, "lora_te1_": TEXT_ENCODER}
+    prefixes = {
+        "lora_unet_": UNET,
+        "lycoris_": UNET,
+        "oft_unet_": UNET,
+        "lora_te_": TEXT_ENCODER,
+        "lora_te1_": TEXT_ENCODER,
+    }
     prefixes["lora_te2_"] = TEXT_ENCODER_2
     for prefix, component in prefixes.items():
         if module.startswith(prefix):

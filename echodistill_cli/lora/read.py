@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
 from echodistill_cli.lora.keys import ARCHITECTURES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, locate, split_key
 from echodistill_cli.lora.safetensors_io import Table, read_header, read_tensors
-from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, TOKEN_KEYS, LoraWeights
+from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, BUNDLE_PREFIX, TOKEN_KEYS, LoraWeights
 
 _FAMILY_BY_CONTEXT = {shape.context: family for family, shape in ARCHITECTURES.items()}
 _CROSS_ATTENTION_INPUTS = ("attn2.to_k", "attn2.to_v")
+# Fields of peft's configuration that add to the plain formula B A α/r, if they are set.
+_NOT_PLAIN = ("use_dora", "use_qalora", "use_bdlora", "lora_bias", "arrow_config", "alora_invocation_tokens")
+# A pattern from a foreign header must not take exponential time to match.
+_COSTLY_PATTERN = re.compile(r"\)\s*[*+?{]|\\[1-9]|\(\?P=")
+_MOST_REPEATS = 3
+_PEFT_ALPHA = 8  # the α of a configuration that does not state it
+_LONGEST_PATTERN = 300
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class LoraModule:
         up: key of B in the file.
         rank: r.
         alpha: α; None if the file does not state it, which all readers take as r.
+        scale: factor on B A at LoRA weight 1: α/r, or α/√r for rank-stabilized LoRA.
     """
 
     component: str
@@ -38,6 +49,7 @@ class LoraModule:
     up: str
     rank: int
     alpha: float | None
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,8 @@ class LoraFile:
         family: "sd1", "sd2", "sdxl" or "unknown".
         modules: the modules with plain LoRA.
         unmatched: keys that belong to none of these modules.
+        bundled: vectors of learned tokens that lie in the same file: key by token and text encoder.
+        unclear: why the header leaves the strength open; "" if it does not.
     """
 
     path: Path
@@ -61,18 +75,24 @@ class LoraFile:
     family: str
     modules: tuple[LoraModule, ...]
     unmatched: tuple[str, ...]
+    bundled: Mapping[tuple[str, str], str]
+    unclear: str
 
     def to_peft(self, model_modules: Mapping[str, Collection[str]] | None = None) -> list[LoraWeights]:
-        """Return the adapters with peft's keys, one entry per component, rank and alpha.
+        """Return the adapters with peft's keys, one entry per component, rank and scale.
+
+        The alpha of an entry is its scale times its rank. Bundled tokens are not part of it.
 
         Args:
             model_modules: module names of the loaded models by component, from `named_modules`. If given, paths
                 follow these names, and each must exist. If None, text encoders get `text_model.`.
 
         Raises:
-            ModelError: the file is not a plain LoRA.
+            ModelError: the file is not a plain LoRA, or its header leaves the strength open.
             ModelError: a key matches no module of the models.
         """
+        if self.unclear:
+            raise ModelError(f"{self.path}: {self.unclear}.", "Convert it with the tool that wrote it.")
         if self.unmatched or not self.modules:
             count = len(self.unmatched)
             rest = f"; {count} of its keys are unknown, such as {self.unmatched[0]}" if count else ""
@@ -81,8 +101,7 @@ class LoraFile:
         groups: dict[tuple[str, int, float], dict[str, Tensor]] = defaultdict(dict)
         for module in self.modules:
             path = module.path if model_modules is None else self._model_path(module, model_modules)
-            alpha = float(module.rank) if module.alpha is None else module.alpha
-            group = groups[module.component, module.rank, alpha]
+            group = groups[module.component, module.rank, module.scale * module.rank]
             group[f"{path}.lora_A.weight"] = tensors[module.down]
             group[f"{path}.lora_B.weight"] = tensors[module.up]
         return [LoraWeights(component, group, rank, alpha) for (component, rank, alpha), group in groups.items()]
@@ -96,6 +115,43 @@ class LoraFile:
             f"{self.path}: {module.down} matches no module of this model's {module.component}.",
             f"Use a model of the file's family ({self.family}).",
         )
+
+    def token_vectors(self) -> tuple[str, dict[str, Tensor]] | None:
+        """Return the token of a token file, or of one that is bundled, and its vectors [n, width] by text encoder.
+
+        Returns:
+            None if the file has no token. A token file's token is the stem of its name.
+
+        Raises:
+            ModelError: several tokens are bundled.
+        """
+        places = self.bundled
+        if self.format == "token":
+            encoders = {key: encoder for encoder, key in TOKEN_KEYS.items()} if len(self.table) > 1 else {}
+            places = {(self.path.stem, encoders.get(key, TEXT_ENCODER)): key for key in self.table}
+        tokens = {token for token, _ in places}
+        if len(tokens) > 1:
+            raise ModelError(f"{self.path} bundles {len(tokens)} tokens; only one is supported.")
+        tensors = dict(read_tensors(self.path, places.values()))
+        # Some tools write one vector with one dimension.
+        vectors = {encoder: _rows(tensors[key]) for (_, encoder), key in sorted(places.items())}
+        return (tokens.pop(), vectors) if tokens else None
+
+
+def _rows(vector: Tensor) -> Tensor:
+    return vector.reshape(-1, vector.shape[-1])
+
+
+def read_token_file(path: Path) -> list[Tensor]:
+    """Return the vectors of a token file, [n, width], one per text encoder in the order of the pipeline.
+
+    Raises:
+        ModelError: it is not a token file.
+    """
+    file = read_lora(path)
+    if file.format != "token" or (token := file.token_vectors()) is None:
+        raise ModelError(f"{path} is not a token file (format: {file.format}).")
+    return list(token[1].values())
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -120,9 +176,10 @@ def read_lora(path: Path) -> LoraFile:
         if place and parsed.part:
             keys_by_module[place][parsed.part] = key
     plain = {place: keys for place, keys in keys_by_module.items() if keys.keys() <= {"down", "up", "alpha"}}
-    header_alphas = _header_alphas(metadata)
-    modules = tuple(_module(path, table, place, keys, alphas, header_alphas) for place, keys in plain.items())
-    known = {key for keys in plain.values() for key in keys.values()}
+    strength = _HeaderStrength(metadata)
+    modules = tuple(_module(path, table, place, keys, alphas, strength) for place, keys in plain.items())
+    bundled = {place: key for key in table if (place := _bundled_place(key))}
+    known = {key for keys in plain.values() for key in keys.values()} | set(bundled.values())
     return LoraFile(
         path=path,
         metadata=metadata,
@@ -131,6 +188,8 @@ def read_lora(path: Path) -> LoraFile:
         family=_family(metadata, table, modules, keys_by_module),
         modules=modules,
         unmatched=tuple(key for key in table if key not in known),
+        bundled=bundled,
+        unclear=strength.unclear,
     )
 
 
@@ -140,7 +199,7 @@ def _module(
     place: tuple[str, str],
     keys: Mapping[str, str],
     alphas: Mapping[str, float],
-    header_alphas: Mapping[str, float],
+    strength: _HeaderStrength,
 ) -> LoraModule:
     component, name = place
     if "down" not in keys or "up" not in keys:
@@ -150,17 +209,97 @@ def _module(
     down_shape, up_shape = table[down][1], table[up][1]
     if len(down_shape) < 2 or len(up_shape) < 2 or down_shape[0] != up_shape[1] or down_shape[0] == 0:
         raise ModelError(f"{path}: {down} {list(down_shape)} and {up} {list(up_shape)} differ in rank.")
-    alpha = alphas.get(keys["alpha"]) if "alpha" in keys else header_alphas.get(component)
-    return LoraModule(component, name, down, up, down_shape[0], alpha)
+    for key in (down, up):
+        if not table[key][0].startswith(("F", "BF")):
+            raise ModelError(f"{path}: {key} has dtype {table[key][0]}.", "Only floating-point LoRAs are supported.")
+    rank = down_shape[0]
+    if "alpha" in keys:
+        alpha = alphas.get(keys["alpha"])
+        return LoraModule(component, name, down, up, rank, alpha, 1.0 if alpha is None else alpha / rank)
+    alpha, scale = strength.of(component, name, rank)
+    return LoraModule(component, name, down, up, rank, alpha, scale)
 
 
-def _header_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return α by component from diffusers' header entry, which no other tool reads."""
-    try:
-        fields = json.loads(metadata.get(ADAPTER_METADATA_KEY, "{}"))
-        return {key.removesuffix(".lora_alpha"): float(fields[key]) for key in fields if key.endswith(".lora_alpha")}
-    except (ValueError, TypeError, AttributeError):
-        return {}
+class _HeaderStrength:
+    """The strength that a header's peft configuration gives to modules without a tensor of their own for α.
+
+    Only diffusers writes and reads this entry. Its fields are named `<component>.<field>`, or `<field>` in a file of
+    one model.
+
+    Args:
+        metadata: of the file.
+
+    Attributes:
+        unclear: why the strength cannot be told; "" if it can.
+    """
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        self.unclear = ""
+        self.fields: dict[str, Any] = {}
+        if ADAPTER_METADATA_KEY not in metadata:
+            return
+        try:
+            fields = json.loads(metadata[ADAPTER_METADATA_KEY])
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            self.unclear = f"its header entry {ADAPTER_METADATA_KEY} cannot be read"
+            return
+        self.fields = fields
+        extra = sorted(key for key, value in fields.items() if value and key.rpartition(".")[2] in _NOT_PLAIN)
+        if extra:
+            self.unclear = f"its header sets {extra[0]}, which a plain LoRA does not have"
+
+    def of(self, component: str, path: str, rank: int) -> tuple[float | None, float]:
+        """Return α, None if the header does not state it, and the scale of one module."""
+        try:
+            alpha = self._field(component, "lora_alpha", _PEFT_ALPHA if self._describes(component) else None)
+            for pattern, value in (self._field(component, "alpha_pattern", None) or {}).items():
+                if _matches(pattern, path):
+                    alpha = value
+                    break
+            if alpha is None:
+                return None, 1.0
+            alpha = float(alpha)
+            scale = alpha / (math.sqrt(rank) if self._field(component, "use_rslora", False) else rank)
+        except (TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error):
+            scale = math.nan
+        if math.isfinite(scale):
+            return alpha, scale
+        self.unclear = f"its header entry {ADAPTER_METADATA_KEY} does not give the strength of {component} {path}"
+        return None, 1.0
+
+    def _describes(self, component: str) -> bool:
+        return any(key.startswith(f"{component}.") or "." not in key for key in self.fields)
+
+    def _field(self, component: str, name: str, default: Any) -> Any:
+        return self.fields.get(f"{component}.{name}", self.fields.get(name, default))
+
+
+def _matches(pattern: str, path: str) -> bool:
+    """Return whether peft applies an entry of `alpha_pattern` to a module.
+
+    Raises:
+        ValueError: the pattern could take too long to match.
+    """
+    repeats = sum(pattern.count(sign) for sign in "*+?{")
+    if repeats > _MOST_REPEATS or len(pattern) > _LONGEST_PATTERN or _COSTLY_PATTERN.search(pattern):
+        raise ValueError(f"a pattern of {len(pattern)} characters is not supported")
+    # As in peft's get_pattern_key. Text encoders have lost the wrapper `text_model` in transformers 5.6.
+    names = {path, path.removeprefix("text_model.")}
+    return any(re.match(rf"(.*\.)?({pattern})$", name) for name in names)
+
+
+def _bundled_place(key: str) -> tuple[str, str] | None:
+    """Return token and text encoder of a bundled token's key; None for any other key.
+
+    A1111's form is `bundle_emb.<token>.<part>`, with `string_to_param.*` for SD and `clip_l` and `clip_g` for SDXL.
+    """
+    if not key.startswith(BUNDLE_PREFIX):
+        return None
+    token, dot, part = key.removeprefix(BUNDLE_PREFIX).partition(".")
+    encoders = {"string_to_param.*": TEXT_ENCODER} | {name: encoder for encoder, name in TOKEN_KEYS.items()}
+    return (token, encoders[part]) if dot and token and part in encoders else None
 
 
 def _format(table: Table, modules: Sequence[LoraModule]) -> str:
@@ -185,15 +324,22 @@ def _is_token(table: Table) -> bool:
 
 
 def _family(
-    metadata: Mapping[str, str], table: Table, modules: Sequence[LoraModule], places: Collection[tuple[str, str]]
+    metadata: Mapping[str, str],
+    table: Table,
+    modules: Sequence[LoraModule],
+    places: Mapping[tuple[str, str], Mapping[str, str]],
 ) -> str:
     """Determine the family from the width of the text features, then from module names, then from the header."""
     if _is_token(table):
         width = next(iter(table.values()))[1][-1]
         return "sdxl" if len(table) > 1 else _FAMILY_BY_CONTEXT.get(width, "unknown")
-    for module in modules:
-        if module.component == UNET and module.path.endswith(_CROSS_ATTENTION_INPUTS):
-            return _FAMILY_BY_CONTEXT.get(table[module.down][1][1], "unknown")
+    for (component, name), keys in places.items():
+        if (
+            component == UNET
+            and name.endswith(_CROSS_ATTENTION_INPUTS)
+            and len(table.get(keys.get("down", ""), ("", ()))[1]) > 1
+        ):
+            return _FAMILY_BY_CONTEXT.get(table[keys["down"]][1][1], "unknown")
     if any(component == TEXT_ENCODER_2 or "transformer_blocks.1." in path for component, path in places):
         return "sdxl"
     text_inputs = {table[module.down][1][1] for module in modules if module.component == TEXT_ENCODER}

@@ -9,7 +9,9 @@ key if it knows both the name of its module and its part.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 from echodistill_cli.lora.keys import (
@@ -18,6 +20,9 @@ from echodistill_cli.lora.keys import (
     TEXT_ATTENTION,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
+    UNET,
+    ParsedKey,
+    locate,
     split_key,
     text_paths,
     to_sgm,
@@ -26,6 +31,9 @@ from echodistill_cli.lora.keys import (
 from echodistill_cli.lora.read import LoraFile
 
 FORGE_TOLERATES = 12
+_OFT = frozenset({"oft_blocks", "oft_diag"})
+_OLD_SUFFIX = re.compile(r"_lora\.(?:down|up)\.weight$")
+_SAME_SCALE = 1e-6
 _PLAIN = frozenset({"down", "up", "alpha"})
 _KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 _PIPELINE_PREFIXES = (*_KOHYA, "unet.", "text_encoder.", "text_encoder_2.")
@@ -67,6 +75,7 @@ class _Reader:
         any_model: it also loads LoRAs of models other than SD and SDXL.
         verdict: from the file and its matched and unmatched keys to `loads` and `text`.
         bundles: it reads a learned token that is bundled into a LoRA file.
+        old_suffixes: it reads `_lora.down.weight` after kohya's names of modules.
     """
 
     name: str
@@ -75,6 +84,7 @@ class _Reader:
     any_model: bool
     verdict: Callable[[LoraFile, int, int], tuple[str, str]]
     bundles: bool = False
+    old_suffixes: bool = False
 
 
 def _verdict(file: LoraFile, reader: _Reader) -> Verdict:
@@ -83,14 +93,26 @@ def _verdict(file: LoraFile, reader: _Reader) -> Verdict:
         text = "Unknown: the file fits no SD 1, SD 2 or SDXL model."
         return Verdict(reader.name, "no", 0, total, text)
     parsed = [split_key(key) for key in file.table]
+    full = {key.module for key in parsed if key.part in reader.parts - {"alpha"}}
     if file.family == "unknown":
         matched = sum(key.part in reader.parts and key.module.startswith(_PIPELINE_PREFIXES) for key in parsed)
     else:
         names = reader.names(file.family)
-        matched = sum(key.part in reader.parts and key.module in names for key in parsed)
+        matched = sum(_applies(reader, names, text, key, full) for text, key in zip(file.table, parsed, strict=True))
     matched += sum(key.module.startswith("bundle_emb.") for key in parsed) if reader.bundles else 0
     loads, text = reader.verdict(file, matched, total - matched)
     return Verdict(reader.name, loads, matched, total - matched, text)
+
+
+def _applies(reader: _Reader, names: frozenset[str], text: str, key: ParsedKey, full: Collection[str]) -> bool:
+    """Return whether a reader applies one key; α alone does nothing."""
+    if key.part not in reader.parts or (key.part == "alpha" and key.module not in full):
+        return False
+    # Written by some training scripts of diffusers: `lora_unet_…_to_k_lora.down.weight`.
+    if not reader.old_suffixes and key.module.startswith(_KOHYA) and _OLD_SUFFIX.search(text):
+        return False
+    is_norm = key.part in ("w_norm", "b_norm") and locate(key.module) is not None
+    return key.module in names or is_norm
 
 
 def _comfy_verdict(_file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
@@ -107,9 +129,6 @@ def _forge_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, s
             "no",
             f"Applies nothing: {unmatched} keys are unknown, and it rejects a file with more than {FORGE_TOLERATES}.",
         )
-    sdxl = file.metadata.get("modelspec.architecture", "") == "stable-diffusion-xl-v1-base/lora"
-    if hidden := _hidden(file, also_sdxl=sdxl):
-        return "hidden", hidden
     return _comfy_verdict(file, matched, unmatched)
 
 
@@ -125,7 +144,9 @@ def _a1111_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, s
     return "fully", "Loads completely."
 
 
-def _scripts_verdict(_file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+def _scripts_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+    if any(split_key(key).part == "lora_mid" for key in file.table):
+        return "no", "Stops with an error at its Tucker convolutions."
     if matched == 0:
         return "no", "Applies nothing: it knows none of the keys."
     if unmatched:
@@ -137,25 +158,60 @@ def _diffusers_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[st
     kohya = all(key.startswith(_KOHYA) for key in file.table)
     # It must know every kohya key (it drops dora_scale first). Its own keys only need to contain "lora".
     known = _PLAIN | {"dora_scale"}
-    unknown = [key for key in file.table if (split_key(key).part not in known if kohya else "lora" not in key)]
+    unknown = [
+        key
+        for key in file.table
+        if (split_key(key).part not in known or _OLD_SUFFIX.search(key) if kohya else "lora" not in key)
+    ]
     if unknown:
         return "no", f"Rejects the file because of {len(unknown)} keys such as {unknown[0]}."
     if matched == 0:
         return "no", "Applies nothing: no key names a module of a pipeline."
+    if ignored := _of_another_scheme(file):
+        return "partly", f"Ignores {ignored} of {len(file.table)} keys without a warning: they mix two naming schemes."
     if unmatched:
         return "partly", f"Applies {matched} keys and ignores {unmatched}."
+    if changed := _at_another_strength(file):
+        return (
+            "partly",
+            f"Loads {changed} of {len(file.modules)} modules at another strength: it has one alpha for all.",
+        )
     return "fully", "Loads completely with load_lora_weights."
 
 
-def _hidden(file: LoraFile, *, also_sdxl: bool = False) -> str:
-    """Return why both web UIs do not list the file with models of its own family; "" if they do."""
+def _of_another_scheme(file: LoraFile) -> int:
+    """Return the number of keys that diffusers loses in a file that mixes `lora_A` with `lora.down`."""
+    lost = 0
+    for component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
+        keys = [key for key in file.table if key.startswith(f"{component}.")]
+        if keys and "lora_A" in keys[0] + keys[0].replace("lora_B", "lora_A"):
+            lost += sum(".lora_A." not in key and ".lora_B." not in key for key in keys)
+    return lost
+
+
+def _at_another_strength(file: LoraFile) -> int:
+    """Return the number of modules to which diffusers gives another strength than the file.
+
+    It takes the most common alpha of a model for all its modules; the exceptions do not match their names.
+    """
+    changed = 0
+    for component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
+        modules = [module for module in file.modules if module.component == component and module.alpha is not None]
+        if any(key.endswith(".alpha") for key in file.table) and len({module.alpha for module in modules}) > 1:
+            alpha = Counter(module.alpha for module in modules).most_common(1)[0][0] or 0.0
+            changed += sum(abs(module.scale - alpha / module.rank) > _SAME_SCALE for module in modules)
+    return changed
+
+
+def _hidden(file: LoraFile) -> str:
+    """Return why A1111 does not list the file with models of its own family; "" if they do."""
     # A file without a header is always listed.
     if not file.metadata:
         return ""
     if file.family == "sd1":
         header_says_sd2 = file.metadata.get("ss_v2") == "True"
         return "Hidden with SD 1 models: the header says ss_v2 = True, which is SD 2." if header_says_sd2 else ""
-    sdxl = file.metadata.get("ss_base_model_version", "").startswith("sdxl_") or also_sdxl
+    sdxl = file.metadata.get("ss_base_model_version", "").startswith("sdxl_")
     if file.family == "sdxl" and not sdxl:
         return "Hidden with SDXL models: the header lacks ss_base_model_version = sdxl_base_v1-0."
     if file.family == "sd2" and file.metadata.get("ss_v2") != "True":
@@ -200,6 +256,8 @@ def _comfy_names(family: str) -> frozenset[str]:
     prefixes = {TEXT_ENCODER: ("lora_te_", "lora_te1_"), TEXT_ENCODER_2: ("lora_te2_",)}
     for component, path in _text(family):
         names |= {_flat(prefix, path) for prefix in prefixes[component]} | {f"{component}.{path}"}
+        clips = ("clip_l", "clip_h") if component == TEXT_ENCODER else ("clip_g",)
+        names |= {f"text_encoders.{clip}.transformer.{path}" for clip in clips}
     return frozenset(names)
 
 
@@ -242,8 +300,8 @@ def _diffusers_names(family: str) -> frozenset[str]:
 
 _READERS = (
     _Reader("diffusers", _diffusers_names, _PLAIN | {"lora_magnitude_vector"}, True, _diffusers_verdict),
-    _Reader("ComfyUI", _comfy_names, _PLAIN | OTHER_PARTS, False, _comfy_verdict),
+    _Reader("ComfyUI", _comfy_names, _PLAIN | OTHER_PARTS, False, _comfy_verdict, old_suffixes=True),
     _Reader("A1111", _a1111_names, _PLAIN | OTHER_PARTS, False, _a1111_verdict, bundles=True),
-    _Reader("Forge", _comfy_names, _PLAIN | OTHER_PARTS, False, _forge_verdict),
+    _Reader("Forge", _comfy_names, _PLAIN | OTHER_PARTS - _OFT, False, _forge_verdict, old_suffixes=True),
     _Reader("sd-scripts", _scripts_names, _PLAIN, False, _scripts_verdict),
 )

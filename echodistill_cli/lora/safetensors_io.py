@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,8 @@ from echodistill_cli.files import atomically
 # Dtype ("F16") and shape of every tensor of a file, by key.
 Table = dict[str, tuple[str, tuple[int, ...]]]
 LENGTH_BYTES = 8
+MAX_TENSORS = 100_000  # the largest published models have some thousands
+_LONGEST_KEY = 1000
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 _FOREIGN_FILES = (
     (b"PK\x03\x04", "is a zip archive or a PyTorch .ckpt under another name", "Convert it to safetensors first."),
@@ -123,7 +127,9 @@ def read_header(path: Path) -> tuple[dict[str, str], Table]:
     _check_frame(path)
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            keys = file.keys()
+            _check_keys(path, keys)
+            slices = {key: file.get_slice(key) for key in keys}
             table = {key: (str(part.get_dtype()), tuple(part.get_shape())) for key, part in slices.items()}
             return dict(file.metadata() or {}), table
     except SafetensorError as error:
@@ -140,12 +146,29 @@ def read_tensors(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]
     try:
         with safe_open(path, framework="pt") as file:
             for key in keys:
-                tensor: Tensor = file.get_tensor(key)
-                if not is_finite(tensor):
-                    raise ModelError(f"{path}: {key} holds NaN or infinity; the training diverged.")
-                yield key, tensor
+                yield key, _finite_tensor(file, path, key)
     except SafetensorError as error:
         raise _damaged(path, error) from error
+
+
+def _finite_tensor(file: Any, path: Path, key: str) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(key)
+        finite = is_finite(tensor)
+    except (NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{path}: the dtype of {key} is not supported.", "Convert it to fp16.") from error
+    if not finite:
+        raise ModelError(f"{path}: {key} holds NaN or infinity; the training diverged.")
+    return tensor
+
+
+def _check_keys(path: Path, keys: Sequence[str]) -> None:
+    """Raise a ModelError if the number of keys or one of them cannot be a model's."""
+    if len(keys) > MAX_TENSORS:
+        raise ModelError(f"{path} claims {len(keys)} tensors, more than any model has.")
+    for key in keys:
+        if len(key) > _LONGEST_KEY or not key.isprintable():
+            raise ModelError(f"{path} has a tensor whose name is too long or holds control characters.")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -183,11 +206,14 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
 def _check_frame(path: Path) -> None:
     """Raise a ModelError that says what the file is if it cannot be a safetensors file."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise ModelError(f"{path} is a folder.", "Give the .safetensors file in it.")
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe or a device could wait forever
+            raise ModelError(f"{path} is not a regular file.", "Give a .safetensors file.")
+        size = status.st_size
         with path.open("rb") as file:
             start = file.read(64)
-    except IsADirectoryError as error:
-        raise ModelError(f"{path} is a folder.", "Give the .safetensors file in it.") from error
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist.") from error
     except OSError as error:

@@ -27,6 +27,7 @@ from echodistill_cli.lora.keys import (
     TEXT_ENCODER_2,
     UNET,
     canonical,
+    has_sgm_names,
     kohya_module,
     split_key,
 )
@@ -35,6 +36,7 @@ from echodistill_cli.lora.keys import (
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
 # A token names its file, so it must be a valid name on every system.
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
+BUNDLE_PREFIX = "bundle_emb."
 TOKEN_KEYS = {TEXT_ENCODER: "clip_l", TEXT_ENCODER_2: "clip_g"}
 # The text encoder that web UIs build as OpenCLIP, with q, k and v in one weight.
 _OPEN_CLIP = {"sd": TEXT_ENCODER, "sdxl": TEXT_ENCODER_2}
@@ -75,13 +77,15 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
     """
     if family not in KOHYA_PREFIXES:
         raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use sd or sdxl.")
+    unet_paths = [split_key(key).module for part in weights if part.component == UNET for key in part.tensors]
+    sgm = has_sgm_names(unet_paths)
     tensors: dict[str, Tensor] = {}
     open_clip_paths: set[str] = set()
     for part in weights:
         if part.component not in KOHYA_PREFIXES[family]:
             raise ConfigError(f"Family {family!r} has no {part.component}.")
         for path, down, up in folded(part, dtype):
-            name = kohya_module(family, part.component, path)
+            name = kohya_module(family, part.component, path, sgm=sgm)
             tensors[f"{name}.lora_down.weight"] = down
             tensors[f"{name}.lora_up.weight"] = up
             tensors[f"{name}.alpha"] = torch.tensor(float(part.rank))
@@ -167,8 +171,8 @@ def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> d
     """
     tensors = token_tensors(token, vectors, family)
     if family != "sdxl":
-        return {f"bundle_emb.{token}.string_to_param.*": tensors[token]}
-    return {f"bundle_emb.{token}.{key}": value for key, value in tensors.items()}
+        return {f"{BUNDLE_PREFIX}{token}.string_to_param.*": tensors[token]}
+    return {f"{BUNDLE_PREFIX}{token}.{key}": value for key, value in tensors.items()}
 
 
 def folded(weights: LoraWeights, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:

@@ -1,27 +1,34 @@
-"""Apply a LoRA to loaded models: attach a file through diffusers' own readers, or fold it into the weights.
+"""Apply a LoRA to loaded models: attach a file's adapters, or fold them into the weights.
 
-`sample` attaches files this way, so its images are those that every diffusers user gets from the same file.
+`lora.read` alone says how strong each layer's LoRA is. `check_same_images` attaches through diffusers instead, to test
+that its users get the same images from a file of ours.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from echodistill_cli.diffusion.pair import ModelPair, Role
-from echodistill_cli.diffusion.sampling import SamplingSettings, generate
-from echodistill_cli.diffusion.text import LearnedToken
+from echodistill_cli.diffusion.sampling import SamplingSettings, generate, sample_latents, seeded_noise
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.files import atomically, write_text
+from echodistill_cli.lora.header import model_metadata
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2, UNET
 from echodistill_cli.lora.read import read_lora
-from echodistill_cli.lora.safetensors_io import read_tensors, write_checkpoint
+from echodistill_cli.lora.safetensors_io import write_checkpoint
 from echodistill_cli.lora.tensors import LoraWeights, folded
 from echodistill_cli.models.adapters import (
     ADAPTER,
@@ -33,6 +40,7 @@ from echodistill_cli.models.adapters import (
     trainable_parameters,
 )
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
+from echodistill_cli.outputs.hub import make_portable
 
 # Rounding the adapters to half precision changes few pixels by more than one level; a lost module changes many.
 _MEAN_LEVELS = 1.5
@@ -43,7 +51,12 @@ _SCHEDULE: Mapping[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
-_TRUE_OF_THE_LORA = ("modelspec.hash_sha256", "modelspec.implementation")
+# Below every ᾱ_T of a schedule that is not rescaled (Stable Diffusion: 0.0047), above what rounding leaves of 0.
+_NO_SIGNAL = 1e-6
+# Latents per side of the images that test a written folder, and their relative difference. Half precision gives
+# some percent, because one step multiplies rounding errors by up to 15; a wrong scheduler gives 100 percent or more.
+_TEST_SIDE = 8
+_MOST_DIFFERENCE = 0.5
 
 
 def plain_pipeline(pair: ModelPair, role: Role) -> Any:
@@ -80,11 +93,24 @@ def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     schedule = pair.role(role).schedule
+    alphas = schedule.alphas_cumprod.cpu()
     settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
-    scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings)
-    if torch.allclose(scheduler.alphas_cumprod, schedule.alphas_cumprod.cpu(), rtol=1e-4):
+    zero_snr = {"rescale_betas_zero_snr": True} if has_zero_snr(pair, role) else {}
+    count = {"num_train_timesteps": len(alphas)}
+    scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings, **zero_snr)
+    # Where ᾱ is 0, diffusers has a tiny number instead, because its σ would be infinite.
+    same_length = len(alphas) == len(scheduler.alphas_cumprod)
+    if same_length and torch.allclose(scheduler.alphas_cumprod, alphas, rtol=1e-4, atol=1e-7 if zero_snr else 1e-8):
         return scheduler
-    return EulerDiscreteScheduler(trained_betas=_betas(schedule.alphas_cumprod), **settings)
+    if zero_snr:
+        # Rescaling to zero SNR changes nothing in a schedule that has it, and makes diffusers keep σ finite.
+        alphas = torch.cat((alphas[:-1], alphas[-1:].clamp(max=0)))
+    return EulerDiscreteScheduler(trained_betas=_betas(alphas), **count, **settings, **zero_snr)
+
+
+def has_zero_snr(pair: ModelPair, role: Role) -> bool:
+    """Return whether the last timestep of a role's schedule holds no signal."""
+    return float(pair.role(role).schedule.alphas_cumprod[-1]) < _NO_SIGNAL
 
 
 def _betas(alphas_cumprod: Tensor) -> Any:
@@ -100,7 +126,10 @@ def components_of(pair: ModelPair, role: Role) -> dict[str, Any]:
 
 
 def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> None:
-    """Load a LoRA file of any common format into one role's UNet and the text encoders.
+    """Add a LoRA file of any common format to one role's UNet and the text encoders.
+
+    The reader of LoRA files gives the tensors and each layer's strength, so that the images are those of the same file
+    folded into the weights. diffusers' own reader gives some files another strength.
 
     Args:
         pair: models without a trained LoRA; a distillation LoRA stays active.
@@ -111,28 +140,75 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
     Raises:
         ModelError: the file is damaged, or a part of it does not fit these models.
     """
-    lora = read_lora(file)
-    if not lora.modules or lora.unmatched:
-        example = f" such as {lora.unmatched[0]}" if lora.unmatched else ""
-        raise ModelError(f"{file} is not a plain LoRA: {len(lora.unmatched)} of its keys are unknown{example}.")
+    components = components_of(pair, role)
+    layers = {name: dict(module.named_modules()) for name, module in components.items()}
+    tensors: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for part in read_lora(file).to_peft(layers):
+        for path, down, up in folded(part, torch.float32):
+            name = path if path in layers[part.component] else path.removeprefix("text_model.")
+            layer = layers[part.component][name]
+            shapes = _layer_shapes(layer, down, up)
+            if shapes is None:
+                raise _misfit(f"{part.component} {path} has another shape", str(file))
+            tensors[part.component] |= {
+                f"{name}.lora_A.weight": down.reshape(shapes[0]),
+                f"{name}.lora_B.weight": up.reshape(shapes[1]),
+            }
+    for name, state in tensors.items():
+        _add_adapter(components[name], state, scale)
+        keep_on(pair.device, components[name])
+
+
+def _add_adapter(module: Any, tensors: Mapping[str, Tensor], scale: float) -> None:
+    """Add tensors with peft's keys to a module as its trained LoRA; each layer has α = its rank."""
+    ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in tensors.items() if ".lora_A." in key}
+    exact = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    rank = next(iter(ranks.values()))
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, rank_pattern=exact, alpha_pattern=dict(exact), target_modules=list(ranks)
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a distillation LoRA
+        module.add_adapter(config, adapter_name=ADAPTER)
+        set_peft_model_state_dict(module, dict(tensors), adapter_name=ADAPTER)
+    activate(module, scale)
+    for layer in lora_layers(module):
+        layer.set_scale(ADAPTER, scale)
+
+
+def _layer_shapes(layer: Any, down: Tensor, up: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Return the shapes of A and B for a linear layer or a convolution; None if they do not fit it."""
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    if weight is None or weight.dim() < 2 or getattr(layer, "groups", 1) != 1:
+        return None
+    shapes = (len(down), *weight.shape[1:]), (len(weight), len(down), *[1] * (weight.dim() - 2))
+    same = down.numel() == math.prod(shapes[0]) and up.numel() == math.prod(shapes[1])
+    return shapes if same else None
+
+
+def _misfit(what: str, lora: str = "The LoRA") -> ModelError:
+    return ModelError(f"{lora} does not fit this model: {what}.", "Name the model it was made for with --model.")
+
+
+def _attach_with_diffusers(pair: ModelPair, role: Role, file: Path) -> None:
+    """Load a LoRA file as every diffusers user does.
+
+    Raises:
+        ModelError: diffusers does not read all of the file.
+    """
     pipeline = plain_pipeline(pair, role)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a distillation LoRA
             pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=ADAPTER)
     except (ValueError, RuntimeError, KeyError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{file} does not fit this model ({first_line}).", "Name the model it was made for."
-        ) from error
-    matched = sum(len(lora_layers(module)) for module in (pipeline.unet, *pair.encoder.encoders))
-    if matched != len(lora.modules):
-        raise ModelError(
-            f"{file} does not fit this model: only {matched} of its {len(lora.modules)} modules match.",
-            "Name the model it was made for.",
-        )
-    pipeline.set_adapters([ADAPTER], [scale])
-    activate(pipeline.unet, scale)
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"diffusers does not read {file} ({first_line}).") from error
+    count, matched = len(read_lora(file).modules), sum(map(len, map(lora_layers, components_of(pair, role).values())))
+    if matched != count:
+        raise ModelError(f"diffusers reads only {matched} of the {count} modules in {file}.")
+    pipeline.set_adapters([ADAPTER], [1.0])
+    activate(pipeline.unet)
     keep_on(pair.device, pipeline.unet)
 
 
@@ -146,19 +222,6 @@ def detach_lora(pair: ModelPair, role: Role) -> None:
     for encoder in pair.encoder.encoders:
         if lora_layers(encoder):
             encoder.delete_adapter(ADAPTER)
-
-
-def read_token_file(file: Path) -> list[Tensor]:
-    """Return the vectors of a token file, [n, width], one per text encoder in the order of the pipeline.
-
-    Raises:
-        ModelError: it is not a token file.
-    """
-    content = read_lora(file)
-    if content.format != "token":
-        raise ModelError(f"{file} is not a token file (format: {content.format}).")
-    tensors = dict(read_tensors(file, content.table))
-    return [tensors["clip_l"], tensors["clip_g"]] if "clip_g" in tensors else list(tensors.values())
 
 
 def check_same_images(
@@ -188,7 +251,7 @@ def check_same_images(
     with at_strength(pair.role(role).unet, strength):
         before = list(generate(pair, prompts, seeds, settings))
     detach_lora(pair, role)
-    attach_lora(pair, role, file)
+    _attach_with_diffusers(pair, role, file)
     after = list(generate(pair, prompts, seeds, settings))
     levels = max(float((a.float() - b.float()).abs().mean()) for a, b in zip(before, after, strict=True))
     if levels > _MEAN_LEVELS:
@@ -210,43 +273,15 @@ def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> No
     components = components_of(pair, role)
     for part in weights:
         if part.component not in components:
-            raise ModelError(f"This model has no {part.component}.", "Name the model that the LoRA was made for.")
+            raise _misfit(f"it has no {part.component}")
         layers = dict(components[part.component].named_modules())
         for path, down, up in folded(part, torch.float32):
             layer = layers.get(path) or layers.get(path.removeprefix("text_model."))
-            weight = getattr(layer, "weight", None)
+            if _layer_shapes(layer, down, up) is None:
+                raise _misfit(f"{part.component} {path} is missing or has another shape")
+            weight = layer.weight  # type: ignore[union-attr]
             change = up.flatten(1) @ down.flatten(1)
-            if weight is None or weight.numel() != change.numel() or len(weight) != len(change):
-                raise ModelError(
-                    f"The LoRA does not fit this model: {part.component} {path} is missing or has another shape.",
-                    "Name the model that the LoRA was made for.",
-                )
             weight.copy_(weight.float() + change.reshape(weight.shape).to(weight.device))
-
-
-@torch.no_grad()
-def insert_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
-    """Write a learned token's vectors into the embeddings: to the token's row, or to a new row.
-
-    Args:
-        pair: its tokenizers get a new token if they need one.
-        token: the word.
-        vectors: [1, width], one per text encoder.
-
-    Raises:
-        ModelError: the vectors do not fit the text encoders.
-    """
-    # Adds a row for a new token.
-    LearnedToken(pair.encoder, token, "a").set_vectors(vectors)
-    for tokenizer, encoder, vector in zip(pair.encoder.tokenizers, pair.encoder.encoders, vectors, strict=True):
-        (row,) = tokenizer(token, add_special_tokens=False).input_ids
-        embedding = encoder.get_input_embeddings()
-        embedding.weight[row] = vector[0].to(embedding.weight)
-
-
-def has_token(pair: ModelPair, token: str) -> bool:
-    """Return whether every tokenizer encodes the word as one token."""
-    return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
 
 
 def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype, card: str | None) -> None:
@@ -263,13 +298,64 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
         EchoDistillError: the folder cannot be written.
     """
     pipeline = plain_pipeline(pair, role)
-    for module in (*components_of(pair, role).values(), pair.codec.encoder):
+    parts = {**components_of(pair, role), "vae": pair.codec.encoder}
+    for module in parts.values():
         nn.Module.to(module, dtype)  # diffusers' own .to warns about layers that these models do not have
     with atomically(folder) as temporary:
-        pipeline.save_pretrained(temporary)
-        _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
+        with _without_progress_bars():
+            pipeline.save_pretrained(temporary)
+            _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
+            make_portable(temporary)
+            _check_same_latents(pair, role, temporary, parts)
         if card is not None:
             write_text(temporary / "README.md", card)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Context that hides the progress bars of diffusers and transformers, which show one for a single file, too."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
+@torch.no_grad()
+def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mapping[str, Any]) -> None:
+    """Generate through a written folder's scheduler, tokenizers and settings, and compare with our sampler.
+
+    Raises:
+        EchoDistillError: the latents differ by more than rounding.
+    """
+    from diffusers import DiffusionPipeline
+
+    parts[UNET].conv_out.float()  # the loader's hook on this layer gives it float32
+    pipeline = DiffusionPipeline.from_pretrained(folder, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    prompt, denoiser = "a photo", pair.role(role)
+    noise = seeded_noise([0], (pair.codec.channels, _TEST_SIDE, _TEST_SIDE))
+    conditioning, null = pair.encoder.encode([prompt]), pair.encoder.encode_null()
+    expected = sample_latents(denoiser, noise, conditioning, null, steps=1, guidance_scale=0.0)
+    pixels = _TEST_SIDE * pipeline.vae_scale_factor
+    settings: dict[str, Any] = {"height": pixels, "width": pixels, "output_type": "latent"}
+    if denoiser.time_ids is not None:
+        ids = denoiser.time_ids
+        settings |= {"original_size": ids[:2], "crops_coords_top_left": ids[2:4], "target_size": ids[4:]}
+    dtype = parts[UNET].conv_in.weight.dtype
+    result = pipeline(prompt, num_inference_steps=1, guidance_scale=0.0, latents=noise.to(dtype), **settings).images
+    difference = float((result.float() - expected).abs().mean() / expected.abs().mean())
+    if not difference < _MOST_DIFFERENCE:
+        raise EchoDistillError(
+            f"{folder.name}: diffusers generates other images with it (latents differ by {difference:.0%}).",
+            "Report this, with the versions that echodistill doctor lists.",
+        )
 
 
 def save_checkpoint(
@@ -293,19 +379,14 @@ def save_checkpoint(
     vae = {name: _cast(value, dtype) for name, value in pair.codec.encoder.state_dict().items()}
     layout = sd_checkpoint if pair.family == "sd" else sdxl_checkpoint
     tensors = layout(states[0], vae, *states[1:])
+    # ComfyUI, A1111 and Forge know how an SDXL checkpoint predicts by these empty tensors alone.
+    markers = {"v_pred": pair.role(role).schedule.prediction_type == "v_prediction", "ztsnr": has_zero_snr(pair, role)}
+    tensors |= {name: torch.zeros(0) for name, holds in markers.items() if holds}
     rows = pair.encoder.tokenizers[0].vocab_size
     for name, value in tensors.items():
         if name.endswith("token_embedding.weight") and len(value) != rows:
             raise ConfigError("A one-file checkpoint cannot hold a new token.", "Use --format pipeline.")
-    write_checkpoint(path, tensors, _model_metadata(lora_metadata))
-
-
-def _model_metadata(lora_metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the fields of a LoRA's header that hold for the model, too."""
-    metadata = {key: value for key, value in lora_metadata.items() if key.startswith(("modelspec.", "echodistill."))}
-    if "modelspec.architecture" in metadata:
-        metadata["modelspec.architecture"] = metadata["modelspec.architecture"].removesuffix("/lora")
-    return {key: value for key, value in metadata.items() if key not in _TRUE_OF_THE_LORA} | {"format": "pt"}
+    write_checkpoint(path, tensors, model_metadata(lora_metadata))
 
 
 def _restore_wrapper(file: Path) -> None:

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import build_config, config_hash, read_toml
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig, check_section
-from echodistill_cli.diffusion.pair import Role
+from echodistill_cli.diffusion.pair import ModelPair, Role
+from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import last_part
 from echodistill_cli.lora.header import LoraHeader, cover_of, header
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2
-from echodistill_cli.lora.read import LoraFile, read_lora
+from echodistill_cli.lora.read import LoraFile, read_lora, read_token_file
 from echodistill_cli.lora.safetensors_io import body_sha256, read_header
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, LoraWeights
 from echodistill_cli.models.sources import is_embedded
-from echodistill_cli.outputs.apply import read_token_file
-from echodistill_cli.runs import CONFIG_FILE, Run, newest_run, open_run
+from echodistill_cli.runs import CONFIG_FILE, Run, check_name, newest_run, open_run
 
 # The family of each architecture that a LoRA file can name.
 _FAMILIES: Mapping[str, str] = {name: family.name for family in FAMILIES.values() for name in family.architectures}
+_LAST_SECOND = 2.0**37  # the year 6325
 _TEXT_ENCODERS = (TEXT_ENCODER, TEXT_ENCODER_2)
 # Header fields that are wrong for the same LoRA in another layout or precision.
 _TRUE_OF_ONE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", ADAPTER_METADATA_KEY)
@@ -69,7 +71,11 @@ def from_run(
         step: step of the checkpoint; None for the newest checkpoint.
         state: the state of a training run that is in memory, instead of a checkpoint.
         record: times and cover image; None for those in the header of the run's finished LoRA file.
+
+    Raises:
+        ConfigError: the run's settings name files outside of its folder.
     """
+    check_name(run.config)
     return Artifact(run.config.name, run.folder / "export", run, None, step, state, record)
 
 
@@ -112,12 +118,14 @@ class Artifact:
     @property
     def token(self) -> str | None:
         """The token that has a learned vector; None if none was learned."""
+        if self._bundled:
+            return self._bundled[0]
         return self.config.concept.token if self.config and self.config.text.form == "token" else None
 
     @property
     def token_file(self) -> Path | None:
         """The file of the learned token in the run folder; None if none was learned."""
-        return self.run.folder / f"{self.token}.safetensors" if self.run and self.token else None
+        return self.run.folder / f"{self.token}.safetensors" if self.run and self.token and not self._bundled else None
 
     @property
     def is_finished(self) -> bool:
@@ -199,11 +207,22 @@ class Artifact:
         """Return the learned token's vectors, [1, width] each, by text encoder; empty if none was learned."""
         if self.token is None:
             return {}
-        if self.file is None:
-            vectors = [vector.unsqueeze(0) for vector in self._trained[1]["token"].values()]
-        else:
-            vectors = read_token_file(self.token_file) if self.token_file else []
+        if self.file is not None:
+            return self.file_vectors()
+        vectors = [vector.unsqueeze(0) for vector in self._trained[1]["token"].values()]
         return dict(zip(_TEXT_ENCODERS, vectors, strict=False))
+
+    def file_vectors(self) -> dict[str, Tensor]:
+        """Return the vectors of a token in a file: bundled into the LoRA file, or in the run's token file."""
+        if self._bundled:
+            return self._bundled[1]
+        vectors = read_token_file(self.token_file) if self.token_file else []
+        return dict(zip(_TEXT_ENCODERS, vectors, strict=False))
+
+    @cached_property
+    def _bundled(self) -> tuple[str, dict[str, Tensor]] | None:
+        """The token that is bundled into the LoRA file, and its vectors."""
+        return self.file.token_vectors() if self.file and self.file.bundled else None
 
     def header(self, role: Role, path: Path, tensors: Mapping[str, Tensor], *, minimal: bool) -> dict[str, str]:
         """Return the metadata of a new LoRA file.
@@ -299,8 +318,33 @@ class Artifact:
         """Read what the header of the finished LoRA file says of the training."""
         metadata = self.metadata("student") if self.is_finished else {}
         dates = [metadata.get(f"ss_training_{event}_at") for event in ("started", "finished")]
-        started, finished = (None if date is None else float(date) for date in dates)
+        started, finished = map(_seconds, dates)
         return TrainingRecord(started, finished, cover_of(metadata))
+
+
+@torch.no_grad()
+def insert_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
+    """Write a learned token's vectors into the embeddings: to the token's row, or to a new row.
+
+    Args:
+        pair: its tokenizers get a new token if they need one.
+        token: the word.
+        vectors: [1, width], one per text encoder.
+
+    Raises:
+        ModelError: the vectors do not fit the text encoders.
+    """
+    # Adds a row for a new token.
+    LearnedToken(pair.encoder, token, "a").set_vectors(vectors)
+    for tokenizer, encoder, vector in zip(pair.encoder.tokenizers, pair.encoder.encoders, vectors, strict=True):
+        (row,) = tokenizer(token, add_special_tokens=False).input_ids
+        embedding = encoder.get_input_embeddings()
+        embedding.weight[row] = vector[0].to(embedding.weight)
+
+
+def has_token(pair: ModelPair, token: str) -> bool:
+    """Return whether every tokenizer encodes the word as one token."""
+    return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
 
 
 def changed_models(model: ModelConfig, changes: Mapping[str, Any], size: int | None = None) -> ModelConfig:
@@ -325,6 +369,15 @@ def changed_models(model: ModelConfig, changes: Mapping[str, Any], size: int | N
 def _written_alpha(config: Config, role: Role) -> float:
     """Return the LoRA alpha of one role's UNet; the student's includes the strength it is exported with."""
     return config.lora_alpha * (config.adapter.strength if role == "student" else 1.0)
+
+
+def _seconds(text: str | None) -> float | None:
+    """Return a header's date in seconds since the epoch; None if there is none or it is no date of a training."""
+    try:
+        seconds = float(text or "nan")
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < _LAST_SECOND else None
 
 
 def _copied_header(

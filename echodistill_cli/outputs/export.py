@@ -11,10 +11,13 @@ onnx         one-step model for onnxruntime                                 NAME
 from __future__ import annotations
 
 import dataclasses
+import filecmp
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -25,7 +28,7 @@ from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
-from echodistill_cli.lora.safetensors_io import write_safetensors
+from echodistill_cli.lora.safetensors_io import read_header, write_safetensors
 from echodistill_cli.lora.tensors import (
     adapter_metadata,
     bundled_tensors,
@@ -38,12 +41,10 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import (
     check_same_images,
     fold_lora,
-    has_token,
-    insert_token,
     save_checkpoint,
     save_pipeline,
 )
-from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run
+from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run, has_token, insert_token
 from echodistill_cli.outputs.card import merged_card, model_card
 from echodistill_cli.outputs.hub import check_repository, exported_files, push, run_files
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
@@ -60,6 +61,8 @@ _ENDINGS = {
 }
 # Layouts that carry their vocabulary, so that a new token becomes a row of it. A checkpoint's vocabulary is built into
 # the tools that read it.
+# Header fields that tell one training result from another.
+_OF_ONE_RESULT = ("config_sha256", "steps", "role")
 _WITH_VOCABULARY = {"pipeline", "onnx"}
 
 
@@ -108,12 +111,15 @@ def export(request: ExportRequest, on_message: OnMessage = lambda _line: None) -
         return ExportResult(files, tuple(sorted({*content, *names})))
     for item in items:
         make_folder(item.path.parent)
-        if item.layout in _LORA_LAYOUTS:
-            write_lora(artifact, item, request, on_message)
-        else:
-            _write_model(artifact, item, request, on_message)
+        on_message(f"Writing {item.path}")
+
+        def write(path: Path, item: ExportItem = item) -> None:
+            writer = write_lora if item.layout in _LORA_LAYOUTS else _write_model
+            writer(artifact, dataclasses.replace(item, path=path), request, on_message)
+
+        _write_once(_paths_of(item, request), write, request, on_message)
     if token_file:
-        write_token(artifact, token_file)
+        _write_once((token_file,), lambda path: write_token(artifact, path), request, on_message)
     if request.push_to is None:
         return ExportResult(files)
     for path in files:
@@ -132,11 +138,55 @@ def _plan(artifact: Artifact, request: ExportRequest) -> tuple[list[ExportItem],
         for layout in request.layouts
     ]
     token_file = folder / f"{artifact.token}.safetensors" if _writes_token(artifact, request) else None
-    paths = [path for item in items for path in _paths_of(item, request)] + ([token_file] if token_file else [])
-    for path in paths:
-        if path.exists() and not request.overwrite:
-            raise ConfigError(f"{path} exists already.", "Replace it with --overwrite, or name another --output.")
     return items, token_file
+
+
+def _write_once(
+    paths: Sequence[Path], write: Callable[[Path], None], request: ExportRequest, on_message: OnMessage
+) -> None:
+    """Write a file or folder with its sidecars, unless the same content is there already.
+
+    Args:
+        paths: the path to write, then those of its sidecars.
+        write: writes the first path and its sidecars.
+        request: its `overwrite` and `push_to` apply.
+        on_message: receives that nothing was written.
+
+    Raises:
+        ConfigError: there is other content, and the request does not replace it.
+    """
+    first = paths[0]
+    if request.overwrite or not any(path.exists() for path in paths):
+        write(first)
+        return
+    with TemporaryDirectory(dir=first.parent, prefix=".", suffix=".tmp") as folder:
+        write(Path(folder) / first.name)
+        pairs = [(Path(folder) / path.name, path) for path in paths if (Path(folder) / path.name).exists()]
+        for new, old in pairs:
+            if old.exists() and not same_content(old, new) and not (request.push_to and _same_lora(old, new)):
+                raise ConfigError(f"{old} exists already.", "Replace it with --overwrite, or name another --output.")
+        for new, old in pairs:
+            if not old.exists():
+                shutil.move(new, old)
+    on_message(f"{first} exists already and is kept")
+
+
+def same_content(left: Path, right: Path) -> bool:
+    """Return whether two files, or all files of two folders, are equal."""
+    if left.is_file() and right.is_file():
+        return filecmp.cmp(left, right, shallow=False)
+    if not (left.is_dir() and right.is_dir()):
+        return False
+    names, others = ({path.relative_to(side) for path in side.rglob("*")} for side in (left, right))
+    return names == others and all(same_content(left / name, right / name) for name in names)
+
+
+def _same_lora(left: Path, right: Path) -> bool:
+    """Return whether two LoRA files hold the same training result, be it in another precision."""
+    if not (left.is_file() and right.is_file() and left.suffix == right.suffix == ".safetensors"):
+        return False
+    fields = [{key: read_header(path)[0].get(f"echodistill.{key}") for key in _OF_ONE_RESULT} for path in (left, right)]
+    return fields[0] == fields[1] and fields[0]["config_sha256"] is not None
 
 
 def _check_request(artifact: Artifact, request: ExportRequest) -> None:
@@ -176,7 +226,8 @@ def _paths_of(item: ExportItem, request: ExportRequest) -> tuple[Path, ...]:
 
 def _writes_token(artifact: Artifact, request: ExportRequest) -> bool:
     """Whether a file of the learned token is needed and not beside the LoRA file already."""
-    beside_file = artifact.file is not None and request.output in (None, artifact.folder)
+    bundled = artifact.file is not None and bool(artifact.file.bundled)
+    beside_file = artifact.file is not None and not bundled and request.output in (None, artifact.folder)
     return artifact.token is not None and bool(set(request.layouts) - _WITH_VOCABULARY) and not beside_file
 
 
@@ -228,7 +279,6 @@ def _write_model(artifact: Artifact, item: ExportItem, request: ExportRequest, o
     precision = "fp32" if item.layout == "onnx" else request.dtype
     pair = _merged_pair(artifact, item, precision, request, on_message)
     models, dtype = artifact.models(request.model, request.model_overrides), DTYPES[precision]
-    on_message(f"Writing {item.path}")
     if item.layout == "onnx":
         save_onnx(pair, item.path, models.resolution)
         return

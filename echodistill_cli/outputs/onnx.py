@@ -2,13 +2,15 @@
 
     NAME-onnx/
       echodistill.json                  family, size, scaling factor and SDXL's six time ids
+      model_index.json                  and a config.json per graph, in diffusers' format
       tokenizer/ scheduler/             in diffusers' format; tokenizer_2/ for SDXL
-      text_encoder/model.onnx           input_ids -> hidden states; text_encoder_2/ also the pooled ones
+      text_encoder/model.onnx           input_ids -> last_hidden_state; text_encoder_2/ also text_embeds
       unet/model.onnx                   sample, timestep, encoder_hidden_states (text_embeds, time_ids) -> out_sample
-      vae_decoder/model.onnx            latent_sample (unscaled) -> image in [-1, 1]
+      vae_decoder/model.onnx            latent_sample (unscaled) -> sample, an image in [-1, 1]
 
-Folders and inputs are named as Hugging Face's optimum names them. A graph takes one image of one size, in float32,
-which CPUs compute fastest. torch's own exporter writes it and needs the packages onnx and onnxscript.
+Folders, inputs and outputs of SD's graphs are named as Hugging Face's optimum names them. SDXL's text encoders differ:
+they return the second to last hidden state, which optimum expects beside all others. A graph takes one image of one
+size, in float32, which CPUs compute fastest. torch's own exporter writes it and needs the packages onnx and onnxscript.
 """
 
 from __future__ import annotations
@@ -32,10 +34,17 @@ from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import atomically
 from echodistill_cli.models.load import load_schedule
-from echodistill_cli.outputs.apply import trailing_scheduler
+from echodistill_cli.outputs.apply import plain_pipeline
+from echodistill_cli.outputs.hub import make_portable
 
 SETTINGS_FILE = "echodistill.json"
 GRAPH = "model.onnx"
+_OUTPUTS = {
+    "text_encoder": ("last_hidden_state",),
+    "text_encoder_2": ("last_hidden_state", "text_embeds"),
+    "unet": ("out_sample",),
+    "vae_decoder": ("sample",),
+}
 
 
 def check_onnx(*packages: str) -> None:
@@ -65,13 +74,25 @@ def save_onnx(pair: ModelPair, folder: Path, size: int) -> None:
     with atomically(folder) as temporary:
         for name, (module, inputs) in _graphs(pair, size).items():
             (temporary / name).mkdir(parents=True)
-            _export(module, inputs, temporary / name / GRAPH)
+            _export(module, inputs, _OUTPUTS[name], temporary / name / GRAPH)
         for name, tokenizer in zip(("tokenizer", "tokenizer_2"), pair.encoder.tokenizers, strict=False):
             tokenizer.save_pretrained(temporary / name)
-        trailing_scheduler(pair, "student").save_pretrained(temporary / "scheduler")
+        _save_configs(pair, temporary)
+        make_portable(temporary)
         (temporary / SETTINGS_FILE).write_text(
             json.dumps(_graph_settings(pair, size), indent=2) + "\n", encoding="utf-8"
         )
+
+
+def _save_configs(pair: ModelPair, folder: Path) -> None:
+    """Write the configuration of the pipeline and of each graph."""
+    pipeline = plain_pipeline(pair, "student")
+    pipeline.save_config(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    pipeline.unet.save_config(folder / "unet")
+    pair.codec.decoder.save_config(folder / "vae_decoder")
+    for name, encoder in zip(("text_encoder", "text_encoder_2"), pair.encoder.encoders, strict=False):
+        encoder.config.save_pretrained(folder / name)
 
 
 def _graph_settings(pair: ModelPair, size: int) -> dict[str, Any]:
@@ -153,11 +174,27 @@ class _Decoder(nn.Module):
         return self.vae.decode(latent_sample).sample
 
 
-def _export(module: nn.Module, inputs: Mapping[str, Tensor], path: Path) -> None:
+def _export(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], path: Path) -> None:
     with torch.no_grad(), _silence():
-        program = torch.onnx.export(module.eval(), (), kwargs=dict(inputs), dynamo=True, verbose=False)
+        program = torch.onnx.export(
+            module.eval(), (), kwargs=dict(inputs), output_names=outputs, dynamo=True, verbose=False
+        )
         assert program is not None
+        _remove_traces(program.model)
         program.save(path, external_data=True)
+
+
+def _remove_traces(model: Any) -> None:
+    """Remove the exporter's notes from a graph: they hold stack traces with paths of this machine."""
+    functions = list(model.functions.values())
+    for graph in (model.graph, *functions):
+        nodes = list(graph.all_nodes())
+        values = [value for node in nodes for value in node.outputs]
+        for part in (graph, *nodes, *values, *graph.inputs, *getattr(graph, "initializers", {}).values()):
+            part.metadata_props.clear()
+            part.doc_string = None
+    model.metadata_props.clear()
+    model.doc_string = None
 
 
 @contextlib.contextmanager

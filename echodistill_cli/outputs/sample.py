@@ -24,7 +24,7 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import make_folder, public_name
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.apply import attach_lora, fold_lora, read_token_file
+from echodistill_cli.outputs.apply import attach_lora, fold_lora
 from echodistill_cli.outputs.artifact import Artifact, find
 from echodistill_cli.outputs.onnx import load_onnx, read_settings
 from echodistill_cli.outputs.requests import SampleRequest, prompt_notes, setting_notes
@@ -223,7 +223,7 @@ def _attach(generator: _Generator, request: SampleRequest, on_message: OnMessage
     """
     pair, tokens = generator.pair, list[str]()
     for index, (artifact, scale) in enumerate(generator.artifacts):
-        lora, token_file = artifact.lora(request.role), artifact.token_file
+        lora = artifact.lora(request.role)
         role = artifact.metadata(request.role).get("echodistill.role", request.role)
         if role != request.role:
             on_message(f"{lora.name} was trained for the {role}. Use it with --role {role}.")
@@ -231,13 +231,13 @@ def _attach(generator: _Generator, request: SampleRequest, on_message: OnMessage
             _fold(pair, request, lora, scale)
         else:
             attach_lora(pair, request.role, lora, scale)
-        if not token_file or not scale:  # scale 0 means the base model, which has not learned the token
+        if not artifact.token or not scale:  # scale 0 means the base model, which has not learned the token
             continue
-        if token_file.stem in tokens:
-            raise ConfigError(f"Two LoRAs learned the token {token_file.stem!r}.", "Name only one of them with --lora.")
-        tokens.append(token_file.stem)
-        token = LearnedToken(pair.encoder, token_file.stem, "a").to(pair.device)
-        token.set_vectors(read_token_file(token_file))
+        if artifact.token in tokens:
+            raise ConfigError(f"Two LoRAs learned the token {artifact.token!r}.", "Name only one of them with --lora.")
+        tokens.append(artifact.token)
+        token = LearnedToken(pair.encoder, artifact.token, "a").to(pair.device)
+        token.set_vectors(list(artifact.file_vectors().values()))
 
 
 def _fold(pair: ModelPair, request: SampleRequest, lora: Path, scale: float) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.lora.read import read_lora
+from echodistill_cli.lora.inspect import inspect_file
+from echodistill_cli.lora.read import read_lora, read_token_file
 from echodistill_cli.lora.safetensors_io import serialize, write_safetensors
 from echodistill_cli.lora.tensors import diffusers_tensors, kohya_tensors
 from tests.helpers.lora_files import SMALL, random_adapters, random_weights, tiny_sd, tiny_sdxl
@@ -100,8 +103,10 @@ def test_keys_that_match_no_module_of_the_model_are_refused_by_name(tmp_path: Pa
     write_safetensors(path, kohya_tensors([SMALL], "sd", torch.float16), {})
     with pytest.raises(ModelError, match=r"lora_unet_mid_block_\S+ matches no module.*family .sd2"):
         read_lora(path).to_peft({"unet": ["conv_in"]})
-    write_safetensors(path, kohya_tensors([SMALL], "sd", torch.float16) | {"bundle_emb.sks.clip_l": torch.ones(2)}, {})
-    with pytest.raises(ModelError, match=r"1 of its keys are unknown, such as bundle_emb\.sks\.clip_l"):
+    write_safetensors(
+        path, kohya_tensors([SMALL], "sd", torch.float16) | {"lora_unet_strange.weight": torch.ones(2)}, {}
+    )
+    with pytest.raises(ModelError, match=r"1 of its keys are unknown, such as lora_unet_strange\.weight"):
         read_lora(path).to_peft()
 
 
@@ -111,3 +116,107 @@ def test_a_file_of_several_ranks_comes_back_in_several_parts(tmp_path: Path) -> 
     file = read_lora(tmp_path / "a")
     assert (file.format, file.family) == ("kohya", "sd2")
     assert [(part.rank, part.alpha, len(part.tensors)) for part in file.to_peft()] == [(2, 2.0, 2), (3, 3.0, 2)]
+
+
+MODULE = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def peft_file(path: Path, **fields: Any) -> Path:
+    """A LoRA of rank 4 whose header has these fields of peft's configuration."""
+    tensors = {f"unet.{MODULE}.lora_A.weight": torch.ones(4, 1024), f"unet.{MODULE}.lora_B.weight": torch.ones(8, 4)}
+    header = {f"unet.{key}": value for key, value in {"r": 4, "lora_alpha": 4, **fields}.items()}
+    save_file(tensors, path, {"lora_adapter_metadata": json.dumps(header)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fields", "scale"),
+    [
+        ({}, 1.0),
+        ({"lora_alpha": 8}, 2.0),
+        ({"lora_alpha": 8, "use_rslora": True}, 4.0),
+        ({"alpha_pattern": {MODULE: 16}}, 4.0),
+        ({"alpha_pattern": {"attn2.to_k": 16}}, 4.0),
+        ({"alpha_pattern": {"^" + MODULE: 16, "to_k": 32}}, 4.0),
+        ({"alpha_pattern": {".*attn2.*": 16}, "use_rslora": True}, 8.0),
+        ({"alpha_pattern": {"attn1.to_k": 16}}, 1.0),
+        ({"rank_pattern": {MODULE: 4}, "r": 32, "lora_alpha": 4}, 1.0),
+    ],
+)
+def test_the_header_of_peft_gives_each_module_its_strength(
+    fields: dict[str, Any], scale: float, tmp_path: Path
+) -> None:
+    file = read_lora(peft_file(tmp_path / "a.safetensors", **fields))
+    assert file.modules[0].scale == scale
+    (part,) = file.to_peft()
+    assert part.alpha / part.rank == scale
+    assert inspect_file(file.path).scales == (scale,)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"lora_alpha": "strong"},
+        {"lora_alpha": float("inf")},
+        {"use_dora": True},
+        {"alpha_pattern": {"(a+)+": 8}},
+        {"alpha_pattern": {"(": 8}},
+        {"alpha_pattern": [1]},
+    ],
+)
+def test_a_header_that_leaves_the_strength_open_is_refused(fields: dict[str, Any], tmp_path: Path) -> None:
+    file = read_lora(peft_file(tmp_path / "a.safetensors", **fields))
+    with pytest.raises(ModelError, match="its header"):
+        file.to_peft()
+    assert any("strength is not known" in note for note in inspect_file(file.path).notes)
+
+
+def test_deep_brackets_in_a_header_end_in_one_line(tmp_path: Path) -> None:
+    deep = {"lora_adapter_metadata": "[" * 100_000, "ss_tag_frequency": '{"a": {"b": 1e999}}'}
+    tensors = {f"unet.{MODULE}.lora_A.weight": torch.ones(4, 1024), f"unet.{MODULE}.lora_B.weight": torch.ones(8, 4)}
+    save_file(tensors, tmp_path / "a.safetensors", deep)
+    assert inspect_file(tmp_path / "a.safetensors").triggers == ()
+    with pytest.raises(ModelError, match="cannot be read"):
+        read_lora(tmp_path / "a.safetensors").to_peft()
+
+
+def test_a_pipe_is_refused_without_opening_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(ModelError, match="is not a regular file"):
+        read_lora(tmp_path / "pipe.safetensors")
+    with pytest.raises(ModelError, match="is not a regular file"):
+        read_lora(Path("/dev/zero"))
+
+
+def test_control_characters_of_a_header_are_not_shown(tmp_path: Path) -> None:
+    file = peft_file(tmp_path / "a.safetensors")
+    save_file(load_file(file), file, {"ss_sd_model_name": "\x1b]0;owned\x07", "modelspec.trigger_phrase": "\x1b[2Jdog"})
+    inspection = inspect_file(file)
+    assert "\x1b" not in f"{inspection.base_model}{inspection.triggers}"
+    save_file({"\x1b[2J": torch.ones(1)}, file)
+    with pytest.raises(ModelError, match="control characters"):
+        read_lora(file)
+
+
+def test_integers_are_no_weights_of_a_lora(tmp_path: Path) -> None:
+    name = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, 8, dtype=torch.int8),
+        f"{name}.lora_up.weight": torch.ones(8, 2),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match="has dtype I8"):
+        read_lora(tmp_path / "a.safetensors")
+
+
+def test_a_token_of_one_dimension_and_a_bundled_one_are_read(tmp_path: Path) -> None:
+    vector = torch.randn(1024)
+    save_file({"sks": vector}, tmp_path / "sks.safetensors")
+    assert torch.equal(read_token_file(tmp_path / "sks.safetensors")[0], vector[None])
+    bundle = {"bundle_emb.sks.string_to_param.*": vector[None]}
+    write_safetensors(tmp_path / "a.safetensors", kohya_tensors([SMALL], "sd", torch.float16) | bundle, {})
+    file = read_lora(tmp_path / "a.safetensors")
+    assert not file.unmatched
+    token, vectors = file.token_vectors() or ("", {})
+    assert (token, list(vectors)) == ("sks", ["text_encoder"])
+    assert len(file.to_peft()) == 1

@@ -64,7 +64,8 @@ def test_the_web_uis_hide_a_file_whose_header_does_not_name_its_family(tmp_path:
         weights = [constant_weights(["mid_block.attentions.0.transformer_blocks.0.attn2.to_k"], context)]
         tensors = kohya_tensors(weights, header_fields(family).family, torch.float16)
         verdicts = by_reader(inspection_of(tmp_path, tensors, {"format": "pt"}))
-        assert all(said in verdicts[reader].text for reader in ("A1111", "Forge"))
+        assert said in verdicts["A1111"].text
+        assert verdicts["Forge"].loads == "fully"
         assert verdicts["A1111"].loads == "hidden"
         assert verdicts["ComfyUI"].loads == "fully"
         minimal = header(header_fields(family), tensors, minimal=True)
@@ -74,10 +75,9 @@ def test_the_web_uis_hide_a_file_whose_header_does_not_name_its_family(tmp_path:
 def test_the_web_uis_hide_a_file_of_sd1_whose_header_says_sd2(tmp_path: Path) -> None:
     tensors = kohya_pair("lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k", 768)
     verdicts = by_reader(inspection_of(tmp_path, tensors, {"ss_v2": "True", "ss_base_model_version": "sd_v2"}))
-    for reader in ("A1111", "Forge"):
-        assert verdicts[reader].loads == "hidden"
-        assert "Hidden with SD 1 models: the header says ss_v2 = True" in verdicts[reader].text
-    assert verdicts["ComfyUI"].loads == "fully"
+    assert verdicts["A1111"].loads == "hidden"
+    assert "Hidden with SD 1 models: the header says ss_v2 = True" in verdicts["A1111"].text
+    assert [verdicts[reader].loads for reader in ("ComfyUI", "Forge")] == ["fully", "fully"]
     verdicts = by_reader(inspection_of(tmp_path, tensors, {"ss_v2": "False", "ss_base_model_version": "sd_v1"}))
     assert [verdicts[reader].loads for reader in ("A1111", "Forge")] == ["fully", "fully"]
 
@@ -134,3 +134,41 @@ def test_a_lora_for_another_model_is_not_judged_by_names_it_cannot_have(tmp_path
     assert found.family == "unknown"
     assert by_reader(found)["diffusers"].loads == "fully"
     assert "Unknown: the file fits no" in by_reader(found)["ComfyUI"].text
+
+
+HALVES = {"down": (2, 1024), "up": (4, 2)}
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+
+
+def test_diffusers_loses_what_another_naming_scheme_names_in_the_same_file(tmp_path: Path) -> None:
+    tensors = {f"unet.{ATTENTION}.to_k.lora.{part}.weight": torch.ones(size) for part, size in HALVES.items()}
+    tensors |= {f"unet.conv_in.lora_{letter}.weight": torch.ones(2, 2) for letter in "AB"}
+    verdict = by_reader(inspection_of(tmp_path, tensors))["diffusers"]
+    assert verdict.loads == "partly"
+    assert "mix two naming schemes" in verdict.text
+
+
+def test_kohya_names_with_an_old_suffix_are_read_by_comfyui_alone(tmp_path: Path) -> None:
+    module = f"lora_unet_{ATTENTION.replace('.', '_')}_to_k_lora"
+    tensors = {f"{module}.{part}.weight": torch.ones(size) for part, size in HALVES.items()}
+    loads = {name: verdict.loads for name, verdict in by_reader(inspection_of(tmp_path, tensors)).items()}
+    assert loads == {"diffusers": "no", "ComfyUI": "fully", "A1111": "no", "Forge": "fully", "sd-scripts": "no"}
+
+
+def test_alpha_alone_is_nothing_that_a_reader_applies(tmp_path: Path) -> None:
+    module = f"lora_unet_{ATTENTION.replace('.', '_')}_to_k"
+    parts = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    tensors = {f"{module}.{part}": torch.ones(2, 2) for part in parts} | {f"{module}.alpha": torch.tensor(1.0)}
+    tensors |= kohya_pair(f"lora_unet_{ATTENTION.replace('.', '_')}_to_v")
+    verdict = by_reader(inspection_of(tmp_path, tensors))["sd-scripts"]
+    assert verdict.matched == 2
+
+
+def test_diffusers_gives_mixed_ranks_with_their_own_alphas_another_strength(tmp_path: Path) -> None:
+    tensors = {}
+    for name, rank in (("k", 4), ("v", 2)):
+        module = f"lora_unet_{ATTENTION.replace('.', '_')}_to_{name}"
+        tensors |= kohya_pair(module, rank=rank) | {f"{module}.alpha": torch.tensor(float(rank))}
+    inspection = inspection_of(tmp_path, tensors)
+    assert inspection.scales == (1.0,)
+    assert by_reader(inspection)["diffusers"].text.startswith("Loads 1 of 2 modules at another strength")

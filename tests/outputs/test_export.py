@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -265,6 +266,28 @@ def test_the_names_and_values_in_a_checkpoint_are_those_of_a_second_mapping(
             torch.testing.assert_close(found[name], expected[name].to(found[name]), rtol=0, atol=0.01)
 
 
+def paths_in(folder: Path, *places: Path) -> list[str]:
+    """The files below a folder in which one of these paths stands."""
+    marks = [str(place).encode() for place in (Path.home(), Path(diffusers.__file__).parents[1], *places)]
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.name for path in files if any(mark in path.read_bytes() for mark in marks))
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_no_exported_byte_tells_a_path_of_this_machine(
+    make_case: Callable[..., Case], family: str, tmp_path: Path
+) -> None:
+    case = make_case(family)
+    export_files(
+        case.run.folder, layouts=("kohya", "diffusers", "pipeline", "checkpoint", "onnx"), output=tmp_path / "new"
+    )
+    assert paths_in(tmp_path / "new", case.run.folder.parent, case.pair[0].parent, Path.cwd()) == []
+    for folder in (tmp_path / "new").iterdir():
+        for tokenizer in folder.glob("tokenizer*"):
+            assert json.loads((tokenizer / "vocab.json").read_text())
+            assert (tokenizer / "merges.txt").read_text().startswith("#version")
+
+
 def test_a_merged_text_encoder_has_the_names_that_every_transformers_reads(
     make_case: Callable[..., Case], tmp_path: Path
 ) -> None:
@@ -310,9 +333,12 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_as_a_whole(
     layouts = ("kohya", "pipeline", "checkpoint")
     files = export_files(case.run.folder, layouts=layouts, output=tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert export_files(case.run.folder, layouts=layouts, output=tmp_path) == files
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     for layout in layouts:
         with pytest.raises(ConfigError, match="exists already"):
-            export_files(case.run.folder, layouts=(layout,), output=tmp_path)
+            export_files(case.run.folder, layouts=(layout,), output=tmp_path, dtype="bf16")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     again = export_files(case.run.folder, layouts=layouts, output=tmp_path, overwrite=True)
     assert again == files
 

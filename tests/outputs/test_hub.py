@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import re
+import shutil
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import close_session
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -203,6 +206,55 @@ def test_what_is_no_path_is_told_as_it_is(run: Run) -> None:
     told = tomllib.loads(hub.public_settings(dataclasses.replace(run.config, model=model, run=drawn)))
     assert names.items() <= told["model"].items()
     assert told["run"]["sample_prompts"] == list(prompts)
+
+
+def test_only_samples_inside_the_run_are_sent_of_what_a_card_shows(run: Run, tmp_path: Path) -> None:
+    crafted = Run(Path(shutil.copytree(run.folder, tmp_path / "run")), run.config)
+    (tmp_path / "secret.png").write_bytes(b"secret")
+    (crafted.folder / "notes.png").write_bytes(b"notes")
+    (crafted.samples / "link.png").symlink_to(tmp_path / "secret.png")
+    state = next(crafted.checkpoints.glob("*/state.pt")).relative_to(crafted.folder)
+    links = [str(state), "notes.png", "samples/link.png", "samples/../notes.png", "../secret.png", "/etc/passwd"]
+    with (crafted.folder / "README.md").open("a") as card:
+        card.write("".join(f"![x]({link})\n" for link in links))
+    assert sorted(hub.run_files(crafted)) == EXPECTED
+
+
+def test_a_run_whose_settings_name_files_elsewhere_is_not_opened(run: Run, tmp_path: Path) -> None:
+    crafted = shutil.copytree(run.folder, tmp_path / "run")
+    for line in ('token = "../../secret"', 'token = "/etc/secret"'):
+        text = re.sub("(?m)^token = .*$", line, (run.folder / "config.toml").read_text())
+        (crafted / "config.toml").write_text(text)
+        with pytest.raises(ConfigError, match="cannot be used as a file name"):
+            export(ExportRequest(crafted, output=tmp_path / "out", push_to="me/dog", dry_run=True))
+
+
+def test_a_second_push_keeps_equal_files_and_a_dry_run_never_minds_them(run: Run, server: _Hub, tmp_path: Path) -> None:
+    export(ExportRequest(run.folder, output=tmp_path, dtype="bf16"))
+    before = (tmp_path / "sks-dog.safetensors").read_bytes()
+    assert list(export(ExportRequest(run.folder, output=tmp_path, push_to="me/dog", dry_run=True)).sent) == EXPECTED
+    export(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
+    assert sent_files(server)["sks-dog.safetensors"] == before == (tmp_path / "sks-dog.safetensors").read_bytes()
+
+
+@pytest.mark.usefixtures("server")
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("HTTP_PROXY", "http://127.0.0.1:1", "Check the"),
+        ("HTTP_PROXY", "gopher://nowhere", "Check the proxy settings"),
+    ],
+)
+def test_a_failed_push_names_the_fitting_remedy(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("NO_PROXY", "")
+    close_session()
+    with pytest.raises(EchoDistillError, match=remedy) as caught:
+        export(ExportRequest(run.folder, output=tmp_path, push_to="me/dog"))
+    close_session()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_refusal_is_one_line_and_the_exported_file_stays(run: Run, server: _Hub, tmp_path: Path) -> None:
