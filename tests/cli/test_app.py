@@ -80,7 +80,7 @@ def test_shell_completion_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train p --lr fast", "'fast' is not a number"),
         ("train p --lr", "requires an argument"),
         ("train p q", "unexpected extra argument"),
-        ("train p --rank 0", "adapter.rank = 0 is below 1"),
+        ("train p --rank 0", "--rank 0 is below 1"),
         ("train p --set echo.teacher_share=1.5", "above 1"),
         ("train p --precision fp61", "Did you mean 'fp16'?"),
         ("train p --text tokens", "Did you mean 'token'?"),
