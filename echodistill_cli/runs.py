@@ -52,7 +52,7 @@ OnMessage = Callable[[str], None]
 CONFIG_FILE = "config.toml"
 SAMPLES = "samples"
 # Settings that may change when a run is resumed: its length, its device, and what the hints suggest to a run that
-# diverged or ran out of memory. None of them changes what is computed.
+# diverged or ran out of memory. The steps before stay valid; those after use the new value.
 _FREE_TO_CHANGE = {
     *("concept.photos", "concept.min_photos", "model.device", "model.offline", "model.precision"),
     *("train.steps", "train.lr", "train.teacher_lr", "train.text_lr", "train.discriminator_lr"),

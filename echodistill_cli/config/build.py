@@ -37,6 +37,9 @@ RETIRED: Mapping[str, Any] = {
     "echo.teacher_steps": 1,
     "echo.null_share": 0.0,
 }
+# Keys that came after the first hashes, with the value at which each does nothing. `config_hash` leaves a key out at
+# that value, so that adding a setting does not change the hash of a run that does not use it.
+ADDED: Mapping[str, Any] = {"model.student_timestep": None}
 
 
 @dataclass(frozen=True)
@@ -262,8 +265,10 @@ def config_hash(config: Config) -> str:
     tables = config_to_dict(config)
     tables["run"] = {"seed": config.run.seed}
     del tables["concept"]["photos"]
-    if config.model.student_timestep is None:  # younger than the hashes in LoRA headers and benchmark rows
-        del tables["model"]["student_timestep"]
+    for key, neutral in ADDED.items():
+        section, _, name = key.partition(".")
+        if tables[section][name] == _to_plain(neutral):
+            del tables[section][name]
     _merge_dotted(tables, {key: _to_plain(neutral) for key, neutral in RETIRED.items()})
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()
 
