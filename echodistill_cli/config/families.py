@@ -6,8 +6,10 @@ To add a family:
 2. a row in `ARCHITECTURES` of `lora/keys.py`, from which the module names in LoRA files follow;
 3. a folder `models/configurations/NAME` with the JSON files of the published model.
 
-Loading, training, sampling and memory plans then work. What other tools read is written per family: the kohya prefixes
-in `lora/keys.py`, the header in `lora/header.py`, and the one-file layout in `models/single_file.py`.
+That holds for UNets that predict noise or velocity and are conditioned on CLIP text encoders: planning, loading and the
+training steps then work. A run also writes files for other tools, whose formats name each family: `KOHYA_PREFIXES` in
+`lora/keys.py`, the token's keys in `lora/tensors.py`, the header in `lora/header.py`. Without them a run fails when it
+writes its LoRA. The one-file layout in `models/single_file.py` and ONNX graphs are needed only for these exports.
 """
 
 from __future__ import annotations
