@@ -92,7 +92,7 @@ def discard(folder: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Settle what killed processes left of a path: restore an old version that nothing replaced, delete the rest."""
+    """Restore an old version of a path that a killed process moved aside; delete what else it left."""
     for leftover, target, is_old in _leftovers(path.parent):
         if target.name == path.name:
             _settle(leftover, target, is_old=is_old)
@@ -133,7 +133,7 @@ def locked(file: Path, use: str) -> Iterator[None]:
 
 
 def read_json_lines(path: Path) -> tuple[list[Any], int]:
-    """Return the values of a JSON Lines file, and how many lines are damaged, such as by a full disk or a crash.
+    """Return the values of a JSON Lines file, and how many lines a crash or a full disk damaged.
 
     A last line that was cut off does not count as damaged.
     """
@@ -251,7 +251,7 @@ def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
 
 
 def _lock(file: Path) -> tuple[int | None, int | None]:
-    """Return the descriptor of a lock file if the lock is held, and the ID of another process that holds it."""
+    """Return the descriptor of the lock if it was taken, or the ID of the process that holds it."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -130,7 +130,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Context in which SIGTERM raises `Terminated` and SIGINT `KeyboardInterrupt`; provides the signals that came.
+    """Context in which SIGTERM raises `Terminated`, SIGINT `KeyboardInterrupt`; yields what came.
 
     Libraries that are being imported turn the exception into one of their own.
     """

@@ -104,7 +104,7 @@ def resumable_state(
 
 
 def photo_changes(recorded: Sequence[Mapping[str, str]], current: Sequence[Mapping[str, str]]) -> str:
-    """Return in words how the photos differ from those of a checkpoint, such as "the mask of 1.png"; "" if not.
+    """Return in words how the photos differ from those of a checkpoint; "" if they do not.
 
     Args:
         recorded: `photo_records` of the checkpoint.
