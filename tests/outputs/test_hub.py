@@ -244,8 +244,9 @@ def test_a_second_push_keeps_equal_files_and_a_dry_run_never_minds_them(run: Run
         ("HTTP_PROXY", "gopher://nowhere", "Check the proxy settings"),
     ],
 )
+@pytest.mark.usefixtures("server")
 def test_a_failed_push_names_the_fitting_remedy(
-    run: Run, server: _Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
 ) -> None:
     monkeypatch.setenv(variable, value)
     monkeypatch.setenv("NO_PROXY", "")
