@@ -245,6 +245,7 @@ def test_a_second_push_keeps_equal_files_and_a_dry_run_never_minds_them(run: Run
         ("HTTP_PROXY", "gopher://nowhere", "Check the proxy settings"),
     ],
 )
+@pytest.mark.usefixtures("server")
 def test_a_failed_push_names_the_fitting_remedy(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
 ) -> None:
