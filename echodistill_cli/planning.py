@@ -157,13 +157,13 @@ def check_settings(config: Config) -> None:
         ModelError: the distillation LoRA or a model on this machine is damaged or not supported.
     """
     concept, is_learned = config.concept, config.text.form == "token"
-    check_token(_NoVocabulary(), concept.token, concept.class_name, learned=True)
     pick_device(config.model.device)
     _check_writable(config.output)
     if config.model.student_lora:
         read_header(Path(config.model.student_lora))
     local = replace(config.model, offline=True)
     if planned_downloads(replace(config, model=local)):
+        check_token(_NoVocabulary(), concept.token, concept.class_name, learned=True)
         return
     try:
         tokenizers = check_pair(local)
