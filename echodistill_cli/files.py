@@ -1,4 +1,4 @@
-"""Write files atomically, recover after a kill, lock, explain failed writes, and show paths without their folders.
+"""Write files atomically, recover after a kill, lock, explain failed writes, and shorten shown paths.
 
 While `NAME` is written it is called `.NAME.PID.tmp`. A folder that it replaces is called `.NAME.PID.old.tmp` until the
 new one is in place. `recover` settles what a killed process left under these names.
@@ -92,7 +92,7 @@ def discard(folder: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Settle what killed processes left of a path: restore an old version that nothing replaced, delete the rest."""
+    """Settle a path after a kill: restore an old version that nothing replaced, delete other leftovers."""
     for leftover, target, is_old in _leftovers(path.parent):
         if target.name == path.name:
             _settle(leftover, target, is_old=is_old)
@@ -133,7 +133,7 @@ def locked(file: Path, use: str) -> Iterator[None]:
 
 
 def read_json_lines(path: Path) -> tuple[list[Any], int]:
-    """Return the values of a JSON Lines file, and how many lines are damaged, such as by a full disk or a crash.
+    """Return the values of a JSON Lines file and its number of lines damaged by a full disk or a crash.
 
     A last line that was cut off does not count as damaged.
     """
@@ -251,7 +251,7 @@ def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
 
 
 def _lock(file: Path) -> tuple[int | None, int | None]:
-    """Return the descriptor of a lock file if the lock is held, and the ID of another process that holds it."""
+    """Return the lock file's descriptor if the lock is held, and the ID of another process that holds it."""
     try:
         import fcntl
     except ImportError:  # Windows

@@ -205,7 +205,7 @@ _ENCODERS = {"clip", "dino", "dinov2", "teacher", "none"}  # names, even where a
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """Return the settings with local models and photos by absolute paths, so that a run works from any folder."""
+    """Make the paths of local models and photos absolute, so that a run works from any folder."""
     sections = {}
     for section, keys in _LOCAL.items():
         settings = getattr(config, section)

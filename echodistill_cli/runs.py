@@ -121,7 +121,7 @@ class Run:
         return damaged
 
     def save_checkpoint(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write a checkpoint with the settings that decide its content, delete the oldest, and return its folder.
+        """Write a checkpoint and the settings that determine it, delete the oldest, and return its folder.
 
         Args:
             step: joint training steps so far.
@@ -234,7 +234,7 @@ def check_name(config: Config) -> None:
 
 
 def check_output(config: Config, *, overwrite: bool) -> None:
-    """Check that a new run may be created at `config.output`; changes nothing but what a killed process left.
+    """Check that a new run may use `config.output`; changes only what a killed process left behind.
 
     Args:
         config: of the new run.

@@ -130,7 +130,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def signals() -> Iterator[list[int]]:
-    """Context in which SIGTERM raises `Terminated` and SIGINT `KeyboardInterrupt`; provides the signals that came.
+    """Raise `Terminated` on SIGTERM and `KeyboardInterrupt` on SIGINT; yield the signals received.
 
     Libraries that are being imported turn the exception into one of their own.
     """
@@ -154,7 +154,9 @@ def signals() -> Iterator[list[int]]:
 
 
 class _Stream:
-    """stdout or stderr that can be written to whatever it is: it escapes letters and survives a full or closed pipe.
+    """A wrapper of stdout or stderr that accepts any text and survives a full or closed pipe.
+
+    Letters that the stream cannot encode are escaped.
 
     Args:
         stream: None if the program was started with it closed.
