@@ -1,4 +1,4 @@
-"""Write files atomically, recover after a kill, lock, explain failed writes, and show paths without their folders.
+"""Write files atomically, recover after a kill, lock, explain failed writes, and shorten shown paths.
 
 While `NAME` is written it is called `.NAME.PID.tmp`. A folder that it replaces is called `.NAME.PID.old.tmp` until the
 new one is in place. `recover` settles what a killed process left under these names.

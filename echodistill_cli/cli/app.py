@@ -154,7 +154,9 @@ def signals() -> Iterator[list[int]]:
 
 
 class _Stream:
-    """stdout or stderr that can be written to whatever it is: it escapes letters and survives a full or closed pipe.
+    """A wrapper of stdout or stderr that accepts any text and survives a full or closed pipe.
+
+    Letters that the stream cannot encode are escaped.
 
     Args:
         stream: None if the program was started with it closed.

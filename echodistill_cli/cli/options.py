@@ -253,7 +253,7 @@ def _typed_name(key: str) -> str:
 
 @contextmanager
 def naming_flags(flags: Iterable[str]) -> Iterator[None]:
-    """Context in which an error about a setting names the flag that gave it: --steps 0, not train.steps = 0.
+    """Make an error about a setting name the flag that gave it: --steps 0, not train.steps = 0.
 
     Args:
         flags: dotted keys of the settings that flags gave.

@@ -1,4 +1,4 @@
-"""The `sample` command: generate images with a trained LoRA. Also declares the options it shares with `evaluate`."""
+"""The `sample` command: generate images with a trained LoRA; also the options shared with `evaluate`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Build a `Config` from defaults, a preset, a memory plan, a TOML file and overrides, in this order; write it as TOML.
+"""Build a `Config` from presets, files and flags, and write it as TOML.
+
+Later sources win: the defaults, a preset, a memory plan, a TOML file, overrides.
 
 TOML has no null: the text "off" stands for `None`, in files and on the command line alike.
 """
@@ -78,7 +80,7 @@ def build_config(
     overrides: Mapping[str, Any] | None = None,
     fitted: Mapping[str, Any] | None = None,
 ) -> Config:
-    """Build a `Config` from the defaults, a preset, a memory plan, a TOML file and overrides; later ones win.
+    """Build a `Config` from defaults, a preset, a memory plan, a TOML file and overrides; later ones win.
 
     Args:
         model: name of a preset, or hub id, folder or file of a student.
@@ -116,7 +118,7 @@ def build_config(
 
 
 def toy_warning(config: Config, longest_side: int) -> str | None:
-    """Return what a toy model cannot do with a subject; None for other models, and for what the toy was made for.
+    """Return a warning if the student is a toy model that was not made for this subject, else None.
 
     Args:
         config: of the run.
@@ -136,7 +138,10 @@ def toy_warning(config: Config, longest_side: int) -> str | None:
 
 
 def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, is_preset: bool) -> None:
-    """Make a base model with a distillation LoRA its own teacher; drop the preset's revision for another teacher."""
+    """Make a base model with a distillation LoRA its own teacher.
+
+    For a teacher other than the preset's, drop the preset's revision.
+    """
     has_lora = model.get("student_lora", OFF) not in (None, OFF)
     if has_lora and not is_preset and model.get("teacher") == preset_model.get("teacher"):
         model |= {"teacher": model.get("student"), "teacher_revision": model.get("student_revision")}
@@ -218,7 +223,7 @@ def config_to_toml(config: Config) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a configuration file: sections, types, bounds, choices, defaults, descriptions."""
+    """Return the JSON Schema of a configuration file: types, bounds, choices, defaults, descriptions."""
     defaults = config_to_dict(Config())
     sections = {
         section: {
@@ -285,7 +290,7 @@ def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> An
 
 
 def _check_characters(name: str, value: Any) -> None:
-    """Refuse texts that no file can hold, and control characters, which an unescaped Windows path turns into."""
+    """Reject invalid Unicode and control characters, such as those from an unescaped Windows path."""
     is_list = isinstance(value, list | tuple)
     for text in filter(lambda item: isinstance(item, str), value if is_list else [value]):
         if re.search(r"[\ud800-\udfff]", text):

@@ -163,7 +163,7 @@ def family_of_unet(settings: Mapping[str, Any]) -> Family:
 
 
 def _unet_settings(source: str | Path) -> dict[str, Any] | None:
-    """Return the UNet's configuration of a model folder, or of a hub id whose configuration is in the cache."""
+    """Return the UNet configuration of a model folder or a cached hub id; None if there is none."""
     try:
         path = expanded(source)
         folder = path if path.is_dir() else None if path.is_file() else _cached_folder(str(source))
@@ -181,7 +181,7 @@ def _cached_folder(source: str) -> Path | None:
 
 
 def native_resolution(source: str | Path) -> int | None:
-    """Return the side of the images that a base model was made for, in pixels; None if it is not known here."""
+    """Return the native image size of a base model in pixels; None if it is not known here."""
     size = (_unet_settings(source) or {}).get("sample_size")
     if isinstance(size, int):
         return size * _PIXELS_PER_LATENT
@@ -189,7 +189,7 @@ def native_resolution(source: str | Path) -> int | None:
 
 
 def family_of_source(source: str | Path) -> Family | None:
-    """Return the family of a model folder, cached hub id or one-file checkpoint; None if it is not known here."""
+    """Return the family of a model folder, cached hub id or single-file checkpoint; None if unknown here."""
     if settings := _unet_settings(source):
         return family_of_unet(settings)
     try:

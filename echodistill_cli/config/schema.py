@@ -1,4 +1,4 @@
-"""One frozen, validated `Config` per run: its sections, their bounds, and what contradicts what. No torch.
+"""One frozen, validated `Config` per run: its sections, their bounds and their conflicts. No torch.
 
 Each dataclass below is a table of a configuration file. `None` means off and is written as "off". Where a default
 differs from the paper's, a comment gives the reason. `config.build` makes a `Config` from presets, files and flags.

@@ -145,7 +145,7 @@ def _why_unidentified(path: Path, header: bytes) -> str:
 
 
 def _require_photo(image: Image.Image, path: Path, header: bytes) -> None:
-    """Refuse a TIFF whose first image is a small preview: camera raw files (DNG, NEF, CR2, ...) begin with one."""
+    """Reject a TIFF that begins with a small preview, as camera raw files (DNG, NEF, CR2, ...) do."""
     if image.format != "TIFF":
         return
     tags = getattr(image, "tag_v2", {})
@@ -364,7 +364,7 @@ def save_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = N
 
 
 def save_new_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> bool:
-    """Write a PNG unless the name is taken, also by another process at the same time; return whether it was written.
+    """Write a PNG unless the name is taken, even by a concurrent process; return whether it was written.
 
     Raises:
         EchoDistillError: the file cannot be written.
@@ -383,7 +383,7 @@ def save_new_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None
 
 
 def a1111_text(prompt: str, fields: Mapping[str, object]) -> str:
-    """Return the text of the PNG chunk "parameters", which A1111 and Forge read: prompt, then settings in a line."""
+    """Return the PNG "parameters" text that A1111 and Forge read: the prompt, then a line of settings."""
     values = {name: str(value) for name, value in fields.items()}
     quoted = {n: json.dumps(v, ensure_ascii=False) if re.search(r"[,:\n]", v) else v for n, v in values.items()}
     return f"{prompt}\n" + ", ".join(f"{name}: {value}" for name, value in quoted.items())

@@ -31,7 +31,7 @@ _BACKGROUND_QUANTILE, _SUBJECT_QUANTILE = 0.3, 0.9
 def with_masks(
     photos: Sequence[Photo], class_name: str, pair: ModelPair, resolution: int, generator: torch.Generator
 ) -> list[Photo]:
-    """Return the photos with a mask each: their own, or the teacher's for the square crop (0 outside of it).
+    """Return the photos, each with a mask: its own, or the teacher's for the square crop (0 outside).
 
     Args:
         photos: the checked photos.

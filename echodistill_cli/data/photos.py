@@ -175,7 +175,7 @@ def check_photos(folder: Path, *, resolution: int, masks: str, captions: bool) -
 
 
 def square_crop(image: Image.Image, mask: Image.Image | None) -> tuple[int, int, int, int]:
-    """Return the largest square, placed along the long side where the subject is: left, top, right, bottom.
+    """Return the largest square (left, top, right, bottom), placed along the long side at the subject.
 
     With a mask, the square is centered on the mask's bounding box. Without a mask, it maximizes its fraction of the
     image's gradient energy minus its squared distance from the center: subjects have more detail than backgrounds, and

@@ -1,4 +1,4 @@
-"""Teacher and student in memory: a UNet and a schedule each, one prompt encoder and one latent codec for both.
+"""Teacher and student in memory: a UNet and a schedule each, a shared text encoder and latent codec.
 
 The text encoders and the VAE come from the student, because the trained LoRA is used with the student's files.
 """

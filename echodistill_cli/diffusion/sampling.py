@@ -61,7 +61,9 @@ def teacher_x0(
     null: Conditioning,
     guidance_scale: float,
 ) -> Tensor:
-    """Return the teacher's guided x0 at z_t, float32 [B, C, h, w]. One forward pass evaluates both prompts.
+    """Return the teacher's guided x0 at z_t, float32 [B, C, h, w].
+
+    One forward pass evaluates both prompts.
 
     Args:
         teacher: the multi-step model.

@@ -1,4 +1,6 @@
-"""Noise schedule and parameterizations in closed form. All functions are pure: noise and timesteps are arguments.
+"""Noise schedule and parameterizations in closed form.
+
+All functions are pure: noise and timesteps are arguments.
 
 Notation: `z` is a clean latent, `z_t = √ᾱ_t z + √(1-ᾱ_t) ε` its noised version (variance preserving, as in DDPM), `x0`
 a prediction of `z`. Everything is computed in float32: at t = 999 of Stable Diffusion's schedule an error in ε is

@@ -1,4 +1,4 @@
-"""Prompts to UNet conditioning, and the token that names the subject: checked, or learned as one vector.
+"""Encode prompts as UNet conditioning; check the subject's token or learn it as one vector.
 
 What is specific to CLIP's text encoders and tokenizers is handled in this module only.
 """
@@ -114,7 +114,7 @@ class PromptEncoder:
         return self._encode_pair(prompts, ids)
 
     def cut_off(self, prompt: str) -> str:
-        """Return the end of a prompt that `encode` does not read, because it has too many tokens; "" if it reads all.
+        """Return the part of a prompt beyond the token limit, which `encode` does not read; "" if none.
 
         Of two tokenizers, the one that reads less decides.
 
@@ -128,7 +128,7 @@ class PromptEncoder:
         return self.encode([""])
 
     def _encode_pair(self, prompts: Sequence[str], ids: Sequence[Tensor]) -> Conditioning:
-        """Encode for SDXL: both penultimate hidden states concatenated, the second encoder's projection as pooled."""
+        """Encode for SDXL: concatenated penultimate hidden states, pooled projection of the second encoder."""
         outputs = [encoder(x, output_hidden_states=True) for encoder, x in zip(self.encoders, ids, strict=True)]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[1].text_embeds

@@ -1,4 +1,4 @@
-"""Run DreamBench: train and score every subject of google/dreambooth. A second call continues where one stopped.
+"""Run DreamBench: train and score every subject of google/dreambooth. A second call resumes it.
 
 OUTPUT/
   results.json                scores of every finished subject, and their mean
@@ -237,7 +237,10 @@ def _find_table(folder: Path) -> Path:
 
 
 def read_classes(text: str) -> dict[str, str]:
-    """Return the class of each subject: lines `name,class` below `subject_name,class`, up to a line of another form."""
+    """Return the class of each subject from lines of the form `name,class`.
+
+    The lines start below `subject_name,class` and end before the first line of another form.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     start = next((at for at, line in enumerate(lines) if re.fullmatch(r"subject_name\s*,\s*class", line)), len(lines))
     classes: dict[str, str] = {}
@@ -250,7 +253,10 @@ def read_classes(text: str) -> dict[str, str]:
 
 
 def read_prompts(text: str) -> dict[str, tuple[str, ...]]:
-    """Return the templates by kind, "object" and "live": the quoted texts below each heading, `{0} {1}` as one `{}`."""
+    """Return the prompt templates by kind, "object" and "live".
+
+    The templates are the quoted texts below each heading, with `{0} {1}` as one `{}`.
+    """
     kind, templates = "", dict[str, list[str]]()
     for line in text.splitlines():
         if re.fullmatch(r"[A-Za-z ]*prompts\W*", line.strip(), re.IGNORECASE):

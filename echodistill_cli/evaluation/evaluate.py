@@ -1,4 +1,4 @@
-"""Score generated images by DreamBooth's protocol: CLIP-I and DINO for the subject, CLIP-T for the prompt.
+"""Score generated images as in DreamBooth: CLIP-I and DINO for the subject, CLIP-T for the prompt.
 
 Every prompt is generated from several seeds and compared with the real photos and with the prompt. Images are kept, so
 that a second evaluation with the same settings reuses them.
@@ -172,7 +172,7 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
 
 
 def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[str, str]:
-    """Replace "auto" by the embedded encoders if one of the students is embedded, else by the paper's encoders."""
+    """Replace "auto" with the embedded encoders if any student is embedded, else with the paper's."""
     embedded = any(map(is_embedded, students))
     return (
         ("mini:clip" if embedded else CLIP) if clip == AUTO else clip,
@@ -200,7 +200,7 @@ def _generate(
     folder: Path,
     on_message: OnMessage,
 ) -> _Images:
-    """Generate the prompts that lack an image. Each image is written at once, so that an interrupt loses none."""
+    """Generate the prompts' missing images; write each one at once, so that an interrupt loses none."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     home = make_folder(folder / "pictures" / digest[:16])
     prompts = [fill(template, subject) for template in sampling.prompts]

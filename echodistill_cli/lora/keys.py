@@ -175,7 +175,7 @@ def kohya_module(family: str, component: str, path: str, *, sgm: bool = True) ->
 
 
 def has_sgm_names(paths: Iterable[str]) -> bool:
-    """Return whether the layers of a UNet have SGM names: it has two layers per block, as far as the paths show.
+    """Return whether a UNet's layers have SGM names: two layers per block, as far as the paths show.
 
     An output block has one layer more than an input block. Readers count the layers of SDXL, so a smaller UNet, such as
     one with one layer per block, keeps diffusers' names, which all of them read, too.

@@ -117,7 +117,7 @@ class LoraFile:
         )
 
     def token_vectors(self) -> tuple[str, dict[str, Tensor]] | None:
-        """Return the token of a token file, or of one that is bundled, and its vectors [n, width] by text encoder.
+        """Return the token of a token file, or a bundled token, and its vectors [n, width] by text encoder.
 
         Returns:
             None if the file has no token. A token file's token is the stem of its name.
@@ -221,7 +221,7 @@ def _module(
 
 
 class _HeaderStrength:
-    """The strength that a header's peft configuration gives to modules without a tensor of their own for α.
+    """The strength that a header's peft configuration gives to modules without their own α tensor.
 
     Only diffusers writes and reads this entry. Its fields are named `<component>.<field>`, or `<field>` in a file of
     one model.
@@ -329,7 +329,7 @@ def _family(
     modules: Sequence[LoraModule],
     places: Mapping[tuple[str, str], Mapping[str, str]],
 ) -> str:
-    """Determine the family from the width of the text features, then from module names, then from the header."""
+    """Infer the family from the width of the text features, then module names, then the header."""
     if _is_token(table):
         width = next(iter(table.values()))[1][-1]
         return "sdxl" if len(table) > 1 else _FAMILY_BY_CONTEXT.get(width, "unknown")

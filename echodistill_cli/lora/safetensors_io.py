@@ -1,4 +1,4 @@
-"""Read and write safetensors files: reproducible bytes, atomic writes, and errors that say what is wrong.
+"""Read and write safetensors files: reproducible bytes, atomic writes and precise errors.
 
 Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes, called the *body*.
 Source: https://github.com/huggingface/safetensors#format.

@@ -69,7 +69,7 @@ def lora_layers(module: nn.Module, adapter: str = ADAPTER) -> list[Any]:
 
 
 def keep_on(device: torch.device, module: nn.Module) -> None:
-    """Move a module's LoRA to a device; the frozen weights, beside which it was created, may stay elsewhere."""
+    """Move a module's LoRA to a device; its frozen weights may stay elsewhere."""
     for layer in lora_layers(module):
         layer.lora_A[ADAPTER].to(device)
         layer.lora_B[ADAPTER].to(device)

@@ -68,7 +68,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the frozen weights; "auto" is bf16 or fp16 on CUDA, whichever is native, else fp32."""
+    """Return the dtype of the frozen weights.
+
+    On CUDA, "auto" is bf16 if the GPU supports it natively, else fp16. On other devices it is fp32.
+    """
     if precision != "auto":
         return DTYPES[precision]
     if device.type != "cuda":
@@ -245,7 +248,7 @@ def _relative_size(config: Config) -> float:
 
 
 def family_of(model: ModelConfig) -> Family | None:
-    """Return the family of a published-size student; None for toy models and for weights that are not here yet."""
+    """Return the family of a published-size student; None for toy models and weights not yet downloaded."""
     known = {
         str(preset.settings["model"][role]): FAMILIES[preset.family]
         for preset in PRESETS.values()
@@ -320,7 +323,7 @@ def settings_line(plan: MemoryPlan) -> str:
 
 
 def alternate_on_device(pair: ModelPair) -> None:
-    """Keep the frozen weights of one UNet at a time on the device, of the one in use; the other's wait on the CPU."""
+    """Keep only the active UNet's frozen weights on the device; the other UNet's wait on the CPU."""
     pair.alternating = True
     roles = (pair.student, pair.teacher)
     for role, other in (roles, roles[::-1]):

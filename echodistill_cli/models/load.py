@@ -1,4 +1,4 @@
-"""Load a student and a teacher of one family, from hub ids, folders or single files, into one `ModelPair`.
+"""Load a student and a teacher of one family from hub ids, folders or files into one `ModelPair`.
 
 The two may be separate models, or one base model whose student has a distillation LoRA. On a small device the two UNets
 alternate. Models of diffusers are created only here.
@@ -80,7 +80,7 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
 
 
 def check_pair(config: ModelConfig) -> list[Any]:
-    """Check what the JSON files of student and teacher say, and return the student's tokenizers. Loads no weights.
+    """Check the JSON files of both models and return the student's tokenizers. Loads no weights.
 
     Args:
         config: names of the models; all their files are on this machine.
@@ -220,7 +220,7 @@ class _Loader:
         return tokenizer
 
     def zero_null(self) -> bool:
-        """Return whether the empty prompt is encoded as zeros, per the student's index; if that is missing, True."""
+        """Return whether the student's index has the empty prompt encoded as zeros; True without an index."""
         path = self.folder(self.student, "unet")
         index = (path if path.is_dir() else self.settings(self.student, "unet").parent) / "model_index.json"
         return not index.is_file() or bool(read_json(index).get("force_zeros_for_empty_prompt", True))

@@ -1,4 +1,4 @@
-"""Models in one `.safetensors` file in the original Stable Diffusion layout: read a part of one, or write one.
+"""Read parts of `.safetensors` files in the original Stable Diffusion layout, and write such files.
 
 Such a file holds weights only. The configuration of its model, and the tokenizer, come from a folder. When a file is
 read, diffusers renames the weights of UNet and VAE. The text encoder's are renamed here, because diffusers does that
@@ -133,7 +133,7 @@ def stable_diffusion_1(name: str) -> ModelError:
 
 
 def prediction_in(file: Path) -> str | None:
-    """Return the prediction type that a file declares, in its header or by a marker tensor; None if it does not.
+    """Return the prediction type that a file declares in its header or by a marker tensor, or None.
 
     Sources: Stability AI's ModelSpec (`modelspec.prediction_type`, `modelspec.architecture`); ComfyUI's `v_pred` key.
     """
@@ -207,7 +207,7 @@ def vocabulary_in(folder: Path) -> Path:
 
 
 def find_vocabulary(*, offline: bool) -> Path:
-    """Return a folder with CLIP's vocabulary: from the cache of any model that has it, otherwise from the hub.
+    """Return a folder with CLIP's vocabulary: from any cached model that has it, else from the hub.
 
     Raises:
         ModelError: the cache has none, and this run is offline or the hub cannot be reached.

@@ -1,4 +1,4 @@
-"""Find a model's files: hub id, folder, single file or embedded model → local path, or an error about what is missing.
+"""Find the files of a hub id, folder, single file or embedded model, or explain what is missing.
 
 Only safetensors files are read, and no remote code is run.
 """
@@ -48,7 +48,7 @@ def resolve(
     revision: str | None = None,
     offline: bool = False,
 ) -> Path:
-    """Return the local folder with some parts of a model, or the path of a single file; downloads if necessary.
+    """Return the local folder with parts of a model, or a single file's path; downloads if necessary.
 
     Args:
         source: hub id (`owner/name@revision` for a branch), folder, `.safetensors` file, or an embedded model such as
@@ -94,7 +94,7 @@ def is_cached(source: str) -> bool:
 
 
 def where(source: str) -> str:
-    """Return where a model's files are: "in the package", "on this disk", "in the cache" or "to be downloaded"."""
+    """Return where a model is: "in the package", "on this disk", "in the cache" or "to be downloaded"."""
     if is_embedded(source):
         return "in the package"
     if expanded(source).exists():
@@ -103,13 +103,13 @@ def where(source: str) -> str:
 
 
 def weight_variant(folder: Path, variant: str | None) -> str | None:
-    """Return `variant` if this part's folder has weights of that variant, otherwise None for its plain files."""
+    """Return `variant` if this part's folder has weights of that variant, else None for its plain files."""
     names = [path.name for path in folder.glob("*.safetensors") if path.name.startswith(WEIGHT_NAMES)]
     return variant if any(_is_variant(name, variant) for name in names) else None
 
 
 def _is_variant(name: str, variant: str | None) -> bool:
-    """Return whether a weight file belongs to a variant. Shards are named `x.fp16-1.safetensors` or `x-1.fp16.…`."""
+    """Return whether a file is of a variant; shards are `x.fp16-1.safetensors` or `x-1.fp16.…`."""
     return bool(variant) and (f".{variant}." in name or f".{variant}-" in name)
 
 
@@ -153,7 +153,7 @@ def _missing_shard(folder: Path) -> str | None:
 
 
 def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: str | None, offline: bool) -> Path:
-    """Return the snapshot folder, from the cache if it is complete there (without a request), otherwise downloaded."""
+    """Return the snapshot folder: from the cache, without a request, if complete there; else downloaded."""
     _check_id(source)
     cached = _cached(source, revision)
     if cached is not None and not any(_missing_from(cached / part) for part in parts):

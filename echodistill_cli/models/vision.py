@@ -126,7 +126,7 @@ def load_image_backbone(name: str, model: ModelConfig, device: torch.device, dty
 
 
 def _normalization(folder: Path, *, is_clip: bool) -> tuple[Sequence[float], Sequence[float]]:
-    """Return mean and standard deviation from the model's preprocessor file, or the defaults of its architecture."""
+    """Return mean and standard deviation from the preprocessor file, or the architecture's defaults."""
     file = folder / "preprocessor_config.json"
     settings = read_json(file) if file.is_file() else {}
     mean, std = _CLIP if is_clip else _IMAGENET
@@ -158,7 +158,7 @@ class ScoreEncoders:
 
 
 def find_score_encoders(clip: str, dino: str, *, offline: bool) -> ScoreEncoders:
-    """Find the folders of both encoders without loading them, to report what is missing before images are generated.
+    """Find both encoders' folders without loading them, to report what is missing before generation.
 
     Args:
         clip: hub id (`@revision` is optional), folder or embedded model such as "mini:clip".

@@ -89,7 +89,7 @@ def plain_pipeline(pair: ModelPair, role: Role) -> Any:
 
 
 def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
-    """Return the diffusers scheduler that generates the same images as our sampler: Euler, trailing timesteps."""
+    """Return the diffusers scheduler that matches our sampler: Euler with trailing timesteps."""
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
     schedule = pair.role(role).schedule
@@ -313,7 +313,7 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Context that hides the progress bars of diffusers and transformers, which show one for a single file, too."""
+    """Hide the progress bars of diffusers and transformers, which appear even for a single file."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -329,7 +329,7 @@ def _without_progress_bars() -> Iterator[None]:
 
 @torch.no_grad()
 def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mapping[str, Any]) -> None:
-    """Generate through a written folder's scheduler, tokenizers and settings, and compare with our sampler.
+    """Generate with a written folder's scheduler, tokenizers and settings; compare with our sampler.
 
     Raises:
         EchoDistillError: the latents differ by more than rounding.
@@ -361,7 +361,7 @@ def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mappin
 def save_checkpoint(
     pair: ModelPair, role: Role, path: Path, dtype: torch.dtype, lora_metadata: Mapping[str, str]
 ) -> None:
-    """Write one role as a checkpoint in the original one-file layout, which ComfyUI and A1111 open as a model.
+    """Write one role as a single-file checkpoint in the original layout, which ComfyUI and A1111 open.
 
     Args:
         pair: models with everything folded in.
@@ -390,7 +390,7 @@ def save_checkpoint(
 
 
 def _restore_wrapper(file: Path) -> None:
-    """Rename a text encoder's tensors as every release of transformers reads them; 5.6 and later drop a prefix."""
+    """Rename a text encoder's tensors for all releases of transformers; 5.6 and later drop a prefix."""
     state = load_file(file)
     if not any(name.startswith("text_model.") for name in state):
         save_file({f"text_model.{name}": value for name, value in state.items()}, file, {"format": "pt"})

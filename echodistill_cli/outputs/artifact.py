@@ -1,4 +1,4 @@
-"""Find a trained LoRA, in a run folder or in a LoRA file of any common layout, with its token and its models."""
+"""Find a trained LoRA, its token and its models in a run folder or in any common LoRA file."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class Artifact:
         return read_header(self.lora(role))[0] if self.file is None else self.file.metadata
 
     def weights(self, role: Role) -> list[LoraWeights]:
-        """Return the adapters of one role's UNet and of the text encoders; those of a LoRA file serve both roles."""
+        """Return the adapters of one role's UNet and of the text encoders; a LoRA file's serve both roles."""
         if self.file is not None:
             return self.file.to_peft()
         config, state = self._trained
@@ -372,7 +372,7 @@ def _written_alpha(config: Config, role: Role) -> float:
 
 
 def _seconds(text: str | None) -> float | None:
-    """Return a header's date in seconds since the epoch; None if there is none or it is no date of a training."""
+    """Return a header's training date in seconds since the epoch; None if it is missing or implausible."""
     try:
         seconds = float(text or "nan")
     except ValueError:

@@ -177,7 +177,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
 
 
 def _at_timestep(card: str, timestep: int) -> str:
-    """Adapt a card to a student that starts from unit noise before the last timestep, as LCM's scheduler does."""
+    """Adapt a card to an LCM-style student, which starts from unit noise before the last timestep."""
     for before, after in (
         ("EulerDiscreteScheduler", "LCMScheduler"),
         (', timestep_spacing="trailing")', ")"),

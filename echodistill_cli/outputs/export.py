@@ -129,7 +129,7 @@ def export(request: ExportRequest, on_message: OnMessage = lambda _line: None) -
 
 
 def _plan(artifact: Artifact, request: ExportRequest) -> tuple[list[ExportItem], Path | None]:
-    """Return what to write and where the token's file goes, after all checks that need no model. Writes nothing."""
+    """Run all checks that need no model; return what to write and the token file's path. Writes nothing."""
     _check_request(artifact, request)
     folder = request.output or artifact.folder
     items = [

@@ -66,7 +66,7 @@ def public_settings(config: Config) -> str:
 
 
 def exported_files(path: Path) -> dict[str, Content]:
-    """Return an exported file with its sidecars, or every file of an exported folder, by name in the repository."""
+    """Return an exported file and its sidecars, or all files of an exported folder, by repository name."""
     if path.is_dir():
         return {f"{path.name}/{file.relative_to(path).as_posix()}": file for file in _inside(path)}
     sidecars = sidecar_paths(path) if path.suffix == ".safetensors" else ()
@@ -134,7 +134,7 @@ def _remedy(error: Exception) -> str:
 
 
 def make_portable(folder: Path) -> None:
-    """Remove paths of this machine from the settings in a model folder; add what transformers 4 reads of tokenizers.
+    """Remove local paths from a model folder's settings; add the tokenizer files for transformers 4.
 
     transformers 5 writes a tokenizer as tokenizer.json only, and CLIPTokenizer of transformers 4 reads vocab.json and
     merges.txt only.

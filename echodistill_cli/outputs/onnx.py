@@ -134,7 +134,7 @@ def _graphs(pair: ModelPair, size: int) -> dict[str, tuple[nn.Module, dict[str, 
 
 
 class _Text(nn.Module):
-    """Module that returns a text encoder's hidden states (SDXL: second to last) and its pooled state, if any."""
+    """Module that returns a text encoder's hidden states (SDXL: penultimate) and pooled state, if any."""
 
     def __init__(self, encoder: Any, *, xl: bool) -> None:
         super().__init__()

@@ -215,7 +215,7 @@ def _set_sides(pair: ModelPair, settings: SamplingSettings) -> None:
 
 
 def _attach(generator: _Generator, request: SampleRequest, on_message: OnMessage) -> None:
-    """Put the LoRAs and the learned tokens on the models: the first as an adapter, the others into the weights.
+    """Attach LoRAs and learned tokens: the first LoRA as an adapter, the others folded into the weights.
 
     Raises:
         ConfigError: two of them learned the same token.

@@ -1,4 +1,4 @@
-"""The training loop: resume, step, log, preview, save, stop on a signal; and the trackers that a run reports to."""
+"""The training loop: resume, step, log, preview, save, stop on a signal; and the run's trackers."""
 
 from __future__ import annotations
 
@@ -216,7 +216,10 @@ def timed_step(state: TrainingState) -> dict[str, float]:
 
 
 def preview(state: TrainingState, run: Run) -> None:
-    """Write a grid of images, one row per prompt: left with the subject, right with its class, to show drift."""
+    """Write an image grid with one row per prompt: the subject on the left, its class on the right.
+
+    The images of the class show drift.
+    """
     settings, config = state.config.run, state.config
     class_name = config.concept.class_name or "object"
     prompts = settings.sample_prompts or (
@@ -303,7 +306,7 @@ def tracking(config: Config, folder: Path) -> Iterator[Track]:
 
 
 def _flat(config: Config) -> dict[str, str | float]:
-    """Return the settings by dotted key for trackers; paths on this machine are reduced to their last part."""
+    """Return the settings by dotted key for trackers; local paths are reduced to their last part."""
     tables = config_to_dict(config)
     flat = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     return {key: value if isinstance(value, (int, float)) else _public(value) for key, value in flat.items()}

@@ -1,4 +1,4 @@
-"""Everything a training run holds: models, trained parts, encoded photos, optimizers, randomness, and its phases.
+"""Everything a training run holds: models, trained parts, photos, optimizers, randomness, phases.
 
 `build_state` makes it from a configuration; `state_dict` and `load_state_dict` carry what changes through a checkpoint.
 """
@@ -39,7 +39,7 @@ from echodistill_cli.training.pools import EchoPool, ReplayBuffer
 
 
 class Stream(IntEnum):
-    """The independent random streams of a run. Numbers never change, because old runs are resumed with them."""
+    """The independent random streams of a run. Never change a number: old runs resume with it."""
 
     TEACHER = 0
     STUDENT = 1
@@ -167,7 +167,7 @@ class TrainingState:
 
     @property
     def student_parts(self) -> list[str]:
-        """The parts that the student's losses train: its LoRA and, with `text.trained_by` "both", the text side."""
+        """What the student's losses train: its LoRA and, if `text.trained_by` is "both", the text side."""
         return ["student", "text"] if self.config.text.trained_by == "both" else ["student"]
 
     def finish_step(self, metrics: Metrics, phase: Phase = JOINT) -> None:
@@ -329,7 +329,7 @@ def _generators(config: Config) -> ViewGenerators:
 
 
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
-    """Add LoRA to the UNets and the trained form of the text side; return the learned token, if that is the form."""
+    """Add LoRA to the UNets and the trained form of the text side; return the learned token, if any."""
     layers, rank = UNET_LAYERS[config.adapter.targets], config.adapter.rank
     for denoiser, stream in ((pair.student, Stream.STUDENT), (pair.loaded_teacher, Stream.TEACHER)):
         if denoiser is not None:
