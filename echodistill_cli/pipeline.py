@@ -7,7 +7,6 @@ functions only, so that a command that fails early does not wait for it.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,9 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, toy_warning
+from echodistill_cli.config.build import (
+    build_config,
+    config_from_dict,
+    config_to_dict,
+    toy_warning,
+    with_absolute_paths,
+)
 from echodistill_cli.config.schema import Config, warnings
-from echodistill_cli.files import absolute_if_local
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
 from echodistill_cli.runs import (
     OnMessage,
@@ -42,38 +46,12 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
     from echodistill_cli.training.state import TrainingState
 
 __all__ = [
-    "Benchmark",
-    "BenchmarkRequest",
-    "Diagnosis",
-    "Downloaded",
-    "Evaluation",
-    "EvaluationRequest",
-    "ExportRequest",
-    "ExportResult",
-    "Inspection",
-    "OnMessage",
-    "OnStep",
-    "PhotoReport",
-    "Plan",
-    "Sample",
-    "SampleRequest",
-    "TrainResult",
-    "WrittenSamples",
-    "benchmark",
-    "check",
-    "doctor",
-    "download",
-    "evaluate",
-    "export",
-    "fit_to_memory",
-    "inspect",
-    "plan",
-    "require_photos",
-    "resumed_config",
-    "sample",
-    "train",
-    "write_samples",
-]
+    "Benchmark", "BenchmarkRequest", "Diagnosis", "Downloaded", "Evaluation", "EvaluationRequest", "ExportRequest",
+    "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample", "SampleRequest",
+    "TrainResult", "WrittenSamples",
+    "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "plan",
+    "require_photos", "resumed_config", "sample", "train", "write_samples",
+]  # fmt: skip
 _RESULTS = {
     "Benchmark": "evaluation.dreambench",
     "Diagnosis": "planning",
@@ -129,7 +107,7 @@ def train(
     """
     started = time.time()
     report = _check_before(config)
-    config = _with_absolute_paths(config)
+    config = with_absolute_paths(config)
     for warning in _warnings(config, report):
         on_message(warning)
     session = _Session(started, report.photos, on_step, on_message)
@@ -192,31 +170,6 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
     session.on_message(f"Training in {run.folder}, {start}")
     train_to_end(state, run, session.on_step, session.on_message)
     return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
-
-
-_MODELS = ("student", "teacher", "student_lora", "tiny_decoder", "vae", "tokenizer", "single_file_config")
-# Settings that may name local files.
-_LOCAL = {
-    "concept": ("photos",),
-    "critic": ("discriminators", "identity"),
-    "model": (*_MODELS, "teacher_single_file_config"),
-}
-_ENCODERS = {"clip", "dino", "dinov2", "teacher", "none"}  # names, even where a folder is called so
-
-
-def _with_absolute_paths(config: Config) -> Config:
-    """Return the settings with local models and photos by absolute paths, to use from any folder."""
-    sections = {}
-    for section, keys in _LOCAL.items():
-        settings = getattr(config, section)
-        sections[section] = dataclasses.replace(settings, **{key: _absolute(getattr(settings, key)) for key in keys})
-    return dataclasses.replace(config, **sections)
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_absolute, value))
-    return value if not value or value in _ENCODERS else absolute_if_local(value)
 
 
 def resumed_config(overrides: Mapping[str, Any]) -> Config:

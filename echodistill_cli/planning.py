@@ -21,7 +21,7 @@ from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.text import check_token
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import expanded
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import (
@@ -178,7 +178,7 @@ def _check_writable(folder: Path) -> None:
     try:
         tempfile.TemporaryDirectory(dir=existing, prefix=".echodistill-").cleanup()
     except OSError as error:
-        raise ConfigError(f"{folder} cannot be written ({error.strerror}).", "Choose another --output.") from error
+        raise EchoDistillError(f"{folder} cannot be written ({error.strerror}).", "Choose another --output.") from error
 
 
 def fetch_models(config: Config) -> None:

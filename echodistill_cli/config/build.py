@@ -23,6 +23,7 @@ import tomli_w
 from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
 from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import absolute_if_local
 
 OFF = "off"
 _BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
@@ -346,3 +347,28 @@ def _merge(tables: Tables, more: Mapping[str, Any]) -> None:
 
 def _unknown(what: str, near: str | None) -> ConfigError:
     return ConfigError(f"Unknown {what}.", f"Did you mean {near}?" if near else None)
+
+
+_MODELS = ("student", "teacher", "student_lora", "tiny_decoder", "vae", "tokenizer", "single_file_config")
+# Settings that may name local files.
+_LOCAL = {
+    "concept": ("photos",),
+    "critic": ("discriminators", "identity"),
+    "model": (*_MODELS, "teacher_single_file_config"),
+}
+_ENCODERS = {"clip", "dino", "dinov2", "teacher", "none"}  # names, even where a folder is called so
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """Return the settings with local models and photos by absolute paths, to use from any folder."""
+    sections = {}
+    for section, keys in _LOCAL.items():
+        settings = getattr(config, section)
+        sections[section] = dataclasses.replace(settings, **{key: _absolute(getattr(settings, key)) for key in keys})
+    return dataclasses.replace(config, **sections)
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return value if not value or value in _ENCODERS else absolute_if_local(value)

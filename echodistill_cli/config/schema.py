@@ -91,8 +91,8 @@ def _is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
     if isinstance(value, bool):  # which Python counts as an integer
         return kind is bool
-    if isinstance(value, (int, float)) and kind in (int, float):  # neither infinite nor NaN, and no more than 64 bits
-        return isinstance(value, (int, kind)) and abs(value) < 2**63
+    if isinstance(value, (int, float)) and kind in (int, float):  # neither infinite nor NaN, and of 64 bits
+        return isinstance(value, (int, kind)) and abs(value) < (2**63 if kind is int else 1e308)
     return isinstance(value, kind)
 
 

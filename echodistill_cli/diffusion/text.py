@@ -255,3 +255,27 @@ def _embedding_hook(vector: nn.Parameter, token_id: int) -> Any:
         return torch.where(is_token, vector.to(output.device, output.dtype), output)
 
     return hook
+
+
+def insert_token(encoder: PromptEncoder, token: str, vectors: Sequence[Tensor]) -> None:
+    """Write a learned token's vectors into the embeddings: to the token's row, or to a new row.
+
+    Args:
+        encoder: its tokenizers get a new token if they need one.
+        token: the word.
+        vectors: [1, width], one per text encoder.
+
+    Raises:
+        ModelError: the vectors do not fit the text encoders.
+    """
+    # Adds a row for a new token.
+    LearnedToken(encoder, token, "a").set_vectors(vectors)
+    for tokenizer, model, vector in zip(encoder.tokenizers, encoder.encoders, vectors, strict=True):
+        (row,) = tokenizer(token, add_special_tokens=False).input_ids
+        embedding = model.get_input_embeddings()
+        embedding.weight[row] = vector[0].to(embedding.weight)
+
+
+def has_token(encoder: PromptEncoder, token: str) -> bool:
+    """Return whether every tokenizer encodes the word as one token."""
+    return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in encoder.tokenizers)

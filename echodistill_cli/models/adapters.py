@@ -204,3 +204,20 @@ def share_weights(denoiser: Denoiser, sizes: tuple[int, int]) -> Denoiser:
     original, target = sizes
     time_ids = None if denoiser.time_ids is None else (original, original, 0, 0, target, target)
     return Denoiser(unet, denoiser.schedule, time_ids)
+
+
+def add_trained_lora(module: Any, tensors: Mapping[str, Tensor], scale: float) -> None:
+    """Add tensors with peft's keys to a module as its trained LoRA; each layer has α = its rank."""
+    ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in tensors.items() if ".lora_A." in key}
+    exact = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
+    rank = next(iter(ranks.values()))
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, rank_pattern=exact, alpha_pattern=dict(exact), target_modules=list(ranks)
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a distillation LoRA
+        module.add_adapter(config, adapter_name=ADAPTER)
+        set_peft_model_state_dict(module, dict(tensors), adapter_name=ADAPTER)
+    activate(module, scale)
+    for layer in lora_layers(module):
+        layer.set_scale(ADAPTER, scale)

@@ -7,7 +7,6 @@ that its users get the same images from a file of ours.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,6 +30,7 @@ from echodistill_cli.lora.tensors import LoraWeights, folded
 from echodistill_cli.models.adapters import (
     ADAPTER,
     activate,
+    add_trained_lora,
     at_strength,
     is_distilled,
     keep_on,
@@ -155,25 +153,8 @@ def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> 
                 f"{name}.lora_B.weight": up.reshape(shapes[1]),
             }
     for name, state in tensors.items():
-        _add_adapter(components[name], state, scale)
+        add_trained_lora(components[name], state, scale)
         keep_on(pair.device, components[name])
-
-
-def _add_adapter(module: Any, tensors: Mapping[str, Tensor], scale: float) -> None:
-    """Add tensors with peft's keys to a module as its trained LoRA; each layer has α = its rank."""
-    ranks = {key.removesuffix(".lora_A.weight"): len(value) for key, value in tensors.items() if ".lora_A." in key}
-    exact = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
-    rank = next(iter(ranks.values()))
-    config = LoraConfig(
-        r=rank, lora_alpha=rank, rank_pattern=exact, alpha_pattern=dict(exact), target_modules=list(ranks)
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # that of a distillation LoRA
-        module.add_adapter(config, adapter_name=ADAPTER)
-        set_peft_model_state_dict(module, dict(tensors), adapter_name=ADAPTER)
-    activate(module, scale)
-    for layer in lora_layers(module):
-        layer.set_scale(ADAPTER, scale)
 
 
 def _layer_shapes(layer: Any, down: Tensor, up: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

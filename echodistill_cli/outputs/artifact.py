@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,8 +17,7 @@ from echodistill_cli import __version__
 from echodistill_cli.config.build import build_config, config_hash, read_toml
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig, check_section
-from echodistill_cli.diffusion.pair import ModelPair, Role
-from echodistill_cli.diffusion.text import LearnedToken
+from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import last_part
 from echodistill_cli.lora.header import LoraHeader, cover_of, header
@@ -323,30 +322,6 @@ class Artifact:
 
 
 @torch.no_grad()
-def insert_token(pair: ModelPair, token: str, vectors: Sequence[Tensor]) -> None:
-    """Write a learned token's vectors into the embeddings: to the token's row, or to a new row.
-
-    Args:
-        pair: its tokenizers get a new token if they need one.
-        token: the word.
-        vectors: [1, width], one per text encoder.
-
-    Raises:
-        ModelError: the vectors do not fit the text encoders.
-    """
-    # Adds a row for a new token.
-    LearnedToken(pair.encoder, token, "a").set_vectors(vectors)
-    for tokenizer, encoder, vector in zip(pair.encoder.tokenizers, pair.encoder.encoders, vectors, strict=True):
-        (row,) = tokenizer(token, add_special_tokens=False).input_ids
-        embedding = encoder.get_input_embeddings()
-        embedding.weight[row] = vector[0].to(embedding.weight)
-
-
-def has_token(pair: ModelPair, token: str) -> bool:
-    """Return whether every tokenizer encodes the word as one token."""
-    return all(len(tokenizer(token, add_special_tokens=False).input_ids) == 1 for tokenizer in pair.encoder.tokenizers)
-
-
 def changed_models(model: ModelConfig, changes: Mapping[str, Any], size: int | None = None) -> ModelConfig:
     """Return a run's models with changes for generating images.
 

@@ -25,6 +25,7 @@ from PIL import Image
 from echodistill_cli.data.images import png_bytes
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
+from echodistill_cli.diffusion.text import has_token, insert_token
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import make_folder, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
@@ -44,7 +45,7 @@ from echodistill_cli.outputs.apply import (
     save_checkpoint,
     save_pipeline,
 )
-from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run, has_token, insert_token
+from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run
 from echodistill_cli.outputs.card import merged_card, model_card
 from echodistill_cli.outputs.hub import check_repository, exported_files, push, run_files
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
@@ -317,8 +318,8 @@ def _merged_pair(
         )
     fold_lora(pair, item.role, artifact.weights(item.role))
     token = artifact.token
-    if token and (item.layout in _WITH_VOCABULARY or has_token(pair, token)):
-        insert_token(pair, token, list(artifact.vectors().values()))
+    if token and (item.layout in _WITH_VOCABULARY or has_token(pair.encoder, token)):
+        insert_token(pair.encoder, token, list(artifact.vectors().values()))
     elif token:
         on_message(f"{token} is not in the model's vocabulary, so the model needs {token}.safetensors beside it.")
     return pair

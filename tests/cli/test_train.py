@@ -347,7 +347,13 @@ def test_a_model_that_is_missing_ends_with_4_and_the_command_that_fetches_it(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     teacher = ("--teacher", "nobody/has-this", "--offline")
-    fails(command("train", photo_folder, *small_line, *teacher), 4, "nobody/has-this", "hf download nobody/has-this")
+    fails(
+        command("train", photo_folder, *small_line, *teacher),
+        4,
+        "nobody/has-this",
+        "echodistill download",
+        "--teacher nobody/has-this",
+    )
     fails(command("train", photo_folder, *small_line, "--identity", "dino"), 4, "facebook/dino-vits16", "--no-echo")
     fails(command("train", photo_folder, *small_line, "--teacher", "./no-such"), 4, "./no-such")
     assert not (tmp_path / "run").exists()
@@ -473,7 +479,7 @@ def test_offline_opens_no_socket(photo_folder: Path, small_line: tuple[object, .
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/run/sks-dog.safetensors\n"
     # No line of another library reaches the user.
-    starts = ("Loading ", "Training in ", "step 1/1", "Reading the files back")
+    starts = ("Loading ", "Training in ", "step 1/1", "Reading the files back", "Done in ")
     assert [line for line in done.stderr.splitlines() if not line.startswith(starts)] == []
 
 
