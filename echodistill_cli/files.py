@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -358,3 +359,13 @@ def is_path(value: str) -> bool:
         return Path(value).exists()
     except OSError:  # for example, a prompt longer than any file name
         return False
+
+
+def same_content(left: Path, right: Path) -> bool:
+    """Return whether two files, or all files of two folders, are equal."""
+    if left.is_file() and right.is_file():
+        return filecmp.cmp(left, right, shallow=False)
+    if not (left.is_dir() and right.is_dir()):
+        return False
+    names, others = ({path.relative_to(side) for path in side.rglob("*")} for side in (left, right))
+    return names == others and all(same_content(left / name, right / name) for name in names)

@@ -11,7 +11,7 @@ onnx         one-step model for onnxruntime                                 NAME
 from __future__ import annotations
 
 import dataclasses
-import filecmp
+import functools
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.diffusion.text import has_token, insert_token
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import make_folder, write_text
+from echodistill_cli.files import make_folder, same_content, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
 from echodistill_cli.lora.safetensors_io import read_header, write_safetensors
 from echodistill_cli.lora.tensors import (
@@ -110,23 +110,31 @@ def export(request: ExportRequest, on_message: OnMessage = lambda _line: None) -
     if request.dry_run:
         names = {f"{path.name}{'' if path.suffix else '/'}" for path in files} if request.push_to else set()
         return ExportResult(files, tuple(sorted({*content, *names})))
-    for item in items:
-        make_folder(item.path.parent)
-        on_message(f"Writing {item.path}")
-
-        def write(path: Path, item: ExportItem = item) -> None:
-            writer = write_lora if item.layout in _LORA_LAYOUTS else _write_model
-            writer(artifact, dataclasses.replace(item, path=path), request, on_message)
-
-        _write_once(_paths_of(item, request), write, request, on_message)
+    jobs = [
+        (_paths_of(item, request), functools.partial(_write_item, artifact, item, request, on_message))
+        for item in items
+    ]
     if token_file:
-        _write_once((token_file,), lambda path: write_token(artifact, path), request, on_message)
+        jobs.append(((token_file,), functools.partial(write_token, artifact)))
+    # What exists comes first: if it differs, nothing has been written yet.
+    for paths, write in sorted(jobs, key=lambda job: not any(path.exists() for path in job[0])):
+        _write_once(paths, write, request, on_message)
     if request.push_to is None:
         return ExportResult(files)
     for path in files:
         content |= exported_files(path)
     on_message(f"Sending {len(content)} files to {request.push_to}")
     return ExportResult(files, tuple(sorted(content)), push(request.push_to, content, private=request.private))
+
+
+def _write_item(
+    artifact: Artifact, item: ExportItem, request: ExportRequest, on_message: OnMessage, path: Path
+) -> None:
+    """Write one item at a path."""
+    make_folder(path.parent)
+    on_message(f"Writing {item.path}")
+    writer = write_lora if item.layout in _LORA_LAYOUTS else _write_model
+    writer(artifact, dataclasses.replace(item, path=path), request, on_message)
 
 
 def _plan(artifact: Artifact, request: ExportRequest) -> tuple[list[ExportItem], Path | None]:
@@ -170,16 +178,6 @@ def _write_once(
             if not old.exists():
                 shutil.move(new, old)
     on_message(f"{first} exists already and is kept")
-
-
-def same_content(left: Path, right: Path) -> bool:
-    """Return whether two files, or all files of two folders, are equal."""
-    if left.is_file() and right.is_file():
-        return filecmp.cmp(left, right, shallow=False)
-    if not (left.is_dir() and right.is_dir()):
-        return False
-    names, others = ({path.relative_to(side) for path in side.rglob("*")} for side in (left, right))
-    return names == others and all(same_content(left / name, right / name) for name in names)
 
 
 def _same_lora(left: Path, right: Path) -> bool:

@@ -76,9 +76,20 @@ def test_files_that_are_there_are_refused_before_any_is_written(run: Path, tmp_p
     assert "--overwrite" in done.error
     assert files_below(tmp_path) == {"sks-dog-teacher.safetensors"}
     assert command("export", run, "--role", "both", "-o", tmp_path, "--overwrite").code == 0
-    for name in files_below(tmp_path) - {"sks.safetensors"}:
+    for name in files_below(tmp_path):
         (tmp_path / name).unlink()
-    assert "sks.safetensors" in command("export", run, "-o", tmp_path).error  # the word's file counts too
+    (tmp_path / "sks.safetensors").write_text("mine")
+    assert "sks.safetensors" in command("export", run, "-o", tmp_path).error  # the token's file counts too
+    assert files_below(tmp_path) == {"sks.safetensors"}
+
+
+def test_files_that_are_equal_are_kept(run: Path, tmp_path: Path) -> None:
+    assert command("export", run, "-o", tmp_path).code == 0
+    before = {name: (tmp_path / name).stat().st_mtime_ns for name in files_below(tmp_path)}
+    done = command("export", run, "-o", tmp_path)
+    assert done.code == 0
+    assert "exists already and is kept" in done.err
+    assert {name: (tmp_path / name).stat().st_mtime_ns for name in files_below(tmp_path)} == before
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_what_cannot_be_drawn_ends_with_one_line_and_writes_nothing(
 def test_a_lora_for_another_model_is_refused(run: Path, tmp_path: Path, small_sdxl_pair: Pair) -> None:
     done = command("sample", "--lora", run, "-p", PROMPT, "--model", small_sdxl_pair[0], "--size", 64, "-o", tmp_path)
     assert (done.code, done.out) == (4, "")
-    assert "does not fit this model" in done.error
+    assert "matches no module of this model's unet" in done.error
     assert files_below(tmp_path) == set()
 
 

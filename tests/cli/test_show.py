@@ -77,7 +77,7 @@ def test_the_first_estimate_leaves_the_first_targets_out() -> None:
 
 def test_training_ends_with_its_duration_and_the_next_command() -> None:
     (line,) = training(Config(concept=ConceptConfig(token="sks", class_name="dog")))
-    following = """echodistill sample --lora 'runs/my dog' "a photo of sks dog on the beach\""""
+    following = """echodistill sample --lora 'runs/my dog' "a photo of a sks dog on the beach\""""
     assert line == f"Done in 0 s. Next: {following}"
 
 

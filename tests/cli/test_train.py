@@ -354,7 +354,12 @@ def test_a_model_that_is_missing_ends_with_4_and_the_command_that_fetches_it(
         "echodistill download",
         "--teacher nobody/has-this",
     )
-    fails(command("train", photo_folder, *small_line, "--identity", "dino"), 4, "facebook/dino-vits16", "--no-echo")
+    fails(
+        command("train", photo_folder, *small_line, "--identity", "dino"),
+        4,
+        "facebook/dino-vits16",
+        "echodistill download",
+    )
     fails(command("train", photo_folder, *small_line, "--teacher", "./no-such"), 4, "./no-such")
     assert not (tmp_path / "run").exists()
 
@@ -457,7 +462,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_run_goes_on_when_there_
 def test_a_read_only_place_is_named(full_disk: Path, photo_folder: Path, small_line: tuple[object, ...]) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(full_disk)], check=True)
     done = command("train", photo_folder, *small_line[:2], "-o", full_disk / "run")
-    fails(done, 1, "read-only", "--output")
+    fails(done, 1, "Read-only", "--output")
 
 
 # --- the network, and real photos -------------------------------------------------------------------------------------
