@@ -12,7 +12,7 @@ import pytest
 
 from echodistill_cli import pipeline, planning
 from echodistill_cli.config.build import PRESETS, build_config
-from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.models.load import check_pair
 
 
@@ -81,28 +81,30 @@ def test_the_whole_method_fits_into_much_memory(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "message", "code"),
     [
-        ({"concept.token": "my dog"}, "--token 'my dog'"),
-        ({"concept.token": "dog"}, "--token 'dog' is part of the class name"),
-        ({"model.device": "nowhere"}, "--device nowhere does not exist"),
-        ({"model.resolution": 100}, "--resolution 100 is not a multiple of"),
+        ({"concept.token": "my dog"}, "--token 'my dog'", 2),
+        ({"concept.token": "dog"}, "--token 'dog' is part of the class name", 2),
+        ({"model.device": "nowhere"}, "--device nowhere does not exist", 2),
+        ({"model.resolution": 100}, "--resolution 100 is not a multiple of", 2),
         (
             {"model.student_lora": "missing.safetensors", "model.teacher": "mini:student"},
             "missing.safetensors does not exist",
+            4,
         ),
-        ({"run.output": "/proc/nothing"}, "/proc/nothing cannot be written"),
+        ({"run.output": "/proc/nothing"}, "/proc/nothing cannot be written", 1),
     ],
 )
 def test_a_dry_run_refuses_what_a_run_refuses_before_it_loads_a_model(
-    photo_folder: Path, settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+    photo_folder: Path, settings: dict[str, Any], message: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("echodistill_cli.training.state.build_state", lambda *_: pytest.fail("models were loaded"))
     subject = {"concept.photos": str(photo_folder), "concept.class_name": "dog", "run.output": "runs/none"}
     config = build_config("mini", overrides=subject | settings)
     for command in (pipeline.plan, pipeline.train):
-        with pytest.raises((ConfigError, ModelError), match=message):
+        with pytest.raises(EchoDistillError, match=message) as caught:
             command(config)
+        assert caught.value.exit_code == code
 
 
 def test_a_token_and_a_file_are_checked_although_the_models_are_not_here_yet(photo_folder: Path) -> None:
