@@ -28,7 +28,7 @@ from echodistill_cli.files import absolute_if_local
 OFF = "off"
 _BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
 Tables = dict[str, dict[str, Any]]
-# Settings of version 0.1 that are gone, with the value at which each had no effect. A file with that value is still
+# Settings of older versions that are gone, with the value at which each had no effect. A file with that value is still
 # read, and `config_hash` still counts it, so that the hashes in LoRA headers and benchmark rows stay valid.
 RETIRED: Mapping[str, Any] = {
     "model.student_original_size": None,
@@ -39,6 +39,8 @@ RETIRED: Mapping[str, Any] = {
     "train.max_bad_steps": 5,
     "echo.teacher_steps": 1,
     "echo.null_share": 0.0,
+    "concept.recolour": 0.0,
+    "concept.tint_scenes": False,
 }
 # Keys that came after the first hashes, with the value at which each does nothing. `config_hash` leaves a key out at
 # that value, so that adding a setting does not change the hash of a run that does not use it.
@@ -313,7 +315,7 @@ def _without_retired(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
             settings[key] = value
         elif value not in (RETIRED[name], _to_plain(RETIRED[name])):
             raise ConfigError(
-                f"{name} = {value!r} was a setting until echodistill 0.1.",
+                f"{name} = {value!r} was a setting of an older echodistill.",
                 f"Remove it: every run does what {_to_plain(RETIRED[name])!r} did.",
             )
     return settings

@@ -118,8 +118,6 @@ class ConceptConfig:
         ("custom-diffusion", "plain"),
         "teacher's views: custom-diffusion = pasted small or zoomed in, as in the paper; plain = photos as they are",
     )
-    recolour: float = fraction(0.0, "fraction of teacher views in another color (needs class_name)")
-    tint_scenes: bool = setting(False, "generate a colored subject in its own color, then tint it (needs class_name)")
     scenes: tuple[str, ...] = setting((), "scene prompts, each with {} for the subject; empty: a built-in list")
     class_prompts: tuple[str, ...] = setting((), "class prompts, each with {} for the class; empty: a built-in list")
 
@@ -381,8 +379,6 @@ def warnings(config: Config) -> Iterator[str]:
     )
     of_the_class = (
         (concept.masks == "teacher", "concept.masks = 'teacher'"),
-        (concept.recolour, "concept.recolour"),
-        (concept.tint_scenes, "concept.tint_scenes"),
         (config.loss.prior, "loss.prior"),
         (config.replays and train.class_share, "train.class_share"),
         (config.replays and train.pair_share, "train.pair_share"),

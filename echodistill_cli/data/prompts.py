@@ -107,6 +107,18 @@ def with_subject(template: str, subject: str) -> str:
     return re.sub(r"\b([aA]) \{\}", article, template).replace("{}", subject)
 
 
+def with_class(prompt: str, subject: str, class_name: str) -> str:
+    """Return the prompt about the class instead of the subject: "a sks owl" becomes "an owl".
+
+    Args:
+        prompt: of the subject.
+        subject: such as "sks owl".
+        class_name: such as "owl".
+    """
+    words = rf"(\b[aA]n? )?(?<!\w){re.escape(subject)}(?!\w)"
+    return re.sub(words, lambda match: with_subject(f"{match[1][0]} {{}}" if match[1] else "{}", class_name), prompt)
+
+
 def class_prompts(
     class_name: str, count: int, *, templates: Sequence[str] = (), scenes: Sequence[str] = ()
 ) -> list[str]:

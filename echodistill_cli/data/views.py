@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -40,7 +41,6 @@ class View:
         caption: the photo's caption, if it has one.
         photo: index of the photo.
         crop: SDXL's crop coordinates: (top, left) of the view in the photo, in pixels of the view; (0, 0) on a canvas.
-        colour: the color that the subject was tinted in; "" for none.
     """
 
     image: Tensor
@@ -49,7 +49,6 @@ class View:
     caption: str | None
     photo: int
     crop: tuple[int, int] = (0, 0)
-    colour: str = ""
 
 
 def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
@@ -96,11 +95,26 @@ def real_views(photos: Sequence[Photo], *, resolution: int, count: int, generato
     return views
 
 
+def latent_masks(masks: Tensor, side: int) -> Tensor:
+    """Return the loss weights of latents, [B, 1, side, side] in 0…1.
+
+    A latent at the edge of a pasted photo holds canvas too, because the VAE sees farther than its own cell. One whole
+    cell on every side of the photo is therefore left out, as in Custom Diffusion.
+
+    Args:
+        masks: [B, 1, H, W] in 0…1, of the pixels; exactly 0 on the canvas.
+        side: height and width of the latents.
+    """
+    is_photo = F.interpolate((masks > 0).float(), (side, side), mode="area") > 1 - 1e-6
+    near_canvas = F.max_pool2d((~is_photo).float(), kernel_size=3, stride=1, padding=1)
+    return F.interpolate(masks, (side, side), mode="area") * (1 - near_canvas)
+
+
 def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
     """Return a prompt for a view, such as "a photo of a sks dog, far away".
 
     A caption with the token is used as it is. A caption without it is appended to "a photo of a {subject}". Without a
-    caption, a random template is used. The view's color is put before the token.
+    caption, a random template is used.
 
     Args:
         view: the augmented view.
@@ -108,13 +122,12 @@ def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
         generator: picks the template.
     """
     token = rf"(?<!\w){re.escape(subject.split()[0])}(?!\w)"
-    colored = f"{view.colour} {subject}".lstrip()
     if view.caption is None:
-        text = with_subject(_choice(UNFRAMED_TEMPLATES if view.framing else TEMPLATES, generator), colored)
+        text = with_subject(_choice(UNFRAMED_TEMPLATES if view.framing else TEMPLATES, generator), subject)
     elif re.search(token, view.caption, re.IGNORECASE):
-        text = re.sub(token, lambda match: f"{view.colour} {match[0]}".lstrip(), view.caption, flags=re.IGNORECASE)
+        text = view.caption
     else:
-        text = f"{with_subject('a photo of a {}', colored)}, {view.caption}"
+        text = f"{with_subject('a photo of a {}', subject)}, {view.caption}"
     return f"{text}, {view.framing}" if view.framing else text
 
 

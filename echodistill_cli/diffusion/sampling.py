@@ -73,6 +73,7 @@ def teacher_x0(
         null: of the empty prompt, batch 1.
         guidance_scale: of classifier-free guidance; at 1 the empty prompt is not evaluated.
     """
+    noisy = teacher.rounded(noisy)
     if guidance_scale == 1:
         output = teacher(noisy, timesteps, conditioning)
     else:

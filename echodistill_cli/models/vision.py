@@ -82,7 +82,8 @@ class ImageBackbone(nn.Module):
         shrinks = images.shape[-1] > self.side
         size = (self.side, self.side)
         resized = F.interpolate(images.float(), size, mode="bicubic", antialias=shrinks, align_corners=False)
-        pixels = ((resized.clamp(-1, 1) + 1) / 2 - self.mean) / self.std
+        # Not clamped: the gradient has to reach pixels beyond the range and pull them back into it.
+        pixels = ((resized + 1) / 2 - self.mean) / self.std
         pixels = pixels.to(next(self.model.parameters()).dtype)
         if self._is_clip:
             return [self.model(pixel_values=pixels).image_embeds.float().unsqueeze(1)]

@@ -17,9 +17,9 @@ from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.critics import Discriminator, ImageBatch, features_of
 from echodistill_cli.training.losses import identity_scores
-from echodistill_cli.training.pools import EchoPool, minimum_score
+from echodistill_cli.training.pools import EchoPool
 from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.targets import multi_step_target, tint, without_colours
+from echodistill_cli.training.targets import multi_step_target
 
 
 @dataclass(frozen=True)
@@ -224,31 +224,20 @@ def real_batch(state: TrainingState, fakes: ImageBatch) -> RealBatch:
 
 @torch.no_grad()
 def echo_candidates(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
-    """Generate one-step images with the features that selection and discriminators need.
-
-    With `concept.tint_scenes`, prompts that give the subject a color are generated and scored in its own color. Images
-    with a sufficient score are then tinted.
-    """
+    """Generate one-step images with the features that selection and discriminators need."""
     encoder, photos = state.identity_encoder, state.photos.identity
     assert encoder is not None
     assert photos is not None
-    plain_prompts, colours = without_colours(state.config, prompts)
     noise = _unit_noise(state, len(prompts))
     with state.at_export_scale():
-        latents = student_x0(state.pair.student, noise, state.pair.encoder.encode(plain_prompts))
+        latents = student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts))
     image = state.pair.codec.decode(latents)
     features = encoder.features(image)[0][:, 0]
-    scores = identity_scores(features, photos)
-    good = (scores >= minimum_score(photos, state.config.echo)).tolist()
-    tints = [name if is_good else None for name, is_good in zip(colours, good, strict=True)]
-    if any(tints):
-        latents = tint(state, latents, tints)
-        image = state.pair.codec.decode(latents)
     backbones = {c.name: c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)}
     return EchoPool(
         latents=latents,
         features=features,
-        scores=scores,
+        scores=identity_scores(features, photos),
         prompts=list(prompts),
         critics={name: backbone.features(image) for name, backbone in backbones.items()},
     )

@@ -63,9 +63,10 @@ class ImageBatch:
 
 
 class TeacherBackbone(nn.Module):
-    """Features of renoised latents from the base teacher: its last down block and its middle block.
+    """Features of renoised latents from the base teacher: its down blocks and its middle block.
 
-    It needs no download and no decoder (Sauer et al. 2024, adversarial distillation in latent space).
+    It needs no download and no decoder (Sauer et al. 2024, adversarial distillation in latent space). Detail shows in
+    the first blocks and at low noise only, so every block is tapped, as in that paper.
 
     Args:
         teacher: the multi-step model; its LoRA is disabled while it serves as a backbone.
@@ -79,10 +80,10 @@ class TeacherBackbone(nn.Module):
     def widths(self) -> list[int]:
         """Width of each tap's features."""
         channels = self._teacher[0].unet.config.block_out_channels
-        return [channels[-1], channels[-1]]
+        return [*channels, channels[-1]]
 
     def features(self, images: ImageBatch) -> list[Tensor]:
-        """Return two taps [B, h·w, D], the tokens of the two blocks' feature maps."""
+        """Return a tap [B, h·w, D] per block, the tokens of its feature map."""
         teacher = self._teacher[0]
         taps: list[Tensor] = []
 
@@ -94,10 +95,8 @@ class TeacherBackbone(nn.Module):
             raise _EarlyExitError
 
         unet = teacher.unet
-        hooks = [
-            unet.down_blocks[-1].register_forward_hook(keep),
-            unet.mid_block.register_forward_hook(keep_and_stop),
-        ]
+        hooks = [block.register_forward_hook(keep) for block in unet.down_blocks]
+        hooks.append(unet.mid_block.register_forward_hook(keep_and_stop))
         noisy = add_noise(teacher.schedule, images.latents, images.noise, images.timesteps)
         try:
             with _without_checkpointing(unet), without_lora(unet):

@@ -6,15 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.masks import with_masks
 from echodistill_cli.data.photos import Photo
 from echodistill_cli.data.prompts import class_prompts, with_subject
-from echodistill_cli.data.recolour import recoloured
-from echodistill_cli.data.views import View, prompt_for, real_views, teacher_views
+from echodistill_cli.data.views import View, latent_masks, prompt_for, real_views, teacher_views
 from echodistill_cli.diffusion.pair import LatentCodec, ModelPair
 from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
@@ -74,11 +72,10 @@ def unread_texts(config: Config, photos: Sequence[Photo], encoder: PromptEncoder
 
 @dataclass(frozen=True)
 class ViewGenerators:
-    """Separate random streams of views, masks and tints, so that changing one does not shift another."""
+    """Separate random streams of views and masks, so that changing one does not shift another."""
 
     views: torch.Generator
     masks: torch.Generator
-    tints: torch.Generator
 
 
 def encode_photos(
@@ -89,7 +86,7 @@ def encode_photos(
     identity_encoder: ImageBackbone | None,
     generators: ViewGenerators,
 ) -> TrainingSet:
-    """Find masks, augment, tint and encode the photos as the configuration says.
+    """Find masks, augment and encode the photos as the configuration says.
 
     Args:
         config: of the run.
@@ -108,8 +105,6 @@ def encode_photos(
     augmented = teacher_views if config.concept.augmentation == "custom-diffusion" else real_views
     views = augmented(photos, resolution=resolution, count=count, generator=generator)
     reals = real_views(photos, resolution=resolution, count=max(count, len(photos)), generator=generator)
-    if config.concept.recolour and class_name is not None:
-        views = recoloured(views, photos, config.concept.recolour, class_name, pair, generators.tints)
     latents = _encode(codec, views, device)
     real_latents = _encode(codec, reals, device)
     masks = torch.stack([view.mask for view in views]).to(device)
@@ -121,7 +116,7 @@ def encode_photos(
         views=[_without_pixels(view) for view in views],
         real_views=[_without_pixels(view) for view in reals],
         latents=latents,
-        masks=F.interpolate(masks, latents.shape[-2:], mode="area"),
+        masks=latent_masks(masks, latents.shape[-1]),
         real_latents=real_latents,
         critics=features,
         identity=_image_features(codec, photo_latents, identity_encoder)[0][:, 0] if identity_encoder else None,

@@ -48,8 +48,7 @@ class Stream(IntEnum):
     VIEWS = 4
     STEPS = 5
     PRIOR = 6
-    TINTS = 7
-    MASKS = 8
+    MASKS = 8  # 7 was a stream of version 0.1
 
 
 def seed_for(config: Config, stream: Stream) -> int:
@@ -161,9 +160,14 @@ class TrainingState:
 
     @property
     def echo_is_due(self) -> bool:
-        """Whether the echo pool is refreshed after the last finished joint step."""
-        start, every = self.config.echo.start, self.config.echo.every
-        return start is not None and self.step >= start and (self.step - start) % every == 0
+        """Whether the echo pool is refreshed after the last finished joint step.
+
+        After the last step of all, only the carry back could use new images.
+        """
+        echo, steps = self.config.echo, self.config.train.steps
+        if echo.start is None or self.step < echo.start or (self.step == steps and not echo.carry_back):
+            return False
+        return (self.step - echo.start) % echo.every == 0
 
     @property
     def student_parts(self) -> list[str]:
@@ -324,7 +328,6 @@ def _generators(config: Config) -> ViewGenerators:
     return ViewGenerators(
         views=generator_for(config, Stream.VIEWS),
         masks=generator_for(config, Stream.MASKS),
-        tints=generator_for(config, Stream.TINTS),
     )
 
 

@@ -1,4 +1,4 @@
-"""Extension: targets of several teacher steps, optionally tinted, and replays of them in later steps."""
+"""Extension: targets of several teacher steps, and replays of them in later steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from echodistill_cli.config.schema import Config
-from echodistill_cli.data.recolour import tinted_latents, without_colour
 from echodistill_cli.diffusion.sampling import sample_latents, student_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.adapters import without_lora
@@ -33,9 +31,6 @@ def multi_step_target(
         conditioning: of the prompts.
     """
     settings, encoder = state.config.train, state.pair.encoder
-    plain_prompts, colours = without_colours(state.config, prompts)
-    if any(colours):
-        conditioning = encoder.encode(plain_prompts)
     target = sample_latents(
         state.pair.teacher,
         noise,
@@ -46,30 +41,9 @@ def multi_step_target(
         init_latents=x0,
         strength=settings.target_strength,
     )
-    target = tint(state, target, colours)
     if state.config.replays:
         state.replay_buffer.add(noise, target, prompts, _base_class_images(state, noise, prompts))
     return target
-
-
-def without_colours(config: Config, prompts: Sequence[str]) -> tuple[list[str], list[str | None]]:
-    """Remove the colors that prompts give the subject; return the prompts and these colors.
-
-    Without `concept.tint_scenes` or a class name the prompts stay as they are, and no color is returned.
-    """
-    if not config.concept.tint_scenes or config.concept.class_name is None:
-        return list(prompts), [None] * len(prompts)
-    pairs = [without_colour(prompt, config.subject) for prompt in prompts]
-    return [prompt for prompt, _ in pairs], [colour for _, colour in pairs]
-
-
-def tint(state: TrainingState, latents: Tensor, colours: Sequence[str | None]) -> Tensor:
-    """Tint the subject of images [B, C, h, w] in its color; None leaves an image as it is."""
-    class_name = state.config.concept.class_name
-    if class_name is None or not any(colours):
-        return latents
-    with base_models(state):
-        return tinted_latents(latents, colours, class_name, state.pair, state.generator)
 
 
 def replay_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:

@@ -253,9 +253,6 @@ def test_a_run_folder_in_the_place_of_photos_is_answered_with_the_command_that_r
 FORMER = """
 --views 8 | concept.views=8
 --augmentation plain | concept.augmentation=plain
---recolour 0.15 | concept.recolour=0.15
---tint-scenes | concept.tint_scenes=true
---no-tint-scenes | concept.tint_scenes=false
 --scene "a {} here" --scene "a {} there" | concept.scenes=["a {} here", "a {} there"]
 --class-prompt "a red {}" | concept.class_prompts=["a red {}"]
 --tiny-decoder madebyollin/taesd | model.tiny_decoder=madebyollin/taesd

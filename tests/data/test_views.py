@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from echodistill_cli.data.photos import Photo
-from echodistill_cli.data.prompts import SCENES, TEMPLATES, scene_prompt, with_subject
+from echodistill_cli.data.prompts import SCENES, TEMPLATES, scene_prompt, with_class, with_subject
 from echodistill_cli.data.views import (
     BACKGROUND_WEIGHT,
     SMALL_FRAMINGS,
     ZOOMED_FRAMINGS,
     View,
+    latent_masks,
     prompt_for,
     real_views,
     teacher_views,
@@ -277,3 +278,32 @@ def test_scene_prompts_go_round() -> None:
     assert scene_prompt(SUBJECT, count + 3) == scene_prompt(SUBJECT, 3)
     assert scene_prompt("owl", 0) == "an owl in the snow"
     assert scene_prompt("owl", 3, ("a {} at home", "the {} abroad")) == "the owl abroad"
+
+
+def test_latents_beside_the_canvas_do_not_count_and_the_subjects_mask_is_not_eroded() -> None:
+    masks = torch.zeros(1, 1, 64, 64)
+    masks[..., 12:56, 8:48] = 1.0  # rows 1.5 to 7 of 8, columns 1 to 6
+    masks[..., 32:56, 8:48] = BACKGROUND_WEIGHT
+    expected = torch.zeros(8, 8)
+    expected[3:4, 2:5] = 1.0  # rows 2 to 6 and columns 1 to 5 are whole; one cell of each side is left out
+    expected[4:6, 2:5] = BACKGROUND_WEIGHT
+    torch.testing.assert_close(latent_masks(masks, 8)[0, 0], expected)
+    whole = torch.rand(1, 1, 64, 64, generator=seeded()).clamp(min=BACKGROUND_WEIGHT)
+    torch.testing.assert_close(latent_masks(whole, 8), torch.nn.functional.avg_pool2d(whole, 8))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "class_name", "expected"),
+    [
+        ("a photo of a sks owl", "sks owl", "owl", "a photo of an owl"),
+        ("An sks owl on a sofa", "sks owl", "owl", "An owl on a sofa"),
+        ("my sks dog beside a sks dog", "sks dog", "dog", "my dog beside a dog"),
+        ("a photo of an xyz dog", "xyz dog", "dog", "a photo of a dog"),
+        ("a sks doghouse", "sks dog", "dog", "a sks doghouse"),
+        ("a {} sks dog", "sks dog", "dog", "a {} dog"),
+    ],
+)
+def test_the_class_takes_the_place_of_the_subject_with_its_article(
+    prompt: str, subject: str, class_name: str, expected: str
+) -> None:
+    assert with_class(prompt, subject, class_name) == expected

@@ -36,20 +36,6 @@ def test_plain_views_have_no_canvas_and_no_framing(new_state: NewState) -> None:
     assert {view.framing for view in new_state(concept__views=16).photos.views} > {""}
 
 
-def test_only_the_teacher_gets_recolored_views_and_no_other_view_changes(
-    new_state: NewState, plain_state: TrainingState
-) -> None:
-    plain, some = plain_state, new_state(concept__recolour=0.5)
-    colours = [view.colour for view in some.photos.views]
-    assert sum(map(bool, colours)) == round(0.5 * len(colours))
-    assert not any(view.colour for view in some.photos.real_views)
-    for index, colour in enumerate(colours):
-        assert bool(colour) != torch.equal(plain.photos.latents[index], some.photos.latents[index])
-    assert torch.equal(plain.photos.real_latents, some.photos.real_latents)
-    assert torch.equal(plain.photos.masks, some.photos.masks)
-    assert not any(view.colour for view in new_state(concept__recolour=0.5, concept__class_name=None).photos.views)
-
-
 def test_masks_by_the_teacher_weight_the_loss_and_change_no_image(
     new_state: NewState, plain_state: TrainingState
 ) -> None:

@@ -154,10 +154,10 @@ def image_batch() -> ImageBatch:
 
 
 def plain_taps(denoiser: Denoiser, seen: ImageBatch | None = None) -> list[Tensor]:
-    """Outputs of the last down block and the middle block in a whole plain pass."""
+    """Outputs of all down blocks and the middle block in a whole plain pass."""
     taps: list[Tensor] = []
     unet, seen = denoiser.unet, seen or image_batch()
-    blocks: tuple[torch.nn.Module, ...] = (unet.down_blocks[-1], unet.mid_block)
+    blocks: tuple[torch.nn.Module, ...] = (*unet.down_blocks, unet.mid_block)
     hooks = [
         block.register_forward_hook(
             lambda _m, _i, output: taps.append(output[0] if isinstance(output, tuple) else output)
@@ -224,7 +224,7 @@ def test_the_gradient_is_the_bases_and_reaches_no_adapter(teacher: Denoiser, che
 def test_the_critic_does_not_own_the_teachers_weights(teacher: Denoiser) -> None:
     critic = Discriminator("teacher", TeacherBackbone(teacher), 16)
     assert set(critic.state_dict()) == {
-        f"heads.{i}.{j}.{kind}" for i in (0, 1) for j in (1, 3) for kind in ("weight", "bias")
+        f"heads.{i}.{j}.{kind}" for i in (0, 1, 2) for j in (1, 3) for kind in ("weight", "bias")
     }
 
 
@@ -300,3 +300,14 @@ def test_the_scale_of_features_does_not_change_the_logits(small_backbones: dict[
     critic = Discriminator("dino", backbone, 16)
     features = backbone.features(images())
     torch.testing.assert_close(critic.logits([features[0] * 50])[0], critic.logits(features)[0], rtol=1e-3, atol=1e-4)
+
+
+@each_kind
+def test_pixels_beyond_the_range_are_seen_and_pulled_at(small_backbones: dict[str, Path], kind: str) -> None:
+    backbone, pixels = load(small_backbones[kind]), images()
+    saturated = (3 * pixels).requires_grad_()
+    features = backbone.features(saturated)[0]
+    assert not torch.allclose(features, backbone.features((3 * pixels).clamp(-1, 1))[0], atol=1e-3)
+    features.square().sum().backward()
+    assert saturated.grad is not None
+    assert (saturated.grad[saturated.detach().abs() > 1] != 0).float().mean() > 0.99

@@ -1,4 +1,4 @@
-"""Extensions: targets of several teacher steps, their tints, and their replays."""
+"""Extensions: targets of several teacher steps, and their replays."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from echodistill_cli.data.recolour import tinted_latents
-from echodistill_cli.diffusion.sampling import sample_latents, student_x0
+from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.models.adapters import lora_tensors
 from echodistill_cli.training.batches import student_pass
 from echodistill_cli.training.steps import begin, training_step
-from echodistill_cli.training.targets import base_models, base_x0, multi_step_target, replay_batch
+from echodistill_cli.training.targets import base_x0, replay_batch
 from tests.helpers.runs import NewState, seeded, student_pass_at, take_steps
 
 each_text_form = pytest.mark.parametrize("form", ["lora", "token", "frozen"])
-COLORED = {"train__scene_share": 1.0, "train__batch_size": 2, "train__target_steps": 2, "train__replays": 1}
 
 
 def test_targets_of_several_steps_depend_on_the_seed_alone(new_state: NewState) -> None:
@@ -40,40 +38,6 @@ def test_targets_from_the_students_image_stay_closer_to_it(new_state: NewState) 
     assert distances[0] > distances[1] > distances[2] > 0
     plain = student_pass_at(new_state(train__target_steps=4), 7)
     assert torch.equal(plain.target.latents, passes[0].target.latents)
-
-
-def test_targets_in_a_color_are_generated_in_the_subjects_own_and_then_tinted(new_state: NewState) -> None:
-    state = new_state(**COLORED, concept__tint_scenes=True)
-    take_steps(state, 2)  # so that the teacher differs from the base teacher, which masks the subject
-    noise = torch.randn(2, *state.photos.latents.shape[1:], generator=seeded())
-    state.generator.manual_seed(1)
-    prompts = ["a red sks dog on the moon", "a sks dog on pink fabric"]
-    target = multi_step_target(state, noise, noise, prompts, state.pair.encoder.encode(prompts).detach())
-    plain = sample_latents(
-        state.pair.teacher,
-        noise,
-        state.pair.encoder.encode(["a sks dog on the moon", "a sks dog on pink fabric"]),
-        state.pair.encoder.encode_null(),
-        steps=2,
-        guidance_scale=state.config.train.guidance_scale,
-    )
-    with base_models(state):
-        expected = tinted_latents(plain, ["red", None], "dog", state.pair, seeded(1))
-    assert torch.equal(target, expected)
-    assert torch.equal(target[1], plain[1])
-    assert not torch.equal(target[0], plain[0])
-    # Stored with the student's prompt.
-    assert state.replay_buffer.prompts[-2:] == prompts
-    assert state.replay_buffer.latents is not None
-    assert torch.equal(state.replay_buffer.latents[-2:], target)
-
-
-@pytest.mark.parametrize("changes", [{"concept__scenes": ("a {} on pink fabric",)}, {"concept__class_name": None}])
-def test_targets_without_a_color_or_a_class_name_are_not_tinted(new_state: NewState, changes: dict[str, Any]) -> None:
-    tinted, plain = (
-        student_pass_at(new_state(**COLORED, **changes, concept__tint_scenes=tint), 7) for tint in (True, False)
-    )
-    assert torch.equal(tinted.target.latents, plain.target.latents)
 
 
 def test_replays_mix_targets_with_images_of_the_class_by_the_base_student(new_state: NewState) -> None:
