@@ -148,7 +148,7 @@ def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
 def _loaded_state(config: Config, session: _Session) -> TrainingState:
     from echodistill_cli.planning import assumptions, check_settings, fetch_models
     from echodistill_cli.training.dataset import unread_texts
-    from echodistill_cli.training.state import build_state
+    from echodistill_cli.training.state import build_state, doubts
 
     check_settings(config)
     fetch_models(config)
@@ -157,7 +157,7 @@ def _loaded_state(config: Config, session: _Session) -> TrainingState:
     names = f"{config.model.student} and {config.model.teacher}"
     session.on_message(f"Loading {names}, encoding {len(session.photos)} photos")
     state = build_state(config, session.photos)
-    for line in unread_texts(config, session.photos, state.pair.encoder):
+    for line in (*unread_texts(config, session.photos, state.pair.encoder), *doubts(state)):
         session.on_message(line)
     return state
 

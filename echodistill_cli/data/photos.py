@@ -6,7 +6,9 @@ photos of eight DreamBooth subjects: they cause no warning, but blurred versions
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -328,3 +330,22 @@ def _gray(image: Image.Image, side: int) -> NDArray[np.float64]:
     scale = min(1.0, side / min(image.size))
     size = (round(image.width * scale), round(image.height * scale))
     return np.asarray(image.convert("L").resize(size, Image.Resampling.LANCZOS), dtype=np.float64)
+
+
+def photo_records(photos: Sequence[Photo]) -> list[dict[str, str]]:
+    """Return the name of each photo and the SHA-256 of its prepared image, its mask and its caption."""
+    return [
+        {
+            "name": photo.path.name,
+            "image": _digest(photo.image.size, photo.crop, photo.image.tobytes()),
+            "mask": _digest(photo.mask.tobytes() if photo.mask else None),
+            "caption": _digest(photo.caption),
+        }
+        for photo in photos
+    ]
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(
+        b"".join(part if isinstance(part, bytes) else repr(part).encode() for part in parts)
+    ).hexdigest()

@@ -17,13 +17,13 @@ from typing import Any
 from echodistill_cli.config.build import config_to_dict
 from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.data.images import grid, save_png, to_image
-from echodistill_cli.data.photos import Photo
+from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 from echodistill_cli.files import public_name, recover_below
 from echodistill_cli.models.device import next_saving, peak_memory_mib
 from echodistill_cli.runs import OnMessage, OnStep, Run
-from echodistill_cli.training.state import JOINT, PHASES, TrainingState, photo_records
+from echodistill_cli.training.state import JOINT, PHASES, TrainingState
 from echodistill_cli.training.steps import PHASE_STEPS
 
 

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from echodistill_cli.config.schema import Config, TrainConfig
-from echodistill_cli.data.photos import Photo
+from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.text import LearnedToken, check_token
 from echodistill_cli.errors import EchoDistillError
@@ -261,25 +260,6 @@ class TrainingState:
         self.optimizers.mean.load_state_dict(state["teacher_mean"], self.pair.device)
 
 
-def photo_records(photos: Sequence[Photo]) -> list[dict[str, str]]:
-    """Return the name of each photo and the SHA-256 of its prepared image, its mask and its caption."""
-    return [
-        {
-            "name": photo.path.name,
-            "image": _digest(photo.image.size, photo.crop, photo.image.tobytes()),
-            "mask": _digest(photo.mask.tobytes() if photo.mask else None),
-            "caption": _digest(photo.caption),
-        }
-        for photo in photos
-    ]
-
-
-def _digest(*parts: object) -> str:
-    return hashlib.sha256(
-        b"".join(part if isinstance(part, bytes) else repr(part).encode() for part in parts)
-    ).hexdigest()
-
-
 def text_name(index: int) -> str:
     """The name of a text encoder in diffusers: text_encoder, text_encoder_2."""
     return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
@@ -322,6 +302,16 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         generator=generator_for(config, Stream.STEPS),
         prior=build_prior(config, pair, generator_for(config, Stream.PRIOR)),
     )
+
+
+def doubts(state: TrainingState) -> Iterator[str]:
+    """Yield a sentence for each setting that does not suit the loaded models."""
+    kinds = {role: state.pair.role(role).schedule.prediction_type for role in ("student", "teacher")}
+    if state.config.train.carry_over and kinds["student"] != kinds["teacher"]:
+        yield (
+            f"train.carry_over copies the LoRA of a teacher that predicts {kinds['teacher']} to a student that "
+            f"predicts {kinds['student']}. Layers near the output differ in meaning. Consider train.carry_over=false."
+        )
 
 
 def _generators(config: Config) -> ViewGenerators:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
+from echodistill_cli.data.prompts import with_class
 from echodistill_cli.diffusion.sampling import sample_latents, student_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.adapters import without_lora
@@ -65,7 +66,7 @@ def replay_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
     if class_name is not None and state.replay_buffer.base is not None:
         for index in state.random_rows(settings.pair_share):
             if state.config.subject in prompts[index]:
-                prompts[index] = prompts[index].replace(state.config.subject, class_name)
+                prompts[index] = with_class(prompts[index], state.config.subject, class_name)
                 target[index] = state.replay_buffer.base[replayed[index]]
     return noise, target, prompts
 
@@ -75,7 +76,7 @@ def _base_class_images(state: TrainingState, noise: Tensor, prompts: Sequence[st
     class_name = state.config.concept.class_name
     if class_name is None or not state.config.train.pair_share:
         return None
-    return base_x0(state, noise, [prompt.replace(state.config.subject, class_name) for prompt in prompts])
+    return base_x0(state, noise, [with_class(prompt, state.config.subject, class_name) for prompt in prompts])
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ class EchoOfTheInput(torch.nn.Module):
         self.conv_in = torch.nn.Conv2d(4, 4, 1, dtype=dtype)
         self.sigma = sigma
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, **_rest: Any) -> tuple[Tensor]:
+    def forward(self, noisy: Tensor, _timesteps: Tensor, **_rest: Any) -> tuple[Tensor]:
         return (noisy.float() / self.sigma,)
 
 

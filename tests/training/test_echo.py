@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import torch
 
-from echodistill_cli.training.batches import echo_candidates, real_batch, student_pass, teacher_batch
+from echodistill_cli.training.batches import real_batch, student_pass, teacher_batch
 from echodistill_cli.training.steps import echo_step
 from tests.helpers.runs import NewState, checkpoint_of, moved, take_steps, trained
 

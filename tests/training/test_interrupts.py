@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from echodistill_cli import pipeline
 from echodistill_cli.config.build import build_config, config_from_dict
 from echodistill_cli.config.schema import Config
+from echodistill_cli.data.photos import photo_records
 from echodistill_cli.errors import ConfigError, Interrupted
 from echodistill_cli.runs import Run, create_run, open_run
 from echodistill_cli.training.loop import resumable_state
-from echodistill_cli.training.state import photo_records
 from tests.helpers.commands import command, files_below, small_toml
 from tests.helpers.runs import small_photos
 

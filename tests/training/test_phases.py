@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors
-from echodistill_cli.training.state import CARRY_BACK, HEAD_START, JOINT
+from echodistill_cli.training.state import CARRY_BACK, HEAD_START, JOINT, doubts
 from echodistill_cli.training.steps import (
     CARRY_BACK_RATE,
     PHASE_STEPS,
@@ -138,3 +138,16 @@ def test_a_step_is_taken_at_the_rate_of_its_number(new_state: NewState) -> None:
     state = new_state(train__lr_schedule="cosine", train__steps=2)
     take_steps(state, 2)
     assert state.optimizers["student"].param_groups[0]["lr"] == pytest.approx(state.config.train.lr / 2)
+
+
+@pytest.mark.parametrize(
+    ("carry_over", "kind", "count"), [(True, "epsilon", 1), (True, "v_prediction", 0), (False, "epsilon", 0)]
+)
+def test_a_lora_carried_between_noise_and_velocity_is_doubted(
+    new_state: NewState, carry_over: bool, kind: str, count: int
+) -> None:
+    state = new_state(train__carry_over=carry_over, train__head_start=1, model__student_prediction=kind)
+    assert state.pair.teacher.schedule.prediction_type == "v_prediction"
+    sentences = list(doubts(state))
+    assert len(sentences) == count
+    assert all("predicts v_prediction to a student that predicts epsilon" in sentence for sentence in sentences)
