@@ -1,4 +1,4 @@
-"""Discriminators: frozen backbones with small trained heads, and the batches that they run on.
+"""Discriminators: frozen backbones with small trained heads, a critic of latents, and the batches they run on.
 
 A backbone turns a batch of images into features, one tensor [B, N, D] per tap (N tokens of width D). A discriminator
 puts a small head on each tap. The identity loss and the echo compare the features of an image backbone directly.
@@ -60,6 +60,9 @@ class ImageBatch:
         return ImageBatch(
             self.latents[:count], self.codec, self.noise[:count], self.timesteps[:count], conditioning, self
         )
+
+
+_PAIRED_WIDTH = 64
 
 
 class TeacherBackbone(nn.Module):
@@ -144,6 +147,39 @@ class Discriminator(nn.Module):
         return [head(tap).squeeze(-1) for head, tap in zip(self.heads, features, strict=True)]
 
 
+class PairedCritic(nn.Module):
+    """Five convolutions on latents. It compares the student's image with the target of the same noise.
+
+    Small and trained whole: heads on the frozen teacher's features did not learn to tell blurred from sharp images
+    within a thousand updates.
+
+    Args:
+        channels: C of the latents.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, channels: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.layers = nn.Sequential(
+                nn.Conv2d(channels, _PAIRED_WIDTH, 3, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(_PAIRED_WIDTH, 2 * _PAIRED_WIDTH, 4, stride=2, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(2 * _PAIRED_WIDTH, 2 * _PAIRED_WIDTH, 3, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(2 * _PAIRED_WIDTH, 2 * _PAIRED_WIDTH, 3, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(2 * _PAIRED_WIDTH, 1, 3, padding=1),
+            )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Return the logits [B, N] of latents [B, C, h, w], one per patch; above 0 means "a target"."""
+        logits: Tensor = self.layers(latents.float())
+        return logits.flatten(1)
+
+
 def _head(width: int, hidden: int) -> nn.Module:
     return nn.Sequential(
         nn.LayerNorm(width, elementwise_affine=False),
@@ -189,12 +225,12 @@ def features_of(images: ImageBatch, backbone: ImageBackbone | TeacherBackbone) -
 
 
 @contextmanager
-def frozen(critics: Sequence[Discriminator]) -> Iterator[None]:
-    """Context in which discriminator heads get no gradient of their own, but pass gradients on."""
-    for critic in critics:
-        critic.heads.requires_grad_(False)
+def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Context in which trained modules get no gradient of their own, but pass gradients on."""
+    for module in modules:
+        module.requires_grad_(False)
     try:
         yield
     finally:
-        for critic in critics:
-            critic.heads.requires_grad_(True)
+        for module in modules:
+            module.requires_grad_(True)

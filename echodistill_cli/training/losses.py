@@ -105,6 +105,19 @@ def adversarial_discriminator(
     return 0.5 * ((real * real_weight).sum() / real_weight.sum() + fake.mean())
 
 
+def paired_adversarial(logits: Tensor, compared: Tensor) -> Tensor:
+    """Return the relativistic loss -log σ(D(first) - D(second)) of each pair [B], which wants the first more real.
+
+    What both images of a pair share cancels, so the critic judges only what regression leaves out: detail. Sources:
+    Jolicoeur-Martineau 2018 (arXiv 1807.00734); Huang et al. 2024 (R3GAN, arXiv 2501.05441).
+
+    Args:
+        logits: [B, N] of the critic, one per patch of the first image.
+        compared: [B, N], of the second.
+    """
+    return F.softplus(compared.float() - logits.float()).mean(dim=1)
+
+
 def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tensor]) -> Tensor:
     """Return the multi-scale sliced Wasserstein distance [B] between image patches in CIE Lab.
 

@@ -15,6 +15,10 @@ Metrics = dict[str, float]
 FP16_LOSS_SCALE = 1024.0
 
 
+# A critic that is trained from nothing has to forget early gradients soon, as in GANs.
+_BETAS = {"paired": (0.5, 0.99)}
+
+
 class Optimizers(Mapping[str, torch.optim.AdamW]):
     """One AdamW per trained part, by the part's name; a part with nothing to train has none.
 
@@ -44,7 +48,9 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
         self.mean = WeightMean()
         self._parts = {
-            name: torch.optim.AdamW(parameters, lr=rates[name], weight_decay=weight_decay)
+            name: torch.optim.AdamW(
+                parameters, lr=rates[name], weight_decay=weight_decay, betas=_BETAS.get(name, (0.9, 0.999))
+            )
             for name, parameters in parts.items()
             if parameters
         }

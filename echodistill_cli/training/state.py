@@ -31,7 +31,7 @@ from echodistill_cli.models.adapters import (
 )
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
-from echodistill_cli.training.critics import Discriminator, build_discriminators
+from echodistill_cli.training.critics import Discriminator, PairedCritic, build_discriminators
 from echodistill_cli.training.dataset import Prior, TrainingSet, ViewGenerators, build_prior, encode_photos
 from echodistill_cli.training.optimizers import FP16_LOSS_SCALE, Metrics, Optimizers
 from echodistill_cli.training.pools import EchoPool, ReplayBuffer
@@ -48,6 +48,7 @@ class Stream(IntEnum):
     STEPS = 5
     PRIOR = 6
     MASKS = 8  # 7 was a stream of version 0.1
+    PAIRED = 9
 
 
 def seed_for(config: Config, stream: Stream) -> int:
@@ -88,6 +89,8 @@ HEAD_START = Phase("head start", "head_start_step", _head_start_length)
 JOINT = Phase("training", "step", lambda state: state.config.train.steps)
 CARRY_BACK = Phase("carry back", "carry_back_step", _carry_back_length)
 PHASES = (HEAD_START, JOINT, CARRY_BACK)
+# Learning rate of the paired critic, which is as large for every model.
+PAIRED_LR = 1e-3
 # A run ends after this many consecutive steps in which a loss or gradient was not finite.
 MAX_BAD_STEPS = 5
 
@@ -108,6 +111,7 @@ class TrainingState:
         optimizers: one per trained part, and the average of the teacher's weights.
         generator: the only source of randomness in a step.
         prior: images of the class by the base student; None if nothing uses them.
+        paired_critic: of the paired loss; None without it.
         step: finished joint steps.
         head_start_step: finished steps of the teacher alone before the joint ones.
         carry_back_step: finished steps of the teacher alone after the joint ones.
@@ -128,6 +132,7 @@ class TrainingState:
     optimizers: Optimizers
     generator: torch.Generator
     prior: Prior | None = None
+    paired_critic: PairedCritic | None = None
     step: int = 0
     head_start_step: int = 0
     carry_back_step: int = 0
@@ -236,6 +241,7 @@ class TrainingState:
             "lora": {name: lora_tensors(module) for name, module in self.trained_modules().items()},
             "token": self.token.state_dict() if self.token else None,
             "heads": {critic.name: critic.heads.state_dict() for critic in self.critics},
+            "paired_critic": self.paired_critic.state_dict() if self.paired_critic else None,
             "optimizers": self.optimizers.state_dict(),
             "generator": self.generator.get_state(),
             "pool": vars(self.pool) if self.pool else None,
@@ -253,6 +259,8 @@ class TrainingState:
             self.token.load_state_dict(state["token"])
         for critic in self.critics:
             critic.heads.load_state_dict(state["heads"][critic.name])
+        if self.paired_critic:
+            self.paired_critic.load_state_dict(state["paired_critic"])
         self.optimizers.load_state_dict(state["optimizers"])
         self.generator.set_state(state["generator"])
         self.pool = EchoPool(**state["pool"]).to(self.pair.device) if state["pool"] else None
@@ -289,6 +297,8 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
     for critic in critics:
         critic.to(pair.device)
+    paired = PairedCritic(pair.codec.channels, seed_for(config, Stream.PAIRED)).to(pair.device)
+    paired_critic = paired if config.loss.paired and config.replays else None
     return TrainingState(
         config=config,
         pair=pair,
@@ -298,9 +308,10 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         photo_count=len(photos),
         photo_records=photo_records(photos),
         token=token,
-        optimizers=_optimizers(config, pair, token, critics),
+        optimizers=_optimizers(config, pair, token, critics, paired_critic),
         generator=generator_for(config, Stream.STEPS),
         prior=build_prior(config, pair, generator_for(config, Stream.PRIOR)),
+        paired_critic=paired_critic,
     )
 
 
@@ -352,7 +363,11 @@ def _backbone_loader(config: Config, pair: ModelPair) -> Callable[[str], ImageBa
 
 
 def _optimizers(
-    config: Config, pair: ModelPair, token: LearnedToken | None, critics: Sequence[Discriminator]
+    config: Config,
+    pair: ModelPair,
+    token: LearnedToken | None,
+    critics: Sequence[Discriminator],
+    paired_critic: PairedCritic | None,
 ) -> Optimizers:
     settings = config.train
     text = [p for encoder in pair.encoder.encoders for p in trainable_parameters(encoder)]
@@ -362,6 +377,7 @@ def _optimizers(
             "text": list(token.parameters()) if token else text,
             "student": trainable_parameters(pair.student.unet),
             "discriminators": [p for critic in critics for p in critic.heads.parameters()],
+            "paired": list(paired_critic.parameters()) if paired_critic else [],
         },
         learning_rates(settings),
         schedule=settings.lr_schedule,
@@ -378,4 +394,5 @@ def learning_rates(settings: TrainConfig) -> dict[str, float]:
         "text": settings.text_lr,
         "student": settings.lr,
         "discriminators": settings.discriminator_lr,
+        "paired": PAIRED_LR,
     }

@@ -20,7 +20,7 @@ from echodistill_cli.diffusion.schedule import add_noise, prediction_target
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import batches, losses
 from echodistill_cli.training.batches import StudentPass, critic_features, encode_for_student
-from echodistill_cli.training.critics import features_of, frozen
+from echodistill_cli.training.critics import PairedCritic, features_of, frozen
 from echodistill_cli.training.dataset import Prior
 from echodistill_cli.training.optimizers import Metrics
 from echodistill_cli.training.pools import EchoPool, refresh
@@ -30,6 +30,8 @@ from echodistill_cli.training.targets import replay_batch
 Step = Callable[[TrainingState], Metrics]
 # Factor on the teacher's rate in the carry back: it should clean up the student's LoRA, not train over it.
 CARRY_BACK_RATE = 0.25
+# The paired critic: updates and batch size before the first replay, and the noise on what it sees.
+PAIRED_HEAD_START, PAIRED_BATCH, INSTANCE_NOISE = 150, 16, 0.1
 
 
 def training_step(state: TrainingState) -> Metrics:
@@ -106,7 +108,6 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
         metrics: Metrics = {}
         for term in active_losses(state):
             values = term.function(state, generated)
-            values = values * generated.alpha_bar if term.weighted_by_alpha_bar else values
             metrics[term.name] = float(values.detach().mean())
             total = total + getattr(state.config.loss, term.name) * values.mean()
         metrics |= state.optimizers.step(total, state.student_parts)
@@ -164,6 +165,8 @@ def begin(state: TrainingState) -> None:
         load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.teacher.unet))
     for _ in range(state.config.train.first_targets if state.config.replays else 0):
         batches.add_first_targets(state)
+    if state.paired_critic is not None and len(state.replay_buffer):
+        _teach_paired_critic(state, state.paired_critic)
 
 
 def head_start_step(state: TrainingState) -> Metrics:
@@ -183,11 +186,77 @@ def replay_step(state: TrainingState) -> Metrics:
 
     Class images, for example in other colors, keep the meaning of words that the photos contradict.
     """
-    noise, target, prompts = replay_batch(state)
-    x0 = student_x0(state.pair.student, noise, encode_for_student(state, prompts))
-    loss = losses.latent_alignment(x0, target).mean()
-    update = state.optimizers.step(state.config.loss.latent * loss, state.student_parts)
-    return {"replay": float(loss.detach())} | {key: value for key, value in update.items() if key.startswith("skipped")}
+    batch = replay_batch(state)
+    x0 = student_x0(state.pair.student, batch.noise, encode_for_student(state, batch.prompts))
+    loss = losses.latent_alignment(x0, batch.target).mean()
+    metrics, total = {"replay": float(loss.detach())}, state.config.loss.latent * loss
+    rows = batch.subject_rows
+    if state.paired_critic is not None and rows:
+        pull = paired_pull(state, state.paired_critic, x0, x0[rows], batch.target[rows])
+        metrics["paired"] = float(pull.detach())
+        total = total + state.config.loss.paired * pull
+    update = state.optimizers.step(total, state.student_parts)
+    metrics |= {key: value for key, value in update.items() if key.startswith("skipped")}
+    if state.paired_critic is not None and rows:
+        metrics |= paired_critic_step(state, state.paired_critic, x0[rows].detach(), batch.target[rows])
+    return metrics
+
+
+def paired_pull(state: TrainingState, critic: PairedCritic, x0: Tensor, images: Tensor, targets: Tensor) -> Tensor:
+    """Return the paired adversarial loss, a scalar whose gradient on x0 is as large as that of the latent loss.
+
+    Both gradients are compared as in VQGAN (Esser et al. 2021, arXiv 2012.09841), so one weight suits every model.
+
+    Args:
+        state: of the run.
+        critic: not trained here.
+        x0: [B, C, h, w], all images of the batch.
+        images: [K, C, h, w], those of the subject, by rows of `x0`.
+        targets: [K, C, h, w], the targets of the same noise.
+    """
+    with frozen([critic]):
+        values = losses.paired_adversarial(critic(_blurred(state, images)), critic(_blurred(state, targets)))
+        loss = values.sum() / len(x0)
+        pull = torch.autograd.grad(loss, x0, retain_graph=True)[0].norm()
+    regression = (images - targets).detach().norm() / x0.numel()  # the gradient of `losses.latent_alignment`
+    return state.config.loss.latent * (regression / pull.clamp(min=1e-12)) * loss
+
+
+def paired_critic_step(state: TrainingState, critic: PairedCritic, images: Tensor, targets: Tensor) -> Metrics:
+    """Train the paired critic to tell targets from the student's images of the same noise.
+
+    Args:
+        state: of the run.
+        critic: to train.
+        images: [K, C, h, w], the student's, without gradient.
+        targets: [K, C, h, w].
+    """
+    loss = losses.paired_adversarial(critic(_blurred(state, targets)), critic(_blurred(state, images))).mean()
+    state.optimizers.step(loss, ["paired"])
+    return {"discriminator_paired": float(loss.detach())}
+
+
+def _blurred(state: TrainingState, latents: Tensor) -> Tensor:
+    """Instance noise, which keeps a critic from winning by traces that no eye sees (Sønderby et al. 2017)."""
+    return latents + INSTANCE_NOISE * state.randn_like(latents)
+
+
+@torch.no_grad()
+def _replayed_images(state: TrainingState) -> Tensor:
+    """Return the student's images of every stored noise, [N, C, h, w]."""
+    buffer, size = state.replay_buffer, state.config.train.batch_size
+    parts = [buffer.take(range(start, min(start + size, len(buffer)))) for start in range(0, len(buffer), size)]
+    encode, student = state.pair.encoder.encode, state.pair.student
+    return torch.cat([student_x0(student, noise, encode(prompts)) for noise, _, prompts in parts])
+
+
+def _teach_paired_critic(state: TrainingState, critic: PairedCritic) -> None:
+    """Train the critic on the first targets: at the start it knows nothing, and its pull would be noise."""
+    images, targets = _replayed_images(state), state.replay_buffer.latents
+    assert targets is not None
+    for _ in range(PAIRED_HEAD_START):
+        rows = state.randint(len(images), PAIRED_BATCH)
+        paired_critic_step(state, critic, images[rows], targets[rows])
 
 
 def carry_back_step(state: TrainingState) -> Metrics:
@@ -221,19 +290,17 @@ class StudentLoss:
 
     Args:
         name: its key in `[loss]` and in the metrics.
-        function: returns its values [B].
-        weighted_by_alpha_bar: whether each sample is weighted by ᾱ_t, as in every alignment loss.
+        function: returns its values [B]; what compares with the target weights them by ᾱ_t, as the paper does.
         available: whether the run has what the loss needs.
     """
 
     name: str
     function: Callable[[TrainingState, StudentPass], Tensor]
-    weighted_by_alpha_bar: bool
     available: Callable[[TrainingState], bool] = lambda _state: True
 
 
 def _latent(_state: TrainingState, generated: StudentPass) -> Tensor:
-    return losses.latent_alignment(generated.images.latents, generated.target.latents)
+    return generated.alpha_bar * losses.latent_alignment(generated.images.latents, generated.target.latents)
 
 
 def _identity(state: TrainingState, generated: StudentPass) -> Tensor:
@@ -242,7 +309,7 @@ def _identity(state: TrainingState, generated: StudentPass) -> Tensor:
     assert photos is not None
     features = features_of(generated.images, encoder)[0]
     if state.config.critic.identity_target == "teacher":
-        return losses.feature_distance(features, features_of(generated.target, encoder)[0])
+        return generated.alpha_bar * losses.feature_distance(features, features_of(generated.target, encoder)[0])
     return losses.photo_distance(features[:, 0], photos)
 
 
@@ -252,7 +319,8 @@ def _sliced_wasserstein(state: TrainingState, generated: StudentPass) -> Tensor:
         settings.swd_scales, settings.swd_projections, settings.swd_patch, state.generator
     )
     on_device = [kernels.to(state.pair.device) for kernels in directions]
-    return losses.sliced_wasserstein(generated.images.image, generated.target.image, on_device)
+    distances = losses.sliced_wasserstein(generated.images.image, generated.target.image, on_device)
+    return generated.alpha_bar * distances
 
 
 def _student_prior(state: TrainingState, _generated: StudentPass) -> Tensor:
@@ -272,26 +340,11 @@ def _adversarial(state: TrainingState, generated: StudentPass) -> Tensor:
 
 
 STUDENT_LOSSES: tuple[StudentLoss, ...] = (
-    StudentLoss("latent", _latent, weighted_by_alpha_bar=True),
-    StudentLoss(
-        "identity",
-        _identity,
-        weighted_by_alpha_bar=True,
-        available=lambda state: state.identity_encoder is not None,
-    ),
-    StudentLoss("sliced_wasserstein", _sliced_wasserstein, weighted_by_alpha_bar=True),
-    StudentLoss(
-        "prior",
-        _student_prior,
-        weighted_by_alpha_bar=False,
-        available=lambda state: state.prior is not None,
-    ),
-    StudentLoss(
-        "adversarial",
-        _adversarial,
-        weighted_by_alpha_bar=False,
-        available=lambda state: bool(state.critics),
-    ),
+    StudentLoss("latent", _latent),
+    StudentLoss("identity", _identity, available=lambda state: state.identity_encoder is not None),
+    StudentLoss("sliced_wasserstein", _sliced_wasserstein),
+    StudentLoss("prior", _student_prior, available=lambda state: state.prior is not None),
+    StudentLoss("adversarial", _adversarial, available=lambda state: bool(state.critics)),
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -47,8 +48,25 @@ def multi_step_target(
     return target
 
 
-def replay_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
-    """Draw noise, targets [B, C, h, w] and B prompts from the replay buffer, mixed with class images.
+@dataclass(frozen=True)
+class ReplayBatch:
+    """B samples that the student is trained on once more.
+
+    Args:
+        noise: [B, C, h, w], what the student starts from.
+        target: [B, C, h, w], what it should generate.
+        prompts: B texts.
+        subject_rows: the samples that show the subject; the others show its class.
+    """
+
+    noise: Tensor
+    target: Tensor
+    prompts: list[str]
+    subject_rows: list[int]
+
+
+def replay_batch(state: TrainingState) -> ReplayBatch:
+    """Draw from the replay buffer, mixed with class images.
 
     Images of the class keep the student's knowledge of it. They come from the prior (`train.class_share`), or from the
     noise and the prompt of a replayed target, with the class in place of the subject (`train.pair_share`). In such a
@@ -57,18 +75,21 @@ def replay_batch(state: TrainingState) -> tuple[Tensor, Tensor, list[str]]:
     settings, class_name = state.config.train, state.config.concept.class_name
     replayed = state.randint(len(state.replay_buffer), settings.batch_size).tolist()
     noise, target, prompts = state.replay_buffer.take(replayed)
+    of_the_class: set[int] = set()
     if state.prior is not None and settings.class_share:
         indices = state.random_rows(settings.class_share)
         rows = state.randint(len(state.prior.prompts), len(indices)).tolist()
         noise[indices], target[indices] = state.prior.noise[rows], state.prior.latents[rows]
         for index, row in zip(indices, rows, strict=True):
             prompts[index] = state.prior.prompts[row]
+        of_the_class.update(indices)
     if class_name is not None and state.replay_buffer.base is not None:
         for index in state.random_rows(settings.pair_share):
             if state.config.subject in prompts[index]:
                 prompts[index] = with_class(prompts[index], state.config.subject, class_name)
                 target[index] = state.replay_buffer.base[replayed[index]]
-    return noise, target, prompts
+                of_the_class.add(index)
+    return ReplayBatch(noise, target, prompts, [row for row in range(len(prompts)) if row not in of_the_class])
 
 
 def _base_class_images(state: TrainingState, noise: Tensor, prompts: Sequence[str]) -> Tensor | None:

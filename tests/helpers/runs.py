@@ -36,23 +36,51 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def small_tables(pair: tuple[Path, Path], backbones: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """Settings under which every part of the method runs, in a tenth of a second per step."""
+    """The paper's own method on the small pair: one-step targets and no extension, a tenth of a second per step."""
     student, teacher = map(str, pair)
     return {
-        "concept": {"token": "sks", "class_name": "dog", "views": 8},
+        "concept": {"token": "sks", "class_name": "dog", "views": 8, "augmentation": "custom-diffusion"},
         "model": {"student": student, "teacher": teacher, "resolution": 64, "device": "cpu", "offline": True},
-        "adapter": {"rank": 2},
-        "text": {"rank": 2},
-        "train": {"lr": 1e-3, "teacher_lr": 1e-3, "text_lr": 1e-3, "discriminator_lr": 1e-3},
+        "adapter": {"rank": 2, "targets": "cross-kv"},
+        "text": {"form": "lora", "trained_by": "teacher", "rank": 2},
+        "train": {
+            "steps": 1000,
+            "lr": 1e-3,
+            "teacher_lr": 1e-3,
+            "text_lr": 1e-3,
+            "discriminator_lr": 1e-3,
+            "lr_schedule": "constant",
+            "target_steps": 1,
+            "target_strength": 1.0,
+            "replays": 0,
+            "first_targets": 0,
+            "class_share": 0.0,
+            "pair_share": 0.0,
+            "head_start": 0,
+            "carry_over": False,
+            "scene_share": 0.0,
+            "guidance_scale": 7.5,
+        },
+        "loss": {"identity": 1.0, "sliced_wasserstein": 0.1, "adversarial": 1.0, "paired": 0.0},
         "critic": {
             "discriminators": (str(backbones["dino"]), "teacher"),
             "identity": str(backbones["clip"]),
+            "identity_target": "teacher",
             "head_width": 16,
             "swd_scales": 2,
             "swd_projections": 8,
             "swd_patch": 5,
         },
-        "echo": {"start": "off", "every": 2, "candidates": 4, "min_identity": 0.0, "max_similarity": 1.0},
+        "echo": {
+            "start": "off",
+            "every": 2,
+            "candidates": 4,
+            "min_identity": 0.0,
+            "max_similarity": 1.0,
+            "teacher_share": 0.25,
+            "real_weight": 0.25,
+            "carry_back": 0,
+        },
     }
 
 
@@ -110,7 +138,9 @@ def trained(state: TrainingState) -> dict[str, Tensors]:
         for critic in state.critics
         for name, value in critic.heads.state_dict().items()
     }
+    paired = state.paired_critic.state_dict() if state.paired_critic else {}
     return {
+        "paired": {name: value.detach().clone() for name, value in paired.items()},
         "teacher": lora_tensors(state.pair.teacher.unet),
         "text": text,
         "student": lora_tensors(state.pair.student.unet),

@@ -15,6 +15,7 @@ from echodistill_cli.training.losses import (
     denoising,
     feature_distance,
     latent_alignment,
+    paired_adversarial,
     patch_directions,
     photo_distance,
     rgb_to_lab,
@@ -270,3 +271,11 @@ def test_the_gradient_moves_an_image_towards_the_target() -> None:
     after = sliced_wasserstein(images - 0.2 * images.grad / images.grad.abs().max(), target, DIRECTIONS[:1])
     assert after.item() < before.item()
     assert not math.isclose(after.item(), before.item(), rel_tol=1e-3)
+
+
+def test_the_paired_loss_is_the_cross_entropy_of_which_of_two_is_real() -> None:
+    # By hand: -log σ(2 - 0) and -log σ(-1 - 1), averaged over the patches of one pair.
+    loss = paired_adversarial(torch.tensor([[2.0, -1.0]]), torch.tensor([[0.0, 1.0]]))
+    assert loss.tolist() == pytest.approx([(0.126928 + 2.126928) / 2], rel=1e-5)
+    equal = paired_adversarial(torch.ones(3, 5), torch.ones(3, 5))
+    assert equal.tolist() == pytest.approx([0.693147] * 3, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from echodistill_cli.training.batches import student_pass
 from echodistill_cli.training.losses import photo_distance
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.steps import (
-    STUDENT_LOSSES,
     active_losses,
     discriminator_step,
     replay_step,
@@ -134,8 +134,19 @@ def test_without_the_denoising_loss_the_teacher_stays_as_it_is(new_state: NewSta
     assert moved(before, state) == {"student", "discriminators"}
 
 
-def test_alignment_is_weighted_by_alpha_bar_and_the_adversarial_loss_is_not() -> None:
-    assert {term.name for term in STUDENT_LOSSES if not term.weighted_by_alpha_bar} == {"adversarial", "prior"}
+@pytest.mark.parametrize(("reference", "weighted"), [("teacher", True), ("photos", False)])
+def test_only_what_is_compared_with_the_target_is_weighted_by_alpha_bar(
+    new_state: NewState, reference: str, weighted: bool
+) -> None:
+    state = new_state(critic__identity_target=reference, loss__prior=1.0)
+    generated = student_pass(state)
+    blind = replace(generated, alpha_bar=torch.zeros_like(generated.alpha_bar))
+    state.generator.manual_seed(0)
+    values = {term.name: float(term.function(state, blind).abs().sum()) for term in active_losses(state)}
+    assert set(values) == set(STUDENT_TERMS)
+    assert values["latent"] == values["sliced_wasserstein"] == 0
+    assert (values["identity"] == 0) == weighted
+    assert values["adversarial"] > 0
 
 
 @pytest.mark.parametrize("weight", [1.0, 3.0])

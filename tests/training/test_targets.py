@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.models.adapters import lora_tensors
 from echodistill_cli.training.batches import student_pass
-from echodistill_cli.training.steps import begin, training_step
+from echodistill_cli.training.losses import latent_alignment
+from echodistill_cli.training.steps import begin, paired_critic_step, paired_pull, replay_step, training_step
 from echodistill_cli.training.targets import base_x0, replay_batch
-from tests.helpers.runs import NewState, seeded, student_pass_at, take_steps
+from tests.helpers.runs import NewState, checkpoint_of, moved, seeded, student_pass_at, take_steps, trained
 
 each_text_form = pytest.mark.parametrize("form", ["lora", "token", "frozen"])
 
@@ -47,14 +49,16 @@ def test_replays_mix_targets_with_images_of_the_class_by_the_base_student(new_st
     student_pass(whole)
     assert whole.prior is not None
     assert set(whole.prior.prompts) == {"a red dog on the moon", "a blue dog"}
-    noise, target, prompts = replay_batch(whole)
+    batch = replay_batch(whole)
+    noise, target, prompts = batch.noise, batch.target, batch.prompts
+    assert batch.subject_rows == []
     rows = [int((whole.prior.noise == one).flatten(1).all(dim=1).nonzero()) for one in noise]
     assert [whole.prior.prompts[row] for row in rows] == prompts
     assert torch.equal(whole.prior.latents[rows], target)
 
     some = new_state(**replays, train__class_share=0.25, concept__class_prompts=colours)
     student_pass(some)
-    prompts = [prompt for _ in range(100) for prompt in replay_batch(some)[2]]
+    prompts = [prompt for _ in range(100) for prompt in replay_batch(some).prompts]
     assert 0.15 < sum("sks" not in prompt for prompt in prompts) / len(prompts) < 0.35
     assert all("sks" in prompt for prompt in some.replay_buffer.prompts)  # the buffer is not overwritten
     assert "teacher_prior" not in take_steps(some, 1)[0]  # the losses of the prior have their own weight
@@ -72,15 +76,17 @@ def test_pairs_replay_the_base_students_image_of_the_class_from_the_same_noise(n
     assert torch.equal(base_x0(state, noise, ["a dog"] * 4), before)
 
     class_prompts = [prompt.replace("sks dog", "dog") for prompt in state.replay_buffer.prompts]
-    noise, target, prompts = replay_batch(state)
+    batch = replay_batch(state)
+    target, prompts = batch.target, batch.prompts
     assert set(prompts) <= set(class_prompts)
     assert not any("sks" in prompt for prompt in prompts)
-    torch.testing.assert_close(target, base_x0(state, noise, prompts))
+    torch.testing.assert_close(target, base_x0(state, batch.noise, prompts))
+    assert batch.subject_rows == []
     assert all("sks" in prompt for prompt in state.replay_buffer.prompts)  # the buffer is not overwritten
 
     some = new_state(**replays, train__pair_share=0.25)
     student_pass(some)
-    prompts = [prompt for _ in range(100) for prompt in replay_batch(some)[2]]
+    prompts = [prompt for _ in range(100) for prompt in replay_batch(some).prompts]
     assert 0.15 < sum("sks" not in prompt for prompt in prompts) / len(prompts) < 0.35
 
 
@@ -103,3 +109,63 @@ def test_without_replays_there_are_no_first_targets(new_state: NewState, without
     begin(state)
     assert len(state.replay_buffer) == 0
     assert "replay" not in training_step(state)
+
+
+PAIRED = {"train__target_steps": 2, "train__replays": 1, "train__first_targets": 1, "loss__paired": 0.5}
+
+
+def test_the_paired_critic_learns_to_tell_targets_from_images_and_nothing_else_moves(new_state: NewState) -> None:
+    state = new_state(**PAIRED)
+    critic = state.paired_critic
+    assert critic is not None
+    noise = torch.randn(8, *state.photos.latents.shape[1:], generator=seeded(1))
+    soft, sharp = 0.3 * noise, noise
+    before = trained(state)
+    steps = [paired_critic_step(state, critic, soft, sharp)["discriminator_paired"] for _ in range(40)]
+    assert steps[0] == pytest.approx(math.log(2), abs=0.1)  # it knows nothing yet
+    assert steps[-1] < 0.1
+    assert moved(before, state) == {"paired"}
+
+
+def test_the_pull_of_the_paired_critic_is_that_of_the_latent_loss(new_state: NewState) -> None:
+    state = new_state(**PAIRED, loss__latent=3.0)
+    critic, shape = state.paired_critic, state.photos.latents.shape[1:]
+    assert critic is not None
+    x0 = torch.randn(4, *shape, generator=seeded(1)).requires_grad_()
+    target = torch.randn(4, *shape, generator=seeded(2))
+    rows = [0, 2]
+    pull = paired_pull(state, critic, x0, x0[rows], target[rows])
+    (gradient,) = torch.autograd.grad(pull, x0)
+    latent = 3.0 * latent_alignment(x0[rows], target[rows]).sum() / len(x0)
+    (expected,) = torch.autograd.grad(latent, x0)
+    assert float(gradient.norm()) == pytest.approx(float(expected.norm()), rel=1e-4)
+    assert not gradient[[1, 3]].any()  # of the class, which the critic does not judge
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in critic.parameters())
+
+
+def test_replays_train_student_and_paired_critic_and_report_both(new_state: NewState) -> None:
+    state = new_state(**PAIRED)
+    begin(state)
+    before = trained(state)
+    metrics = replay_step(state)
+    assert moved(before, state) == {"student", "paired"}
+    assert {"replay", "paired", "discriminator_paired"} <= set(metrics)
+
+
+@pytest.mark.parametrize("without", [{"loss__paired": 0.0}, {"train__replays": 0}, {"train__target_steps": 1}])
+def test_without_replays_or_its_weight_there_is_no_paired_critic(new_state: NewState, without: dict[str, Any]) -> None:
+    state = new_state(**PAIRED | without)
+    assert state.paired_critic is None
+    assert "paired" not in state.optimizers
+    assert "paired" not in take_steps(state, 1)[0]
+
+
+def test_the_paired_critic_starts_from_the_seed_alone_and_resumes(new_state: NewState) -> None:
+    first, second = new_state(**PAIRED), new_state(**PAIRED)
+    take_steps(first, 2)
+    second.load_state_dict(checkpoint_of(first))
+    assert take_steps(first, 1) == take_steps(second, 1)
+    assert first.paired_critic is not None
+    assert second.paired_critic is not None
+    pairs = zip(first.paired_critic.parameters(), second.paired_critic.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
