@@ -304,3 +304,26 @@ def test_the_json_schema_has_every_setting_with_its_bounds_and_default() -> None
     assert model["student_timestep"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"const": "off"}]
     assert model["vae"]["type"] == "string"
     assert schema["properties"]["run"]["properties"]["report_to"]["items"] == {"type": "string"}
+
+
+# What may differ between presets, because it follows from the size of their models.
+OF_SCALE = {
+    "model": None,
+    "adapter": {"rank", "targets"},
+    "train": {"steps", "batch_size", "lr", "teacher_lr", "text_lr", "discriminator_lr", "head_start"},
+    "critic": {"discriminators", "identity", "head_width", "swd_scales", "swd_patch", "swd_projections"},
+    "echo": {"start", "every", "carry_back"},
+    "run": {"save_every", "sample_every"},
+}
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_every_preset_has_the_same_method(preset: str) -> None:
+    method, defaults = config_to_dict(build_config(preset)), config_to_dict(Config())
+    differences = [
+        f"{section}.{key}"
+        for section, table in method.items()
+        for key, value in table.items()
+        if value != defaults[section][key] and key not in (OF_SCALE.get(section, set()) or {key})
+    ]
+    assert differences == []
