@@ -383,16 +383,17 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Config], Any], str, str], ...] = (
 
 
 def warnings(config: Config) -> Iterator[str]:
-    """Yield a sentence for each setting of a valid configuration that has no effect."""
+    """Yield a sentence for each setting of a valid configuration that has no effect, unless it is a default."""
     concept, train, start, single = config.concept, config.train, config.echo.start, config.train.target_steps == 1
+    usual = TrainConfig()
     nameless = concept.class_name is None
     without_effect = (
-        (single and train.target_strength < 1, "train.target_strength", "train.target_steps is 1"),
-        (single and train.replays, "train.replays", "train.target_steps is 1"),
-        (train.replays and not config.loss.latent, "train.replays", "loss.latent is 0"),
-        (train.first_targets and not train.replays, "train.first_targets", "train.replays is 0"),
-        (train.class_share and not train.replays, "train.class_share", "train.replays is 0"),
-        (train.pair_share and not train.replays, "train.pair_share", "train.replays is 0"),
+        (single, "target_strength", "train.target_steps is 1"),
+        (single, "replays", "train.target_steps is 1"),
+        (not config.loss.latent, "replays", "loss.latent is 0"),
+        (not train.replays, "first_targets", "train.replays is 0"),
+        (not train.replays, "class_share", "train.replays is 0"),
+        (not train.replays, "pair_share", "train.replays is 0"),
     )
     of_the_class = (
         (concept.masks == "teacher", "concept.masks = 'teacher'"),
@@ -404,8 +405,10 @@ def warnings(config: Config) -> Iterator[str]:
         idle = ", ".join(key for is_set, key in of_the_class if is_set)
         effect = f" No effect without it: {idle}." if idle else ""
         yield f"Without --class-name, such as dog, the prompts do not say what the subject is.{effect}"
-    yield from (f"{key} has no effect while {reason}." for is_idle, key, reason in without_effect if is_idle)
-    if train.scene_share and train.photo_prompts == train.batch_size:
+    for is_idle, key, reason in without_effect:
+        if is_idle and getattr(train, key) not in (0, getattr(usual, key)):
+            yield f"train.{key} has no effect while {reason}."
+    if train.scene_share != usual.scene_share and train.photo_prompts == train.batch_size:
         size = f"train.batch_size = {train.batch_size}"
         yield f"train.scene_share = {train.scene_share:g} has no effect at {size}: it leaves no sample for a scene."
     if start is not None and start > train.steps:

@@ -95,7 +95,7 @@ def test_a_value_of_the_wrong_kind_is_refused(tables: dict[str, Any], message: s
             "'a dog' in .*class_prompts does not contain {} exactly once",
         ),
         ({"train": {"lr": 0.0, "teacher_lr": 0.0}}, "nothing would be trained"),
-        ({"echo": {"carry_back": 5}}, "train.carry_over is false.*echo.carry_back to 0"),
+        ({"train": {"carry_over": False}}, "train.carry_over is false.*echo.carry_back to 0"),
         ({"model": {"resolution": 16}, "critic": {"swd_patch": 17}}, "swd_patch exceeds"),
         ({"critic": {"discriminators": ["dino", "dino"]}}, "lists the same name twice"),
         ({"model": {"student_lora": "x.safetensors"}}, "one base model is student and teacher"),
@@ -130,7 +130,7 @@ def test_offload_allows_the_teacher_among_discriminators_that_are_switched_off()
 
 
 def test_carrying_back_needs_no_carry_over_without_the_echo() -> None:
-    config_from_dict({"echo": {"start": "off", "carry_back": 5}})
+    config_from_dict({"train": {"carry_over": False}, "echo": {"start": "off"}})
 
 
 def test_names_and_places_follow_from_the_subject() -> None:
@@ -154,31 +154,35 @@ def test_alpha_is_the_rank_unless_it_is_set() -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        ({"train.replays": 2}, "train.replays has no effect while train.target_steps is 1."),
-        ({"train.target_strength": 0.5}, "train.target_strength has no effect while train.target_steps is 1."),
+        ({"train.target_steps": 1}, None),
+        ({"train.target_steps": 1, "train.replays": 2}, "train.replays has no effect while train.target_steps is 1."),
         (
-            {"train.target_steps": 2, "train.replays": 2, "loss.latent": 0},
+            {"train.target_steps": 1, "train.target_strength": 0.5},
+            "train.target_strength has no effect while train.target_steps is 1.",
+        ),
+        (
+            {"train.replays": 2, "loss.latent": 0},
             "train.replays has no effect while loss.latent is 0.",
         ),
         (
-            {"train.target_steps": 2, "train.first_targets": 2},
+            {"train.replays": 0, "train.first_targets": 2},
             "train.first_targets has no effect while train.replays is 0.",
         ),
-        ({"train.class_share": 0.1}, "train.class_share has no effect while train.replays is 0."),
-        ({"train.pair_share": 0.1}, "train.pair_share has no effect while train.replays is 0."),
+        ({"train.replays": 0, "train.class_share": 0.1}, "train.class_share has no effect while train.replays is 0."),
+        ({"train.replays": 0, "train.pair_share": 0.1}, "train.pair_share has no effect while train.replays is 0."),
         (
             {"train.scene_share": 0.5, "train.batch_size": 1},
             "train.scene_share = 0.5 has no effect at train.batch_size = 1: it leaves no sample for a scene.",
         ),
         (
-            {"train.steps": 500},
-            "No echo phase: it starts at step 600, after the last step (500). Lower --echo-start.",
+            {"train.steps": 50},
+            "No echo phase: it starts at step 60, after the last step (50). Lower --echo-start.",
         ),
         (
             {"train.target_steps": 2, "train.replays": 1, "train.first_targets": 2, "train.scene_share": 0.5},
             None,
         ),
-        ({"train.steps": 500, "echo.start": None}, None),
+        ({"train.steps": 50, "echo.start": None}, None),
     ],
 )
 def test_a_setting_without_effect_is_reported_with_what_it_depends_on(
@@ -190,7 +194,8 @@ def test_a_setting_without_effect_is_reported_with_what_it_depends_on(
 
 def test_a_missing_class_name_is_reported_in_one_line() -> None:
     assert list(warnings(Config())) == [
-        "Without --class-name, such as dog, the prompts do not say what the subject is."
+        "Without --class-name, such as dog, the prompts do not say what the subject is. No effect without it: "
+        "train.class_share, train.pair_share."
     ]
 
 
@@ -199,7 +204,6 @@ def test_settings_that_need_a_class_name_are_reported_without_one() -> None:
     sentences = list(warnings(build_config("mini", overrides=overrides)))
     assert sentences == [
         "Without --class-name, such as dog, the prompts do not say what the subject is. No effect without it: "
-        "concept.masks = 'teacher', concept.recolour, concept.tint_scenes, loss.prior, train.class_share, "
-        "train.pair_share."
+        "concept.masks = 'teacher', loss.prior, train.class_share, train.pair_share."
     ]
     assert not list(warnings(build_config("mini", overrides={"concept.class_name": "dog", **overrides})))
