@@ -4,8 +4,8 @@ It shares neither architecture nor seed with anything the pair is trained or per
 the drawings of both held-out vendors, which nothing else does: it is the examiner, never a loss. `--judge-seed`
 makes another one; two that agree are worth more than one that is sure.
 
-It learns sharp renders, as they are and through the VAE, and that a blurred one shows nothing: its noun and its drawing are
-"unclear". The first judge was trained to read softened renders too, and named a drawing that was blurred to a blob.
+It learns sharp renders, as they are and through the VAE, and that a blurred one shows nothing: its noun and its drawing
+are "unclear". The first judge was trained to read softened renders too, and named drawings that were blurred to blobs.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ from examples.mini_world.places import PLACES
 from examples.mini_world.sprites import load_second, load_sprites
 from examples.mini_world.world import COLOURS, Scene, World
 
-
 UNCLEAR = "unclear"
 # Parts of a training batch: sharp renders, renders through the VAE, blurred images, images of blurred latents.
-PARTS = (0.4, 0.3, 0.18, 0.12)
+PARTS = (0.5, 0.2, 0.2, 0.1)
 # Standard deviations of the blur. The weakest leaves 0.4 of the sharpness of a render through the VAE.
 PIXEL_BLUR, LATENT_BLUR = (1.2, 4.0), (0.6, 1.5)
 

@@ -40,8 +40,8 @@ SOURCES: tuple[Source, ...] = (
 TRAIN_VENDORS: tuple[str, ...] = tuple(source.vendor for source in SOURCES if not source.held_out)
 HELD_OUT_VENDOR = "fluent-emoji"
 
-# Another studio's drawings, which neither the pair nor any choice of settings has seen: the benchmark's second test set.
-# Outlined, while all others are not. Its penguin is a head and its rocket has stars around it, so both are left out.
+# Another studio's drawings, outlined unlike all others: the benchmark's second test set. Neither the pair nor a choice
+# of settings has seen them. The penguin there is a head, and the rocket has stars around it, so both are left out.
 SECOND = Source("streamline-emojis", "@iconify-json/streamline-emojis", "1.2.4", "CC-BY-4.0", "Streamline", True)
 SECOND_VENDOR = SECOND.vendor
 SECOND_ICONS: dict[str, str] = {

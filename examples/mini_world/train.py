@@ -35,6 +35,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="vae, teacher: torch.compile the step")
     parser.add_argument("--shards", type=int, default=12, help="latents: shards of 8192 pictures to add")
     parser.add_argument("--centred", action="store_true", help="latents: large centred subjects (curriculum)")
+    parser.add_argument(
+        "--regression-samples", type=int, default=93_000, help="student: samples before the critic joins"
+    )
+    parser.add_argument("--start", type=Path, help="student: folder of an earlier student (default: the teacher)")
     parser.add_argument("--judge-seed", type=int, default=1, help="judge: which judge, 1, 2, ...")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -58,6 +62,7 @@ def build_stage(options: argparse.Namespace) -> Stage:
     if options.stage == "student":
         from examples.mini_world.student import StudentStage
 
+        chosen |= {"regression_samples": options.regression_samples, "start": options.start}
         return StudentStage(options.work, options.nouns, options.device, **chosen)
     if options.stage == "judge":
         from examples.mini_world.judges import JudgeStage, judge_world
