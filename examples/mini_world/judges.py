@@ -68,6 +68,7 @@ class Judge(nn.Module):
 
     def __init__(self, labels: dict[str, list[str]], width: int = 32) -> None:
         super().__init__()
+        self.labels = labels
         layers: list[nn.Module] = []
         channels = 3
         for level in range(4):
@@ -146,12 +147,16 @@ class JudgeStage:
         number: int = 1,
         batch_size: int = 48,
         rate: float = 1e-3,
+        start: Path | None = None,
     ) -> None:
         self.name, self.world, self.vae, self.device = f"judge-{number}", world, vae.to(device), device
         self.batch_size, self.learning_rate = batch_size, rate
         self.labels = judge_labels(world)
         torch.manual_seed(9000 + number)
-        self.network: nn.Module = Judge(self.labels).to(device)
+        judge = Judge(self.labels)
+        if start:
+            take_over(judge, Examiner(start))
+        self.network: nn.Module = judge.to(device)
 
     def _batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         drawn = [self.world.draw(rng) for _ in range(count)]
@@ -192,6 +197,18 @@ class JudgeStage:
         pictures, targets = self._batch(np.random.default_rng(11), 256)
         logits = self._logits(pictures)
         return {f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}
+
+
+@torch.no_grad()
+def take_over(judge: Judge, earlier: Examiner) -> None:
+    """Give a judge the weights of an earlier one, and its knowledge of every answer that both have."""
+    judge.body.load_state_dict(earlier.judge.body.state_dict())
+    for question, head in judge.heads.items():
+        known = {answer: row for row, answer in enumerate(earlier.labels[question])}
+        for row, answer in enumerate(judge.labels[question]):
+            if answer in known:
+                for mine, its in zip(head.parameters(), earlier.judge.heads[question].parameters(), strict=True):
+                    mine[row] = its[known[answer]]
 
 
 def _blurred(rng: np.random.Generator, maps: Tensor, sigmas: tuple[float, float]) -> Tensor:

@@ -38,7 +38,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--regression-samples", type=int, default=93_000, help="student: samples before the critic joins"
     )
-    parser.add_argument("--start", type=Path, help="student: folder of an earlier student (default: the teacher)")
+    parser.add_argument("--start", type=Path, help="student, judge: exported folder of an earlier one to start from")
     parser.add_argument("--judge-seed", type=int, default=1, help="judge: which judge, 1, 2, ...")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -69,6 +69,7 @@ def build_stage(options: argparse.Namespace) -> Stage:
         from examples.mini_world.latents import load_vae
 
         world = judge_world(options.work, options.nouns)
+        chosen |= {"start": options.start}
         return JudgeStage(world, load_vae(options.work), options.device, options.judge_seed, **chosen)
     from examples.mini_world.encoders import ClipStage, IdentityStage, ViTStage
     from examples.mini_world.tokenizer import open_tokenizer

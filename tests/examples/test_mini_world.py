@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import teacher_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.sources import embedded_folder
@@ -17,6 +19,7 @@ from examples.mini_world import student
 from examples.mini_world.augment import gaussian_blur
 from examples.mini_world.restore import restore
 from examples.mini_world.runner import Budget, run_stage
+from examples.mini_world.score import malformed_sheets
 from examples.mini_world.student import StudentStage, relativistic
 
 CAPTIONS = ["a photo of a dog in the snow", "a red frog", "a teapot on the beach", "one robot"]
@@ -107,6 +110,17 @@ def test_a_students_run_that_was_stopped_ends_as_one_that_was_not(
     for kind in ("network", "average"):
         assert all(torch.equal(twice[kind][key], value) for key, value in once[kind].items())
     assert not torch.equal(once["network"]["critic.0.weight"], half["network"]["critic.0.weight"])
+
+
+def test_sheets_to_count_malformed_subjects_number_every_image(mini_pair: ModelPair, tmp_path: Path) -> None:
+    files = malformed_sheets(mini_pair, tmp_path / "sheets", count=54)
+    assert [file.name for file in files] == ["student-001.png", "student-051.png"]
+    with Image.open(files[0]) as whole, Image.open(files[1]) as rest:
+        assert (whole.size, rest.size) == ((1280, 5 * 142), (1280, 142))
+        pixels = np.asarray(rest)
+    assert (pixels[:, 4 * 128 :] == 255).all()  # four images on the second sheet
+    assert all(pixels[:128, left : left + 128].std() > 10 for left in range(0, 512, 128))
+    assert all((pixels[128:, left : left + 128] < 100).any() for left in range(0, 512, 128))  # a label
 
 
 def test_a_blur_keeps_a_plain_field_and_spreads_a_point_by_its_sigma() -> None:
