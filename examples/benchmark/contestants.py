@@ -173,7 +173,6 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "teacher-lora": Contestant(
         "the teacher's LoRA (denoising loss), loaded into the student",
         _TODAY,
-        rate=0.5,
         step=teacher_lora_step,
         finish=carry_over,
     ),

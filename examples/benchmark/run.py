@@ -60,13 +60,14 @@ class Rows:
         return rows
 
     def has(self, run: Run, settings: str) -> bool:
-        """Return whether the file has this run with these settings."""
-        key = (run.contestant, run.noun, run.seed, settings)
-        return any((r["contestant"], r["subject"], r["training_seed"], r["settings"]) == key for r in self.rows)
+        """Return whether the file has this run with these settings, by the present judge."""
+        names = ("contestant", "split", "subject", "training_seed", "settings", "judge")
+        key = (run.contestant, run.split, run.noun, run.seed, settings, JUDGE.name)
+        return any(tuple(row.get(name) for name in names) == key for row in self.rows)
 
     def add(self, row: Row) -> None:
-        """Add a row; it replaces an older one of the same contestant, subject, seed, trial and scale."""
-        key = ("contestant", "subject", "training_seed", "trial", "scale")
+        """Add a row; it replaces an older one of the same contestant, split, subject, seed, trial and scale."""
+        key = ("contestant", "split", "subject", "training_seed", "trial", "scale")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):
             others = [old for old in self.rows if any(old[name] != row[name] for name in key)]
@@ -104,8 +105,8 @@ def train(run: Run, state: TrainingState, ruler: Ruler, *, teachers: bool = True
     with state.at_export_scale():
         images = draw(state.pair, run.noun, STUDENT, with_token=True)
         drift = ruler.drift(base, draw(state.pair, run.noun, STUDENT, with_token=False))
-    if not run.trial:
-        _save_sheet(images, sheet_file(run.contestant, run.noun, run.seed, run.scale))
+    if not run.about_trial:
+        _save_sheet(images, sheet_file(run.contestant, run.noun, run.seed, run.scale, run.split))
     yield {
         "contestant": run.contestant,
         **ruler.scores(images),
@@ -137,9 +138,10 @@ def _save_sheet(images: NDArray[np.uint8], path: Path) -> None:
     contact_sheet(list(in_rows), len(PROMPTS)).save(path)
 
 
-def sheet_file(contestant: str, noun: str, seed: int, scale: float) -> Path:
-    """Return where a run's sheet of images is saved; each scale has its own folder."""
-    return PICTURES / f"{scale:g}" / f"{contestant}-{noun}-{seed}.png"
+def sheet_file(contestant: str, noun: str, seed: int, scale: float, split: str = "test") -> Path:
+    """Return where a run's sheet of images is saved; each scale, and the second vendor, has its own folder."""
+    folder = f"{scale:g}-vendor2" if split == "vendor2" else f"{scale:g}"
+    return PICTURES / folder / f"{contestant}-{noun}-{seed}.png"
 
 
 def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, teachers: bool = True) -> None:

@@ -47,7 +47,7 @@ _CHUNK = 64
 ALIGNMENT_WEIGHT, PAIR_WEIGHT = 1.0, 1.0
 # The adversarial gradient on the image, as a share of the regression's; a critic that knows nothing yet has small
 # gradients, and must not be amplified for it.
-ADVERSARIAL_SHARE, LARGEST_WEIGHT = 0.5, 0.5
+ADVERSARIAL_SHARE, LARGEST_WEIGHT = 0.5, 1.0
 ALIGNED_PART = 4
 INSTANCE_NOISE = 0.1
 # The critic learns by itself first, and faster than the student: otherwise it never gets ahead.

@@ -50,7 +50,7 @@ def test_every_setting_of_the_papers_file_stands_below_a_comment_or_speaks_for_i
 
 def test_a_run_with_the_papers_file_trains(tmp_path: Path) -> None:
     small = {"critic.identity": "mini:identity", "concept.views": 4, "critic.swd_projections": 4}
-    critics = ("--discriminators", "mini:vit", "--discriminators", "mini:clip")
+    critics = ("--discriminators", "mini:vit, mini:clip")
     options = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
     photos = ROOT / "examples" / "photos"
     done = command(
