@@ -105,7 +105,7 @@ def embedded_vae() -> AutoencoderTiny:
 def through_vae(images: ImageBatch) -> ImageBatch:
     """Return images (N, 64, 64, 3) encoded and decoded by the embedded VAE: the sharpest that the pair can generate."""
     vae = embedded_vae()
-    again = torch.cat([decode(vae, encode(vae, part)).clamp(-1, 1) for part in as_tensor(images).split(32)])
+    again = torch.cat([decode(vae, encode(vae, part)).clamp(-1, 1) for part in torch.split(as_tensor(images), 32)])
     coded: ImageBatch = again.add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return coded
 

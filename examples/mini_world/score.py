@@ -105,7 +105,7 @@ def repeated(asked: list[Asked]) -> tuple[list[Asked], list[int]]:
 def coded(pair: ModelPair, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return images (count, 64, 64, 3) through the pair's VAE: the sharpest that it can generate."""
     with torch.no_grad():
-        parts = [to_uint8(pair.codec.decode(pair.codec.encode(part))) for part in as_tensor(pictures).split(64)]
+        parts = [to_uint8(pair.codec.decode(pair.codec.encode(part))) for part in torch.split(as_tensor(pictures), 64)]
     again: NDArray[np.uint8] = torch.cat(parts).numpy()
     return again
 

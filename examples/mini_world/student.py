@@ -178,7 +178,8 @@ class StudentStage:
         self.critic = build_critic()
         self.network: nn.Module = nn.ModuleDict({"unet": self.student, "critic": self.critic}).to(device)
         # A buffer, so that the head start goes on where a stopped run left it.
-        self.network.register_buffer("critic_updates", torch.zeros((), dtype=torch.long, device=device))
+        self.critic_updates = torch.zeros((), dtype=torch.long, device=device)
+        self.network.register_buffer("critic_updates", self.critic_updates)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=CRITIC_RATE, betas=(0.5, 0.99))
         self.more_optimizers = {"critic": self.critic_optimizer}
         self.pairs = open_pairs(work, nouns)
@@ -204,7 +205,7 @@ class StudentStage:
         noise = INSTANCE_NOISE * torch.randn_like(target)
         real, fake = target + noise, drawn + noise
         figures = {"critic": self._teach_critic(real, fake.detach())}
-        if int(self.network.critic_updates) <= CRITIC_HEAD_START:
+        if int(self.critic_updates) <= CRITIC_HEAD_START:
             return torch.zeros((), device=drawn.device), figures
         self.critic.requires_grad_(False)
         loss = relativistic(self.critic(fake), self.critic(real))
@@ -220,7 +221,7 @@ class StudentStage:
         loss.backward()  # type: ignore[no-untyped-call]
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
-        self.network.critic_updates += 1
+        self.critic_updates += 1
         return float(loss.detach())
 
     def _alignment(self, drawn: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

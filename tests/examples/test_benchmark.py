@@ -265,7 +265,7 @@ def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_f
 ) -> None:
     monkeypatch.setattr(benchmark, "PICTURES", tmp_path)
     rows = benchmark.Rows(tmp_path / "rows.json")
-    short = {"concept.views": 4, "train.batch_size": 1, "train.head_start": 1, "train.class_share": 0.0}
+    short: dict[str, Any] = {"concept.views": 4, "train.batch_size": 1, "train.head_start": 1, "train.class_share": 0.0}
     short |= {"train.first_targets": 0, "train.replays": 0, "echo.start": None, "echo.carry_back": 0}
     run = Run("ours", "dev", "dog", 0, tuple(short.items()))
     benchmark.measure_run(run, 1, rows, examiner, teachers=False)
@@ -392,7 +392,7 @@ def test_the_papers_contestant_is_its_file_except_for_what_follows_from_size() -
 
 
 def test_the_table_has_mean_and_spread_over_training_seeds() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "contestant": "ours",
             "split": "test",

@@ -79,7 +79,7 @@ def test_the_critic_leads_before_it_pulls_and_pulls_by_its_share(work: Path, mon
     monkeypatch.setattr(student, "LARGEST_WEIGHT", 1e9)
     stage, rng = stage_of(work), np.random.default_rng(0)
     assert set(stage.loss(rng, samples=0)[1]) == {"pairs"}
-    assert int(stage.network.critic_updates) == 0
+    assert int(stage.critic_updates) == 0
     figures = [stage.loss(rng, samples=2)[1] for _ in range(3)]
     assert ["weight" in one for one in figures] == [False, False, True]
     # The weighted loss moves an image by half as much as the regression does.
