@@ -35,7 +35,7 @@ TEMPLATES = (
 # For augmented views whose framing is added to the prompt: without the templates that state a framing themselves.
 UNFRAMED_TEMPLATES = tuple(text for text in TEMPLATES if "cropped" not in text and "close-up" not in text)
 # For images that no photo shows: what the student is asked to generate in training. Without the places that the toy
-# benchmark asks for (snow, jungle, city, pink fabric, purple rug, water, a mountain behind): it measures unseen prompts.
+# benchmark asks for (snow, jungle, city, pink fabric, purple rug, water, a mountain behind), so that they stay unseen.
 SCENES = (
     "a {} on a windowsill",
     "a {} on a sandy beach at noon",
