@@ -34,16 +34,17 @@ TEMPLATES = (
 )
 # For augmented views whose framing is added to the prompt: without the templates that state a framing themselves.
 UNFRAMED_TEMPLATES = tuple(text for text in TEMPLATES if "cropped" not in text and "close-up" not in text)
-# For images that no photo shows: what the student is asked to generate in training.
+# For images that no photo shows: what the student is asked to generate in training. Without the places that the toy
+# benchmark asks for (snow, jungle, city, pink fabric, purple rug, water, a mountain behind), so that they stay unseen.
 SCENES = (
-    "a {} in the snow",
+    "a {} on a windowsill",
     "a {} on a sandy beach at noon",
-    "a {} in the jungle",
+    "a {} in a cardboard box",
     "a {} on a wooden floor",
-    "a {} in a city street at night",
-    "a {} on top of pink fabric",
-    "a {} on a purple rug in a forest",
-    "a {} with a mountain in the background",
+    "a {} on a tiled floor",
+    "a {} on a stack of books",
+    "a {} on a wicker chair",
+    "a {} on a picnic blanket",
     "a {} on a brick street",
     "a {} on a white background",
     "a {} on a black background",

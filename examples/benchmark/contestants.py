@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from echodistill_cli.config.build import read_toml
 from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.schedule import add_noise, prediction_target
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
@@ -31,6 +33,15 @@ from echodistill_cli.training.steps import (
 
 Step = Callable[[TrainingState], Metrics]
 PSO_BETA = 100.0
+PAPER = Path(__file__).parents[1] / "paper.toml"
+# Tried for every contestant on `dev`, so that each has the same number of trials: `run --split dev --grid`.
+RATES = (0.25, 0.5, 1.0, 2.0)
+# What follows from the size of the models, not from the method: here `paper` is as every other contestant.
+SCALE = {
+    *("train.steps", "train.batch_size", "train.lr", "train.teacher_lr", "train.text_lr", "train.discriminator_lr"),
+    *("adapter.rank", "critic.identity", "critic.head_width"),
+    *("critic.swd_scales", "critic.swd_projections", "critic.swd_patch"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Contestant:
     Args:
         about: a description.
         settings: overrides of the `mini` preset by dotted key.
+        rate: factor on the preset's learning rates of student, teacher and text side; the best of `RATES` on `dev`.
         step: one training step, including its learning rates; None for a model that is not trained.
         finish: called when training has ended.
         costs_as: the contestant whose step costs the same, if this one's cost is not measured.
@@ -47,6 +59,7 @@ class Contestant:
 
     about: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rate: float = 1.0
     step: Step | None = training_step
     finish: Callable[[TrainingState], None] = lambda _state: None
     costs_as: str = ""
@@ -139,67 +152,56 @@ def more_steps(state: TrainingState) -> None:
         carry_back_step(state)
 
 
+def paper_settings() -> dict[str, Any]:
+    """Return `examples/paper.toml` by dotted key, without what follows from size and with backbones of this size."""
+    tables = read_toml(PAPER)
+    settings = {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    own = {key: None if value == "off" and key == "echo.start" else value for key, value in settings.items()}
+    # Three encoders of photos there, two here.
+    own["critic.discriminators"] = ("mini:vit", "mini:clip")
+    return {key: value for key, value in own.items() if key not in SCALE}
+
+
 _NO_ECHO = {"echo.start": None}
 # As in the paper: the kept pictures are examples for both models; soft as they are, of what is where, not of detail.
 _PICTURES = {"echo.teacher_share": 0.25, "echo.teacher_noise": 0.5, "echo.real_weight": 0.25}
-# What others train on: the photos as they are.
-_PLAIN = {"concept.recolour": 0.0}
-# The best by recognition of three trials each, on two dev subjects at half of the preset's length (trials.json).
-_RATES = {
-    "train.lr": 2e-3,
-    "train.teacher_lr": 4e-3,
-    "train.text_lr": 2e-3,
-    "adapter.strength": 1.0,
-}
-# A LoRA on the text encoder, which the denoising loss alone trains: what people do today.
-_TUNED = _RATES | {"text.form": "lora", "text.trained_by": "teacher"}
+# What people do today: a LoRA on the text encoder too, which the denoising loss alone trains.
+_TODAY = _NO_ECHO | {"text.form": "lora", "text.trained_by": "teacher"}
 
 CONTESTANTS: Mapping[str, Contestant] = {
     "untouched": Contestant("the one-step model asked for the class noun", step=None),
     "teacher-lora": Contestant(
         "the teacher's LoRA (denoising loss), loaded into the student",
-        _TUNED | _PLAIN | _NO_ECHO,
-        teacher_lora_step,
-        carry_over,
+        _TODAY,
+        step=teacher_lora_step,
+        finish=carry_over,
     ),
-    "teacher-lora-recoloured": Contestant(
-        "the same with ours' recoloured views",
-        _TUNED | _NO_ECHO,
-        teacher_lora_step,
-        carry_over,
-        costs_as="teacher-lora",
-    ),
-    "denoising": Contestant(
-        "denoising loss on the student (DreamBooth-LoRA)", _TUNED | _PLAIN | _NO_ECHO, denoising_step
-    ),
-    "token-only": Contestant(
-        "one learned word (textual inversion)",
-        _PLAIN | _NO_ECHO | {"train.text_lr": 2e-2, "adapter.strength": 1.0},
-        token_step,
-    ),
-    "pso": Contestant(
-        "pairwise sample optimization, at one step",
-        _PLAIN | _NO_ECHO | _TUNED | {"train.lr": 1e-2, "train.text_lr": 1e-3},
-        pso_step,
-    ),
+    "denoising": Contestant("denoising loss on the student (DreamBooth-LoRA)", _TODAY, rate=0.5, step=denoising_step),
+    "token-only": Contestant("one learned word (textual inversion)", _NO_ECHO, rate=2.0, step=token_step),
+    "pso": Contestant("pairwise sample optimization, at one step", _TODAY, rate=2.0, step=pso_step),
     "sequential": Contestant(
         "teacher first, then distilled into a student that begins anew",
         _NO_ECHO | {"train.carry_over": False},
-        distillation_step,
+        step=distillation_step,
+    ),
+    "paper": Contestant("the paper's method as its authors run it, LoRA on keys and values", paper_settings()),
+    "paper-conv": Contestant(
+        "the same with the LoRA layers of all others",
+        {key: value for key, value in paper_settings().items() if key != "adapter.targets"},
+        costs_as="paper",
     ),
     "ours": Contestant("both at once after the teacher's head start, then the echo"),
     "ours-without-pairs": Contestant("no pairs of subject and class", {"train.pair_share": 0.0}),
     "ours-without-adversarial": Contestant("no discriminators", {"loss.adversarial": 0.0}),
     "ours-without-alignment": Contestant("no latent alignment", {"loss.latent": 0.0}),
     "ours-without-identity": Contestant("no identity loss", {"loss.identity": 0.0}),
-    "ours-without-sliced-wasserstein": Contestant("no sliced Wasserstein loss", {"loss.sliced_wasserstein": 0.0}),
+    "ours-without-paired-critic": Contestant("no critic that compares image and target", {"loss.paired": 0.0}),
     "ours-without-shared-text": Contestant("the text side frozen", {"text.form": "frozen"}),
-    "ours-without-recolour": Contestant("the photos in their own colours only", _PLAIN),
     "ours-without-class-share": Contestant("no pictures of the class among the replays", {"train.class_share": 0.0}),
     "ours-without-joint-training": Contestant(
         "the teacher rests after its head start, and there is no echo",
         _NO_ECHO,
-        distillation_step,
+        step=distillation_step,
     ),
     "ours-without-carry-over": Contestant(
         "the student begins anew after the head start", {"train.carry_over": False, "echo.carry_back": 0}
@@ -207,7 +209,6 @@ CONTESTANTS: Mapping[str, Contestant] = {
     "ours-without-echo": Contestant("no echo phase, and none of what ends it", _NO_ECHO),
     "ours-with-pictures": Contestant("the echo's pictures are examples for teacher and discriminators", _PICTURES),
     "ours-without-first-targets": Contestant("replays begin with the first step's targets", {"train.first_targets": 0}),
-    "ours-without-strength": Contestant("the LoRA draws as strongly as it was trained", {"adapter.strength": 1.0}),
 }
 
 # Teachers that are scored when training has ended: the name of the row, and what happens first to the final state.

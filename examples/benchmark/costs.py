@@ -18,7 +18,7 @@ from examples.benchmark.subjects import SPLITS
 from examples.benchmark.training import Run
 
 COSTS = Path(__file__).parent / "costs.json"
-MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "ours")
+MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequential", "paper", "ours")
 
 
 def read_costs(*, calibrate: bool) -> dict[str, float]:

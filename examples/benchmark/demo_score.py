@@ -13,22 +13,31 @@ import numpy as np
 
 import echodistill_cli as ed
 from echodistill_cli.runs import open_run
-from examples.benchmark.measure import JUDGE
+from examples.benchmark.measure import JUDGE, Ruler, detail
 from examples.benchmark.subjects import PROMPTS
 from examples.mini_world.judges import Examiner
-from examples.mini_world.nouns import HELD_OUT_VENDOR
 
 
 def count(run: Path, scale: float) -> dict[str, int]:
-    """Return in how many of 16 images the judge reads the subject and the place, at a scale of the LoRA."""
+    """Return in how many of 16 images the judge reads the subject and the place, and the sharpness of all.
+
+    Args:
+        run: folder of a run.
+        scale: of the LoRA; 0 for the base model.
+    """
     prompts = [ask.prompt(open_run(run).config.subject) for ask in PROMPTS]
     images = np.stack(
         [np.asarray(one.image) for one in ed.sample(ed.SampleRequest(prompts, lora=run, lora_scale=scale))]
     )
-    reading = Examiner(JUDGE).read(images)
-    subject = reading.right("sprite", [f"dog/{HELD_OUT_VENDOR}"] * len(PROMPTS))
+    ruler = Ruler("dog", Examiner(JUDGE))
+    reading = ruler.examiner.read(images)
+    named = np.array([answer == ruler.sprite for answer in reading.answers["sprite"]])
     place = reading.right("place", [ask.place for ask in PROMPTS])
-    return {"subject": round(subject * len(PROMPTS)), "place": round(place * len(PROMPTS))}
+    return {
+        "subject": int((named & ruler.is_sharp(images)).sum()),
+        "place": round(place * len(PROMPTS)),
+        "sharpness_percent": round(100 * detail(images) / float(ruler.ceiling.mean())),
+    }
 
 
 def main(arguments: list[str] | None = None) -> None:

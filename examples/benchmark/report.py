@@ -1,7 +1,8 @@
 """`python -m examples.benchmark.report`: the benchmark's rows as tables and as one figure.
 
-A contestant's mean is over subjects and training seeds. Its spread is the standard deviation of the seeds' means or,
-with a single seed, the standard error over subjects.
+A contestant's mean is over subjects and training seeds. What follows the ± is its standard error: of the seeds' means
+or, with a single seed, of the subjects' values. All rows of a table are by one judge. A letter names the kind of
+machine. A lead is a difference of rows from one kind, or has a dagger where there are none.
 """
 
 from __future__ import annotations
@@ -16,35 +17,42 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from examples.benchmark.contestants import CONTESTANTS, TEACHERS
+from examples.benchmark.contestants import CONTESTANTS, RATES, TEACHERS
 from examples.benchmark.run import REAL, RESULTS, sheet_file
-from examples.benchmark.subjects import SEEDS, TEST, reference_pictures
+from examples.benchmark.subjects import SEEDS, SPLITS, TEST, reference_pictures
 from examples.mini_world.world import contact_sheet
 
 Row = Mapping[str, Any]
 SCORES = (
     *("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift"),
-    *("steps", "seconds"),
+    *("sharpness_share", "named", "steps", "cpu_seconds"),
 )
 PARTS = ("recognition", "subject_fidelity", "prompt_fidelity", "sharpness", "drift")
+FIRST_JUDGE = "judge-0"  # of rows that name none
 BEFORE, AFTER = "teacher-before-echo", "teacher-after-echo"
 ENDS = (BEFORE, AFTER, *(name for rows in TEACHERS.values() for name in rows if name != AFTER))
 ORDER = (REAL, *CONTESTANTS, *ENDS)
 # Rows of an earlier preset are compared with the contestant that still has that preset.
 WHOLE = {"ours-without-strength": "ours-with-pictures"}
+ACROSS = "†"
 SHEET_SUBJECTS = TEST[:6]
 
 
 def summary(rows: Sequence[Row], score: str) -> tuple[float, float] | None:
-    """Return mean and spread of a score over one contestant's rows; None if no row has it."""
+    """Return mean and standard error of a score over one contestant's rows; None if no row has it."""
     known = [row for row in rows if row.get(score) is not None]
     if not known:
         return None
     seeds = {seed: [row[score] for row in known if row["training_seed"] == seed] for seed in _seeds(known)}
     if len(seeds) > 1:
-        return mean(row[score] for row in known), stdev(mean(values) for values in seeds.values())
+        return mean(row[score] for row in known), standard_error([mean(values) for values in seeds.values()])
     values = [row[score] for row in known]
-    return mean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return mean(values), standard_error(values)
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean; 0 for a single value."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def _seeds(rows: Sequence[Row]) -> list[int]:
@@ -57,6 +65,17 @@ def of_length(rows: Sequence[Row], scale: float | None) -> list[Row]:
     return [row for row in rows if row["scale"] == (longest if scale is None else scale)]
 
 
+def of_judge(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of the newest judge alone; no score of one judge is compared with another's."""
+    newest = max((row.get("judge", FIRST_JUDGE) for row in rows), default=FIRST_JUDGE)
+    return [row for row in rows if row.get("judge", FIRST_JUDGE) == newest]
+
+
+def machine_letters(rows: Sequence[Row]) -> dict[str, str]:
+    """Return a letter for each kind of machine, in alphabetical order of the kinds."""
+    return {kind: chr(ord("a") + index) for index, kind in enumerate(sorted({row["machine"] for row in rows}))}
+
+
 def of_split(rows: Sequence[Row], split: str) -> dict[str, list[Row]]:
     """Return the rows of a split by contestant, in the table's order, without trials."""
     kept = [row for row in rows if row["split"] == split and not row["trial"]]
@@ -64,34 +83,49 @@ def of_split(rows: Sequence[Row], split: str) -> dict[str, list[Row]]:
 
 
 def table(rows: Sequence[Row], split: str) -> str:
-    """Return all scores as a Markdown table."""
-    lines = [f"| {split} | runs | " + " | ".join(SCORES).replace("_", " ") + " |", "|---" * (2 + len(SCORES)) + "|"]
-    for name, own in of_split(rows, split).items():
+    """Return all scores that any row has as a Markdown table; the last column names the kinds of machines."""
+    contestants, letters = of_split(rows, split), machine_letters(rows)
+    scores = [score for score in SCORES if any(summary(own, score) for own in contestants.values())]
+    heads = ["runs", *(score.replace("_", " ") for score in scores), "machine"]
+    lines = [f"| {split} | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    for name, own in contestants.items():
         cells = []
-        for score in SCORES:
+        for score in scores:
             value = summary(own, score)
-            plain = score in ("steps", "seconds")
+            plain = score in ("steps", "cpu_seconds")
             cells.append("" if value is None else f"{value[0]:.0f}" if plain else f"{value[0]:.3f} ± {value[1]:.3f}")
-        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
+        kinds = " ".join(sorted({letters[row["machine"]] for row in own}))
+        lines.append(f"| {name} | {len(own)} | " + " | ".join([*cells, kinds]) + " |")
     return "\n".join(lines)
 
 
 def margin(rows: Sequence[Row], first: str, second: str, score: str = "recognition") -> tuple[float, float, int] | None:
-    """Return by how much one contestant leads another on the same subjects and training seeds.
+    """Return by how much one contestant leads another on the same subjects, training seeds and kind of machine.
 
     Returns:
         mean of the paired differences, standard error, number of pairs; None with fewer than two pairs.
     """
-    found = {(r["contestant"], r["subject"], r["training_seed"]): r[score] for r in rows if not r["trial"]}
-    pairs = [
-        (value, found[other])
+    found = {
+        (r["contestant"], r["subject"], r["training_seed"], r["machine"]): r[score] for r in rows if not r["trial"]
+    }
+    differences = [
+        value - found[other]
         for key, value in found.items()
         if (other := (second, *key[1:])) in found and key[0] == first
     ]
-    differences = [one - two for one, two in pairs]
     if len(differences) < 2:
         return None
-    return mean(differences), stdev(differences) / len(differences) ** 0.5, len(differences)
+    return mean(differences), standard_error(differences), len(differences)
+
+
+def marked_margin(
+    rows: Sequence[Row], first: str, second: str, score: str = "recognition"
+) -> tuple[float, float, str] | None:
+    """Return `margin`, or if no kind of machine has both, the lead across kinds, with a dagger at its pairs."""
+    if (one := margin(rows, first, second, score)) is not None:
+        return *one[:2], str(one[2])
+    across = margin([{**row, "machine": ""} for row in rows], first, second, score)
+    return None if across is None else (*across[:2], f"{across[2]}{ACROSS}")
 
 
 def margins(rows: Sequence[Row], split: str) -> str:
@@ -103,7 +137,7 @@ def margins(rows: Sequence[Row], split: str) -> str:
     own = [row for row in rows if row["split"] == split]
     lines = ["| recognition, paired | ahead by | pairs |", "|---|---|---|"]
     for first, second in contests:
-        if found := margin(own, first, second):
+        if found := marked_margin(own, first, second):
             lines.append(f"| {first} over {second} | {found[0]:+.3f} ± {found[1]:.3f} | {found[2]} |")
     return "\n".join(lines)
 
@@ -117,7 +151,7 @@ def parts(rows: Sequence[Row], split: str) -> str:
     ]
     for name in [name for name in of_split(rows, split) if name.startswith("ours-")]:
         whole = WHOLE.get(name, "ours")
-        found = [pair for score in PARTS if (pair := margin(own, name, whole, score))]
+        found = [pair for score in PARTS if (pair := marked_margin(own, name, whole, score))]
         if found:
             cells = " | ".join(f"{ahead:+.3f} ± {error:.3f}" for ahead, error, _ in found)
             shown = name if whole == "ours" else f"{name}, minus {whole}"
@@ -128,12 +162,39 @@ def parts(rows: Sequence[Row], split: str) -> str:
 def origins(rows: Sequence[Row], split: str) -> str:
     """Return where and when each contestant's training seeds were run, as a Markdown table."""
     lines = ["| contestant | training seeds | date | machine |", "|---|---|---|---|"]
+    letters = machine_letters(rows)
     for name, own in of_split(rows, split).items():
         for machine in sorted({row["machine"] for row in own}):
             here = [row for row in own if row["machine"] == machine]
             first, last = min(row["date"] for row in here), max(row["date"] for row in here)
-            seeds = ", ".join(map(str, _seeds(here)))
-            lines.append(f"| {name} | {seeds} | {first if first == last else f'{first} to {last}'} | {machine} |")
+            seeds, days = ", ".join(map(str, _seeds(here))), first if first == last else f"{first} to {last}"
+            lines.append(f"| {name} | {seeds} | {days} | {letters[machine]}: {machine} |")
+    return "\n".join(lines)
+
+
+def grid(rows: Sequence[Row], split: str, scale: float | None) -> str:
+    """Return the trials of the learning rates: recognition by factor, the best in bold, as a Markdown table.
+
+    Args:
+        rows: of any kind.
+        split: as everywhere.
+        scale: of the rows that count; None selects the largest.
+    """
+    kept = [row for row in rows if row["split"] == split and row["trial"] in {f"rate={rate:g}" for rate in RATES}]
+    longest = max((row["scale"] for row in kept), default=1.0)
+    kept = [row for row in kept if row["scale"] == (longest if scale is None else scale)]
+    lines = ["| recognition, rates × | " + " | ".join(f"{rate:g}" for rate in RATES) + " | runs each |"]
+    lines.append("|---" * (2 + len(RATES)) + "|")
+    for name in [name for name in CONTESTANTS if any(row["contestant"] == name for row in kept)]:
+        found = [[r for r in kept if (r["contestant"], r["trial"]) == (name, f"rate={rate:g}")] for rate in RATES]
+        means = [summary(own, "recognition") for own in found]
+        best = max(value[0] for value in means if value)
+        cells = [
+            f"**{value[0]:.3f}**" if value and value[0] == best else f"{value[0]:.3f}" if value else ""
+            for value in means
+        ]
+        runs = sorted({len(own) for own in found})
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {' or '.join(map(str, runs))} |")
     return "\n".join(lines)
 
 
@@ -192,12 +253,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Print the tables; write the figure and the sheet if requested."""
     parser = argparse.ArgumentParser(prog="python -m examples.benchmark.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--split", choices=["dev", "test"], default="test")
+    parser.add_argument("--split", choices=[*SPLITS], default="test")
     parser.add_argument("--scale", type=float, help="fraction of the preset's steps (default: the largest)")
+    parser.add_argument("--grid", action="store_true", help="the trials of the learning rates instead")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
-    rows = of_length(json.loads(options.results.read_text()), options.scale)
+    everything = of_judge(json.loads(options.results.read_text()))
+    if options.grid:
+        print(grid(everything, options.split, options.scale))
+        return
+    rows = of_length(everything, options.scale)
     tables = [part(rows, options.split) for part in (table, margins, parts, origins)]
     print(*(text for text in tables if text.count("\n") > 1), sep="\n\n")  # skip tables without rows
     if options.figure:

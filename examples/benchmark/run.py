@@ -1,14 +1,15 @@
 """`python -m examples.benchmark.run`: one-step personalization, method against method, on the embedded pair.
 
 Each run adds one row to `results.json` per model that generates images. A row that exists is not made again, so a
-stopped command continues where it was. `--set` tries other settings on the `dev` subjects and writes to `trials.json`.
-See README.md in this folder.
+stopped command continues where it was. On the `dev` subjects `--grid` tries every contestant's learning rates, and
+`--set` other settings; both write to `trials.json`. See README.md in this folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ from echodistill_cli.cli.options import quiet_libraries
 from echodistill_cli.config.build import config_hash
 from echodistill_cli.files import write_text
 from echodistill_cli.training.state import TrainingState
-from examples.benchmark.contestants import CONTESTANTS, TEACHERS
+from examples.benchmark.contestants import CONTESTANTS, RATES, TEACHERS
 from examples.benchmark.costs import MAIN, equal_steps, read_costs
 from examples.benchmark.measure import JUDGE, STUDENT, TEACHER, Ruler, draw
 from examples.benchmark.subjects import PROMPTS, SEEDS, SPLITS
@@ -59,13 +60,14 @@ class Rows:
         return rows
 
     def has(self, run: Run, settings: str) -> bool:
-        """Return whether the file has this run with these settings."""
-        key = (run.contestant, run.noun, run.seed, settings)
-        return any((r["contestant"], r["subject"], r["training_seed"], r["settings"]) == key for r in self.rows)
+        """Return whether the file has this run with these settings, by the present judge."""
+        names = ("contestant", "split", "subject", "training_seed", "settings", "judge")
+        key = (run.contestant, run.split, run.noun, run.seed, settings, JUDGE.name)
+        return any(tuple(row.get(name) for name in names) == key for row in self.rows)
 
     def add(self, row: Row) -> None:
-        """Add a row; it replaces an older one of the same contestant, subject, seed, trial and scale."""
-        key = ("contestant", "subject", "training_seed", "trial", "scale")
+        """Add a row; it replaces an older one of the same contestant, split, subject, seed, trial and scale."""
+        key = ("contestant", "split", "subject", "training_seed", "trial", "scale")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{self.path}.lock"):
             others = [old for old in self.rows if any(old[name] != row[name] for name in key)]
@@ -103,8 +105,8 @@ def train(run: Run, state: TrainingState, ruler: Ruler, *, teachers: bool = True
     with state.at_export_scale():
         images = draw(state.pair, run.noun, STUDENT, with_token=True)
         drift = ruler.drift(base, draw(state.pair, run.noun, STUDENT, with_token=False))
-    if not run.trial:
-        _save_sheet(images, sheet_file(run.contestant, run.noun, run.seed, run.scale))
+    if not run.about_trial:
+        _save_sheet(images, sheet_file(run.contestant, run.noun, run.seed, run.scale, run.split))
     yield {
         "contestant": run.contestant,
         **ruler.scores(images),
@@ -136,9 +138,10 @@ def _save_sheet(images: NDArray[np.uint8], path: Path) -> None:
     contact_sheet(list(in_rows), len(PROMPTS)).save(path)
 
 
-def sheet_file(contestant: str, noun: str, seed: int, scale: float) -> Path:
-    """Return where a run's sheet of images is saved; each scale has its own folder."""
-    return PICTURES / f"{scale:g}" / f"{contestant}-{noun}-{seed}.png"
+def sheet_file(contestant: str, noun: str, seed: int, scale: float, split: str = "test") -> Path:
+    """Return where a run's sheet of images is saved; each scale, and the second vendor, has its own folder."""
+    folder = f"{scale:g}-vendor2" if split == "vendor2" else f"{scale:g}"
+    return PICTURES / folder / f"{contestant}-{noun}-{seed}.png"
 
 
 def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, teachers: bool = True) -> None:
@@ -160,22 +163,35 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, 
         "subject": run.noun,
         "training_seed": run.seed,
         "scale": run.scale,
-        "trial": ", ".join(f"{key}={value}" for key, value in run.trial),
+        "trial": run.about_trial,
         "settings": settings,
         "date": date.today().isoformat(),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "machine": machine_kind(),
+        "judge": JUDGE.name,
         "versions": {"echodistill": __version__, "torch": torch.__version__},
     }
-    for scores in train(run, run.build(steps), Ruler(run.noun, examiner), teachers=teachers):
+    for scores in train(run, run.build(steps), Ruler(run.noun, examiner, run.split), teachers=teachers):
         row = scores | about
         rows.add({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
         print(row_line(row), flush=True)
 
 
+def machine_kind() -> str:
+    """Return processor, vector instructions and threads: rows are comparable if this is equal."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{model or platform.processor() or platform.machine()} {capability}, {torch.get_num_threads()} threads"
+
+
 def row_line(row: Row) -> str:
     """Return a row's scores as one line of text."""
-    scores = ("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift")
-    keys = [key for key in (*scores, "steps", "seconds") if row.get(key) is not None]
+    scores = (
+        *("recognition", "named", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity"),
+        *("sharpness_share", "drift", "steps", "cpu_seconds"),
+    )
+    keys = [key for key in scores if row.get(key) is not None]
     values = " ".join(f"{key.split('_')[0]} {row[key]:.3g}" for key in keys)
     trial = f" [{row['trial']}]" if row["trial"] else ""
     return f"{row['contestant']} {row['subject']} {row['training_seed']}{trial}: {values}"
@@ -189,9 +205,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", help="subjects of the split (default: all)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="training seeds")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings to try, on dev only")
+    parser.add_argument("--grid", action="store_true", help=f"try the learning rates times {RATES}, on dev only")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the preset's steps, for every method")
     parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five methods")
-    parser.add_argument("--results", type=Path, help="file of rows (default: results.json; trials.json with --set)")
+    parser.add_argument("--results", type=Path, help="file of rows (default: results.json; trials.json for trials)")
     parser.add_argument(
         "--processes", type=int, default=1, help="processes of one thread each; they share the subjects"
     )
@@ -199,8 +216,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--calibrate", action=argparse.BooleanOptionalAction, help="measure again what a step of each method costs"
     )
     options = parser.parse_args(arguments)
-    if options.set and options.split == "test":
-        parser.error("--set tries settings, which is for --split dev only")
+    if (options.set or options.grid) and options.split != "dev":
+        parser.error("--set and --grid try settings, which is for --split dev only")
     known = SPLITS[options.split]
     options.subjects = options.subjects or known[: 4 if options.small else None]
     if strange := [noun for noun in options.subjects if noun not in known]:
@@ -234,14 +251,14 @@ def main(arguments: list[str] | None = None) -> None:
         run_processes(shares(sys.argv[1:] if arguments is None else arguments, options.subjects, options.processes))
         return
     trial = tuple((key, json.loads(value)) for key, _, value in (text.partition("=") for text in options.set))
-    rows = Rows(options.results or (TRIALS if trial else RESULTS))
+    rows = Rows(options.results or (TRIALS if trial or options.grid else RESULTS))
     examiner = Examiner(JUDGE)
-    for seed in options.seeds:
-        for noun in options.subjects:
-            for name in options.contestants:
-                run = Run(name, options.split, noun, seed, trial, options.scale)
-                steps = equal_steps(name, costs, run.scale, run.head_start)
-                measure_run(run, steps, rows, examiner, teachers=not options.small)
+    for seed, noun, name in itertools.product(options.seeds, options.subjects, options.contestants):
+        is_trained = CONTESTANTS[name].step is not None
+        for rate in RATES if options.grid and is_trained else (None,):
+            run = Run(name, options.split, noun, seed, trial, options.scale, rate)
+            steps = equal_steps(name, costs, run.scale, run.head_start)
+            measure_run(run, steps, rows, examiner, teachers=not (options.small or options.grid))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import load_photos
 from echodistill_cli.training.state import TrainingState, build_state
 from examples.benchmark.contestants import CONTESTANTS, Contestant
-from examples.benchmark.subjects import TOKEN, class_name, write_photos
+from examples.benchmark.subjects import TOKEN, class_name, vendor_of, write_photos
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,12 @@ class Run:
 
     Args:
         contestant: a key of CONTESTANTS.
-        split: "dev" or "test".
+        split: a key of SPLITS.
         noun: the subject.
         seed: the training seed.
         trial: settings that override the contestant's own, as (key, value) pairs.
         scale: fraction of the preset's steps, the same for every phase.
+        rate: factor on the preset's learning rates; None for the contestant's own.
     """
 
     contestant: str
@@ -34,6 +35,7 @@ class Run:
     seed: int
     trial: tuple[tuple[str, Any], ...] = ()
     scale: float = 1.0
+    rate: float | None = None
 
     @property
     def entry(self) -> Contestant:
@@ -49,6 +51,18 @@ class Run:
         if preset.echo.start is not None:
             full |= {"echo.start": preset.echo.start, "echo.carry_back": preset.echo.carry_back}
         return {key: max(1, round(value * self.scale)) if value else 0 for key, value in full.items()}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The preset's learning rates by dotted key, each times the factor."""
+        train, factor = build_config("mini").train, self.entry.rate if self.rate is None else self.rate
+        return {f"train.{key}": factor * getattr(train, key) for key in ("lr", "teacher_lr", "text_lr")}
+
+    @property
+    def about_trial(self) -> str:
+        """What is tried, as one line; empty for the contestant as it is."""
+        factor = [] if self.rate is None else [f"rate={self.rate:g}"]
+        return ", ".join([*factor, *(f"{key}={value}" for key, value in self.trial)])
 
     @property
     def head_start(self) -> int:
@@ -68,6 +82,7 @@ class Run:
             "concept.class_name": class_name(self.noun),
             "run.seed": self.seed,
             **self.lengths,
+            **self.rates,
             **self.entry.settings,
             **({} if steps is None else {"train.steps": steps}),
             **dict(self.trial),
@@ -81,6 +96,6 @@ class Run:
             steps: as in `config`.
         """
         with tempfile.TemporaryDirectory() as folder:
-            config = self.config(write_photos(self.noun, Path(folder)), steps)
+            config = self.config(write_photos(self.noun, Path(folder), vendor_of(self.split)), steps)
             report = load_photos(Path(folder), min_photos=3, resolution=64, masks="auto", captions=True)
             return build_state(config, tuple(report.photos))

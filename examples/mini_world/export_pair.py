@@ -20,7 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from examples.mini_world.encoders import ViTStage, build_clip, build_clip_vision
-from examples.mini_world.judges import Judge, judge_labels
+from examples.mini_world.judges import Judge, judge_labels, judge_world
 from examples.mini_world.latents import load_vae
 from examples.mini_world.models import build_scheduler, build_text_encoder, build_unet
 from examples.mini_world.nouns import SOURCES, chosen_nouns, noun_words
@@ -106,8 +106,7 @@ def export_role(work: Path, output: Path, nouns: int, role: str) -> dict[str, ob
 def _looking_network(work: Path, part: str, nouns: int) -> tuple[nn.Module, int, dict[str, object]]:
     """A trained encoder or judge in float32, the samples it has seen, and what its outputs mean."""
     if part.startswith("judge-"):
-        world = open_world(work, nouns, [source.vendor for source in SOURCES])
-        labels = judge_labels(world)
+        labels = judge_labels(judge_world(work, nouns))
         judge = Judge(labels)
         return judge, load_average(work / part / "checkpoint.pt", judge), {"labels": labels}
     if part == "backbone-vit":

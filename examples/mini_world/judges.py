@@ -1,8 +1,11 @@
 """Stage `judge`: a convolutional classifier of noun, exact drawing, place and colour, trained on renders.
 
 It shares neither architecture nor seed with anything the pair is trained or personalized with, and it knows
-the held-out vendor's drawings, which nothing else does: it is the examiner, never a loss. `--judge-seed`
-makes a second one; two that agree are worth more than one that is sure.
+the drawings of both held-out vendors, which nothing else does: it is the examiner, never a loss. `--judge-seed`
+makes another one; two that agree are worth more than one that is sure.
+
+It learns sharp renders, as they are and through the VAE, and that a blurred one shows nothing: its noun and its drawing
+are "unclear". The first judge was trained to read softened renders too, and named drawings that were blurred to blobs.
 """
 
 from __future__ import annotations
@@ -15,21 +18,36 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from examples.mini_world.augment import soften
-from examples.mini_world.models import as_tensor
+from examples.mini_world.augment import gaussian_blur, jitter
+from examples.mini_world.models import as_tensor, decode, encode
+from examples.mini_world.nouns import SECOND_VENDOR, SOURCES, chosen_nouns
 from examples.mini_world.places import PLACES
+from examples.mini_world.sprites import load_second, load_sprites
 from examples.mini_world.world import COLOURS, Scene, World
+
+UNCLEAR = "unclear"
+# Parts of a training batch: sharp renders, renders through the VAE, blurred images, images of blurred latents.
+PARTS = (0.5, 0.2, 0.2, 0.1)
+# Standard deviations of the blur. The weakest leaves 0.4 of the sharpness of a render through the VAE.
+PIXEL_BLUR, LATENT_BLUR = (1.2, 4.0), (0.6, 1.5)
+
+
+def judge_world(work: Path, nouns: int) -> World:
+    """The world with the drawings of all vendors, the held-out ones included."""
+    sprites = {**load_sprites(work), **load_second(work)}
+    return World(sprites, chosen_nouns(nouns), [*(source.vendor for source in SOURCES), SECOND_VENDOR])
 
 
 def judge_labels(world: World) -> dict[str, list[str]]:
     """The classes of each question, in order; "none" is a scene without colour. Plain ground is white."""
     return {
-        "noun": list(world.nouns),
-        "sprite": [f"{noun}/{vendor}" for noun in world.nouns for vendor in world.vendors[noun]],
+        "noun": [*world.nouns, UNCLEAR],
+        "sprite": [*(f"{noun}/{vendor}" for noun in world.nouns for vendor in world.vendors[noun]), UNCLEAR],
         "place": list(PLACES),
         "colour": ["none", *COLOURS],
     }
@@ -50,6 +68,7 @@ class Judge(nn.Module):
 
     def __init__(self, labels: dict[str, list[str]], width: int = 32) -> None:
         super().__init__()
+        self.labels = labels
         layers: list[nn.Module] = []
         channels = 3
         for level in range(4):
@@ -116,16 +135,28 @@ class Examiner:
 
 
 class JudgeStage:
-    """Trains one judge; `world` should hold all vendors, the held-out one included."""
+    """Trains one judge; `world` should hold all vendors, the held-out ones included."""
 
     ema_decay = 0.999
 
-    def __init__(self, world: World, device: str, number: int = 0, batch_size: int = 48, rate: float = 1e-3) -> None:
-        self.name, self.world, self.device = f"judge-{number}", world, device
+    def __init__(
+        self,
+        world: World,
+        vae: AutoencoderTiny,
+        device: str,
+        number: int = 1,
+        batch_size: int = 48,
+        rate: float = 1e-3,
+        start: Path | None = None,
+    ) -> None:
+        self.name, self.world, self.vae, self.device = f"judge-{number}", world, vae.to(device), device
         self.batch_size, self.learning_rate = batch_size, rate
         self.labels = judge_labels(world)
         torch.manual_seed(9000 + number)
-        self.network: nn.Module = Judge(self.labels).to(device)
+        judge = Judge(self.labels)
+        if start:
+            take_over(judge, Examiner(start))
+        self.network: nn.Module = judge.to(device)
 
     def _batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         drawn = [self.world.draw(rng) for _ in range(count)]
@@ -136,13 +167,29 @@ class JudgeStage:
         }
         return as_tensor(np.stack([picture.image for picture in drawn]), self.device), targets
 
+    @torch.no_grad()
+    def _views(self, rng: np.random.Generator, pictures: Tensor) -> tuple[Tensor, int]:
+        """Images in the order of `PARTS`, and how many of them, from the first, are clear."""
+        ends = [round(len(pictures) * sum(PARTS[: index + 1])) for index in range(len(PARTS))]
+        sharp, coded, blurred = (pictures[first:last] for first, last in zip((0, *ends), ends[:3], strict=False))
+        in_latents = pictures[ends[2] :]
+        with torch.autocast(self.device, torch.bfloat16):
+            latents = encode(self.vae, torch.cat([coded, in_latents])).float()
+            soft = _blurred(rng, latents[len(coded) :], LATENT_BLUR)
+            again = decode(self.vae, torch.cat([latents[: len(coded)], soft])).float().clamp(-1, 1)
+        parts = [sharp, again[: len(coded)], _blurred(rng, blurred, PIXEL_BLUR), again[len(coded) :]]
+        return torch.cat(parts), ends[1]
+
     def _logits(self, pictures: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self.device, torch.bfloat16):
             return {key: value.float() for key, value in self.network(pictures).items()}
 
     def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002
         pictures, targets = self._batch(rng, self.batch_size)
-        logits = self._logits(soften(rng, pictures))
+        views, clear = self._views(rng, pictures)
+        for question in ("noun", "sprite"):
+            targets[question][clear:] = self.labels[question].index(UNCLEAR)
+        logits = self._logits(jitter(rng, views))
         return torch.stack([functional.cross_entropy(logits[key], targets[key]) for key in self.labels]).sum(), {}
 
     def report(self, directory: Path, samples: int) -> dict[str, float]:  # noqa: ARG002
@@ -150,3 +197,20 @@ class JudgeStage:
         pictures, targets = self._batch(np.random.default_rng(11), 256)
         logits = self._logits(pictures)
         return {f"right_{key}": (logits[key].argmax(-1) == targets[key]).float().mean().item() for key in self.labels}
+
+
+@torch.no_grad()
+def take_over(judge: Judge, earlier: Examiner) -> None:
+    """Give a judge the weights of an earlier one, and its knowledge of every answer that both have."""
+    judge.body.load_state_dict(earlier.judge.body.state_dict())
+    for question, head in judge.heads.items():
+        known = {answer: row for row, answer in enumerate(earlier.labels[question])}
+        for row, answer in enumerate(judge.labels[question]):
+            if answer in known:
+                for mine, its in zip(head.parameters(), earlier.judge.heads[question].parameters(), strict=True):
+                    mine[row] = its[known[answer]]
+
+
+def _blurred(rng: np.random.Generator, maps: Tensor, sigmas: tuple[float, float]) -> Tensor:
+    """Maps (batch, channels, height, width), each with a blur of its own strength."""
+    return torch.cat([gaussian_blur(one[None], float(rng.uniform(*sigmas))) for one in maps])

@@ -40,6 +40,15 @@ SOURCES: tuple[Source, ...] = (
 TRAIN_VENDORS: tuple[str, ...] = tuple(source.vendor for source in SOURCES if not source.held_out)
 HELD_OUT_VENDOR = "fluent-emoji"
 
+# Another studio's drawings, outlined unlike all others: the benchmark's second test set. Neither the pair nor a choice
+# of settings has seen them. The penguin there is a head, and the rocket has stars around it, so both are left out.
+SECOND = Source("streamline-emojis", "@iconify-json/streamline-emojis", "1.2.4", "CC-BY-4.0", "Streamline", True)
+SECOND_VENDOR = SECOND.vendor
+SECOND_ICONS: dict[str, str] = {
+    "dog": "dog", "cat": "cat", "backpack": "school-backpack", "automobile": "automobile",
+    "robot": "robot-face-1", "frog": "frog-face", "mushroom": "mushroom", "snail": "snail",
+}  # fmt: skip
+
 # Every noun has a held-out drawing and one in at least four training styles (teapot: three), so that a word
 # means a class and not one image.
 NOUNS: tuple[str, ...] = tuple(

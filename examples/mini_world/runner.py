@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,11 +62,12 @@ class Budget:
 
 @dataclass
 class Progress:
-    """Everything besides the weights that a resumed run needs."""
+    """Everything besides the weights that a resumed run needs; `more` are optimizers that the stage steps itself."""
 
     network: nn.Module
     optimizer: torch.optim.Optimizer
     rng: np.random.Generator
+    more: Mapping[str, torch.optim.Optimizer] = field(default_factory=dict)
     samples: int = 0
     updates: int = 0
     average: list[Tensor] = field(default_factory=list)
@@ -94,6 +96,7 @@ class Progress:
             "network": self.network.state_dict(),
             "average": dict(zip(names, self.average, strict=True)),
             "optimizer": self.optimizer.state_dict(),
+            "more": {name: optimizer.state_dict() for name, optimizer in self.more.items()},
             "samples": self.samples,
             "updates": self.updates,
             "rng": self.rng.bit_generator.state,
@@ -110,6 +113,8 @@ class Progress:
         self.network.load_state_dict(state["network"])
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
+        for name, saved in state.get("more", {}).items():
+            self.more[name].load_state_dict(saved)
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         for averaged, (name, _) in zip(self.average, self.network.named_parameters(), strict=True):
@@ -171,7 +176,8 @@ def run_stage(stage: Stage, directory: Path, budget: Budget, seed: int) -> bool:
     optimizer = torch.optim.AdamW(stage.network.parameters(), lr=stage.learning_rate, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)  # fmt: skip
     torch.manual_seed(seed)
-    progress = Progress(stage.network, optimizer, np.random.default_rng(seed))
+    more = getattr(stage, "more_optimizers", {})
+    progress = Progress(stage.network, optimizer, np.random.default_rng(seed), more)
     if checkpoint.exists():
         progress.load(checkpoint)
     stop: list[int] = []

@@ -1,7 +1,9 @@
 """`python -m examples.mini_world.score`: how well the embedded pair generates, by a judge; makes the README's table.
 
 Every noun in every place, plain and in a colour, one image each; the same scenes rendered by the world itself, in
-the styles that the pair was trained on, are the ceiling. Needs the drawings (`npm` fetches them) and a judge.
+the styles that the pair was trained on, are the ceiling. Sharpness is a share of what the pair's VAE leaves of such
+renders. Needs the drawings (`npm` fetches them) and a judge. No judge counts malformed subjects: `--sheet DIR` draws
+200 one-step images in numbered sheets of 50, for a person to count.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate, to_uint8
 from echodistill_cli.models.load import load_pair
+from examples.benchmark.measure import JUDGE, detail
 from examples.mini_world.judges import Examiner
 from examples.mini_world.models import as_tensor
 from examples.mini_world.nouns import CORE, HELD_OUT_VENDOR, noun_words
@@ -30,10 +34,10 @@ from examples.mini_world.places import PLACES
 from examples.mini_world.sprites import default_work_directory
 from examples.mini_world.world import COLOURS, SIDE, Scene, World, contact_sheet, open_world
 
-JUDGE = Path(__file__).parents[1] / "benchmark" / "judges" / "judge-0"
 TEACHER = SamplingSettings(role="teacher", steps=25, guidance_scale=3.5, size=SIDE, batch_size=64)
 STUDENT = SamplingSettings(role="student", steps=1, size=SIDE, batch_size=64)
 SEEDS_PER_PROMPT = 4
+MALFORMED_IMAGES, ON_A_SHEET, SHEET_COLUMNS = 200, 50, 10
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,49 @@ def repeated(asked: list[Asked]) -> tuple[list[Asked], list[int]]:
     return [one for one in chosen for _ in range(SEEDS_PER_PROMPT)], [*range(SEEDS_PER_PROMPT)] * len(chosen)
 
 
+def coded(pair: ModelPair, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return images (count, 64, 64, 3) through the pair's VAE: the sharpest that it can generate."""
+    with torch.no_grad():
+        parts = [to_uint8(pair.codec.decode(pair.codec.encode(part))) for part in torch.split(as_tensor(pictures), 64)]
+    again: NDArray[np.uint8] = torch.cat(parts).numpy()
+    return again
+
+
+def numbered_sheet(pictures: NDArray[np.uint8], first: int, words: list[str]) -> Image.Image:
+    """Return a sheet of images at twice their size, each above its number and noun.
+
+    Args:
+        pictures: (count, 64, 64, 3).
+        first: number of the first.
+        words: what each shows.
+    """
+    side, label = 2 * SIDE, 14
+    rows = -(-len(pictures) // SHEET_COLUMNS)
+    sheet = Image.new("RGB", (SHEET_COLUMNS * side, rows * (side + label)), (255, 255, 255))
+    draw = ImageDraw.Draw(sheet)
+    for index, (picture, word) in enumerate(zip(pictures, words, strict=True)):
+        left, top = index % SHEET_COLUMNS * side, index // SHEET_COLUMNS * (side + label)
+        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        draw.text((left + 3, top + side + 1), f"{first + index} {word}", fill=(0, 0, 0))
+    return sheet
+
+
+def malformed_sheets(pair: ModelPair, folder: Path, count: int = MALFORMED_IMAGES) -> list[Path]:
+    """Draw one-step images of all nouns in turn, each in a place, and write them in sheets; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    places = list(PLACES)
+    # The place moves on by one more each time that the nouns start over, so that every noun meets every place.
+    asked = [Asked(CORE[n % len(CORE)], places[(n + n // len(CORE)) % len(places)], None) for n in range(count)]
+    pictures = drawn(pair, asked, [*range(1000, 1000 + count)], STUDENT)
+    files = []
+    for first in range(0, count, ON_A_SHEET):
+        part = slice(first, first + ON_A_SHEET)
+        sheet = numbered_sheet(pictures[part], first + 1, [noun_words(one.noun) for one in asked[part]])
+        files.append(folder / f"student-{first + 1:03d}.png")
+        sheet.save(files[-1])
+    return files
+
+
 def reconstruction(pair: ModelPair, world: World) -> float:
     """The VAE's mean PSNR in dB over 128 renders, from bytes to bytes."""
     pictures = world.batch(np.random.default_rng(21), 128)
@@ -127,12 +174,14 @@ def score(pair: ModelPair, examiner: Examiner, work: Path, sheets: Path | None) 
     rows: dict[str, Any] = {}
     real = rendered(world, asked, 1)
     rows["renders"] = recognised(examiner, real, asked)
+    ceiling = detail(coded(pair, real))
+    rows["renders"]["sharpness_share"] = detail(real) / ceiling
     real_spread = spread(examiner, rendered(world, several, 2))
     for settings in (TEACHER, STUDENT):
         pictures = drawn(pair, asked, seeds, settings)
         seen = recognised(examiner, pictures, asked)
         ratio = spread(examiner, drawn(pair, several, several_seeds, settings)) / real_spread
-        rows[settings.role] = seen | {"diversity": ratio}
+        rows[settings.role] = seen | {"diversity": ratio, "sharpness_share": detail(pictures) / ceiling}
         if sheets:
             contact_sheet(list(pictures), 2 * len(PLACES)).save(sheets / f"{settings.role}.png")
     rows["vae_psnr"] = {
@@ -151,9 +200,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--judge", type=Path, default=JUDGE)
     parser.add_argument("--work", type=Path, default=default_work_directory())
     parser.add_argument("--sheets", type=Path, help="folder for contact sheets of the pictures")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="DIR", help="only draw 200 images in sheets of 50, to count malformed subjects"
+    )
     options = parser.parse_args(arguments)
     models = {"model.student": options.student, "model.teacher": options.teacher, "model.precision": "fp32"}
     pair = load_pair(build_config("mini", None, models).model)
+    if options.sheet:
+        print(*malformed_sheets(pair, options.sheet), sep="\n")
+        return
     figures = score(pair, Examiner(options.judge), options.work, options.sheets)
     about = {"date": date.today().isoformat(), "machine": platform.machine(), "torch": torch.__version__}
     print(json.dumps(about | figures, indent=2))

@@ -1,7 +1,7 @@
 """Fetch the icon packages and turn their SVG drawings into small RGBA sprites.
 
 The only step of the mini world that needs a network, and it needs `npm` on the path: `npm pack` puts a
-tarball in `WORK/sources`, and everything after it works from the cached `WORK/sprites.npz`.
+tarball in `WORK/sources`, and everything after it works from the cached `WORK/sprites.npz` and `WORK/second.npz`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from examples.mini_world.nouns import NOUNS, SOURCES, Source
+from examples.mini_world.nouns import NOUNS, SECOND, SECOND_ICONS, SOURCES, Source
 
 SPRITE_SIDE = 96
 _RASTER_SIDE = 192
@@ -96,15 +97,29 @@ def build_sprites(work: Path) -> Sprites:
     return sprites
 
 
+def build_second(work: Path) -> Sprites:
+    """Fetch and rasterise the drawings of the benchmark's second test set."""
+    icons = read_icons(fetch_source(SECOND, work / "sources"))
+    svgs = {noun: icon_svg(icons, name) for noun, name in SECOND_ICONS.items()}
+    return {(noun, SECOND.vendor): rasterise(svg) for noun, svg in svgs.items() if svg is not None}
+
+
 def load_sprites(work: Path) -> Sprites:
     """The sprites from `work/sprites.npz`, made (and fetched) on the first call."""
-    path = work / "sprites.npz"
+    return _cached(work / "sprites.npz", lambda: build_sprites(work))
+
+
+def load_second(work: Path) -> Sprites:
+    """The second test set's sprites from `work/second.npz`, made (and fetched) on the first call."""
+    return _cached(work / "second.npz", lambda: build_second(work))
+
+
+def _cached(path: Path, build: Callable[[], Sprites]) -> Sprites:
+    """Sprites from a file with keys `noun/vendor`, written on the first call."""
     if not path.exists():
-        sprites = build_sprites(work)
-        named: dict[str, Any] = {"/".join(key): sprite for key, sprite in sprites.items()}
+        named: dict[str, Any] = {"/".join(key): sprite for key, sprite in build().items()}
         partial = path.with_suffix(".partial.npz")
         np.savez_compressed(partial, **named)
         partial.rename(path)
-        return sprites
     with np.load(path) as archive:
         return {(key.split("/")[0], key.split("/")[1]): archive[key] for key in archive.files}

@@ -1,9 +1,9 @@
 """Stages `pairs` and `student`: the one-step student, distilled from the teacher as SD-Turbo was from SD 2.1.
 
-First a regression onto (noise, guided multi-step sample) pairs, which keeps the teacher's diversity; then also
-alignment to the teacher's guided x0 of the renoised image, weighted by ᾱ_t, and an adversarial loss with real latents
-as reals. The discriminator is a small convolutional network on latents, trained whole: heads on the frozen teacher's
-features (Sauer et al. 2024) could not tell blurred from sharp images of this size within a thousand updates.
+First a regression onto (noise, guided multi-step sample) pairs, which keeps the teacher's diversity. Regression alone
+ends soft, since detail has little power. Then also alignment to the teacher's guided x0 of the image, renoised with the
+noise it was drawn from and weighted by ᾱ_t, and a critic on latents. The critic learns from pairs (a relativistic
+loss): for one noise and caption the teacher's sample should look more real than the student's, patch by patch.
 
 The student predicts v, as its teacher does: at t = 999 that is the image itself up to sign, while ε there would have
 to repeat the input noise to one part in a hundred, which a network that ends in a group norm over 256 positions cannot.
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as functional
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor, nn
 
 from echodistill_cli.diffusion.pair import Denoiser
@@ -44,17 +45,17 @@ PAIR_STEPS = 10
 PAIR_SHARD = 2048
 _CHUNK = 64
 ALIGNMENT_WEIGHT, PAIR_WEIGHT = 1.0, 1.0
-# The adversarial gradient on the image, as a share of the regression's; a discriminator that knows nothing yet has
-# small gradients, and must not be amplified for it.
-ADVERSARIAL_SHARE, LARGEST_WEIGHT = 0.7, 0.5
+# The adversarial gradient on the image, as a share of the regression's; a critic that knows nothing yet has small
+# gradients, and must not be amplified for it.
+ADVERSARIAL_SHARE, LARGEST_WEIGHT = 0.5, 1.0
 ALIGNED_PART = 4
 INSTANCE_NOISE = 0.1
-# The discriminator learns by itself first, and faster than the student: otherwise it never gets ahead.
+# The critic learns by itself first, and faster than the student: otherwise it never gets ahead.
 CRITIC_RATE, CRITIC_HEAD_START = 1e-3, 150
 
 
 def build_critic(width: int = 64) -> nn.Sequential:
-    """Latents (batch, 4, 16, 16) to logits (batch, 1, 8, 8), above 0 for real."""
+    """Latents (batch, 4, 16, 16) to scores (batch, 1, 8, 8), one for each patch, higher for more real."""
     return nn.Sequential(
         nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1),
         nn.LeakyReLU(0.2),
@@ -66,6 +67,11 @@ def build_critic(width: int = 64) -> nn.Sequential:
         nn.LeakyReLU(0.2),
         nn.Conv2d(2 * width, 1, 3, padding=1),
     )
+
+
+def relativistic(better: Tensor, worse: Tensor) -> Tensor:
+    """Mean softplus of how far `better` lies below `worse`, patch by patch (Jolicoeur-Martineau 2018)."""
+    return functional.softplus(worse - better).mean()
 
 
 class FrozenTeacher:
@@ -146,7 +152,7 @@ def open_pairs(work: Path, nouns: int) -> PairSet:
 
 
 class StudentStage:
-    """Trains the student UNet and its discriminator; starts from the teacher's weights."""
+    """Trains the student UNet and its critic; starts from the teacher's weights, or from an earlier student's."""
 
     name = "student"
     ema_decay = 0.999
@@ -159,19 +165,23 @@ class StudentStage:
         batch_size: int = 24,
         rate: float = 3e-4,
         regression_samples: int = 93_000,
+        start: Path | None = None,
     ) -> None:
         self.work, self.nouns, self.device = work, nouns, device
         self.batch_size, self.learning_rate = batch_size, rate
         self.regression_samples = regression_samples
         self.teacher = FrozenTeacher(work, device)
         self.student = build_unet()
-        self.student.load_state_dict(self.teacher.unet.state_dict())
+        unet = UNet2DConditionModel.from_pretrained(start / "unet").float() if start else self.teacher.unet
+        self.student.load_state_dict(unet.state_dict())
         self.denoiser = Denoiser(self.student, self.teacher.schedule)
         self.critic = build_critic()
         self.network: nn.Module = nn.ModuleDict({"unet": self.student, "critic": self.critic}).to(device)
+        # A buffer, so that the head start goes on where a stopped run left it.
+        self.critic_updates = torch.zeros((), dtype=torch.long, device=device)
+        self.network.register_buffer("critic_updates", self.critic_updates)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=CRITIC_RATE, betas=(0.5, 0.99))
-        self.critic_updates = 0
-        self.scenes = open_latents(work, nouns, False, self.teacher.tokenizer)
+        self.more_optimizers = {"critic": self.critic_optimizer}
         self.pairs = open_pairs(work, nouns)
 
     def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:
@@ -180,48 +190,46 @@ class StudentStage:
         with torch.autocast(self.device, torch.bfloat16), quick_attention(self.device):
             conditioning = self.teacher.encode(self.pairs.token_ids[rows])
             drawn = student_x0(self.denoiser, noise, conditioning)
-            pairs = (drawn.float() - target).square().mean()
-            if samples < self.regression_samples:
-                return pairs, {"pairs": float(pairs.detach())}
-        distilled, figures = self._distillation_loss(rng, drawn, conditioning, pairs)
-        return distilled + PAIR_WEIGHT * pairs, {**figures, "pairs": float(pairs.detach())}
-
-    def _distillation_loss(
-        self, rng: np.random.Generator, drawn: Tensor, conditioning: Conditioning, pairs: Tensor
-    ) -> tuple[Tensor, dict[str, float]]:
-        """The generator's and the discriminator's losses; each one's gradient stops at the other's weights."""
-        rows = torch.from_numpy(rng.integers(0, len(self.scenes), self.batch_size))
-        reals = self.scenes.latents[rows].float().to(self.device)
+            regression = (drawn.float() - target).square().mean()
+        figures = {"pairs": float(regression.detach())}
+        if samples < self.regression_samples:
+            return regression, figures
         timesteps = torch.from_numpy(rng.integers(0, 1000, self.batch_size)).to(self.device)
-        alignment = self._alignment(drawn, torch.randn_like(reals), timesteps, conditioning)
-        blurred = [picture + INSTANCE_NOISE * torch.randn_like(reals) for picture in (reals, drawn)]
-        judged = self._teach_critic(blurred[0], blurred[1].detach())
+        alignment = self._alignment(drawn, noise, timesteps, conditioning)
+        adversarial, judged = self._adversarial(target, drawn.float(), regression)
+        figures |= {"alignment": float(alignment.detach()), **judged}
+        return PAIR_WEIGHT * regression + ALIGNMENT_WEIGHT * alignment + adversarial, figures
+
+    def _adversarial(self, target: Tensor, drawn: Tensor, regression: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The student's weighted adversarial loss, after an update of the critic; each one's gradient stops there."""
+        noise = INSTANCE_NOISE * torch.randn_like(target)
+        real, fake = target + noise, drawn + noise
+        figures = {"critic": self._teach_critic(real, fake.detach())}
+        if int(self.critic_updates) <= CRITIC_HEAD_START:
+            return torch.zeros((), device=drawn.device), figures
         self.critic.requires_grad_(False)
-        adversarial = functional.softplus(-self.critic(blurred[1])).mean()
+        loss = relativistic(self.critic(fake), self.critic(real))
         self.critic.requires_grad_(True)
-        pulls = [torch.autograd.grad(loss, drawn, retain_graph=True)[0].norm() for loss in (pairs, adversarial)]
+        pulls = [torch.autograd.grad(one, drawn, retain_graph=True)[0].norm() for one in (regression, loss)]
         weight = min(LARGEST_WEIGHT, ADVERSARIAL_SHARE * float(pulls[0] / pulls[1].clamp(min=1e-8)))
-        weight *= self.critic_updates > CRITIC_HEAD_START
-        figures = {"alignment": float(alignment.detach()), "adversarial": float(adversarial.detach())}
-        total = ALIGNMENT_WEIGHT * alignment + weight * adversarial
-        return total, figures | {"discriminator": judged, "weight": weight}
+        return weight * loss, figures | {"adversarial": float(loss.detach()), "weight": weight}
 
     def _teach_critic(self, real: Tensor, fake: Tensor) -> float:
-        """One update of the discriminator, which has an optimizer of its own; returns its loss."""
+        """One update of the critic, which has an optimizer of its own; returns its loss."""
         self.critic_optimizer.zero_grad(set_to_none=True)
-        loss = (functional.softplus(-self.critic(real)).mean() + functional.softplus(self.critic(fake)).mean()) / 2
-        loss.backward()
+        loss = relativistic(self.critic(real), self.critic(fake))
+        loss.backward()  # type: ignore[no-untyped-call]
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
         self.critic_updates += 1
         return float(loss.detach())
 
     def _alignment(self, drawn: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Distance to the teacher's guided x0 of the renoised image; for a part of the batch: the dearest loss."""
-        few = slice(0, self.batch_size // ALIGNED_PART)
+        """Distance to the teacher's guided x0 of the image, renoised with its own noise; for a part of the batch."""
+        few = slice(0, max(1, self.batch_size // ALIGNED_PART))
         asked = Conditioning(conditioning.hidden[few])
         with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
-            noisy = add_noise(self.teacher.schedule, drawn[few], noise[few], timesteps[few])
+            noisy = add_noise(self.teacher.schedule, drawn[few].float(), noise[few], timesteps[few])
             target = teacher_x0(self.teacher.denoiser, noisy, timesteps[few], asked, self.teacher.null, GUIDANCE)
         return (losses.latent_alignment(drawn[few], target) * self.teacher.schedule.alpha_bar(timesteps[few])).mean()
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from examples.mini_world.nouns import SOURCES
 from examples.mini_world.runner import Budget, Stage, run_stage
 from examples.mini_world.sprites import default_work_directory
 from examples.mini_world.world import open_world
@@ -36,7 +35,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="vae, teacher: torch.compile the step")
     parser.add_argument("--shards", type=int, default=12, help="latents: shards of 8192 pictures to add")
     parser.add_argument("--centred", action="store_true", help="latents: large centred subjects (curriculum)")
-    parser.add_argument("--judge-seed", type=int, default=0, help="judge: which judge, 0, 1, ...")
+    parser.add_argument(
+        "--regression-samples", type=int, default=93_000, help="student: samples before the critic joins"
+    )
+    parser.add_argument("--start", type=Path, help="student, judge: exported folder of an earlier one to start from")
+    parser.add_argument("--judge-seed", type=int, default=1, help="judge: which judge, 1, 2, ...")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.anneal and options.minutes is None and options.samples is None:
@@ -59,12 +62,15 @@ def build_stage(options: argparse.Namespace) -> Stage:
     if options.stage == "student":
         from examples.mini_world.student import StudentStage
 
+        chosen |= {"regression_samples": options.regression_samples, "start": options.start}
         return StudentStage(options.work, options.nouns, options.device, **chosen)
     if options.stage == "judge":
-        from examples.mini_world.judges import JudgeStage
+        from examples.mini_world.judges import JudgeStage, judge_world
+        from examples.mini_world.latents import load_vae
 
-        world = open_world(options.work, options.nouns, [source.vendor for source in SOURCES])
-        return JudgeStage(world, options.device, options.judge_seed, **chosen)
+        world = judge_world(options.work, options.nouns)
+        chosen |= {"start": options.start}
+        return JudgeStage(world, load_vae(options.work), options.device, options.judge_seed, **chosen)
     from examples.mini_world.encoders import ClipStage, IdentityStage, ViTStage
     from examples.mini_world.tokenizer import open_tokenizer
 

@@ -30,9 +30,13 @@ once latents-centred stage latents --shards "${CENTRED_SHARDS:-2}" --centred
 once latents stage latents --shards "${SCENE_SHARDS:-12}"
 once teacher network teacher --samples "${TEACHER_SAMPLES:-340000}"
 once teacher-anneal network teacher --samples 116000 --anneal
-once pairs network pairs --shards 8
-once student network student --samples 93000 --rate 5e-4
-once student-anneal network student --samples 82000 --rate 3e-4 --anneal
+once pairs network pairs --shards "${PAIR_SHARDS:-9}"
+# One thread of a CPU with AVX-512 takes 54 samples/s in the regression and 36 once the critic joins: 63 minutes in all.
+# STUDENT_START=FOLDER starts from an exported student of an earlier edition, which shortens the regression.
+regression="${REGRESSION_SAMPLES:-85000}"
+student() { network student --regression-samples "$regression" ${STUDENT_START:+--start "$STUDENT_START"} "$@"; }
+once student student --samples "$regression" --rate 5e-4
+once student-anneal student --samples "${CRITIC_SAMPLES:-78000}" --rate 3e-4 --anneal
 once identity network identity --samples 85000 --anneal
 once backbone-vit network backbone-vit --samples 57000 --anneal
 once backbone-clip network backbone-clip --samples 36000 --anneal

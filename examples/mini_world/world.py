@@ -217,16 +217,18 @@ def open_world(work: Path, nouns: int, vendors: Sequence[str] = TRAIN_VENDORS) -
     return World(load_sprites(work), chosen_nouns(nouns), vendors)
 
 
-def subject_photos(sprites: Sprites, noun: str, count: int = 5, seed: int = 0, side: int = SIDE) -> list[Picture]:
-    """`count` images of the held-out drawing of `noun`, each in another place, as a person takes them."""
+def subject_photos(
+    sprites: Sprites, noun: str, count: int = 5, seed: int = 0, side: int = SIDE, vendor: str = HELD_OUT_VENDOR
+) -> list[Picture]:
+    """`count` images of a held-out drawing of `noun`, each in another place, as a person takes them."""
     rng = np.random.default_rng(seed)
-    world = World(sprites, [noun], [HELD_OUT_VENDOR])
+    world = World(sprites, [noun], [vendor])
     places = rng.permutation(list(PLACES))[:count]
     pictures = []
     for place in places:
         scale, turn = float(rng.uniform(0.6, 0.85)), float(rng.uniform(-12, 12))
         text = f"a photo of a {noun_words(noun)} {PLACES[str(place)][1][0]}"
-        scene = Scene(noun, HELD_OUT_VENDOR, str(place), None, text, scale, turn, bool(rng.random() < 0.5),
+        scene = Scene(noun, vendor, str(place), None, text, scale, turn, bool(rng.random() < 0.5),
                       int(rng.integers(2**31)))  # fmt: skip
         pictures.append(world.render(scene, side))
     return pictures

@@ -276,7 +276,7 @@ def test_scene_prompts_go_round() -> None:
     count = len(SCENES)
     assert len({scene_prompt(SUBJECT, index) for index in range(count)}) == count
     assert scene_prompt(SUBJECT, count + 3) == scene_prompt(SUBJECT, 3)
-    assert scene_prompt("owl", 0) == "an owl in the snow"
+    assert scene_prompt("owl", 0) == "an owl on a windowsill"
     assert scene_prompt("owl", 3, ("a {} at home", "the {} abroad")) == "the owl abroad"
 
 

@@ -1,0 +1,133 @@
+"""The mini world's training: the student's losses, a run that goes on where it stopped, blur, and the second vendor."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.diffusion.sampling import teacher_x0
+from echodistill_cli.diffusion.text import Conditioning
+from echodistill_cli.models.sources import embedded_folder
+from examples.mini_world import student
+from examples.mini_world.augment import gaussian_blur
+from examples.mini_world.restore import restore
+from examples.mini_world.runner import Budget, run_stage
+from examples.mini_world.score import malformed_sheets
+from examples.mini_world.student import StudentStage, relativistic
+
+CAPTIONS = ["a photo of a dog in the snow", "a red frog", "a teapot on the beach", "one robot"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory with the embedded teacher and four pairs of noise and latents."""
+    folder = tmp_path_factory.mktemp("work")
+    restore(embedded_folder("mini:teacher"), folder)
+    from examples.mini_world.tokenizer import open_tokenizer
+
+    ids = open_tokenizer(folder)(CAPTIONS, padding="max_length", truncation=True, return_tensors="np").input_ids
+    noise, latents = np.random.default_rng(0).standard_normal((2, len(CAPTIONS), 4, 16, 16)).astype(np.float16)
+    (folder / "pairs-12").mkdir()
+    np.savez(folder / "pairs-12" / "pairs-000.npz", noise=noise, latents=latents, ids=ids)
+    return folder
+
+
+def stage_of(work: Path) -> StudentStage:
+    torch.manual_seed(0)  # the critic's first weights
+    return StudentStage(work, 12, "cpu", batch_size=2, regression_samples=2)
+
+
+def test_the_relativistic_loss_of_hand_made_scores() -> None:
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 0.0])
+    assert float(relativistic(real, fake)) == pytest.approx((np.log1p(np.exp(-2)) + np.log(2)) / 2)
+    assert float(relativistic(fake, real)) == pytest.approx((np.log1p(np.exp(2)) + np.log(2)) / 2)
+
+
+def test_the_students_image_is_renoised_with_the_noise_that_it_was_drawn_from(work: Path) -> None:
+    stage = stage_of(work)
+    seen: list[tuple[Tensor, ...]] = []
+    original = stage._alignment
+
+    def record(drawn: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        seen.append((drawn, noise, timesteps, conditioning.hidden, original(drawn, noise, timesteps, conditioning)))
+        return seen[-1][-1]
+
+    stage._alignment = record  # type: ignore[method-assign]
+    stage.loss(np.random.default_rng(3), samples=2)
+    ((drawn, noise, timesteps, hidden, loss),) = seen
+    rows = np.random.default_rng(3).integers(0, len(CAPTIONS), 2)
+    assert torch.equal(noise, stage.pairs.noise[torch.from_numpy(rows)].float())
+    # By hand, for the one image of the batch that is aligned.
+    alpha_bar = stage.teacher.schedule.alphas_cumprod[timesteps[:1]].view(-1, 1, 1, 1)
+    noisy = alpha_bar.sqrt() * drawn[:1].detach().float() + (1 - alpha_bar).sqrt() * noise[:1]
+    asked = Conditioning(hidden[:1])
+    with torch.no_grad():
+        target = teacher_x0(stage.teacher.denoiser, noisy, timesteps[:1], asked, stage.teacher.null, student.GUIDANCE)
+    by_hand = 0.5 * (drawn[:1].float() - target).square().mean() * alpha_bar.squeeze()
+    assert float(loss.detach()) == pytest.approx(float(by_hand.detach()), rel=0.05)  # bfloat16
+
+
+def test_the_critic_leads_before_it_pulls_and_pulls_by_its_share(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(student, "CRITIC_HEAD_START", 2)
+    monkeypatch.setattr(student, "LARGEST_WEIGHT", 1e9)
+    stage, rng = stage_of(work), np.random.default_rng(0)
+    assert set(stage.loss(rng, samples=0)[1]) == {"pairs"}
+    assert int(stage.critic_updates) == 0
+    figures = [stage.loss(rng, samples=2)[1] for _ in range(3)]
+    assert ["weight" in one for one in figures] == [False, False, True]
+    # The weighted loss moves an image by half as much as the regression does.
+    target, drawn = torch.randn(2, 2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    drawn.requires_grad_(True)
+    regression = (drawn - target).square().mean()
+    weighted, _ = stage._adversarial(target, drawn, regression)
+    norms = [float(torch.autograd.grad(loss, drawn, retain_graph=True)[0].norm()) for loss in (weighted, regression)]
+    assert norms[0] == pytest.approx(0.5 * norms[1], rel=1e-3)
+    assert all(weight.grad is None for weight in stage.critic.parameters())
+
+
+def test_a_students_run_that_was_stopped_ends_as_one_that_was_not(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(student, "CRITIC_HEAD_START", 1)
+    monkeypatch.setattr(StudentStage, "report", lambda *_: {})  # draws a sheet for people
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run_stage(stage_of(work), whole, Budget(samples=8), seed=5)
+    run_stage(stage_of(work), parted, Budget(samples=4), seed=5)
+    shutil.copytree(parted, tmp_path / "half")
+    run_stage(stage_of(work), parted, Budget(samples=4), seed=6)
+    once, twice, half = (
+        torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parted, tmp_path / "half")
+    )
+    assert int(once["network"]["critic_updates"]) == 3  # of four updates the first is regression alone
+    assert once["more"]["critic"]["state"][0]["step"] == 3
+    for kind in ("network", "average"):
+        assert all(torch.equal(twice[kind][key], value) for key, value in once[kind].items())
+    assert not torch.equal(once["network"]["critic.0.weight"], half["network"]["critic.0.weight"])
+
+
+def test_sheets_to_count_malformed_subjects_number_every_image(mini_pair: ModelPair, tmp_path: Path) -> None:
+    files = malformed_sheets(mini_pair, tmp_path / "sheets", count=54)
+    assert [file.name for file in files] == ["student-001.png", "student-051.png"]
+    with Image.open(files[0]) as whole, Image.open(files[1]) as rest:
+        assert (whole.size, rest.size) == ((1280, 5 * 142), (1280, 142))
+        pixels = np.asarray(rest)
+    assert (pixels[:, 4 * 128 :] == 255).all()  # four images on the second sheet
+    assert all(pixels[:128, left : left + 128].std() > 10 for left in range(0, 512, 128))
+    assert all((pixels[128:, left : left + 128] < 100).any() for left in range(0, 512, 128))  # a label
+
+
+def test_a_blur_keeps_a_plain_field_and_spreads_a_point_by_its_sigma() -> None:
+    assert gaussian_blur(torch.full((1, 3, 16, 16), 0.3), 2.0).sub(0.3).abs().max() < 1e-6
+    point = torch.zeros(1, 1, 33, 33)
+    point[..., 16, 16] = 1
+    spread = gaussian_blur(point, 2.0)[0, 0]
+    offsets = torch.arange(-16, 17).float()
+    assert float(spread.sum()) == pytest.approx(1, abs=1e-5)
+    assert float((spread.sum(dim=0) * offsets**2).sum()) == pytest.approx(4, rel=0.05)
