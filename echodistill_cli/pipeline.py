@@ -40,22 +40,24 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
     from echodistill_cli.evaluation.dreambench import Benchmark
     from echodistill_cli.evaluation.evaluate import Evaluation
     from echodistill_cli.lora.inspect import Inspection
+    from echodistill_cli.models.downloads import Downloaded, DownloadRequest
     from echodistill_cli.outputs.export import ExportResult, TrainResult
     from echodistill_cli.outputs.sample import Sample, WrittenSamples
-    from echodistill_cli.planning import Diagnosis, Downloaded, Plan
+    from echodistill_cli.planning import Diagnosis, Plan
     from echodistill_cli.training.state import TrainingState
 
 __all__ = [
-    "Benchmark", "BenchmarkRequest", "Diagnosis", "Downloaded", "Evaluation", "EvaluationRequest", "ExportRequest",
-    "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample", "SampleRequest",
-    "TrainResult", "WrittenSamples",
+    "Benchmark", "BenchmarkRequest", "Diagnosis", "DownloadRequest", "Downloaded", "Evaluation", "EvaluationRequest",
+    "ExportRequest", "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample",
+    "SampleRequest", "TrainResult", "WrittenSamples",
     "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "plan",
     "require_photos", "resumed_config", "sample", "train", "write_samples",
 ]  # fmt: skip
 _RESULTS = {
     "Benchmark": "evaluation.dreambench",
     "Diagnosis": "planning",
-    "Downloaded": "planning",
+    "DownloadRequest": "models.downloads",
+    "Downloaded": "models.downloads",
     "Evaluation": "evaluation.evaluate",
     "ExportResult": "outputs.export",
     "Inspection": "lora.inspect",
@@ -107,6 +109,10 @@ def train(
     """
     started = time.time()
     report = _check_before(config)
+
+    from echodistill_cli.models.downloads import check_reachable
+
+    check_reachable(config)  # first, because it needs no torch
     config = with_absolute_paths(config)
     for warning in _warnings(config, report):
         on_message(warning)
@@ -146,12 +152,13 @@ def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
 
 
 def _loaded_state(config: Config, session: _Session) -> TrainingState:
-    from echodistill_cli.planning import assumptions, check_settings, fetch_models
+    from echodistill_cli.models.downloads import download_command, fetch, sources_of
+    from echodistill_cli.planning import assumptions, check_settings
     from echodistill_cli.training.dataset import unread_texts
     from echodistill_cli.training.state import build_state
 
     check_settings(config)
-    fetch_models(config)
+    fetch(config.model, sources_of(config), download_command(config))
     for line in assumptions(config.model):
         session.on_message(line)
     names = f"{config.model.student} and {config.model.teacher}"
@@ -342,22 +349,17 @@ def inspect(file: Path) -> Inspection:
     return inspect_file(file)
 
 
-def download(model: str, teacher: str | None = None, *, to: Path | None = None, dry_run: bool = False) -> Downloaded:
-    """Download all that training with a model loads.
-
-    Args:
-        model: preset, hub id, folder or file of the student.
-        teacher: of another student; None for the default one.
-        to: new folder for a copy of everything, to carry to a machine without a network.
-        dry_run: only list the files.
+def download(request: DownloadRequest) -> Downloaded:
+    """Download all that training with a model loads. Files that are here already are kept.
 
     Raises:
-        ConfigError: the folder exists already.
+        ConfigError: the folder of the copy exists already.
         ModelError: a model does not exist, or the hub cannot be reached or refuses it.
+        EchoDistillError: the folder of the copy cannot be written.
     """
-    from echodistill_cli import planning
+    from echodistill_cli.models.downloads import download as download_models
 
-    return planning.download(model, teacher, to=to, dry_run=dry_run)
+    return download_models(request)
 
 
 def doctor() -> Diagnosis:

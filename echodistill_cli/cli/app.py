@@ -34,10 +34,12 @@ from echodistill_cli.cli.options import (
     bool_option,
     quiet_libraries,
     value_option,
+    with_settings,
 )
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
 from echodistill_cli.cli.train import ALSO, MODELS, config, train
+from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
@@ -103,8 +105,16 @@ def inspect(
 
 @app.command()
 def download(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"what to train with: {MODELS}")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"student to train: {MODELS}")],
     teacher: Annotated[str | None, value_option("ID", "teacher of a model that has no preset")] = None,
+    critic: Annotated[
+        str | None, value_option("A,B,...", "image encoders of the losses: dino, dinov2, clip, hub ids, or none")
+    ] = None,
+    scores: Annotated[bool, bool_option("--scores", "also the encoders of evaluate")] = False,
+    config_file: Annotated[Path | None, value_option("FILE", "TOML file with settings", "--config")] = None,
+    settings: Annotated[
+        list[str] | None, value_option("KEY=VALUE", "any setting of train, such as model.decoder=tiny", "--set")
+    ] = None,
     to: Annotated[Path | None, value_option("DIR", "also copy everything into a new folder, to use offline")] = None,
     dry_run: Annotated[bool, bool_option("--dry-run", "list files and sizes; download nothing")] = False,
     as_json: Json = False,
@@ -112,7 +122,9 @@ def download(
 ) -> None:
     """Download everything that training with a model needs; an interrupted download continues."""
     quiet_libraries(offline=False, quiet=quiet)
-    downloaded = pipeline.download(model, teacher, to=to, dry_run=dry_run)
+    flags = {} if teacher is None else {"model.teacher": teacher}
+    config = build_config(model, config_file, with_settings(flags, settings or ()))
+    downloaded = pipeline.download(pipeline.DownloadRequest(config, critic, scores, to, dry_run))
     print_table(downloaded.to_dict(), Text("\n".join(downloaded.lines())), as_json=as_json)
 
 

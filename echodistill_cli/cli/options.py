@@ -386,6 +386,3 @@ def quiet_libraries(*, offline: bool, quiet: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

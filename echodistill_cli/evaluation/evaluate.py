@@ -33,8 +33,9 @@ from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import make_folder, public_name, sha256, write_text
 from echodistill_cli.models.device import pick_device
+from echodistill_cli.models.downloads import CLIP, DINO, fetch_pair
 from echodistill_cli.models.sources import is_embedded
-from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer, ScoreEncoders, find_score_encoders
+from echodistill_cli.models.vision import ClipScorer, DinoScorer, ScoreEncoders, find_score_encoders
 from echodistill_cli.outputs.artifact import Artifact, find
 from echodistill_cli.outputs.requests import AUTO, EvaluationRequest, SampleRequest
 from echodistill_cli.outputs.sample import sample
@@ -155,6 +156,7 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
     photos = load_photos(request.photos, min_photos=1, resolution=2**20, masks="off", captions=False).photos
     students = (models.student, artifact.metadata(sampling.role).get("ss_sd_model_name", ""))
     names = score_encoder_names(request.clip, request.dino, students)
+    fetch_pair(models, teacher=sampling.role == "teacher", scores=names)
     encoders = find_score_encoders(*names, offline=models.offline)
     folder = request.output or lora.parent / (f"{lora.stem}-evaluation" if artifact.file else "evaluation")
     settings = _image_settings(sampling, artifact, models)

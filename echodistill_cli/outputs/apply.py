@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from echodistill_cli.models.adapters import (
     lora_layers,
     trainable_parameters,
 )
+from echodistill_cli.models.parts import quiet_libraries
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
 from echodistill_cli.outputs.hub import make_portable
 
@@ -171,6 +171,7 @@ def _misfit(what: str, lora: str = "The LoRA") -> ModelError:
     return ModelError(f"{lora} does not fit this model: {what}.", "Name the model it was made for with --model.")
 
 
+@quiet_libraries()
 def _attach_with_diffusers(pair: ModelPair, role: Role, file: Path) -> None:
     """Load a LoRA file as every diffusers user does.
 
@@ -283,29 +284,13 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
     for module in parts.values():
         nn.Module.to(module, dtype)  # diffusers' own .to warns about layers that these models do not have
     with atomically(folder) as temporary:
-        with _without_progress_bars():
+        with quiet_libraries():
             pipeline.save_pretrained(temporary)
             _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
             make_portable(temporary)
             _check_same_latents(pair, role, temporary, parts)
         if card is not None:
             write_text(temporary / "README.md", card)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of diffusers and transformers, which appear even for a single file."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
 
 
 @torch.no_grad()

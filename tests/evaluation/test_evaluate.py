@@ -14,7 +14,8 @@ from PIL import Image
 
 from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
 from echodistill_cli.evaluation.evaluate import fill, score_encoder_names
-from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer
+from echodistill_cli.models.downloads import CLIP, DINO
+from echodistill_cli.models.vision import ClipScorer, DinoScorer
 from tests.helpers.commands import command, files_below, trained_run, without_a_network
 from tests.helpers.random_models import CLIP_SEES, DINO_SEES, build_score_encoders
 

@@ -35,7 +35,8 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.models.adapters import DISTILLATION, UNET_LAYERS, add_lora, trainable_parameters
 from echodistill_cli.models.device import fit_to_memory, pick_device, pick_dtype
-from echodistill_cli.models.load import _Loader, load_pair, load_schedule
+from echodistill_cli.models.load import _Loader, load_pair
+from echodistill_cli.models.parts import load_schedule
 from echodistill_cli.models.single_file import zero_snr_in
 from echodistill_cli.models.vision import DinoScorer
 from echodistill_cli.outputs.requests import SampleRequest
