@@ -27,15 +27,14 @@ from echodistill_cli.cli.evaluate import evaluate
 from echodistill_cli.cli.export import export
 from echodistill_cli.cli.options import (
     ALIASES,
-    CommandWithSettings,
     Json,
     Quiet,
-    accepting_aliases,
     bool_option,
     quiet_libraries,
     value_option,
     with_settings,
 )
+from echodistill_cli.cli.parsing import Command, CommandWithSettings, Program, accepting_aliases
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
 from echodistill_cli.cli.train import ALSO, MODELS, config, train
@@ -44,6 +43,7 @@ from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillEr
 
 app = typer.Typer(
     name="echodistill",
+    cls=Program,
     help="Personalize one-step text-to-image models: from a few photos and a rare token to a LoRA.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]} | accepting_aliases(),
@@ -69,15 +69,15 @@ def version_option(
 
 _SAMPLING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
 app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
-app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
-app.command()(export)
-app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
+app.command(cls=Command, context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
+app.command(cls=Command)(export)
+app.command(cls=Command, context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
 
 
-app.command()(config)
+app.command(cls=Command)(config)
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos", readable=False)],
     resolution: Annotated[int, value_option("N", "side of the training images in pixels", min=16)] = 512,
@@ -94,7 +94,7 @@ def check(
     pipeline.require_photos(report, photos, min_photos)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="a .safetensors file")], as_json: Json = False
 ) -> None:
@@ -103,7 +103,7 @@ def inspect(
     print_table(inspection.to_dict(), inspection_table(inspection), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def download(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=f"student to train: {MODELS}")],
     teacher: Annotated[str | None, value_option("ID", "teacher of a model that has no preset")] = None,
@@ -128,7 +128,7 @@ def download(
     print_table(downloaded.to_dict(), Text("\n".join(downloaded.lines())), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and memory, and what this machine can train."""
     quiet_libraries(offline=True, quiet=True)

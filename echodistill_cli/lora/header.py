@@ -50,6 +50,7 @@ class LoraHeader:
         finished_at: end of training in seconds since the epoch; None omits it.
         cover: a PNG of at most 1 MiB; viewers expect 256 x 256 pixels.
         toy: whether the base model is the embedded toy pair, which no other tool has.
+        timestep: where the one-step student starts; None for the last timestep.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LoraHeader:
     finished_at: float | None = None
     cover: bytes | None = None
     toy: bool = False
+    timestep: int | None = None
 
 
 def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
@@ -171,6 +173,8 @@ def _echodistill(lora: LoraHeader) -> dict[str, str]:
         "seed": str(lora.seed),
         "config_sha256": lora.config_sha256,
     }
+    if lora.timestep is not None:
+        fields["student_timestep"] = str(lora.timestep)
     return {f"echodistill.{key}": value for key, value in fields.items()}
 
 

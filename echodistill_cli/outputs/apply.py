@@ -87,12 +87,20 @@ def plain_pipeline(pair: ModelPair, role: Role) -> Any:
 
 
 def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
-    """Return the diffusers scheduler that matches our sampler: Euler with trailing timesteps."""
+    """Return the diffusers scheduler that matches our sampler: Euler with trailing timesteps.
+
+    For a student that starts before the last timestep it is DDIM with a schedule that ends there: diffusers then starts
+    at that timestep, from unit noise.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    schedule = pair.role(role).schedule
+    schedule, first = pair.role(role).schedule, pair.role(role).timestep
     alphas = schedule.alphas_cumprod.cpu()
     settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
+    if first is not None:
+        betas, count = _betas(alphas[: first + 1]), first + 1
+        return DDIMScheduler(count, trained_betas=betas, clip_sample=False, set_alpha_to_one=True, **settings)
     zero_snr = {"rescale_betas_zero_snr": True} if has_zero_snr(pair, role) else {}
     count = {"num_train_timesteps": len(alphas)}
     scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings, **zero_snr)
@@ -245,8 +253,14 @@ def check_same_images(
 
 
 @torch.no_grad()
-def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> None:
+def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights], name: str = "The LoRA") -> None:
     """Add a LoRA to the weights of one role's UNet and of the text encoders, in float32.
+
+    Args:
+        pair: the models.
+        role: whose UNet to change.
+        weights: of the LoRA.
+        name: of the LoRA, for the error.
 
     Raises:
         ModelError: a module of the LoRA does not exist in the model, or has another shape.
@@ -255,12 +269,12 @@ def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> No
     components = components_of(pair, role)
     for part in weights:
         if part.component not in components:
-            raise _misfit(f"it has no {part.component}")
+            raise _misfit(f"it has no {part.component}", name)
         layers = dict(components[part.component].named_modules())
         for path, down, up in folded(part, torch.float32):
             layer = layers.get(path) or layers.get(path.removeprefix("text_model."))
             if _layer_shapes(layer, down, up) is None:
-                raise _misfit(f"{part.component} {path} is missing or has another shape")
+                raise _misfit(f"{part.component} {path} is missing or has another shape", name)
             weight = layer.weight  # type: ignore[union-attr]
             change = up.flatten(1) @ down.flatten(1)
             weight.copy_(weight.float() + change.reshape(weight.shape).to(weight.device))

@@ -314,7 +314,7 @@ def _merged_pair(
             f"The LoRA is for {artifact.family}, and the model is {pair.family}.",
             "Name the model that the LoRA was made for with --model.",
         )
-    fold_lora(pair, item.role, artifact.weights(item.role))
+    fold_lora(pair, item.role, artifact.weights(item.role), str(artifact.file.path if artifact.file else artifact.name))
     token = artifact.token
     if token and (item.layout in _WITH_VOCABULARY or has_token(pair.encoder, token)):
         insert_token(pair.encoder, token, list(artifact.vectors().values()))
