@@ -197,9 +197,9 @@ def model_metadata(lora_metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in _TRUE_OF_THE_LORA} | {"format": "pt"}
 
 
-def sidecar_paths(lora: Path) -> tuple[Path, Path]:
-    """Return the paths of a LoRA file's preview image and A1111 card."""
-    return lora.with_suffix(".png"), lora.with_suffix(".json")
+def sidecar_paths(lora: Path) -> tuple[Path, Path, Path]:
+    """Return the paths of a LoRA file's preview image, A1111 card and ComfyUI workflow."""
+    return lora.with_suffix(".png"), lora.with_suffix(".json"), lora.with_name(f"{lora.stem}-comfyui.json")
 
 
 def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
@@ -212,7 +212,7 @@ def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
     Raises:
         EchoDistillError: a file cannot be written.
     """
-    preview, card = sidecar_paths(lora)
+    preview, card, _ = sidecar_paths(lora)
     write_text(card, json.dumps(a1111_card(metadata), indent=2) + "\n")
     cover = cover_of(metadata)
     if cover is None:

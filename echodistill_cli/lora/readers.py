@@ -67,7 +67,7 @@ def compatibility(file: LoraFile) -> tuple[Verdict, ...]:
 
 
 def _is_common(file: LoraFile) -> bool:
-    """Return whether a file is a plain LoRA in kohya's or diffusers' layout, with or without a bundled token."""
+    """Return whether a file is a plain LoRA in kohya's or diffusers' layout; it may have a bundled token."""
     keys = [key for key in file.table if not key.startswith("bundle_emb.")]
     kohya = all(key.startswith(_KOHYA) and not _OLD_SUFFIX.search(key) for key in keys)
     diffusers = all(key.startswith((UNET, TEXT_ENCODER)) and ".processor." not in key for key in keys)

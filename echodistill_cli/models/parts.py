@@ -22,7 +22,7 @@ from echodistill_cli.models.sources import WEIGHT_NAMES, is_variant, weight_vari
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Context in which diffusers and transformers log errors only and show no progress bars. Also a decorator."""
+    """Context or decorator: diffusers and transformers log errors only and show no progress bars."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 

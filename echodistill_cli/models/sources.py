@@ -147,7 +147,7 @@ def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: 
 
 
 def is_offline(offline: bool) -> bool:
-    """Return whether a command may not use the network, by its own setting or by that of the hub's library."""
+    """Return whether the network may not be used, by this setting or by that of the hub's library."""
     from huggingface_hub import constants
 
     return offline or bool(constants.HF_HUB_OFFLINE)

@@ -480,6 +480,8 @@ def test_a_kohya_file_has_a_card_and_the_runs_preview_beside_it(make_case: Calla
     card = json.loads(lora.with_suffix(".json").read_text())
     assert (card["activation text"], card["preferred weight"], card["sd version"]) == ("sks dog", 1.0, "SD2")
     assert "1 step" in card["notes"]
+    workflow = json.loads(lora.with_name("sks-dog-comfyui.json").read_text())
+    assert "sks-dog.safetensors" in [node["inputs"].get("lora_name") for node in workflow.values()]
 
 
 def test_sidecars_are_left_out_with_the_metadata_and_in_other_layouts(
