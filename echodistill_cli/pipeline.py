@@ -158,7 +158,7 @@ def _loaded_state(config: Config, session: _Session) -> TrainingState:
     from echodistill_cli.training.state import build_state
 
     check_settings(config)
-    fetch(config.model, sources_of(config), download_command(config))
+    fetch(config.model, sources_of(config), lambda: download_command(config))
     for line in assumptions(config.model):
         session.on_message(line)
     names = f"{config.model.student} and {config.model.teacher}"

@@ -168,7 +168,7 @@ def _unet_settings(source: str | Path) -> dict[str, Any] | None:
         path = expanded(source)
         folder = path if path.is_dir() else None if path.is_file() else _cached_folder(str(source))
         settings = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")) if folder else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
 
@@ -196,7 +196,7 @@ def family_of_source(source: str | Path) -> Family | None:
         with expanded(source).open("rb") as file:
             length = min(int.from_bytes(file.read(_LENGTH_BYTES), "little"), _MAX_HEADER_BYTES)
             names = list(json.loads(file.read(length)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     prefixes = {family.checkpoint_prefix: family for family in FAMILIES.values()}
     return next((prefixes[prefix] for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)

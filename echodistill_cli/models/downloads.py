@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,8 @@ def cached_vocabulary() -> Path | None:
 
 def _needs_vocabulary(model: ModelConfig) -> bool:
     """Return whether the student is a single file, which holds no vocabulary, and nobody named one."""
-    return expanded(model.student).is_file() and not (model.tokenizer or model.single_file_config)
+    is_known = expanded(model.student).is_file() and family_of_source(model.student) is not None
+    return is_known and not (model.tokenizer or model.single_file_config)
 
 
 def sources_of(config: Config) -> list[Source]:
@@ -178,7 +180,7 @@ def check_reachable(config: Config) -> None:
         raise _unreachable(error, model, sources_of(config), download_command(config)) from error
 
 
-def fetch(model: ModelConfig, sources: Sequence[Source], command: str) -> dict[Source, Path]:
+def fetch(model: ModelConfig, sources: Sequence[Source], command: Callable[[], str]) -> dict[Source, Path]:
     """Download every model that is not on this machine, and return where each is.
 
     Models of this machine come first, so that a damaged one is reported before a download.
@@ -186,7 +188,7 @@ def fetch(model: ModelConfig, sources: Sequence[Source], command: str) -> dict[S
     Args:
         model: its `variant` and `offline` apply.
         sources: of the models.
-        command: that downloads all of them, for the error.
+        command: returns the command that downloads all of them, for the error.
 
     Raises:
         ModelError: a model is missing, or the hub refuses it. Without a network, it names all that is missing.
@@ -198,7 +200,7 @@ def fetch(model: ModelConfig, sources: Sequence[Source], command: str) -> dict[S
                 source.name, source.parts, variant=model.variant, revision=source.revision, offline=model.offline
             )
     except UnreachableError as error:
-        raise _unreachable(error, model, sources, command) from error
+        raise _unreachable(error, model, sources, command()) from error
     return folders
 
 
@@ -215,7 +217,7 @@ def fetch_pair(model: ModelConfig, *, teacher: bool, scores: Sequence[str] = ())
     """
     config = with_critic(replace(Config(), model=model), "none")
     encoders = [Source(name, ("",)) for name in scores if name in (CLIP, DINO)]
-    command = download_command(config, scores=bool(encoders))
+    command = functools.partial(download_command, config, scores=bool(encoders))
     fetch(model, [*pair_sources(model, teacher=teacher), *encoders], command)
 
 
@@ -350,9 +352,10 @@ def download(request: DownloadRequest) -> Downloaded:
     present = {source.name: where(source.name) for source in sources if source.name not in lacking}
     if request.dry_run:
         return Downloaded(files, present, {}, None, dry_run=True)
-    folders = fetch(config.model, sources, download_command(config, scores=request.scores))
-    command = None if to is None else _bundle(config, folders, to)
-    return Downloaded(files, present, {source.name: str(path) for source, path in folders.items()}, command)
+    command = functools.partial(download_command, config, scores=request.scores)
+    folders = fetch(config.model, sources, command)
+    training = None if to is None else _bundle(config, folders, to)
+    return Downloaded(files, present, {source.name: str(path) for source, path in folders.items()}, training)
 
 
 def _bundle(config: Config, folders: Mapping[Source, Path], to: Path) -> str:
