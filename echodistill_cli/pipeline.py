@@ -107,12 +107,12 @@ def train(
         Interrupted: SIGINT or SIGTERM stopped the run; its state is saved.
         EchoDistillError: training diverged, or a file could not be written.
     """
-    started = time.time()
-    report = _check_before(config)
-
+    started, report = time.time(), _check_before(config)
+    if not resume:
+        check_output(config, overwrite=overwrite)
     from echodistill_cli.models.downloads import check_reachable
 
-    check_reachable(config)  # first, because it needs no torch
+    check_reachable(config)  # without torch
     config = with_absolute_paths(config)
     for warning in _warnings(config, report):
         on_message(warning)
@@ -121,7 +121,6 @@ def train(
         run = resume_run(config)
         with run.locked():
             return _resume(run, from_step, session)
-    check_output(config, overwrite=overwrite)
     state = _loaded_state(config, session)
     run = create_run(config, overwrite=overwrite)
     with run.locked():
@@ -206,7 +205,6 @@ def plan(config: Config) -> Plan:
         PhotoError: there are too few usable photos.
     """
     report = _check_before(config)
-
     from echodistill_cli.planning import check_settings, plan_run
 
     check_settings(config)
@@ -240,6 +238,7 @@ def sample(request: SampleRequest, *, on_message: OnMessage = _ignore) -> Iterat
         ConfigError: there is no run or LoRA file to sample from.
         ModelError: a model is missing, or the LoRA does not fit it.
     """
+    request.check_paths()  # without torch
     from echodistill_cli.outputs.sample import sample as sample_images
 
     return sample_images(request, on_message)
@@ -265,6 +264,7 @@ def write_samples(
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written.
     """
+    request.check_paths(folder)
     from echodistill_cli.outputs.sample import write_samples as write_images
 
     return write_images(request, folder, on_message, on_image)
@@ -278,6 +278,7 @@ def export(request: ExportRequest, *, on_message: OnMessage = _ignore) -> Export
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written or pushed.
     """
+    request.check_paths()
     from echodistill_cli.outputs.export import export as write_export
 
     return write_export(request, on_message)
@@ -291,6 +292,7 @@ def evaluate(request: EvaluationRequest, *, on_message: OnMessage = _ignore) -> 
         PhotoError: there is no usable photo.
         ModelError: a model or an encoder is missing or does not fit.
     """
+    request.sampling.check_paths(request.output)
     from echodistill_cli.evaluation.evaluate import evaluate as score_images
 
     return score_images(request, on_message)
@@ -338,15 +340,16 @@ def require_photos(report: PhotoReport, folder: Path, min_photos: int) -> None:
 
 
 def inspect(file: Path) -> Inspection:
-    """Return what a LoRA or token file is, and which tools load it.
+    """Return what a LoRA or token file, or the LoRA file of a run, is, and which tools load it.
 
     Raises:
-        ConfigError: the file does not exist.
+        ConfigError: the file does not exist, or the run is not finished.
         ModelError: the file is damaged or not a safetensors file.
     """
     from echodistill_cli.lora.inspect import inspect_file
+    from echodistill_cli.outputs.artifact import find
 
-    return inspect_file(file)
+    return inspect_file(find(file).lora("student") if file.is_dir() else file)
 
 
 def download(request: DownloadRequest) -> Downloaded:

@@ -132,7 +132,13 @@ class Campaign:
         self.photos.mkdir()
         for index, photo in enumerate(small_photos()):
             photo.image.resize((80, 80)).save(self.photos / f"{index}.png")
-        changes = {"train__head_start": 4, "echo__carry_back": 4, "run__save_every": 1, "train__replays": 1, "train__carry_over": True}
+        changes = {
+            "train__head_start": 4,
+            "echo__carry_back": 4,
+            "run__save_every": 1,
+            "train__replays": 1,
+            "train__carry_over": True,
+        }
         self.toml = small_toml(home, self.pair, self.backbones, **changes)
         self.tried: dict[str, int] = {}
         self.faults: list[str] = []

@@ -96,7 +96,8 @@ def check(
 
 @app.command(cls=Command)
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a .safetensors file")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a .safetensors file or a run folder")],
+    as_json: Json = False,
 ) -> None:
     """Show what a LoRA or token file is, and which tools load it."""
     inspection = pipeline.inspect(file)

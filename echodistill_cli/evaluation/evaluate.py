@@ -153,7 +153,9 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
     )
     token, class_name = _subject(request, artifact)
     # Unlike for training, photos keep their size: the encoders' own preprocessing resizes them.
-    photos = load_photos(request.photos, min_photos=1, resolution=2**20, masks="off", captions=False).photos
+    photos = load_photos(
+        _photo_folder(request, artifact), min_photos=1, resolution=2**20, masks="off", captions=False
+    ).photos
     students = (models.student, artifact.metadata(sampling.role).get("ss_sd_model_name", ""))
     names = score_encoder_names(request.clip, request.dino, students)
     fetch_pair(models, teacher=sampling.role == "teacher", scores=names)
@@ -180,6 +182,14 @@ def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[
         ("mini:clip" if embedded else CLIP) if clip == AUTO else clip,
         ("mini:vit" if embedded else DINO) if dino == AUTO else dino,
     )
+
+
+def _photo_folder(request: EvaluationRequest, artifact: Artifact) -> Path:
+    """Return the folder of photos that a request names, or else that the run was trained on."""
+    folder = request.photos or (Path(artifact.config.concept.photos) if artifact.config else None)
+    if folder is None:
+        raise ConfigError("No photos to compare with.", "Name their folder: echodistill evaluate FILE --photos DIR")
+    return folder
 
 
 def _subject(request: EvaluationRequest, artifact: Artifact) -> tuple[str, str]:

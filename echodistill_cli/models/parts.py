@@ -139,6 +139,10 @@ def load_tokenizer(folder: Path) -> Any:
     with reading(folder):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         ids = tokenizer("a photo").input_ids
+        if tokenizer.model_max_length < 3:
+            raise ModelError(
+                f"{folder}: model_max_length is {tokenizer.model_max_length}.", "Download the model again."
+            )
         if len(ids) < 3 or tokenizer.eos_token_id is None:
             raise ModelError(f"{folder}: the tokenizer has no vocabulary of CLIP.", "Download the model again.")
     return tokenizer

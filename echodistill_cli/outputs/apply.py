@@ -99,8 +99,8 @@ def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
     alphas = schedule.alphas_cumprod.cpu()
     settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
     if first is not None:
-        betas, count = _betas(alphas[: first + 1]), first + 1
-        return DDIMScheduler(count, trained_betas=betas, clip_sample=False, set_alpha_to_one=True, **settings)
+        betas = _betas(alphas[: first + 1])
+        return DDIMScheduler(first + 1, trained_betas=betas, clip_sample=False, set_alpha_to_one=True, **settings)
     zero_snr = {"rescale_betas_zero_snr": True} if has_zero_snr(pair, role) else {}
     count = {"num_train_timesteps": len(alphas)}
     scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings, **zero_snr)

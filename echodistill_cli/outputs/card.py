@@ -129,6 +129,7 @@ tags: [text-to-image, {kind}, echodistill]
 import torch
 from diffusers import AutoPipelineForText2Image
 
+# On a CPU: torch_dtype=torch.float32, and without .to("cuda").
 pipe = AutoPipelineForText2Image.from_pretrained(".", torch_dtype=torch.float16).to("cuda")
 image = pipe({prompt}{settings}).images[0]
 ```
@@ -214,8 +215,11 @@ def comfyui_workflow(config: Config, lora: str, *, velocity: bool = False) -> di
     side, token, subject = config.model.resolution, config.concept.token, config.subject
     if config.text.form == "token":
         subject = subject.replace(token, f"embedding:{token}", 1)
-    nodes = {"1": ("CheckpointLoaderSimple", {"ckpt_name": f"{_CHECKPOINTS.get(name, name)}.safetensors"})}
-    model, clip = ["1", 0], ["1", 1]
+    nodes: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "1": ("CheckpointLoaderSimple", {"ckpt_name": f"{_CHECKPOINTS.get(name, name)}.safetensors"})
+    }
+    model: list[str | int] = ["1", 0]
+    clip: list[str | int] = ["1", 1]
     for file in filter(None, (config.model.student_lora, lora)):
         inputs = {"model": model, "clip": clip, "lora_name": last_part(file)}
         number = str(len(nodes) + 1)
@@ -231,7 +235,7 @@ def comfyui_workflow(config: Config, lora: str, *, velocity: bool = False) -> di
         "12": ("EmptyLatentImage", {"width": side, "height": side, "batch_size": 1}),
         "13": ("SDTurboScheduler", {"model": model, "steps": 1, "denoise": 1.0}),
         "14": ("KSamplerSelect", {"sampler_name": "euler"}),
-        "15": ("SamplerCustom", {"model": model, "add_noise": True, "noise_seed": 0, "cfg": 1.0} | _SAMPLER_LINKS),
+        "15": ("SamplerCustom", {"model": model, "add_noise": True, "noise_seed": 0, "cfg": 1.0, **_SAMPLER_LINKS}),
         "16": ("VAEDecode", {"samples": ["15", 0], "vae": ["1", 2]}),
         "17": ("SaveImage", {"images": ["16", 0], "filename_prefix": Path(lora).stem}),
     }
