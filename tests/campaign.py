@@ -1,33 +1,33 @@
-"""Attack echodistill: kills at random instants, wrong input, damaged files and hostile ones. `make campaign`.
+"""Attack echodistill: kills at random instants, wrong input and damaged files. `make campaign`.
 
-    python -m tests.campaign [--seed 0] [--kills 40] [--inputs 80] [--files 80] [--attacks 20]
+    python -m tests.campaign [--seed 0] [--kills 40] [--inputs 80] [--files 80]
 
 Every command runs in a child that is forked after the libraries are imported, so a kill is a real SIGKILL. Another seed
 gives other instants, values and damages. What must hold:
 
 - a killed run continues to the same weights, bit for bit, loses nothing, and leaves no temporary files;
-- whatever comes in, a command ends within a minute, with a documented exit code and without a traceback;
-- nothing is written outside the output folder, and no code of a file is run.
+- whatever comes in, a command ends in time, with a documented exit code, one line, and without a traceback.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from echodistill_cli.cli.app import main
 from echodistill_cli.cli.options import FLAGS
@@ -38,8 +38,8 @@ from tests.helpers.random_models import build_score_encoders, build_small_backbo
 from tests.helpers.runs import small_photos
 
 SECONDS = 120  # a loaded machine is slow; a command that hangs never ends
+FORK = multiprocessing.get_context("fork")
 CODES = {0, 1, 2, 3, 4, 5, 130, 143}
-TEMPORARY = re.compile(r"\.tmp$")
 
 
 @dataclass(frozen=True)
@@ -65,55 +65,35 @@ class Ended:
         return None
 
 
-def run(*words: object, kill_after: float | None = None, folder: Path | None = None, stdin: str = "") -> Ended:
+def run(*words: object, kill_after: float | None = None) -> Ended:
     """Run a command in a child process, and kill it after some seconds if asked to."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
+        child = FORK.Process(target=_in_child, args=([str(word) for word in words], out, err))
         started = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            _in_child([str(word) for word in words], out, err, folder, stdin)
-        status = None
-        while status is None:
-            ended, value = os.waitpid(child, os.WNOHANG)
-            status = value if ended else None
-            seconds = time.monotonic() - started
-            if status is None and seconds > (SECONDS if kill_after is None else kill_after):
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-                break
-            time.sleep(0.002)
-        code = os.waitstatus_to_exitcode(status) if status is not None else None
-        return Ended(code, _text(out), _text(err), time.monotonic() - started)
+        child.start()
+        child.join(SECONDS if kill_after is None else kill_after)
+        code = child.exitcode
+        child.kill()
+        child.join()
+        seconds = time.monotonic() - started
+        texts = (file.read_text("utf-8", "replace") if file.exists() else "" for file in (out, err))
+        return Ended(code, *texts, seconds)
 
 
-def _text(file: Path) -> str:
-    return file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-
-
-def _in_child(words: list[str], out: Path, err: Path, folder: Path | None, stdin: str) -> None:
-    code = 99
+def _in_child(words: list[str], out: Path, err: Path) -> None:
+    code = 1
     try:
         for number, file in ((1, out), (2, err)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
-        reading, writing = os.pipe()
-        os.write(writing, stdin.encode())
-        os.close(writing)
-        os.dup2(reading, 0)
-        sys.stdin = os.fdopen(0)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ["HF_HUB_OFFLINE"] = "1"
-        if folder:
-            os.chdir(folder)
         torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # nothing may depend on the global generator
         main(words)
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -132,19 +112,13 @@ class Campaign:
         self.photos.mkdir()
         for index, photo in enumerate(small_photos()):
             photo.image.resize((80, 80)).save(self.photos / f"{index}.png")
-        changes = {
-            "train__head_start": 4,
-            "echo__carry_back": 4,
-            "run__save_every": 1,
-            "train__replays": 1,
-            "train__carry_over": True,
-        }
+        changes = {"train__head_start": 4, "echo__carry_back": 4, "run__save_every": 1, "train__carry_over": True}
         self.toml = small_toml(home, self.pair, self.backbones, **changes)
         self.tried: dict[str, int] = {}
         self.faults: list[str] = []
-        ended = self.train("reference")
+        ended, self.reference = self.train("reference"), home / "reference"
         assert ended.code == 0, ended.err
-        self.reference, self.duration = home / "reference", ended.seconds
+        self.duration = ended.seconds
 
     def train(self, name: str, *more: object, kill_after: float | None = None) -> Ended:
         """Train, or continue, the run of a name."""
@@ -166,17 +140,15 @@ class Campaign:
             ours, theirs = load_file(folder / name), load_file(self.reference / name)
             if ours.keys() != theirs.keys() or not all(torch.equal(ours[key], theirs[key]) for key in ours):
                 return f"{name} differs"
-        if litter := [path.name for path in folder.rglob("*") if TEMPORARY.search(path.name)]:
+        if litter := [path.name for path in folder.rglob("*.tmp")]:
             return f"litter {litter}"
         return None
-
-    # kills
 
     def kills(self, count: int) -> None:
         """Kill commands at random instants, do what a person would do next, and compare."""
         kinds = (self.kill_training, self.kill_overwrite, self.kill_from_step, self.kill_writing)
         for index in range(count):
-            kinds[(0, 0, 1, 2, 3)[index % 5]](f"run-{index}")
+            kinds[index % 4](f"run-{index}")
 
     def kill_training(self, name: str) -> None:
         """A run that is killed up to three times: in the head start, the joint steps, the carry back, or at the end."""
@@ -216,11 +188,11 @@ class Campaign:
         """A killed export, evaluate or sample, repeated: it ends well and leaves no temporary files."""
         shutil.copytree(self.reference, self.home / name)
         line = self.random.choice(list(self.writing(self.home / name)))
-        first = run(*line, kill_after=self.random.uniform(0.05, 1.0) * self.duration / 2)
+        run(*line, kill_after=self.random.uniform(0.05, 0.5) * self.duration)
         again = run(*line, *(["--overwrite"] if line[0] == "export" else []))
-        litter = [str(path) for path in self.home.joinpath(name).rglob("*") if TEMPORARY.search(path.name)]
+        litter = [str(path) for path in self.home.joinpath(name).rglob("*.tmp")]
         fault = again.fault or (again.err if again.code else f"litter {litter}" if litter else None)
-        self.note("kill writing", f"{line} {first.code}", fault)
+        self.note("kill writing", str(line), fault)
 
     def writing(self, run_folder: Path) -> Iterator[tuple[object, ...]]:
         """Commands that write files from a finished run."""
@@ -230,21 +202,20 @@ class Campaign:
         encoders = ("--clip", self.clip, "--dino", self.dino, "--seeds", 1)
         yield "evaluate", run_folder, "--photos", self.photos, *encoders
 
-    # wrong input
-
     def inputs(self, count: int) -> None:
         """Give commands values of the wrong kind, size or form."""
         keys = [f"{section}.{key}" for section, table in config_to_dict(Config()).items() for key in table]
+        flags = [name for flag in FLAGS if not {"/", "-o"} & set(flag.names) for name in flag.names.split()[:1]]
         for index in range(count):
             word = self.random.choice(WORDS)
-            flag = self.random.choice([flag for flag in FLAGS if "no-" not in flag.names]).names.split()[0]
+            flag = self.random.choice(flags)
             photos, text = self.home / f"photos-{index}", self.home / f"text-{index}"
             shutil.copytree(self.photos, photos)
             text.write_bytes(os.fsencode(word) + self.random.choice((b"", b"\xff", b"\0", b"\n# a\n")))
-            base = ("--config", self.toml, "-o", self.home / f"in-{index}", "--steps", 1)
+            base = ("--config", self.toml, "-o", self.home / f"in-{index}", "--dry-run")
             lines: list[tuple[object, ...]] = [
-                ("train", self.photos, *(base[2:] if flag == "--steps" else base), flag, word, "--dry-run"),
-                ("train", self.photos, *base, "--set", f"{self.random.choice(keys)}={word}", "--dry-run"),
+                ("train", self.photos, *base, flag, word),
+                ("train", self.photos, *base, "--set", f"{self.random.choice(keys)}={word}"),
                 ("train", self.photos, "--config", text, "--dry-run", "--model", "mini"),
                 ("sample", word, "--lora", self.reference, "-o", self.home / f"in-{index}"),
                 ("sample", "--prompt-file", text, "--lora", self.reference, "-o", self.home / f"in-{index}"),
@@ -255,8 +226,6 @@ class Campaign:
             ]
             line = self.random.choice(lines)
             self.note("input", str(line), run(*line).fault)
-
-    # damaged files
 
     def damage(self, folder: Path) -> Path:
         """Damage one file of a folder, and return the folder."""
@@ -271,33 +240,29 @@ class Campaign:
             "json": self.random.choice((b"[]", b"null", b'{"a": ' * 3000, b"{}", b'{"hidden_size": "x"}')),
             "numbers": re.sub(rb"\d+", lambda _: self.random.choice((b"0", b"-1", b"99999999999", b"1e999")), content),
         }
-        kind = self.random.choice([*changed, "gone", "fifo", "folder", "loop"])
+        others = {"fifo": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path), "gone": str}
+        kind = self.random.choice([*changed, *others])
         file.unlink()
         if kind in changed:
             file.write_bytes(changed[kind])
-        elif kind == "fifo":
-            os.mkfifo(file)
-        elif kind == "folder":
-            file.mkdir()
-        elif kind == "loop":
-            file.symlink_to(file)
+        else:
+            others[kind](file)
         self.damaged = f"{kind} {file.relative_to(folder)}"
         return folder
 
     def files(self, count: int) -> None:
         """Give commands model folders, LoRA files, runs and checkpoints with a damaged file."""
         for index in range(count):
-            copy = self.home / f"damaged-{index}"
+            copy, out = self.home / f"damaged-{index}", self.home / f"out-{index}"
             source = self.random.choice((self.pair[0], self.pair[1], self.reference, self.clip))
             self.damage(Path(shutil.copytree(source, copy)))
-            train = ("train", self.photos, "--config", self.toml, "-o", self.home / f"out-{index}", "--steps", 1)
-            lora = copy / "sks-dog.safetensors"
+            train = ("train", self.photos, "--config", self.toml, "-o", out, "--steps", 1)
             lines: list[tuple[object, ...]] = [
-                ("sample", "a", "--lora", copy, "-o", self.home / f"out-{index}"),
+                ("sample", "a", "--lora", copy, "-o", out),
                 ("export", copy, "--overwrite"),
-                ("inspect", lora),
+                ("inspect", copy),
                 ("train", self.photos, "--config", self.toml, "-o", copy, "--resume", "--steps", 5),
-                ("export", lora, "--format", "both", "-o", self.home / f"out-{index}"),
+                ("export", copy / "sks-dog.safetensors", "--format", "both", "-o", out),
             ]
             if source == self.clip:
                 lines = [("evaluate", self.reference, "--photos", self.photos, "--clip", copy, "--dino", self.dino)]
@@ -307,95 +272,24 @@ class Campaign:
             line = self.random.choice(lines)
             self.note("file", f"{line[0]} {self.damaged}", run(*line).fault)
 
-    # hostile files
 
-    def attacks(self, count: int) -> None:
-        """Give commands a stranger's run, model or LoRA that tries to write elsewhere or to run code."""
-        mark, attacks = self.home / "outside", (self.escape, self.remote_code, self.control)
-        for index in range(count):
-            copy = Path(shutil.copytree(self.reference, self.home / f"hostile-{index}" / "run"))
-            ended = attacks[index % len(attacks)](copy, mark)
-            escaped = [path.name for path in copy.parent.iterdir() if path != copy]
-            fault = ended.fault or ("code was run" if mark.exists() else f"wrote {escaped}" if escaped else None)
-            fault = fault or ("control characters" if re.search("\x1b|\x07", ended.out + ended.err) else None)
-            self.note("attack", f"{attacks[index % len(attacks)].__name__} {index}", fault)
-
-    def escape(self, folder: Path, _mark: Path) -> Ended:
-        """Names in a run's settings that lead out of it."""
-        name = self.random.choice(("../escaped", str(folder.parent / "escaped"), "..", "a/../../escaped"))
-        key = self.random.choice(("name", "token", "class_name"))
-        text = (folder / "config.toml").read_text()
-        (folder / "config.toml").write_text(re.sub(rf'(?m)^{key} = ".*"$', f'{key} = "{name}"', text))
-        line = ("export", folder, "--overwrite", "--format", self.random.choice(("kohya", "pipeline")))
-        return run(*self.random.choice((line, ("sample", "a", "--lora", folder, "-o", folder / "images"))))
-
-    def remote_code(self, folder: Path, mark: Path) -> Ended:
-        """Code in a model's folder, and a yes to every question."""
-        copy = Path(shutil.copytree(self.random.choice((self.clip, self.pair[0])), folder / "model"))
-        for file in [*copy.rglob("*config.json"), copy / "preprocessor_config.json"]:
-            settings = json.loads(file.read_text()) if file.exists() else {}
-            settings |= {"auto_map": dict.fromkeys(AUTO, "evil.Evil"), "image_processor_type": "Evil"}
-            file.write_text(json.dumps(settings))
-            (file.parent / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
-        evaluate = ("evaluate", folder, "--photos", self.photos, "--clip", copy, "--dino", self.dino)
-
-        return run(*self.random.choice((evaluate, ("sample", "a", "--lora", folder, "--model", copy))), stdin="y\n")
-
-    def control(self, folder: Path, _mark: Path) -> Ended:
-        """Control sequences in a LoRA's header and keys."""
-        file = folder / "sks-dog.safetensors"
-        header = dict.fromkeys(("modelspec.trigger_phrase", "ss_sd_model_name"), "\x1b]0;title\x07\x1b[2J")
-        save_file(load_file(file) | {"\x1b[31mkey": torch.ones(1)}, file, header)
-        return run(*self.random.choice((("inspect", file), ("export", file, "-o", folder))))
-
-
-WORDS = (
-    *(
-        "",
-        "0",
-        "-1",
-        "1e999",
-        "nan",
-        "99999999999999999999",
-        "x" * 300,
-        "ключ",
-        "a/b",
-        "../x",
-        "{}",
-        "[1]",
-        "off",
-        "none",
-    ),
-    *(
-        '"',
-        "'",
-        "a\nb",
-        "true",
-        "1,2,,3",
-        "~nobody/x",
-        "/proc/self/mem",
-        "{" * 2000,
-        "C:\\a",
-        "sks " * 200,
-        "<lora:a:1>",
-    ),
-    *("2024-01-01", "0x10", "auto", "cuda:99", "meta", "@", "owner/name@main", "🐸", "\u202eabc", "--w 3", "1_000"),
-)
+_SHORT = """0 -1 1e999 nan 99999999999999999999 ключ a/b ../x {} [1] off none " ' true 1,2,,3 ~nobody/x /proc/self/mem
+C:\\a <lora:a:1> 2024-01-01 0x10 auto cuda:99 meta @ owner/name@main 🐸 \u202eabc 1_000 1e-400 -0 .inf"""
+WORDS = (*_SHORT.split(), "", "a\nb", "--w 3", "x" * 300, "{" * 2000, "sks " * 200)
 SAMPLING = ("--size", "--steps", "--guidance", "--seed", "--lora-scale", "--role", "--model", "-n", "--width", "-o")
-AUTO = ("AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoConfig", "AutoProcessor")
 
 
 def begin() -> None:
     """Run the campaign of the command line; exit with 1 if there was a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    for name, count in {"kills": 40, "inputs": 80, "files": 80, "attacks": 20}.items():
+    for name, count in {"kills": 40, "inputs": 80, "files": 80}.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
         campaign = Campaign(Path(home), options.seed)
-        for name in ("attacks", "inputs", "files", "kills"):
+        for name in ("inputs", "files", "kills"):
             getattr(campaign, name)(getattr(options, name))
     print(f"tried {campaign.tried}: {len(campaign.faults)} faults")
     sys.exit(1 if campaign.faults else 0)
