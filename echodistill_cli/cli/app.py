@@ -20,7 +20,6 @@ from types import FrameType
 from typing import Annotated, Any, Literal, TextIO, cast
 
 import typer
-from rich.text import Text
 
 from echodistill_cli import __version__, pipeline
 from echodistill_cli.cli.evaluate import evaluate
@@ -36,7 +35,14 @@ from echodistill_cli.cli.options import (
 )
 from echodistill_cli.cli.parsing import Command, CommandWithSettings, Program, accepting_aliases
 from echodistill_cli.cli.sample import sample
-from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
+from echodistill_cli.cli.show import (
+    diagnosis_table,
+    inspection_table,
+    photo_table,
+    print_error,
+    print_paths,
+    print_table,
+)
 from echodistill_cli.cli.train import ALSO, MODELS, config, train
 from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
@@ -126,7 +132,7 @@ def download(
     flags = {} if teacher is None else {"model.teacher": teacher}
     config = build_config(model, config_file, with_settings(flags, settings or ()))
     downloaded = pipeline.download(pipeline.DownloadRequest(config, critic, scores, to, dry_run))
-    print_table(downloaded.to_dict(), Text("\n".join(downloaded.lines())), as_json=as_json)
+    print_paths(downloaded.to_dict(), downloaded.lines(), as_json=as_json)
 
 
 @app.command(cls=Command)

@@ -42,7 +42,7 @@ class SafeConsole(Console):
             yield segment if text == segment.text else Segment(text, segment.style)
 
 
-def print_paths(result: Mapping[str, Any], paths: Iterable[Path], *, as_json: bool) -> None:
+def print_paths(result: Mapping[str, Any], paths: Iterable[object], *, as_json: bool) -> None:
     """Print a command's result on stdout: a line per path, or one JSON object."""
     accept_any_text()
     for line in [json.dumps(result)] if as_json else map(str, paths):

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 
-from echodistill_cli.config.families import read_json, read_model_config, reading
+from echodistill_cli.config.families import check_regular_files, read_json, read_model_config, reading
 from echodistill_cli.diffusion.schedule import NoiseSchedule, PredictionType
 from echodistill_cli.errors import ModelError
 from echodistill_cli.lora.safetensors_io import read_header
@@ -134,6 +134,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import CLIPTokenizer
 
+    check_regular_files(folder)
     for file in sorted(folder.glob("*.json")):
         read_json(file)
     with reading(folder):

@@ -170,11 +170,13 @@ def _neither(source: str) -> ModelError:
 
 
 def _cached(source: str, revision: str | None) -> Path | None:
+    """Return a snapshot folder of the cache, complete or not; `_missing_from` tells what it lacks."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+        # Without a pattern, the library takes a snapshot of some parts of a model for incomplete. This matches nothing.
+        return Path(snapshot_download(source, revision=revision, local_files_only=True, allow_patterns=["/"]))
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
     except HFValidationError as error:  # the hub has more rules than the form, such as no -- in a name

@@ -212,7 +212,7 @@ def comfyui_workflow(config: Config, lora: str, *, velocity: bool = False) -> di
     if is_embedded(config.model.student) or config.model.student_timestep is not None:
         return None
     name = last_part(config.model.student).removesuffix(".safetensors")
-    side, token, subject = config.model.resolution, config.concept.token, config.subject
+    token, subject = config.concept.token, config.subject
     if config.text.form == "token":
         subject = subject.replace(token, f"embedding:{token}", 1)
     nodes: dict[str, tuple[str, Mapping[str, Any]]] = {
@@ -229,23 +229,26 @@ def comfyui_workflow(config: Config, lora: str, *, velocity: bool = False) -> di
         number = str(len(nodes) + 1)
         nodes[number] = ("ModelSamplingDiscrete", {"model": model, "sampling": "v_prediction", "zsnr": False})
         model = [number, 0]
-    nodes |= {
-        "10": ("CLIPTextEncode", {"clip": clip, "text": f"a photo of a {subject} on the beach"}),
+    nodes |= _sampling_nodes(model, clip, f"a photo of a {subject} on the beach", config.model.resolution, lora)
+    return {number: {"class_type": kind, "inputs": inputs} for number, (kind, inputs) in nodes.items()}
+
+
+def _sampling_nodes(
+    model: list[str | int], clip: list[str | int], prompt: str, side: int, lora: str
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Return the nodes behind the loaders: prompts, one step of Euler, and the image."""
+    links = {"positive": ["10", 0], "negative": ["11", 0], "sampler": ["14", 0], "sigmas": ["13", 0]}
+    sampler = {"model": model, "add_noise": True, "noise_seed": 0, "cfg": 1.0, "latent_image": ["12", 0], **links}
+    return {
+        "10": ("CLIPTextEncode", {"clip": clip, "text": prompt}),
         "11": ("CLIPTextEncode", {"clip": clip, "text": ""}),
         "12": ("EmptyLatentImage", {"width": side, "height": side, "batch_size": 1}),
         "13": ("SDTurboScheduler", {"model": model, "steps": 1, "denoise": 1.0}),
         "14": ("KSamplerSelect", {"sampler_name": "euler"}),
-        "15": ("SamplerCustom", {"model": model, "add_noise": True, "noise_seed": 0, "cfg": 1.0, **_SAMPLER_LINKS}),
+        "15": ("SamplerCustom", sampler),
         "16": ("VAEDecode", {"samples": ["15", 0], "vae": ["1", 2]}),
         "17": ("SaveImage", {"images": ["16", 0], "filename_prefix": Path(lora).stem}),
     }
-    return {number: {"class_type": kind, "inputs": inputs} for number, (kind, inputs) in nodes.items()}
-
-
-_SAMPLER_LINKS: Mapping[str, Any] = {
-    **{"positive": ["10", 0], "negative": ["11", 0], "sampler": ["14", 0], "sigmas": ["13", 0]},
-    "latent_image": ["12", 0],
-}
 
 
 def _at_timestep(card: str, timestep: int) -> str:

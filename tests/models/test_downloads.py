@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +17,7 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models import downloads
 from echodistill_cli.models.load import check_pair, load_pair
 from tests.helpers.commands import command
+from tests.helpers.hub import Hub, serving
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +123,51 @@ def test_a_bundle_is_what_a_run_without_a_network_reads(tmp_path: Path) -> None:
     check_pair(build_config(student, overrides={"model.teacher": teacher, "model.resolution": 64}).model)
     with pytest.raises(ConfigError, match="exists already"):
         pipeline.download(request("mini", to=tmp_path / "bundle"))
+
+
+@pytest.fixture
+def hub(small_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The small pair as me/student and me/teacher, each with files that nobody needs."""
+    for name, folder in zip(("student", "teacher"), small_pair, strict=True):
+        copy = Path(shutil.copytree(folder, tmp_path / "repositories" / "me" / name))
+        (copy / "whole-model.safetensors").write_bytes(b"never needed")
+    with serving(tmp_path / "repositories") as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
+def of_the_hub(**options: Any) -> downloads.DownloadRequest:
+    return request("me/student", critic="none", overrides={"model.teacher": "me/teacher"}, **options)
+
+
+def test_a_dry_run_lists_files_with_their_sizes_and_downloads_nothing(hub: Hub, tmp_path: Path) -> None:
+    planned = pipeline.download(of_the_hub(dry_run=True))
+    weights = hub.root / "me/student/unet/diffusion_pytorch_model.safetensors"
+    assert planned.files["me/student/unet/diffusion_pytorch_model.safetensors"] == weights.stat().st_size
+    assert not any("whole-model" in file or "teacher/vae" in file for file in planned.files)
+    assert not any("/resolve/" in line for line in hub.requests)
+    assert not (tmp_path / "hub").exists()
+
+
+def test_what_was_downloaded_is_here_for_a_run_without_a_network(hub: Hub, tmp_path: Path) -> None:
+    downloaded = pipeline.download(of_the_hub(to=tmp_path / "bundle"))
+    assert not any("whole-model" in line or ("teacher/resolve" in line and "/vae/" in line) for line in hub.requests)
+    hub.requests.clear()
+    again = pipeline.download(of_the_hub())
+    assert (again.files, again.present) == ({}, {"me/student": "in the cache", "me/teacher": "in the cache"})
+    words = shlex.split(str(downloaded.command))
+    for student, teacher in (("me/student", "me/teacher"), (words[4], words[6])):
+        settings = {"model.teacher": teacher, "model.offline": True, "model.resolution": 64}
+        assert load_pair(build_config(student, overrides=settings).model).has_teacher
+    assert hub.requests == []
+
+
+def test_a_transfer_that_breaks_off_is_continued(hub: Hub) -> None:
+    hub.breaks_off.add("diffusion_pytorch_model.safetensors")
+    pipeline.download(of_the_hub())
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert sum(line.startswith("GET") and line.endswith(weights) for line in hub.requests) == 2
+    settings = {"model.offline": True, "model.resolution": 64}
+    assert load_pair(build_config("me/student", overrides=settings).model, teacher=False)

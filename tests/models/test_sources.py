@@ -75,6 +75,10 @@ def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(folder, snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION)
+    # The library notes what the repository holds. A model of which only some parts are needed is whole all the same.
+    (repository / "trees").mkdir()
+    listing = {"format_version": 1, "files": {"never-needed.safetensors": {"size": 1, "blob_id": "0" * 40}}}
+    (repository / "trees" / f"{REVISION}.json").write_text(json.dumps(listing))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     return snapshot
 
