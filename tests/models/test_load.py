@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -671,3 +672,11 @@ def test_a_tokenizer_without_room_for_a_prompt_is_refused_in_one_line(
         return
     with pytest.raises(ModelError, match="model_max_length is "):
         load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer_config.json", "unet/config.json", "text_encoder/extra.json"])
+def test_a_pipe_in_a_models_folder_is_refused_instead_of_waited_for(copied: Pair, name: str) -> None:
+    (copied[0] / name).unlink(missing_ok=True)
+    os.mkfifo(copied[0] / name)
+    with pytest.raises(ModelError, match=r"is a pipe or a device|config\.json is missing"):
+        load_pair(settings(copied))
