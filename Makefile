@@ -12,9 +12,9 @@ CUDA ?= $(shell command -v nvidia-smi)
 PIP := $(BIN)/python -m pip
 INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
-.PHONY: help setup test lint type bench bench-proof demo mini-world clean
+.PHONY: help setup test campaign lint type bench bench-proof demo mini-world clean
 help:
-	@echo "make setup | test | lint | type | demo | bench | bench-proof | mini-world | clean"
+	@echo "make setup | test | campaign | lint | type | demo | bench | bench-proof | mini-world | clean"
 
 setup: $(STAMP)
 
@@ -35,6 +35,10 @@ endif
 # xdist's own order, by number of tests, one process ended alone with a few slow files.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# Kills at random instants, wrong input and damaged files; another seed gives others.
+campaign: $(STAMP)
+	$(BIN)/python -m tests.campaign --seed $(or $(SEED),0)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

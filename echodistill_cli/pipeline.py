@@ -40,22 +40,24 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
     from echodistill_cli.evaluation.dreambench import Benchmark
     from echodistill_cli.evaluation.evaluate import Evaluation
     from echodistill_cli.lora.inspect import Inspection
+    from echodistill_cli.models.downloads import Downloaded, DownloadRequest
     from echodistill_cli.outputs.export import ExportResult, TrainResult
     from echodistill_cli.outputs.sample import Sample, WrittenSamples
-    from echodistill_cli.planning import Diagnosis, Downloaded, Plan
+    from echodistill_cli.planning import Diagnosis, Plan
     from echodistill_cli.training.state import TrainingState
 
 __all__ = [
-    "Benchmark", "BenchmarkRequest", "Diagnosis", "Downloaded", "Evaluation", "EvaluationRequest", "ExportRequest",
-    "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample", "SampleRequest",
-    "TrainResult", "WrittenSamples",
+    "Benchmark", "BenchmarkRequest", "Diagnosis", "DownloadRequest", "Downloaded", "Evaluation", "EvaluationRequest",
+    "ExportRequest", "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample",
+    "SampleRequest", "TrainResult", "WrittenSamples",
     "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "plan",
     "require_photos", "resumed_config", "sample", "train", "write_samples",
 ]  # fmt: skip
 _RESULTS = {
     "Benchmark": "evaluation.dreambench",
     "Diagnosis": "planning",
-    "Downloaded": "planning",
+    "DownloadRequest": "models.downloads",
+    "Downloaded": "models.downloads",
     "Evaluation": "evaluation.evaluate",
     "ExportResult": "outputs.export",
     "Inspection": "lora.inspect",
@@ -105,8 +107,12 @@ def train(
         Interrupted: SIGINT or SIGTERM stopped the run; its state is saved.
         EchoDistillError: training diverged, or a file could not be written.
     """
-    started = time.time()
-    report = _check_before(config)
+    started, report = time.time(), _check_before(config)
+    if not resume:
+        check_output(config, overwrite=overwrite)
+    from echodistill_cli.models.downloads import check_reachable
+
+    check_reachable(config)  # without torch
     config = with_absolute_paths(config)
     for warning in _warnings(config, report):
         on_message(warning)
@@ -115,7 +121,6 @@ def train(
         run = resume_run(config)
         with run.locked():
             return _resume(run, from_step, session)
-    check_output(config, overwrite=overwrite)
     state = _loaded_state(config, session)
     run = create_run(config, overwrite=overwrite)
     with run.locked():
@@ -146,12 +151,13 @@ def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
 
 
 def _loaded_state(config: Config, session: _Session) -> TrainingState:
-    from echodistill_cli.planning import assumptions, check_settings, fetch_models
+    from echodistill_cli.models.downloads import download_command, fetch, sources_of
+    from echodistill_cli.planning import assumptions, check_settings
     from echodistill_cli.training.dataset import unread_texts
     from echodistill_cli.training.state import build_state, doubts
 
     check_settings(config)
-    fetch_models(config)
+    fetch(config.model, sources_of(config), lambda: download_command(config))
     for line in assumptions(config.model):
         session.on_message(line)
     names = f"{config.model.student} and {config.model.teacher}"
@@ -199,7 +205,6 @@ def plan(config: Config) -> Plan:
         PhotoError: there are too few usable photos.
     """
     report = _check_before(config)
-
     from echodistill_cli.planning import check_settings, plan_run
 
     check_settings(config)
@@ -233,6 +238,7 @@ def sample(request: SampleRequest, *, on_message: OnMessage = _ignore) -> Iterat
         ConfigError: there is no run or LoRA file to sample from.
         ModelError: a model is missing, or the LoRA does not fit it.
     """
+    request.check_paths()  # without torch
     from echodistill_cli.outputs.sample import sample as sample_images
 
     return sample_images(request, on_message)
@@ -258,6 +264,7 @@ def write_samples(
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written.
     """
+    request.check_paths(folder)
     from echodistill_cli.outputs.sample import write_samples as write_images
 
     return write_images(request, folder, on_message, on_image)
@@ -271,6 +278,7 @@ def export(request: ExportRequest, *, on_message: OnMessage = _ignore) -> Export
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written or pushed.
     """
+    request.check_paths()
     from echodistill_cli.outputs.export import export as write_export
 
     return write_export(request, on_message)
@@ -284,6 +292,7 @@ def evaluate(request: EvaluationRequest, *, on_message: OnMessage = _ignore) -> 
         PhotoError: there is no usable photo.
         ModelError: a model or an encoder is missing or does not fit.
     """
+    request.sampling.check_paths(request.output)
     from echodistill_cli.evaluation.evaluate import evaluate as score_images
 
     return score_images(request, on_message)
@@ -331,33 +340,29 @@ def require_photos(report: PhotoReport, folder: Path, min_photos: int) -> None:
 
 
 def inspect(file: Path) -> Inspection:
-    """Return what a LoRA or token file is, and which tools load it.
+    """Return what a LoRA or token file, or the LoRA file of a run, is, and which tools load it.
 
     Raises:
-        ConfigError: the file does not exist.
+        ConfigError: the file does not exist, or the run is not finished.
         ModelError: the file is damaged or not a safetensors file.
     """
     from echodistill_cli.lora.inspect import inspect_file
+    from echodistill_cli.outputs.artifact import find
 
-    return inspect_file(file)
+    return inspect_file(find(file).lora("student") if file.is_dir() else file)
 
 
-def download(model: str, teacher: str | None = None, *, to: Path | None = None, dry_run: bool = False) -> Downloaded:
-    """Download all that training with a model loads.
-
-    Args:
-        model: preset, hub id, folder or file of the student.
-        teacher: of another student; None for the default one.
-        to: new folder for a copy of everything, to carry to a machine without a network.
-        dry_run: only list the files.
+def download(request: DownloadRequest) -> Downloaded:
+    """Download all that training with a model loads. Files that are here already are kept.
 
     Raises:
-        ConfigError: the folder exists already.
+        ConfigError: the folder of the copy exists already.
         ModelError: a model does not exist, or the hub cannot be reached or refuses it.
+        EchoDistillError: the folder of the copy cannot be written.
     """
-    from echodistill_cli import planning
+    from echodistill_cli.models.downloads import download as download_models
 
-    return planning.download(model, teacher, to=to, dry_run=dry_run)
+    return download_models(request)
 
 
 def doctor() -> Diagnosis:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,6 @@ import psutil
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
-from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.text import check_token
 from echodistill_cli.errors import ConfigError, EchoDistillError
@@ -26,30 +24,16 @@ from echodistill_cli.files import expanded
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import (
     Estimate,
-    backbones,
     devices,
     expected_memory,
-    family_of,
     fit_to_memory,
     pick_device,
     settings_line,
 )
+from echodistill_cli.models.downloads import planned_downloads, sources_of
 from echodistill_cli.models.load import check_pair
-from echodistill_cli.models.single_file import find_vocabulary, prediction_in
-from echodistill_cli.models.sources import (
-    Download,
-    UnreachableError,
-    downloads,
-    is_cached,
-    is_embedded,
-    resolve,
-    wanted_files,
-    where,
-)
-from echodistill_cli.models.vision import IMAGE_BACKBONES
-
-Source = tuple[str, tuple[str, ...], str | None]  # name, parts and revision of a model
-_UNET_PARTS = ("unet", "scheduler")
+from echodistill_cli.models.single_file import prediction_in
+from echodistill_cli.models.sources import UnreachableError, is_cached, is_embedded, missing_parts, where
 
 
 @dataclass(frozen=True)
@@ -107,37 +91,12 @@ def plan_run(config: Config, photos: int, warnings: tuple[str, ...]) -> Plan:
         config=config,
         photos=photos,
         warnings=warnings,
-        models={source: where(source) for source, _, _ in sources_of(config)},
+        models={source.name: where(source.name) for source in sources_of(config)},
         assumptions=tuple(assumptions(config.model)),
-        downloads={download.file: download.size for download in planned_downloads(config)},
+        downloads=dict(planned_downloads(config.model, sources_of(config))),
         memory=expected_memory(config),
         output_exists=config.output.exists(),
     )
-
-
-def sources_of(config: Config) -> Iterator[Source]:
-    """Every model that a run loads: source, parts, revision."""
-    model, family = config.model, family_of(config.model) or FAMILIES["sd"]
-    replaced = (*(("vae",) if model.vae else ()), *(family.tokenizers if model.tokenizer else ()))
-    shared = [part for part in family.parts if part not in replaced]
-    yield model.student, (*_UNET_PARTS, *shared), model.student_revision
-    yield model.teacher, _UNET_PARTS, model.teacher_revision
-    if model.vae:
-        yield model.vae, ("",), None
-    if model.decoder == "tiny":
-        yield model.tiny_decoder or family.tiny_decoder, ("",), None
-    for name in sorted(backbones(config)):
-        yield IMAGE_BACKBONES.get(name, name), ("",), None
-
-
-def planned_downloads(config: Config) -> list[Download]:
-    """Return every file that a run would download first. Asks the hub for sizes unless offline."""
-    model = config.model
-    return [
-        download
-        for source, parts, revision in sources_of(config)
-        for download in downloads(source, parts, variant=model.variant, revision=revision, offline=model.offline)
-    ]
 
 
 class _NoVocabulary:
@@ -162,7 +121,7 @@ def check_settings(config: Config) -> None:
     if config.model.student_lora:
         read_header(Path(config.model.student_lora))
     local = replace(config.model, offline=True)
-    if planned_downloads(replace(config, model=local)):
+    if any(missing_parts(*source) for source in sources_of(config)):
         check_token(_NoVocabulary(), concept.token, concept.class_name, learned=True)
         return
     try:
@@ -179,125 +138,6 @@ def _check_writable(folder: Path) -> None:
         tempfile.TemporaryDirectory(dir=existing, prefix=".echodistill-").cleanup()
     except OSError as error:
         raise EchoDistillError(f"{folder} cannot be written ({error.strerror}).", "Choose another --output.") from error
-
-
-def fetch_models(config: Config) -> None:
-    """Download every model of a run that is not on this machine; those that are come first, to fail early.
-
-    Raises:
-        ModelError: a model is missing, or the hub refuses it. Without a network, it names all that is missing.
-    """
-    try:
-        for source in sorted(sources_of(config), key=lambda entry: where(entry[0]) == "to be downloaded"):
-            _resolved(config.model, source)
-    except UnreachableError as error:
-        local = replace(config, model=replace(config.model, offline=True))
-        missing = ", ".join(download.file for download in planned_downloads(local))
-        raise UnreachableError(
-            f"{error.message} Missing: {missing}.",
-            f"Download all of it on a machine with a network: {download_command(config.model)}",
-        ) from error
-
-
-def _resolved(model: ModelConfig, source: Source) -> Path:
-    name, parts, revision = source
-    return resolve(name, parts, variant=model.variant, revision=revision, offline=model.offline)
-
-
-def download_command(model: ModelConfig) -> str:
-    """Return the command that downloads all models of a run."""
-    names = {str(preset.settings["model"]["student"]): name for name, preset in PRESETS.items()}
-    name = names.get(model.student, model.student)
-    default = build_config(name).model.teacher
-    teacher = () if model.teacher == default else ("--teacher", model.teacher)
-    return shlex.join(("echodistill", "download", name, *teacher))
-
-
-@dataclass(frozen=True)
-class Downloaded:
-    """What `download` downloaded, or would download.
-
-    Args:
-        files: bytes of each file that was not on this machine; None if the size is not known.
-        folders: where each model is, by its source; empty for a dry run.
-        command: trains with the folder of `--to`; None without it.
-    """
-
-    files: Mapping[str, int | None]
-    folders: Mapping[str, str]
-    command: str | None
-
-    @property
-    def total(self) -> int:
-        """Bytes of all files of known size."""
-        return sum(size or 0 for size in self.files.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self) | {"bytes": self.total}
-
-    def lines(self) -> Iterator[str]:
-        """Yield a line per file and folder, for people."""
-        for file, size in self.files.items():
-            yield f"{file}  {'size unknown' if size is None else f'{size / 1e6:,.1f} MB'}"
-        yield f"{len(self.files)} files to download, {self.total / 1e9:.2f} GB" if self.files else "All files are here."
-        for source, folder in self.folders.items():
-            yield f"{source}: {folder}"
-        if self.command:
-            yield self.command
-
-
-def download(model: str, teacher: str | None = None, *, to: Path | None = None, dry_run: bool = False) -> Downloaded:
-    """Download all that training with a model loads; files that are here already are kept.
-
-    Args:
-        model: preset, hub id, folder or file of the student.
-        teacher: of another student; None for the default one.
-        to: new folder for a copy of everything, to carry to a machine without a network.
-        dry_run: only list the files.
-
-    Raises:
-        ConfigError: the folder exists already.
-        ModelError: a model does not exist, or the hub cannot be reached or refuses it.
-        EchoDistillError: the folder cannot be written.
-    """
-    config = build_config(model, overrides={} if teacher is None else {"model.teacher": teacher})
-    if to is not None and to.exists():
-        raise ConfigError(f"{to} exists already.", "Choose another folder with --to.")
-    files = {download.file: download.size for download in planned_downloads(config)}
-    if dry_run:
-        return Downloaded(files, {}, None)
-    fetch_models(config)
-    folders = {source[0]: str(_resolved(config.model, source)) for source in sources_of(config)}
-    if Path(folders[config.model.student]).is_file() and not config.model.tokenizer:
-        folders["vocabulary"] = str(find_vocabulary(offline=config.model.offline))
-    return Downloaded(files, folders, None if to is None else _bundle(config, folders, to))
-
-
-def _bundle(config: Config, folders: Mapping[str, str], to: Path) -> str:
-    """Copy the models of a run into one folder, and return the command that trains with it."""
-    model, copies = config.model, {}
-    roles = {model.student: "student", model.teacher: "teacher"}
-    for source, parts, _ in sources_of(config):
-        copies[source] = to / roles.get(source, source.replace("/", "--").replace(":", "-"))
-        copy_model(Path(folders[source]), copies[source], parts, model.variant)
-    places = {name: str(copies[IMAGE_BACKBONES.get(name, name)]) for name in backbones(config)}
-    discriminators = ",".join(places.get(name, name) for name in config.critic.discriminators)
-    identity = places.get(config.critic.identity, config.critic.identity)
-    arguments = ["--model", str(copies[model.student]), "--teacher", str(copies[model.teacher])]
-    arguments += ["--discriminators", discriminators, "--identity", identity, "--offline"]
-    return shlex.join(["echodistill", "train", "PHOTOS", *arguments])
-
-
-def copy_model(source: Path, target: Path, parts: tuple[str, ...], variant: str | None) -> None:
-    """Copy some parts of a model's folder, or a single file; adds to what is there."""
-    target.mkdir(parents=True, exist_ok=True)
-    names = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
-    for name in [*wanted_files(names, parts, variant), "model_index.json"] if source.is_dir() else [source.name]:
-        file = source / name if source.is_dir() else source
-        if file.is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, target / name)
 
 
 def assumptions(model: ModelConfig) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import socket
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 from echodistill_cli import pipeline, planning
 from echodistill_cli.config.build import PRESETS, build_config
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
-from echodistill_cli.models.load import check_pair
 
 
 @pytest.fixture(autouse=True)
@@ -114,27 +112,3 @@ def test_a_token_and_a_file_are_checked_although_the_models_are_not_here_yet(pho
     for (model, settings), message in zip(wrong.items(), ("part of the class name", "does not exist"), strict=True):
         with pytest.raises((ConfigError, ModelError), match=message):
             pipeline.plan(build_config(model, overrides=subject | settings))
-
-
-# --- downloads --------------------------------------------------------------------------------------------------------
-
-
-def test_all_that_is_missing_is_named_at_once_with_one_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    config = build_config("sd-turbo", overrides={"model.offline": True, "model.teacher": "someone/base"})
-    with pytest.raises(ModelError) as caught:
-        planning.fetch_models(config)
-    for part in ("stabilityai/sd-turbo/unet", "stabilityai/sd-turbo/tokenizer", "someone/base/unet", "dinov2-large"):
-        assert part in caught.value.message
-    assert str(caught.value.hint).endswith(": echodistill download sd-turbo --teacher someone/base")
-
-
-def test_a_bundle_is_what_a_run_without_a_network_reads(tmp_path: Path) -> None:
-    downloaded = pipeline.download("mini", to=tmp_path / "bundle")
-    assert downloaded.files == {}
-    words = shlex.split(str(downloaded.command))
-    student, teacher = (words[words.index(flag) + 1] for flag in ("--model", "--teacher"))
-    assert (student, teacher) == (str(tmp_path / "bundle" / "student"), str(tmp_path / "bundle" / "teacher"))
-    check_pair(build_config(student, overrides={"model.teacher": teacher, "model.resolution": 64}).model)
-    with pytest.raises(ConfigError, match="exists already"):
-        pipeline.download("mini", to=tmp_path / "bundle")

@@ -20,28 +20,36 @@ from types import FrameType
 from typing import Annotated, Any, Literal, TextIO, cast
 
 import typer
-from rich.text import Text
 
 from echodistill_cli import __version__, pipeline
 from echodistill_cli.cli.evaluate import evaluate
 from echodistill_cli.cli.export import export
 from echodistill_cli.cli.options import (
     ALIASES,
-    CommandWithSettings,
     Json,
     Quiet,
-    accepting_aliases,
     bool_option,
     quiet_libraries,
     value_option,
+    with_settings,
 )
+from echodistill_cli.cli.parsing import Command, CommandWithSettings, Program, accepting_aliases
 from echodistill_cli.cli.sample import sample
-from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
+from echodistill_cli.cli.show import (
+    diagnosis_table,
+    inspection_table,
+    photo_table,
+    print_error,
+    print_paths,
+    print_table,
+)
 from echodistill_cli.cli.train import ALSO, MODELS, config, train
+from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
     name="echodistill",
+    cls=Program,
     help="Personalize one-step text-to-image models: from a few photos and a rare token to a LoRA.",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]} | accepting_aliases(),
@@ -67,15 +75,15 @@ def version_option(
 
 _SAMPLING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
 app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
-app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
-app.command()(export)
-app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
+app.command(cls=Command, context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
+app.command(cls=Command)(export)
+app.command(cls=Command, context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
 
 
-app.command()(config)
+app.command(cls=Command)(config)
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos", readable=False)],
     resolution: Annotated[int, value_option("N", "side of the training images in pixels", min=16)] = 512,
@@ -92,19 +100,28 @@ def check(
     pipeline.require_photos(report, photos, min_photos)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="a .safetensors file")], as_json: Json = False
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="a .safetensors file or a run folder")],
+    as_json: Json = False,
 ) -> None:
     """Show what a LoRA or token file is, and which tools load it."""
     inspection = pipeline.inspect(file)
     print_table(inspection.to_dict(), inspection_table(inspection), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def download(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"what to train with: {MODELS}")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=f"student to train: {MODELS}")],
     teacher: Annotated[str | None, value_option("ID", "teacher of a model that has no preset")] = None,
+    critic: Annotated[
+        str | None, value_option("A,B,...", "image encoders of the losses: dino, dinov2, clip, hub ids, or none")
+    ] = None,
+    scores: Annotated[bool, bool_option("--scores", "also the encoders of evaluate")] = False,
+    config_file: Annotated[Path | None, value_option("FILE", "TOML file with settings", "--config")] = None,
+    settings: Annotated[
+        list[str] | None, value_option("KEY=VALUE", "any setting of train, such as model.decoder=tiny", "--set")
+    ] = None,
     to: Annotated[Path | None, value_option("DIR", "also copy everything into a new folder, to use offline")] = None,
     dry_run: Annotated[bool, bool_option("--dry-run", "list files and sizes; download nothing")] = False,
     as_json: Json = False,
@@ -112,11 +129,13 @@ def download(
 ) -> None:
     """Download everything that training with a model needs; an interrupted download continues."""
     quiet_libraries(offline=False, quiet=quiet)
-    downloaded = pipeline.download(model, teacher, to=to, dry_run=dry_run)
-    print_table(downloaded.to_dict(), Text("\n".join(downloaded.lines())), as_json=as_json)
+    flags = {} if teacher is None else {"model.teacher": teacher}
+    config = build_config(model, config_file, with_settings(flags, settings or ()))
+    downloaded = pipeline.download(pipeline.DownloadRequest(config, critic, scores, to, dry_run))
+    print_paths(downloaded.to_dict(), downloaded.lines(), as_json=as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices and memory, and what this machine can train."""
     quiet_libraries(offline=True, quiet=True)

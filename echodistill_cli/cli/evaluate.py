@@ -46,7 +46,9 @@ def evaluate(
     source: Annotated[
         Path | None, typer.Argument(metavar="RUN|LORA", help="run folder or LoRA file; unset: the newest run")
     ] = None,
-    photos: Annotated[Path | None, value_option("DIR", "folder of real photos of the subject")] = None,
+    photos: Annotated[
+        Path | None, value_option("DIR", "folder of real photos of the subject; unset: those of the training")
+    ] = None,
     prompts: Annotated[
         Path | None,
         value_option("FILE", "text file with one prompt per line, {} for the subject; unset: 16 built-in prompts"),
@@ -124,7 +126,7 @@ def evaluate(
         output = output or Path("dreambench")
         benchmark = pipeline.BenchmarkRequest(dreambench, output, config, sampling, subject or (), clip, dino)
         _run_benchmark(benchmark, as_json=as_json, quiet=quiet)
-    elif photos is not None:
+    else:
         evaluation = pipeline.EvaluationRequest(photos, sampling, token, class_name, clip, dino, output)
         _run_evaluation(evaluation, as_json=as_json, quiet=quiet)
 
@@ -132,15 +134,13 @@ def evaluate(
 def _check_options(
     dreambench: Path | None, *, evaluation_only: Mapping[str, Any], benchmark_only: Mapping[str, Any]
 ) -> None:
-    """Check that no option belongs to the other kind of evaluation, and that an evaluation has photos."""
+    """Check that no option belongs to the other kind of evaluation."""
     misplaced, reason = evaluation_only, "cannot be combined with --dreambench."
     if dreambench is None:
         misplaced, reason = benchmark_only, "has no effect without --dreambench."
     for name, value in misplaced.items():
         if value:
             raise ConfigError(f"{name} {reason}", "See: echodistill evaluate --help")
-    if dreambench is None and not evaluation_only["--photos"]:
-        raise ConfigError("No photos to compare with.", "Name their folder: echodistill evaluate RUN --photos DIR")
 
 
 def _training_config(

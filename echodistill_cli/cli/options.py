@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 import os
 import re
-import shlex
 import sys
 import tomllib
 import typing
@@ -20,7 +18,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 import typer.core
 
-from echodistill_cli.config.build import OFF, RETIRED
+from echodistill_cli.config.build import OFF
 from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError
 
@@ -114,14 +112,6 @@ ALIASES: Mapping[str, str] = {
     "--mixed-precision": "--precision",
     "--prior-loss-weight": "--prior-weight",
 }
-# Flags of version 0.1 whose names do not follow from the setting's key.
-_OLD_NAMES: Mapping[str, str] = {
-    "revision": "model.student_revision",
-    "scene": "concept.scenes",
-    "class-prompt": "concept.class_prompts",
-    "disc-lr": "train.discriminator_lr",
-    "swd-weight": "loss.sliced_wasserstein",
-}
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -166,7 +156,7 @@ def _panel_index(parameter: inspect.Parameter) -> int:
 
 def _option(flag: Flag) -> Any:
     """Typer's annotation of a flag: its type, names, description and default come from the settings."""
-    hint, entry = _settings()[flag.key]
+    hint, entry = known_settings()[flag.key]
     kind: Any = list[str] if flag.repeated else bool if hint is bool else str
     parser, metavar = (None, "TEXT") if flag.repeated else _parser(hint)
     more: dict[str, Any] = {"parser": parser} if parser else {}
@@ -179,7 +169,7 @@ def _option(flag: Flag) -> Any:
 
 
 @functools.cache
-def _settings() -> Mapping[str, tuple[Any, dataclasses.Field[Any]]]:
+def known_settings() -> Mapping[str, tuple[Any, dataclasses.Field[Any]]]:
     """Type and dataclass field of each setting by dotted key."""
     return {
         f"{section}.{entry.name}": (typing.get_type_hints(kind)[entry.name], entry)
@@ -228,21 +218,23 @@ def with_settings(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str
 
     Args:
         flags: values by dotted key.
-        settings: texts such as "train.target_steps=5"; of two for one key the last one counts.
+        settings: texts such as "train.target_steps=5".
 
     Raises:
-        ConfigError: a text is not KEY=VALUE, or a flag gives the same key.
+        ConfigError: a text is not KEY=VALUE, or a flag or another text gives the same key.
     """
     values: dict[str, Any] = {}
     for text in settings:
         key, equals, value = (part.strip() for part in text.partition("="))
         if not equals or "." not in key:
-            known = {name.partition(".")[2]: name for name in _settings()}
-            near = known.get(key) or nearest(key, list(_settings())) or "train.target_steps"
+            known = {name.partition(".")[2]: name for name in known_settings()}
+            near = known.get(key) or nearest(key, list(known_settings())) or "train.target_steps"
             raise ConfigError(f"--set {text} is not KEY=VALUE with a dotted key.", f"Write --set {near}=VALUE.")
         if key in flags:
             raise ConfigError(f"{key} is given by {_typed_name(key)} and by --set {text}.", "Use one of them.")
-        values[key] = _toml_value(value)
+        if key in values:
+            raise ConfigError(f"{key} is given twice by --set.", "Give it once.")
+        values[key] = _setting_value(key, value)
     return {**flags, **values}
 
 
@@ -272,6 +264,18 @@ def naming_flags(flags: Iterable[str]) -> Iterator[None]:
         raise ConfigError(message, error.hint) from error
 
 
+def _setting_value(key: str, text: str) -> Any:
+    """Return the value of a setting, which may be spelled as TOML or as a flag takes it."""
+    value = _toml_value(text)
+    hint = known_settings()[key][0] if key in known_settings() else None
+    if hint is bool and value in ("on", OFF):
+        return value == "on"
+    if typing.get_origin(hint) is tuple and isinstance(value, str):
+        is_list = any(flag.key == key and not flag.repeated for flag in FLAGS)  # a prompt may hold commas
+        return _parse_list(value) if is_list or value in ("none", OFF) else value
+    return value
+
+
 def _toml_value(text: str) -> Any:
     """Return a text as a TOML value, or the text itself if it is not TOML, such as a bare word."""
     try:
@@ -280,12 +284,15 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def echo_setting(echo: bool | None, overrides: Mapping[str, Any], planned: Callable[[], Config]) -> dict[str, Any]:
+def echo_setting(
+    echo: bool | None, overrides: Mapping[str, Any], flags: Mapping[str, Any], planned: Callable[[], Config]
+) -> dict[str, Any]:
     """Return what `--echo` or `--no-echo` overrides.
 
     Args:
         echo: True for `--echo`, False for `--no-echo`, None for neither.
         overrides: values by dotted key that flags and `--set` give.
+        flags: those of them that flags give.
         planned: returns the configuration without the option. Its echo, if it has one, starts when it says.
 
     Raises:
@@ -294,79 +301,11 @@ def echo_setting(echo: bool | None, overrides: Mapping[str, Any], planned: Calla
     start = overrides.get("echo.start")
     if echo is not None and start is not None and echo is (start == OFF):
         name = "--echo" if echo else "--no-echo"
-        raise ConfigError(f"{name} contradicts --echo-start {start}.", "Use one of them.")
+        other = f"--echo-start {start}" if "echo.start" in flags else f"--set echo.start={start}"
+        raise ConfigError(f"{name} contradicts {other}.", "Use one of them.")
     if echo is False:
         return {"echo.start": None}
     return {"echo.start": Config().echo.start} if echo and planned().echo.start is None else {}
-
-
-def accepting_aliases(aliases: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Typer's context settings for a command that takes `--batch_size` for `--batch-size`, and aliases.
-
-    Args:
-        aliases: from an alias to the option's own name, both with dashes.
-    """
-    known = {alias.lstrip("-"): name.lstrip("-") for alias, name in (aliases or {}).items()}
-
-    def normalize(name: str) -> str:
-        dashed = name.replace("_", "-") if len(name) > 1 else name
-        return known.get(dashed, dashed)
-
-    return {"token_normalize_func": normalize}
-
-
-class CommandWithSettings(typer.core.TyperCommand):
-    """A command that answers a flag of version 0.1 with the setting that replaces it."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments of the command.
-
-        Raises:
-            ConfigError: an argument is a flag that became a setting or was removed.
-        """
-        arguments = list(args)  # parsing consumes the list
-        try:
-            return super().parse_args(ctx, args)
-        except typer.TyperException as error:
-            raise _former_flag(getattr(error, "option_name", None) or "", arguments) or error from error
-
-
-def _former_flag(option: str, arguments: Sequence[str]) -> ConfigError | None:
-    """Return the error for a flag that version 0.1 had, or None for an option that never existed."""
-    name = option.removeprefix("--").replace("_", "-")
-    positive = name.removeprefix("no-")
-    flags = {flag.key for flag in FLAGS} | {"model.student", "concept.photos"}
-    keys = [key for key in (*_settings(), *RETIRED) if key not in flags and positive in _names_of(key)]
-    if not keys:
-        return None
-    if keys[0] in RETIRED:
-        neutral = json.dumps(RETIRED[keys[0]] if RETIRED[keys[0]] is not None else OFF)
-        return ConfigError(f"{option} was removed.", f"Omit it: every run does what {keys[0]} = {neutral} did.")
-    value = _value_of(keys[0], option, arguments) if positive == name else "false"
-    return ConfigError(f"{option} is a setting now: --set {shlex.quote(f'{keys[0]}={value}')}.")
-
-
-def _names_of(key: str) -> set[str]:
-    section, _, name = key.replace("_", "-").partition(".")
-    old = {name for name, old_key in _OLD_NAMES.items() if old_key == key}
-    return {name, f"{section}-{name}", f"{name}-weight" if section == "loss" else name} | old
-
-
-def _value_of(key: str, option: str, arguments: Sequence[str]) -> str:
-    """Return the value that a person typed for a former flag, as TOML."""
-    hint, _ = _settings()[key]
-    if hint is bool:
-        return "true"
-    values = list(_typed_values(option, arguments))
-    return json.dumps(values) if typing.get_origin(hint) is tuple else values[-1] if values else "VALUE"
-
-
-def _typed_values(option: str, arguments: Sequence[str]) -> Iterator[str]:
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name.replace("_", "-") == option.replace("_", "-"):
-            following = arguments[index + 1 : index + 2]
-            yield from [value] if equals else [word for word in following if not word.startswith("--")]
 
 
 def quiet_libraries(*, offline: bool, quiet: bool) -> None:
@@ -386,6 +325,3 @@ def quiet_libraries(*, offline: bool, quiet: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

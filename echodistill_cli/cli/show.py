@@ -42,7 +42,7 @@ class SafeConsole(Console):
             yield segment if text == segment.text else Segment(text, segment.style)
 
 
-def print_paths(result: Mapping[str, Any], paths: Iterable[Path], *, as_json: bool) -> None:
+def print_paths(result: Mapping[str, Any], paths: Iterable[object], *, as_json: bool) -> None:
     """Print a command's result on stdout: a line per path, or one JSON object."""
     accept_any_text()
     for line in [json.dumps(result)] if as_json else map(str, paths):
@@ -75,12 +75,12 @@ def photo_table(report: PhotoReport) -> RenderableType:
     return Group(table, *(Text(warning, "yellow") for warning in report.warnings), Text(usable))
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """What `train` would do: a row per topic, below the warnings."""
+def plan_table(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> RenderableType:
+    """What `train` would do, with --resume or --overwrite or neither: a row per topic, below the warnings."""
     config = plan.config
     train, adapter, text, critic, run = config.train, config.adapter, config.text, config.critic, config.run
     text_side = {"lora": f"LoRA of rank {text.rank}", "token": "one learned token", "frozen": "frozen"}
-    blocked = " (exists: needs --resume or --overwrite)" if plan.output_exists else ""
+    fate = "continued" if resume else "replaced" if overwrite else "exists: needs --resume or --overwrite"
     facts = {
         "photos": f"{plan.photos} usable, in {config.concept.photos}",
         "subject": config.subject,
@@ -96,7 +96,7 @@ def plan_table(plan: Plan) -> RenderableType:
         else f"from step {config.echo.start}, every {config.echo.every} steps",
         "previews": f"every {run.sample_every} steps",
         "checkpoints": f"every {run.save_every} steps, the last {run.keep} kept",
-        "output": f"{config.output}{blocked}",
+        "output": f"{config.output} ({fate})" if plan.output_exists else str(config.output),
     }
     notes = (Text(note, "yellow") for note in (*plan.warnings, *plan.assumptions))
     return Group(*notes, _facts(facts), Text(), Text("Nothing was loaded or written."))

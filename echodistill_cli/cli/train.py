@@ -78,7 +78,7 @@ def train(
     build = functools.partial(build_config, model, config_file)
     layered = pipeline.resumed_config if is_resumed else build
     with nullcontext() if is_resumed else naming_flags(flags):
-        overrides |= echo_setting(echo, overrides, lambda: layered(overrides))
+        overrides |= echo_setting(echo, overrides, flags, lambda: layered(overrides))
         config = layered(overrides)
     if not config.concept.photos:
         raise ConfigError(
@@ -90,7 +90,7 @@ def train(
         config = pipeline.fit_to_memory(functools.partial(build, overrides), vram, on_message)
     if dry_run:
         plan = pipeline.plan(config)
-        print_table(plan.to_dict(), plan_table(plan), as_json=as_json)
+        print_table(plan.to_dict(), plan_table(plan, resume=resume, overwrite=overwrite), as_json=as_json)
         return
     with TrainingProgress(stderr_console(), config, quiet=quiet) as progress:
         result = pipeline.train(

@@ -167,8 +167,9 @@ def _unet_settings(source: str | Path) -> dict[str, Any] | None:
     try:
         path = expanded(source)
         folder = path if path.is_dir() else None if path.is_file() else _cached_folder(str(source))
-        settings = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8")) if folder else None
-    except (OSError, ValueError):
+        file = folder / "unet" / "config.json" if folder else None
+        settings = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
+    except (OSError, ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
 
@@ -192,11 +193,13 @@ def family_of_source(source: str | Path) -> Family | None:
     """Return the family of a model folder, cached hub id or single-file checkpoint; None if unknown here."""
     if settings := _unet_settings(source):
         return family_of_unet(settings)
+    if not expanded(source).is_file():
+        return None
     try:
         with expanded(source).open("rb") as file:
             length = min(int.from_bytes(file.read(_LENGTH_BYTES), "little"), _MAX_HEADER_BYTES)
             names = list(json.loads(file.read(length)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     prefixes = {family.checkpoint_prefix: family for family in FAMILIES.values()}
     return next((prefixes[prefix] for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
@@ -270,6 +273,17 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
 
 
+def check_regular_files(folder: Path) -> None:
+    """Check that a folder holds no pipe or device, on which a reader would wait forever.
+
+    Raises:
+        ModelError: it does.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ModelError(f"{path} is a pipe or a device, not a file.", _REPLACE)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model.
 
@@ -277,6 +291,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ModelError: the file is missing, unreadable, empty or damaged, or does not hold an object.
     """
     with reading(path):
+        check_regular_files(path.parent)
         content = path.read_bytes()
         if not content.strip():
             raise ModelError(f"{path} is empty.", _REPLACE)

@@ -33,8 +33,9 @@ from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import make_folder, public_name, sha256, write_text
 from echodistill_cli.models.device import pick_device
+from echodistill_cli.models.downloads import CLIP, DINO, fetch_pair
 from echodistill_cli.models.sources import is_embedded
-from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer, ScoreEncoders, find_score_encoders
+from echodistill_cli.models.vision import ClipScorer, DinoScorer, ScoreEncoders, find_score_encoders
 from echodistill_cli.outputs.artifact import Artifact, find
 from echodistill_cli.outputs.requests import AUTO, EvaluationRequest, SampleRequest
 from echodistill_cli.outputs.sample import sample
@@ -152,9 +153,12 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
     )
     token, class_name = _subject(request, artifact)
     # Unlike for training, photos keep their size: the encoders' own preprocessing resizes them.
-    photos = load_photos(request.photos, min_photos=1, resolution=2**20, masks="off", captions=False).photos
+    photos = load_photos(
+        _photo_folder(request, artifact), min_photos=1, resolution=2**20, masks="off", captions=False
+    ).photos
     students = (models.student, artifact.metadata(sampling.role).get("ss_sd_model_name", ""))
     names = score_encoder_names(request.clip, request.dino, students)
+    fetch_pair(models, teacher=sampling.role == "teacher", scores=names)
     encoders = find_score_encoders(*names, offline=models.offline)
     folder = request.output or lora.parent / (f"{lora.stem}-evaluation" if artifact.file else "evaluation")
     settings = _image_settings(sampling, artifact, models)
@@ -178,6 +182,14 @@ def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[
         ("mini:clip" if embedded else CLIP) if clip == AUTO else clip,
         ("mini:vit" if embedded else DINO) if dino == AUTO else dino,
     )
+
+
+def _photo_folder(request: EvaluationRequest, artifact: Artifact) -> Path:
+    """Return the folder of photos that a request names, or else that the run was trained on."""
+    folder = request.photos or (Path(artifact.config.concept.photos) if artifact.config else None)
+    if folder is None:
+        raise ConfigError("No photos to compare with.", "Name their folder: echodistill evaluate FILE --photos DIR")
+    return folder
 
 
 def _subject(request: EvaluationRequest, artifact: Artifact) -> tuple[str, str]:

@@ -50,6 +50,7 @@ class LoraHeader:
         finished_at: end of training in seconds since the epoch; None omits it.
         cover: a PNG of at most 1 MiB; viewers expect 256 x 256 pixels.
         toy: whether the base model is the embedded toy pair, which no other tool has.
+        timestep: where the one-step student starts; None for the last timestep.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LoraHeader:
     finished_at: float | None = None
     cover: bytes | None = None
     toy: bool = False
+    timestep: int | None = None
 
 
 def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
@@ -171,6 +173,8 @@ def _echodistill(lora: LoraHeader) -> dict[str, str]:
         "seed": str(lora.seed),
         "config_sha256": lora.config_sha256,
     }
+    if lora.timestep is not None:
+        fields["student_timestep"] = str(lora.timestep)
     return {f"echodistill.{key}": value for key, value in fields.items()}
 
 
@@ -193,9 +197,9 @@ def model_metadata(lora_metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in metadata.items() if key not in _TRUE_OF_THE_LORA} | {"format": "pt"}
 
 
-def sidecar_paths(lora: Path) -> tuple[Path, Path]:
-    """Return the paths of a LoRA file's preview image and A1111 card."""
-    return lora.with_suffix(".png"), lora.with_suffix(".json")
+def sidecar_paths(lora: Path) -> tuple[Path, Path, Path]:
+    """Return the paths of a LoRA file's preview image, A1111 card and ComfyUI workflow."""
+    return lora.with_suffix(".png"), lora.with_suffix(".json"), lora.with_name(f"{lora.stem}-comfyui.json")
 
 
 def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
@@ -208,7 +212,7 @@ def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
     Raises:
         EchoDistillError: a file cannot be written.
     """
-    preview, card = sidecar_paths(lora)
+    preview, card, _ = sidecar_paths(lora)
     write_text(card, json.dumps(a1111_card(metadata), indent=2) + "\n")
     cover = cover_of(metadata)
     if cover is None:

@@ -179,11 +179,18 @@ def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     else:
         diffusers = "fully", "Loads completely with load_textual_inversion."
     by_name = f"Loads from the embeddings folder; write {token}, the file's name, in the prompt."
+    one_row = all(len(shape) == 1 for _, shape in file.table.values())
+    invoke = (
+        ("fully", by_name)
+        if count > 1 or one_row
+        else ("no", "Does not identify a token file with rows: it knows [n].")
+    )
     texts = {
         "diffusers": diffusers,
         "ComfyUI": ("fully", f"Loads from models/embeddings; write embedding:{token} in the prompt."),
         "A1111": ("fully", by_name),
         "Forge": ("fully", by_name),
         "sd-scripts": ("fully", "Loads with --textual_inversion_embeddings of its image generators."),
+        "InvokeAI": invoke,
     }
     return tuple(Verdict(reader, loads, count, 0, text) for reader, (loads, text) in texts.items())

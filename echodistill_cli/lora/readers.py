@@ -3,7 +3,8 @@
 The rules come from the tools' sources: ComfyUI `comfy/lora.py` and `comfy/utils.py`, A1111
 `extensions-builtin/Lora/networks.py`, Forge `extensions-builtin/sd_forge_lora/networks.py` (it vendors ComfyUI's
 names), kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_pipeline.py`. A reader applies a
-key if it knows both the name of its module and its part.
+key if it knows both the name of its module and its part. Of InvokeAI, SD.Next and stable-diffusion.cpp it is known what
+they do with plain LoRAs in kohya's and diffusers' layouts, so they get a verdict on such files alone.
 """
 
 from __future__ import annotations
@@ -61,7 +62,16 @@ class Verdict:
 
 def compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     """Return each reader's verdict on loading a LoRA file onto a model of the file's family."""
-    return tuple(_verdict(file, reader) for reader in _READERS)
+    known = _READERS if _is_common(file) else [reader for reader in _READERS if not reader.common_files_only]
+    return tuple(_verdict(file, reader) for reader in known)
+
+
+def _is_common(file: LoraFile) -> bool:
+    """Return whether a file is a plain LoRA in kohya's or diffusers' layout; it may have a bundled token."""
+    keys = [key for key in file.table if not key.startswith("bundle_emb.")]
+    kohya = all(key.startswith(_KOHYA) and not _OLD_SUFFIX.search(key) for key in keys)
+    diffusers = all(key.startswith((UNET, TEXT_ENCODER)) and ".processor." not in key for key in keys)
+    return (kohya or diffusers) and all(split_key(key).part in _PLAIN for key in keys)
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,7 @@ class _Reader:
         verdict: from the file and its matched and unmatched keys to `loads` and `text`.
         bundles: it reads a learned token that is bundled into a LoRA file.
         old_suffixes: it reads `_lora.down.weight` after kohya's names of modules.
+        common_files_only: its rules are known for plain LoRAs in kohya's and diffusers' layouts alone.
     """
 
     name: str
@@ -85,6 +96,7 @@ class _Reader:
     verdict: Callable[[LoraFile, int, int], tuple[str, str]]
     bundles: bool = False
     old_suffixes: bool = False
+    common_files_only: bool = False
 
 
 def _verdict(file: LoraFile, reader: _Reader) -> Verdict:
@@ -152,6 +164,18 @@ def _scripts_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str,
     if unmatched:
         return "partly", f"Applies {matched} keys and ignores {unmatched}."
     return "fully", "Loads completely."
+
+
+def _invoke_verdict(_file: LoraFile, _matched: int, unmatched: int) -> tuple[str, str]:
+    if unmatched:
+        return "no", "Rejects the file: it knows kohya's layout. Convert it: echodistill export FILE"
+    return "fully", "Loads completely. For a merged SD-Turbo checkpoint, set its prediction type to epsilon by hand."
+
+
+def _cpp_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
+    if matched and unmatched and file.family == "sd2":
+        return "partly", f"Leaves {unmatched} keys of the text encoder unused: it cannot change query, key and value."
+    return _scripts_verdict(file, matched, unmatched)
 
 
 def _diffusers_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
@@ -298,10 +322,21 @@ def _diffusers_names(family: str) -> frozenset[str]:
     return frozenset(names)
 
 
+@functools.cache
+def _cpp_names(family: str) -> frozenset[str]:
+    # It keeps query, key and value of SD 2's text encoder in one matrix, onto which it puts no LoRA.
+    fused = tuple(f"self_attn_{name}" for name in TEXT_ATTENTION[:3]) if family == "sd2" else ()
+    names = {name for name in _scripts_names(family) if not (fused and name.endswith(fused))}
+    return frozenset(names | {f"unet.{path}" for path in unet_paths(family)})
+
+
 _READERS = (
     _Reader("diffusers", _diffusers_names, _PLAIN | {"lora_magnitude_vector"}, True, _diffusers_verdict),
     _Reader("ComfyUI", _comfy_names, _PLAIN | OTHER_PARTS, False, _comfy_verdict, old_suffixes=True),
     _Reader("A1111", _a1111_names, _PLAIN | OTHER_PARTS, False, _a1111_verdict, bundles=True),
     _Reader("Forge", _comfy_names, _PLAIN | OTHER_PARTS - _OFT, False, _forge_verdict, old_suffixes=True),
     _Reader("sd-scripts", _scripts_names, _PLAIN, False, _scripts_verdict),
+    _Reader("InvokeAI", _scripts_names, _PLAIN, False, _invoke_verdict, common_files_only=True),
+    _Reader("SD.Next", _scripts_names, _PLAIN, False, _a1111_verdict, bundles=True, common_files_only=True),
+    _Reader("stable-diffusion.cpp", _cpp_names, _PLAIN, False, _cpp_verdict, common_files_only=True),
 )

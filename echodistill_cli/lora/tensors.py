@@ -145,7 +145,7 @@ def token_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dic
     Args:
         token: the word; the file must have the same name, because most tools take the token from the file name.
         vectors: [n, width] by component: "text_encoder" and, for SDXL, "text_encoder_2".
-        family: "sd" (one tensor under the token's name) or "sdxl" ("clip_l" and "clip_g").
+        family: "sd" (one tensor under the token's name, [width] for one vector) or "sdxl" ("clip_l" and "clip_g").
 
     Raises:
         ConfigError: the token cannot be a file name.
@@ -160,7 +160,11 @@ def token_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dic
     for component, vector in vectors.items():
         if vector.ndim != 2:
             raise ConfigError(f"The token's vectors for {component} have shape {list(vector.shape)}, not [n, width].")
-    return {names[component]: vector.detach().float().contiguous() for component, vector in vectors.items()}
+    vectors = {component: vector.detach().float().contiguous() for component, vector in vectors.items()}
+    if family == "sd" and len(vectors[TEXT_ENCODER]) == 1:
+        # InvokeAI does not identify [1, width]; every tool reads [width].
+        vectors[TEXT_ENCODER] = vectors[TEXT_ENCODER][0]
+    return {names[component]: vector for component, vector in vectors.items()}
 
 
 def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> dict[str, Tensor]:
@@ -171,7 +175,7 @@ def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> d
     """
     tensors = token_tensors(token, vectors, family)
     if family != "sdxl":
-        return {f"{BUNDLE_PREFIX}{token}.string_to_param.*": tensors[token]}
+        return {f"{BUNDLE_PREFIX}{token}.string_to_param.*": torch.atleast_2d(tensors[token])}
     return {f"{BUNDLE_PREFIX}{token}.{key}": value for key, value in tensors.items()}
 
 

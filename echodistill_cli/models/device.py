@@ -24,6 +24,7 @@ from echodistill_cli.config.families import FAMILIES, Family, Size, family_of_wi
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.models.downloads import backbones
 from echodistill_cli.models.single_file import shipped_configuration
 from echodistill_cli.models.sources import resolve
 
@@ -178,14 +179,6 @@ def _activations(config: Config, size: Size, scale: float) -> float:
     by_area += _SLICED_WASSERSTEIN if config.loss.sliced_wasserstein else 0
     fixed = sum(_BACKBONE_ACTIVATIONS.get(name, _BACKBONE_ACTIVATIONS["clip"]) for name in backbones(config)) * scale
     return config.train.batch_size * (by_area * (config.model.resolution / 512) ** 2 + fixed)
-
-
-def backbones(config: Config) -> set[str]:
-    """Return the image encoders that a run loads."""
-    names = set(config.critic.discriminators) if config.loss.adversarial else set()
-    if config.loss.identity or config.echo.start is not None:
-        names.add(config.critic.identity)
-    return names - {"teacher", "none"}
 
 
 def plan_memory(

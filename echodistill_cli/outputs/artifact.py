@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from echodistill_cli import __version__
@@ -252,7 +252,8 @@ class Artifact:
         if model is not None:
             # A single file has no vocabulary, so the run's is used.
             tokenizer = self.config.model.tokenizer if self.config and Path(model).is_file() else None
-            kept = {"tokenizer": tokenizer} if tokenizer else {}
+            kept = {"tokenizer": tokenizer, "student_timestep": self._student_timestep()}
+            kept = {key: value for key, value in kept.items() if value is not None}
             return changed_models(build_config(model).model, kept | dict(changes or {}), size)
         if self.config is None:
             raise ConfigError(
@@ -260,6 +261,13 @@ class Artifact:
                 "Name the model it was made for with --model.",
             )
         return changed_models(self.config.model, changes or {}, size)
+
+    def _student_timestep(self) -> int | None:
+        """Return where the student was trained to start: as the run says, or the header of the LoRA file."""
+        if self.config:
+            return self.config.model.student_timestep
+        text = self.file.metadata.get("echodistill.student_timestep", "") if self.file else ""
+        return int(text) if re.fullmatch(r"[1-9]\d{0,5}", text) else None
 
     def teacher_guidance(self, model: str | None = None) -> float:
         """Return the guidance scale of the teacher: the run's, or the one that the preset of `model` has."""
@@ -282,8 +290,7 @@ class Artifact:
         together = f"together with {last_part(student_lora)}, " if student_lora else ""
         first = config.model.student_timestep
         timesteps = "trailing timesteps" if first is None else f"timestep {first} with unit noise (LCM sampler)"
-        toy = is_embedded(config.model.student)
-        if toy:
+        if toy := is_embedded(config.model.student):
             together = "in echodistill only, "
         usage = {
             "student": f"{together}1 step, guidance 0 (CFG 1), {timesteps}, {side}x{side}",
@@ -311,6 +318,7 @@ class Artifact:
             finished_at=record.finished_at,
             cover=record.cover,
             toy=toy,
+            timestep=first,
         )
 
     def _read_record(self) -> TrainingRecord:
@@ -321,7 +329,6 @@ class Artifact:
         return TrainingRecord(started, finished, cover_of(metadata))
 
 
-@torch.no_grad()
 def changed_models(model: ModelConfig, changes: Mapping[str, Any], size: int | None = None) -> ModelConfig:
     """Return a run's models with changes for generating images.
 

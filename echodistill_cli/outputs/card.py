@@ -13,7 +13,8 @@ from echodistill_cli.config.build import config_hash
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.files import is_path, last_part, public_name
+from echodistill_cli.files import is_path, last_part, public_name, write_text
+from echodistill_cli.lora.header import sidecar_paths
 from echodistill_cli.models.sources import is_embedded
 
 # Signs that a shell reads between double quotes.
@@ -128,6 +129,7 @@ tags: [text-to-image, {kind}, echodistill]
 import torch
 from diffusers import AutoPipelineForText2Image
 
+# On a CPU: torch_dtype=torch.float32, and without .to("cuda").
 pipe = AutoPipelineForText2Image.from_pretrained(".", torch_dtype=torch.float16).to("cuda")
 image = pipe({prompt}{settings}).images[0]
 ```
@@ -174,6 +176,79 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         digest=config_hash(config)[:16],
     )
     return card if config.model.student_timestep is None else _at_timestep(card, config.model.student_timestep)
+
+
+# The files in which the published models are offered for user interfaces.
+_CHECKPOINTS = {"sd-turbo": "sd_turbo", "sdxl-turbo": "sd_xl_turbo_1.0_fp16"}
+
+
+def write_workflow(config: Config, lora: Path, header: Mapping[str, str]) -> None:
+    """Write a workflow for ComfyUI beside a student's LoRA file, if ComfyUI can sample the student.
+
+    Args:
+        config: of the run.
+        lora: path of the LoRA file.
+        header: of the LoRA file.
+
+    Raises:
+        EchoDistillError: the file cannot be written.
+    """
+    velocity = header.get("modelspec.prediction_type") == "v"
+    if workflow := comfyui_workflow(config, lora.name, velocity=velocity):
+        write_text(sidecar_paths(lora)[2], json.dumps(workflow, indent=2) + "\n")
+
+
+def comfyui_workflow(config: Config, lora: str, *, velocity: bool = False) -> dict[str, Any] | None:
+    """Return a workflow for ComfyUI, in its API format, that generates one image with a student's LoRA.
+
+    Args:
+        config: of the run.
+        lora: name of the LoRA file.
+        velocity: whether the student predicts v.
+
+    Returns:
+        None for a student that ComfyUI's nodes do not sample: the toy, or one that starts before the last timestep.
+    """
+    if is_embedded(config.model.student) or config.model.student_timestep is not None:
+        return None
+    name = last_part(config.model.student).removesuffix(".safetensors")
+    token, subject = config.concept.token, config.subject
+    if config.text.form == "token":
+        subject = subject.replace(token, f"embedding:{token}", 1)
+    nodes: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "1": ("CheckpointLoaderSimple", {"ckpt_name": f"{_CHECKPOINTS.get(name, name)}.safetensors"})
+    }
+    model: list[str | int] = ["1", 0]
+    clip: list[str | int] = ["1", 1]
+    for file in filter(None, (config.model.student_lora, lora)):
+        inputs = {"model": model, "clip": clip, "lora_name": last_part(file)}
+        number = str(len(nodes) + 1)
+        nodes[number] = ("LoraLoader", inputs | {"strength_model": 1.0, "strength_clip": 1.0})
+        model, clip = [number, 0], [number, 1]
+    if velocity:
+        number = str(len(nodes) + 1)
+        nodes[number] = ("ModelSamplingDiscrete", {"model": model, "sampling": "v_prediction", "zsnr": False})
+        model = [number, 0]
+    nodes |= _sampling_nodes(model, clip, f"a photo of a {subject} on the beach", config.model.resolution, lora)
+    return {number: {"class_type": kind, "inputs": inputs} for number, (kind, inputs) in nodes.items()}
+
+
+def _sampling_nodes(
+    model: list[str | int], clip: list[str | int], prompt: str, side: int, lora: str
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Return the nodes behind the loaders: prompts, one step of Euler, and the image."""
+    links = {"positive": ["10", 0], "negative": ["11", 0], "sampler": ["14", 0], "sigmas": ["13", 0]}
+    sampler = {"model": model, "add_noise": True, "noise_seed": 0, "cfg": 1.0, "latent_image": ["12", 0], **links}
+    return {
+        "10": ("CLIPTextEncode", {"clip": clip, "text": prompt}),
+        "11": ("CLIPTextEncode", {"clip": clip, "text": ""}),
+        "12": ("EmptyLatentImage", {"width": side, "height": side, "batch_size": 1}),
+        "13": ("SDTurboScheduler", {"model": model, "steps": 1, "denoise": 1.0}),
+        "14": ("KSamplerSelect", {"sampler_name": "euler"}),
+        "15": ("SamplerCustom", sampler),
+        "16": ("VAEDecode", {"samples": ["15", 0], "vae": ["1", 2]}),
+        "17": ("SaveImage", {"images": ["16", 0], "filename_prefix": Path(lora).stem}),
+    }
 
 
 def _at_timestep(card: str, timestep: int) -> str:

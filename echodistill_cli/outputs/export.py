@@ -46,7 +46,7 @@ from echodistill_cli.outputs.apply import (
     save_pipeline,
 )
 from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run
-from echodistill_cli.outputs.card import merged_card, model_card
+from echodistill_cli.outputs.card import merged_card, model_card, write_workflow
 from echodistill_cli.outputs.hub import check_repository, exported_files, push, run_files
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
 from echodistill_cli.outputs.requests import ExportRequest
@@ -262,6 +262,8 @@ def write_lora(
     write_safetensors(item.path, tensors, metadata | extra)
     if item.layout == "kohya" and request.metadata:
         write_sidecars(item.path, metadata)
+        if artifact.config and metadata.get("echodistill.role") == "student":
+            write_workflow(artifact.config, item.path, metadata)
 
 
 def write_token(artifact: Artifact, path: Path) -> None:
@@ -314,7 +316,7 @@ def _merged_pair(
             f"The LoRA is for {artifact.family}, and the model is {pair.family}.",
             "Name the model that the LoRA was made for with --model.",
         )
-    fold_lora(pair, item.role, artifact.weights(item.role))
+    fold_lora(pair, item.role, artifact.weights(item.role), str(artifact.file.path if artifact.file else artifact.name))
     token = artifact.token
     if token and (item.layout in _WITH_VOCABULARY or has_token(pair.encoder, token)):
         insert_token(pair.encoder, token, list(artifact.vectors().values()))

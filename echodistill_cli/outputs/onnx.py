@@ -33,7 +33,7 @@ from echodistill_cli.diffusion.schedule import NoiseSchedule
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import atomically
-from echodistill_cli.models.load import load_schedule
+from echodistill_cli.models.parts import load_schedule
 from echodistill_cli.outputs.apply import plain_pipeline
 from echodistill_cli.outputs.hub import make_portable
 

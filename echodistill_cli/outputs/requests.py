@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.runs import newest_run, open_run
 
 if TYPE_CHECKING:
     from echodistill_cli.diffusion.pair import Role
@@ -84,6 +85,18 @@ class SampleRequest:
         if not 0 <= self.seed <= _SEEDS - self.count:
             raise ConfigError(f"--seed {self.seed} is out of range.", "Use a --seed of 0 or more, below 2^64.")
 
+    def check_paths(self, folder: Path | None = None) -> None:
+        """Check, without torch, that there are LoRA files, and that a folder to write to can be one.
+
+        Args:
+            folder: to write to; None for no check.
+
+        Raises:
+            ConfigError: there is no such run or file, or the folder is a file.
+        """
+        for lora in (self.lora, *(lora for lora, _ in self.more_loras)) if self.backend == "torch" else ():
+            _check_paths(lora, folder)
+
 
 @dataclass(frozen=True)
 class ExportRequest:
@@ -121,13 +134,21 @@ class ExportRequest:
     private: bool | None = None
     dry_run: bool = False
 
+    def check_paths(self) -> None:
+        """Check, without torch, that there is a source, and that `output` can be a folder.
+
+        Raises:
+            ConfigError: there is no such run or file, or `output` is a file.
+        """
+        _check_paths(self.source, self.output)
+
 
 @dataclass(frozen=True)
 class EvaluationRequest:
     """What to score.
 
     Args:
-        photos: folder of real photos of the subject.
+        photos: folder of real photos of the subject; None for those that the run was trained on.
         sampling: which images to generate; `{}` or `{subject}` in its prompts becomes the subject. Without prompts,
             those of `data.prompts.EVALUATION_TEMPLATES` are used.
         token: the subject's token; None for the one in the LoRA file's header.
@@ -137,7 +158,7 @@ class EvaluationRequest:
         output: folder of the results; None for one beside the LoRA file.
     """
 
-    photos: Path
+    photos: Path | None
     sampling: SampleRequest
     token: str | None = None
     class_name: str | None = None
@@ -167,6 +188,26 @@ class BenchmarkRequest:
     names: Sequence[str] = ()
     clip: str = AUTO
     dino: str = AUTO
+
+
+def _check_paths(source: Path | None, folder: Path | None = None) -> None:
+    """Check, without torch, that there is a run or LoRA file, and that a folder to write to can be one.
+
+    Args:
+        source: run folder or LoRA file; None for the newest run.
+        folder: to write to; None for no check.
+
+    Raises:
+        ConfigError: there is no such run or file, or the folder is a file.
+    """
+    if source is None:
+        newest_run()
+    elif source.is_dir():
+        open_run(source)
+    elif not source.is_file():
+        raise ConfigError(f"{source}: no such run folder or LoRA file.", "Name one, or train one first.")
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file.", "Name a folder with --output.")
 
 
 def setting_notes(request: SampleRequest, steps: int, guidance: float, trained: int | None) -> Iterator[str]:

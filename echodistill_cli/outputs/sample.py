@@ -244,9 +244,9 @@ def _fold(pair: ModelPair, request: SampleRequest, lora: Path, scale: float) -> 
     """Add a LoRA file to the weights at a scale."""
     parts = [dataclasses.replace(part, alpha=part.alpha * scale) for part in read_lora(lora).to_peft()]
     try:
-        fold_lora(pair, request.role, parts)
+        fold_lora(pair, request.role, parts, str(lora))
     except ModelError as error:
-        raise ModelError(f"{lora} does not fit this model ({error.message})", "Omit this --lora.") from error
+        raise ModelError(error.message, "Omit this --lora.") from error
 
 
 def _texts(generator: _Generator, prompt: str, seed: int) -> dict[str, str]:
@@ -270,7 +270,7 @@ def _parameters(generator: _Generator, prompt: str, seed: int) -> str:
     settings = generator.settings
     fields = {
         "Steps": settings.steps,
-        "Sampler": "Euler",
+        "Sampler": "Euler" if generator.pair.role(settings.role).timestep is None else "LCM",
         "Schedule type": "SGM Uniform",  # trailing timesteps
         "CFG scale": f"{max(settings.guidance_scale, 1.0):g}",
         "Seed": seed,

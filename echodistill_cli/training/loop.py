@@ -228,14 +228,15 @@ def preview(state: TrainingState, run: Run) -> None:
     )
     texts = [text for prompt in prompts for text in (prompt, prompt.replace(config.subject, class_name))]
     seeds = list(range(settings.sample_seeds))
+    labels = [text for text in texts for _ in seeds]
     images = generate(
         state.pair,
-        [text for text in texts for _ in seeds],
+        labels,
         seeds * len(texts),
         SamplingSettings(size=config.model.resolution, batch_size=config.train.batch_size),
     )
     with state.at_export_scale():
-        sheet = grid([to_image(image) for image in images], columns=2 * len(seeds))
+        sheet = grid([to_image(image) for image in images], columns=2 * len(seeds), labels=labels)
     metadata = {"prompts": " | ".join(texts), "seeds": ", ".join(map(str, seeds)), "step": str(state.step)}
     save_png(run.samples / f"step-{state.step:06d}.png", sheet, metadata)
 

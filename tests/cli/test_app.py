@@ -427,3 +427,30 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytes
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     quiet_libraries(offline=False, quiet=False)
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_inspect_takes_a_run_folder_and_refuses_another_folder(tmp_path: Path) -> None:
+    done = command("inspect", tmp_path)
+    assert (done.code, done.out) == (2, "")
+    assert "is not a run folder" in done.error
+
+
+@pytest.mark.parametrize("line", ["sample a --lora none", "export none", "evaluate none --photos x", "sample a"])
+def test_a_source_that_does_not_exist_is_named_without_torch(line: str, tmp_path: Path) -> None:
+    program = (
+        f"from echodistill_cli.cli import main\ntry: main({line.split()})\nexcept SystemExit as end: print(end.code)\n"
+        "import sys; print({'torch', 'diffusers', 'transformers'} & set(sys.modules))"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
+    assert done.stdout.splitlines() == ["2", "set()"]
+
+
+def test_an_output_that_is_a_file_is_refused_before_models_are_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "images"
+    file.touch()
+    lora = tmp_path / "a.safetensors"
+    lora.touch()
+    done = command("sample", "a", "--lora", lora, "-o", file)
+    assert (done.code, done.err) == (2, f"error: --output {file} is a file. Name a folder with --output.\n")

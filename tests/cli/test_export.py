@@ -111,15 +111,15 @@ def test_the_table_of_a_file_says_how_it_is_used(run: Path) -> None:
 
 
 def test_a_lora_file_folded_into_both_models_gives_two(run: Path, tmp_path: Path) -> None:
-    line = ("export", run / "sks-dog.safetensors", "--role", "both", "--format", "pipeline", "--dtype", "fp32")
-    done = command(*line, "-o", tmp_path, "-q")
+    line = ("export", run / "sks-dog.safetensors", "--format", "pipeline", "--dtype", "fp32", "-q")
+    done = command(*line, "--role", "both", "-o", tmp_path)
     assert done.code == 0, done.err
     student, teacher = (tmp_path / f"sks-dog{role}-merged" for role in ("", "-teacher"))
     assert done.out.split() == [str(student), str(teacher)]
     ours, theirs = (load_file(made / "unet/diffusion_pytorch_model.safetensors") for made in (student, teacher))
     assert any(not torch.equal(ours[key], theirs[key]) for key in ours)
     # Of one role alone the file's own name tells which.
-    assert command(*line, "--role", "teacher", "-o", tmp_path / "one", "-q").out.split()[0].endswith(student.name)
+    assert command(*line, "--role", "teacher", "-o", tmp_path / "one").out.split()[0].endswith(student.name)
 
 
 def test_a_lora_file_written_again_is_of_one_role(run: Path, tmp_path: Path) -> None:

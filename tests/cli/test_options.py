@@ -171,11 +171,51 @@ def test_set_takes_any_setting_as_toml_and_a_bare_word_as_text(photo_folder: Pat
         assert config[section][name] == value
 
 
-def test_set_goes_over_the_file_and_its_last_value_counts(photo_folder: Path, tmp_path: Path) -> None:
+def test_set_goes_over_the_file(photo_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text("[train]\nsteps = 7\nbatch_size = 3\n")
-    line = (photo_folder, "--config", tmp_path / "run.toml", "--set", "train.steps=9", "--set", "train.steps=10")
+    line = (photo_folder, "--config", tmp_path / "run.toml", "--set", "train.steps=10")
     assert planned(*line)["train"]["steps"] == 10
     assert planned(*line)["train"]["batch_size"] == 3
+
+
+def test_set_takes_switches_and_lists_as_flags_spell_them(photo_folder: Path) -> None:
+    texts = ("critic.discriminators=none", "model.offload=on", "concept.captions=off", "concept.scenes=none")
+    config = planned(photo_folder, *(word for text in texts for word in ("--set", text)))
+    assert (config["critic"]["discriminators"], config["concept"]["scenes"]) == ([], [])
+    assert (config["model"]["offload"], config["concept"]["captions"]) == (True, False)
+    assert planned(photo_folder, "--set", "critic.discriminators=dino, clip")["critic"]["discriminators"] == [
+        "dino",
+        "clip",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("train p --steps 3 --steps 5", "--steps"),
+        ("train p --network_dim 3 --rank 4", "--rank"),
+        ("train p --echo --no-echo", "--echo/--no-echo"),
+        ("sample text --size 64 --size 32", "--size"),
+        ("evaluate --photos a --photos b", "--photos"),
+        ("check p --min-photos=3 --min-photos=4", "--min-photos"),
+    ],
+)
+def test_an_option_that_counts_once_is_refused_if_it_is_given_twice(line: str, name: str) -> None:
+    done = command(*line.split())
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: {name} is given 2 times, and one would be ignored. Give it once.\n"
+
+
+def test_options_that_may_be_repeated_and_switches_are_not(photo_folder: Path) -> None:
+    line = ("--sample-prompt", "a", "--sample-prompt", "b", "--json", "--json", "-q", "-q")
+    assert planned(photo_folder, *line)["run"]["sample_prompts"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["", "train", "sample", "export", "evaluate", "check", "download"])
+def test_the_help_shows_no_type_for_a_switch_and_no_braces(name: str) -> None:
+    help_text = command(*name.split(), "--help").out
+    assert "<bool>" not in help_text
+    assert "{" not in help_text.split("Options")[0]
 
 
 def test_set_wins_over_a_memory_plan(photo_folder: Path) -> None:
@@ -195,7 +235,10 @@ def test_set_names_the_model_and_the_photos_too(photo_folder: Path) -> None:
     [
         ("p --set train.target_steps=0", "train.target_steps = 0 is below 1"),
         ("p --set train.target_steps=five", "train.target_steps = 'five' is not an integer"),
-        ("p --set critic.discriminators=dino", "is not a list of strings"),
+        ("p --set concept.scenes=dino", "is not a list of strings"),
+        ("p --set train.steps=9 --set train.steps=10", "train.steps is given twice by --set."),
+        ("p --no-echo --set echo.start=3", "--no-echo contradicts --set echo.start=3."),
+        ("p --no-echo --echo-start 3", "--no-echo contradicts --echo-start 3."),
         ("p --set train.stpes=5", "Unknown setting train.stpes. Did you mean train.steps?"),
         ("p --set trian.steps=5", "Unknown section [trian]. Did you mean train?"),
         ("p --set target_steps=5", "Write --set train.target_steps=VALUE."),

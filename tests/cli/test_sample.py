@@ -169,7 +169,7 @@ def test_a_lora_file_draws_the_same_as_its_run_and_elsewhere_needs_its_model(
         (("--precision", "fp61"), 2, "fp16"),
         (("--device", "cuda:99"), 2, "--device auto"),
         (("--size", 70), 2, "70"),
-        (("--model", "nobody/has-this", "--offline"), 4, "hf download nobody/has-this"),
+        (("--model", "nobody/has-this", "--offline"), 4, "echodistill download nobody/has-this --critic none"),
         # A picture for which no machine has the room.
         (("--size", 4_000_000), 5, "Out of memory while allocating 4000000000000 bytes. Try a smaller --batch-size"),
     ],

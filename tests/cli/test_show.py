@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from echodistill_cli.cli.show import ImageProgress, SafeConsole, TrainingProgress, print_paths, say_to
+from echodistill_cli.cli.show import ImageProgress, SafeConsole, TrainingProgress, plan_table, print_paths, say_to
 from echodistill_cli.config.schema import ConceptConfig, Config, EchoConfig, LossConfig, TrainConfig
+from echodistill_cli.planning import Plan
 from tests.helpers.commands import command
 
 ATTACK = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e"
@@ -112,3 +113,18 @@ def test_a_name_that_stdout_cannot_encode_is_printed_escaped(monkeypatch: pytest
         out.flush()
         assert out.buffer.getvalue().strip() == expected
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "runs/sks (exists: needs --resume or --overwrite)"),
+        ({"resume": True}, "runs/sks (continued)"),
+        ({"overwrite": True}, "runs/sks (replaced)"),
+    ],
+)
+def test_a_plan_says_what_becomes_of_a_run_that_exists(options: dict[str, bool], words: str) -> None:
+    plan = Plan(Config(), 4, (), {}, (), {}, None, output_exists=True)
+    out, text = console()
+    out.print(plan_table(plan, **options))
+    assert words in text.getvalue()

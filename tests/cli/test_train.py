@@ -108,7 +108,8 @@ def test_no_path_of_this_machine_is_in_what_people_pass_on(run: tuple[Path, str,
 
 def test_a_preview_has_a_row_per_prompt_with_the_token_and_without(run: tuple[Path, str, Done]) -> None:
     with Image.open(run[0] / "samples" / "step-000004.png") as sheet:
-        assert sheet.size == (4 * 64 + 3 * 2, 2 * 64 + 2)
+        assert sheet.width == 4 * 64 + 3 * 2
+        assert sheet.height > 2 * 64 + 2  # each image has its prompt below it
         assert sheet.info["step"] == "4"
         assert sheet.info["prompts"].split(" | ")[:2] == ["a photo of a sks dog", "a photo of a dog"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.evaluation.dreambench import TABLE, read_classes, read_prompts, read_subjects
-from tests.helpers.commands import Done, command, small_toml, without_a_network
+from tests.helpers.commands import Done, command, overriding, small_toml, without_a_network
 from tests.helpers.random_models import build_score_encoders
 
 Pair = tuple[Path, Path]
@@ -113,7 +113,8 @@ class Bench:
 
     def __call__(self, *more: object) -> Done:
         where = ["--dreambench", self.checkout, "-o", self.output, "--config", self.toml]
-        return command("evaluate", *where, "--clip", self.clip, "--dino", self.dino, "--seeds", 1, *more)
+        line = [*where, "--clip", self.clip, "--dino", self.dino, "--seeds", 1]
+        return command("evaluate", *overriding(line, *more))
 
     def trained_steps(self, subject: str) -> list[int]:
         """The steps of a subject's run, as it logged them."""

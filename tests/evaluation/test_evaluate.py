@@ -14,8 +14,9 @@ from PIL import Image
 
 from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
 from echodistill_cli.evaluation.evaluate import fill, score_encoder_names
-from echodistill_cli.models.vision import CLIP, DINO, ClipScorer, DinoScorer
-from tests.helpers.commands import command, files_below, trained_run, without_a_network
+from echodistill_cli.models.downloads import CLIP, DINO
+from echodistill_cli.models.vision import ClipScorer, DinoScorer
+from tests.helpers.commands import command, files_below, overriding, trained_run, without_a_network
 from tests.helpers.random_models import CLIP_SEES, DINO_SEES, build_score_encoders
 
 Pair = tuple[Path, Path]
@@ -256,7 +257,7 @@ def test_our_own_prompts_have_a_place_for_the_subject_each() -> None:
 def test_what_cannot_be_measured_ends_with_one_line_and_no_result(
     flags: list[object], tmp_path: Path, change: tuple[object, ...], code: int, words: str
 ) -> None:
-    done = command("evaluate", *flags, *change, "-q")
+    done = command("evaluate", *overriding(flags, *change, "-q"))
     assert (done.code, done.out, done.err.count("\n")) == (code, "", 1), done.err
     assert words in done.err
     assert not (tmp_path / "out" / "evaluation.json").exists()
@@ -274,7 +275,7 @@ def test_a_run_that_was_trained_offline_is_measured_so_unless_no_offline_is_said
     flags: list[object], monkeypatch: pytest.MonkeyPatch, how: tuple[str, ...], words: str
 ) -> None:
     without_a_network(monkeypatch)
-    done = command("evaluate", *flags, "--clip", "nobody/has-this", *how)
+    done = command("evaluate", *overriding(flags, "--clip", "nobody/has-this", *how))
     assert (done.code, done.out) == (4, "")
     assert words in done.error
 
@@ -283,7 +284,7 @@ def test_a_run_that_was_trained_offline_is_measured_so_unless_no_offline_is_said
 def test_a_damaged_encoder_ends_with_4(flags: list[object], tmp_path: Path, flag: str) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
-    done = command("evaluate", *flags, flag, tmp_path / "damaged", "-q")
+    done = command("evaluate", *overriding(flags, flag, tmp_path / "damaged", "-q"))
     assert (done.code, done.out, done.err.count("\n")) == (4, "", 1), done.err
 
 
@@ -302,8 +303,13 @@ def test_templates_are_read_as_prompts_of_sample_are(flags: list[object], tmp_pa
     assert "line 1 holds the option --w" in command("evaluate", *flags).error
 
 
-def test_photos_must_be_named(run: Path) -> None:
-    done = command("evaluate", run)
+def test_photos_are_those_of_the_training_unless_others_are_named(
+    run: Path, flags: list[object], tmp_path: Path, small_pair: Pair
+) -> None:
+    own = [word for index, word in enumerate(flags) if "--photos" not in flags[max(index - 1, 0) : index + 1]]
+    assert command("evaluate", *own, "--json").result["photos"] == 4
+    alone = Path(shutil.copy(run / "sks-dog.safetensors", tmp_path / "dog.safetensors"))
+    done = command("evaluate", alone, "--model", small_pair[0], "--size", 64, "--offline")
     assert (done.code, done.out) == (2, "")
     assert "--photos DIR" in done.error
 
@@ -333,7 +339,7 @@ def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
     shutil.copytree(encoders[flag == "--dino"], broken)
     for name in without.split():
         (broken / name).unlink()
-    done = command("evaluate", *flags, flag, broken)
+    done = command("evaluate", *overriding(flags, flag, broken))
     assert (done.code, done.out) == (4, "")
     assert words in done.error
     assert not (tmp_path / "out").exists()
@@ -342,7 +348,7 @@ def test_a_part_that_an_encoder_lacks_is_named_before_anything_is_drawn(
 def test_an_encoder_of_another_kind_or_with_lost_weights_is_refused(
     flags: list[object], encoders: ScoreEncoders, small_backbones: Backbones, tmp_path: Path
 ) -> None:
-    done = command("evaluate", *flags, "--clip", small_backbones["clip"])
+    done = command("evaluate", *overriding(flags, "--clip", small_backbones["clip"]))
     assert (done.code, done.out) == (4, "")
     assert "'clip_vision_model'" in done.error
     from safetensors.torch import load_file, save_file
@@ -352,7 +358,7 @@ def test_an_encoder_of_another_kind_or_with_lost_weights_is_refused(
     tensors = load_file(broken / "model.safetensors")
     del tensors["text_projection.weight"]
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    done = command("evaluate", *flags, "--clip", broken)
+    done = command("evaluate", *overriding(flags, "--clip", broken))
     assert (done.code, done.out) == (4, "")
     assert "text_projection.weight" in done.error
 

@@ -13,7 +13,8 @@ import pytest
 
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ModelError
-from echodistill_cli.models.sources import downloads, embedded_folder, resolve, where
+from echodistill_cli.models.downloads import Source, downloads
+from echodistill_cli.models.sources import embedded_folder, resolve, where
 from examples.benchmark.measure import JUDGE
 from examples.mini_world.judges import Examiner
 from examples.mini_world.nouns import CORE
@@ -29,7 +30,7 @@ def test_the_embedded_models_are_found_by_name_and_nothing_is_downloaded() -> No
     assert (embedded_folder("mini:student") / "model_index.json").is_file()
     assert resolve("mini:identity", ("",)) == embedded_folder("mini:identity")
     assert where("mini:teacher") == "in the package"
-    assert downloads("mini:student", ("unet", "vae")) == []
+    assert downloads(Source("mini:student", ("unet", "vae"))) == []
     with pytest.raises(ModelError, match="no model of this name") as caught:
         resolve("mini:teecher", ("unet",))
     assert "mini:teacher" in str(caught.value.hint)

@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,3 +115,13 @@ def without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the hub client's attempts
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+
+def overriding(line: Sequence[object], *more: object) -> list[object]:
+    """Return a command line and further options, without those of `line` that are given again."""
+    names, words = {word for word in more if str(word).startswith("-")}, list(line)
+    for name in names & set(words):
+        start = words.index(name)
+        has_value = len(words) > start + 1 and not str(words[start + 1]).startswith("-")
+        del words[start : start + 1 + has_value]
+    return [*words, *more]

@@ -69,7 +69,7 @@ TINY_SDXL_UNET = SDXL_UNET | {
 }
 TEXT_LAYER = {f"encoder.layers.0.self_attn.{name}": (8, 8) for name in TEXT_LAYERS}
 TEXT_WIDTHS = {"sd2": {"text_encoder": 1024}, "sdxl": {"text_encoder": 768, "text_encoder_2": 1280}}
-READERS = ("diffusers", "ComfyUI", "A1111", "Forge", "sd-scripts")
+READERS = ("diffusers", "ComfyUI", "A1111", "Forge", "sd-scripts", "InvokeAI", "SD.Next", "stable-diffusion.cpp")
 
 
 def tiny_text_encoder(kind: type[nn.Module]) -> Any:

@@ -126,7 +126,8 @@ def test_a_token_file_says_which_word_calls_it(
     write_safetensors(tmp_path / "sks.safetensors", token_tensors("sks", vectors, family), {})
     found = inspect_file(tmp_path / "sks.safetensors")
     assert (found.kind, found.format, found.family, found.triggers) == ("token", "token", expected, ("sks",))
-    assert [verdict.reader for verdict in found.readers] == list(READERS)
+    assert [verdict.reader for verdict in found.readers] == [*READERS[:5], "InvokeAI"]
+    assert found.readers[-1].loads == ("no" if vectors["text_encoder"].shape[0] == 2 else "fully")
     assert by_reader(found)["diffusers"].loads == diffusers
     assert "embedding:sks" in by_reader(found)["ComfyUI"].text
 

@@ -37,6 +37,7 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models import device
 from echodistill_cli.models.adapters import TEXT_LAYERS, UNET_LAYERS
 from echodistill_cli.models.device import BACKBONES, TINY_DECODER, VAE, estimate, next_saving, plan_memory
+from echodistill_cli.models.downloads import planned_downloads, sources_of
 from tests.helpers.original_layout import build_sd2_pair, sd2_state, write
 
 CONFIGURATIONS = Path(planning.__file__).parent / "models" / "configurations"
@@ -234,7 +235,7 @@ def test_offline_every_part_to_fetch_is_named_without_a_size(monkeypatch: pytest
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     config = build_config("sdxl-turbo", overrides={"model.offline": True, "model.decoder": "tiny"})
-    found = {download.file: download.size for download in planning.planned_downloads(config)}
+    found = dict(planned_downloads(config.model, sources_of(config)))
     assert "stabilityai/sdxl-turbo/text_encoder_2" in found
     assert "stabilityai/stable-diffusion-xl-base-1.0/unet" in found
     assert "stabilityai/stable-diffusion-xl-base-1.0/vae" not in found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +36,8 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.models.adapters import DISTILLATION, UNET_LAYERS, add_lora, trainable_parameters
 from echodistill_cli.models.device import fit_to_memory, pick_device, pick_dtype
-from echodistill_cli.models.load import _Loader, load_pair, load_schedule
+from echodistill_cli.models.load import _Loader, load_pair
+from echodistill_cli.models.parts import load_schedule, load_tokenizer
 from echodistill_cli.models.single_file import zero_snr_in
 from echodistill_cli.models.vision import DinoScorer
 from echodistill_cli.outputs.requests import SampleRequest
@@ -655,3 +657,26 @@ def test_a_lora_of_another_family_or_none_is_refused(small_pair: Pair, distillat
         load_pair(one_base(small_pair[0], tmp_path / "none.safetensors"))
     with pytest.raises(ModelError, match=r"one-step\.safetensors"):
         load_pair(one_base(small_pair[0], distillation))
+
+
+@pytest.mark.parametrize("length", [-1, 0, 2, 1e999])
+def test_a_tokenizer_without_room_for_a_prompt_is_refused_in_one_line(
+    small_pair: tuple[Path, Path], tmp_path: Path, length: float
+) -> None:
+    folder = Path(shutil.copytree(small_pair[0] / "tokenizer", tmp_path / "tokenizer"))
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"model_max_length": length}))
+    if length == float("inf"):
+        assert load_tokenizer(folder).model_max_length > 3
+        return
+    with pytest.raises(ModelError, match="model_max_length is "):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer_config.json", "unet/config.json", "text_encoder/extra.json"])
+def test_a_pipe_in_a_models_folder_is_refused_instead_of_waited_for(copied: Pair, name: str) -> None:
+    (copied[0] / name).unlink(missing_ok=True)
+    os.mkfifo(copied[0] / name)
+    with pytest.raises(ModelError, match=r"is a pipe or a device|config\.json is missing"):
+        load_pair(settings(copied))

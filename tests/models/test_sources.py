@@ -23,13 +23,20 @@ from transformers import CLIPTokenizer
 
 from echodistill_cli.diffusion.text import RARE_WORDS, check_token
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.models.downloads import Source, downloads
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.single_file import find_vocabulary, vocabulary_in
-from echodistill_cli.models.sources import downloads, hub_error, resolve, wanted_files, weight_variant
+from echodistill_cli.models.sources import hub_error, resolve, wanted_files, weight_variant
 from tests.helpers.commands import command, missing_flags
 from tests.helpers.models import model_config
 from tests.helpers.original_layout import build_sd2_pair, build_sdxl
 from tests.helpers.random_models import byte_letters, small_tokenizer
+
+
+def planned(source: str, parts: tuple[str, ...], revision: str | None = None, *, offline: bool = False) -> object:
+    """What a dry run says of a model."""
+    return downloads(Source(source, parts, revision), offline=offline)
+
 
 PARTS = ("unet", "scheduler", "tokenizer", "text_encoder", "vae")
 HUB_ID = "somebody/tiny-turbo"
@@ -68,6 +75,10 @@ def cached(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     shutil.copytree(folder, snapshot)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(REVISION)
+    # The library notes what the repository holds. A model of which only some parts are needed is whole all the same.
+    (repository / "trees").mkdir()
+    listing = {"format_version": 1, "files": {"never-needed.safetensors": {"size": 1, "blob_id": "0" * 40}}}
+    (repository / "trees" / f"{REVISION}.json").write_text(json.dumps(listing))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     return snapshot
 
@@ -176,7 +187,7 @@ def test_a_model_of_which_one_shard_is_missing_is_incomplete(folder: Path) -> No
 def test_what_is_neither_a_place_nor_a_hub_id_is_named_by_a_run_and_by_a_dry_run_alike(
     source: str, offline: bool
 ) -> None:
-    for look in (resolve, downloads):
+    for look in (resolve, planned):
         with pytest.raises(ModelError, match="no such folder or file, and not a hub id of the form owner/name") as told:
             look(source, PARTS, offline=offline)
         assert told.value.message.startswith(f"{source}: ")
@@ -294,7 +305,8 @@ def test_what_the_hub_answers_is_one_line_for_a_run_and_a_dry_run_without_waitin
     hub: FakeHub, status: int, headers: dict[str, str], body: bytes, message: str
 ) -> None:
     hub.status, hub.headers, hub.body = status, headers, body
-    for look in (resolve, downloads):
+
+    for look in (resolve, planned):
         started = time.monotonic()
         with pytest.raises(ModelError, match=message) as caught:
             look(HUB_ID, ("unet",), revision="v9")

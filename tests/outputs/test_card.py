@@ -13,7 +13,7 @@ import pytest
 
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.outputs.card import merged_card, model_card
+from echodistill_cli.outputs.card import comfyui_workflow, merged_card, model_card
 
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
 
@@ -223,3 +223,46 @@ def test_a_whole_model_of_a_lora_that_says_nothing_has_a_card_without_its_words(
     assert str(tmp_path) not in text
     assert "Subject" not in text
     assert "Use with" not in text
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "comfyui-workflow.json"
+
+
+def workflow(model: str = "sd-turbo", *, velocity: bool = False, **overrides: Any) -> Any:
+    config = build_config(model, overrides={"concept.class_name": "dog"} | overrides)
+    return comfyui_workflow(config, "sks-dog.safetensors", velocity=velocity)
+
+
+def by_class(nodes: dict[str, Any]) -> dict[str, Any]:
+    return {node["class_type"]: node["inputs"] for node in nodes.values()}
+
+
+def test_a_comfyui_workflow_is_that_of_the_example_with_the_runs_own_names() -> None:
+    nodes, example = by_class(workflow()), by_class(json.loads(EXAMPLE.read_text(encoding="utf-8")))
+    assert nodes.keys() == example.keys()
+    for kind in ("CheckpointLoaderSimple", "EmptyLatentImage", "KSamplerSelect", "SaveImage"):
+        assert (
+            nodes[kind].items() >= {key: one for key, one in example[kind].items() if not isinstance(one, list)}.items()
+        )
+    assert nodes["LoraLoader"] == example["LoraLoader"]
+    assert by_class(workflow("sdxl-turbo"))["CheckpointLoaderSimple"]["ckpt_name"] == "sd_xl_turbo_1.0_fp16.safetensors"
+
+
+def test_a_comfyui_workflow_loads_a_distillation_lora_first_and_says_what_the_model_predicts() -> None:
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    nodes = workflow(base, velocity=True, **{"model.student_lora": "/private/hyper.safetensors", "text.form": "token"})
+    loras = [node["inputs"] for node in nodes.values() if node["class_type"] == "LoraLoader"]
+    assert [lora["lora_name"] for lora in loras] == ["hyper.safetensors", "sks-dog.safetensors"]
+    assert loras[1]["model"] == ["2", 0]
+    (number,) = [number for number, node in nodes.items() if node["class_type"] == "ModelSamplingDiscrete"]
+    assert nodes[number]["inputs"]["model"] == ["3", 0]
+    kinds = by_class(nodes)
+    assert kinds["SamplerCustom"]["model"] == kinds["SDTurboScheduler"]["model"] == [number, 0]
+    assert nodes["10"]["inputs"]["text"] == "a photo of a embedding:sks dog on the beach"
+    links = [one for node in nodes.values() for one in node["inputs"].values() if isinstance(one, list)]
+    assert all(source in nodes for source, _ in links)
+
+
+def test_students_that_comfyui_cannot_sample_have_no_workflow() -> None:
+    assert workflow("mini") is None
+    assert workflow(**{"model.student_timestep": 399}) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.data.images import png_bytes
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import sample_latents, seeded_noise
+from echodistill_cli.diffusion.schedule import trailing_timesteps
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.lora.read import read_lora
@@ -29,7 +31,7 @@ from echodistill_cli.lora.safetensors_io import write_safetensors
 from echodistill_cli.lora.tensors import LoraWeights, bundled_tensors, kohya_tensors
 from echodistill_cli.models.adapters import trainable_parameters
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.artifact import TrainingRecord
+from echodistill_cli.outputs.artifact import TrainingRecord, find
 from echodistill_cli.outputs.card import model_card
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import TrainingState, build_state
@@ -232,6 +234,28 @@ def test_the_teacher_can_be_merged_too(make_case: Callable[..., Case], tmp_path:
     assert np.abs(draw_stock(merged, case.prompt) - ours).max() < CLOSE
     single = load(checkpoint, single_file_config=str(case.pair[1]))
     assert np.abs(draw(single, case.prompt) - ours).max() < CLOSE
+
+
+def test_a_student_that_starts_early_starts_there_in_diffusers_and_from_its_lora_file_alone(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    case = make_case("sd")
+    config = case.run.config
+    output = str(tmp_path / "early")
+    model = dataclasses.replace(config.model, student_timestep=399)
+    config = dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, output=output))
+    run = create_run(config, overwrite=False)
+    run.save_checkpoint(3, case.state.state_dict())
+    lora, folder = export_files(run.folder, layouts=("kohya", "pipeline"), output=tmp_path / "out", dtype="fp32")
+    pair = load(folder, student_timestep=399)
+    ours = draw(pair, case.prompt)
+    assert np.abs(ours - case.picture()).mean() > 0.01
+    merged = StableDiffusionPipeline.from_pretrained(folder)
+    assert np.abs(draw_stock(merged, case.prompt) - ours).max() < CLOSE
+    merged.scheduler.set_timesteps(3)
+    assert merged.scheduler.timesteps.tolist() == trailing_timesteps(pair.student.schedule, 3, 399)
+    assert find(lora).models(str(case.pair[0])).student_timestep == 399
+    assert find(lora).models(str(case.pair[0]), {"student_timestep": None}).student_timestep is None
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -456,6 +480,8 @@ def test_a_kohya_file_has_a_card_and_the_runs_preview_beside_it(make_case: Calla
     card = json.loads(lora.with_suffix(".json").read_text())
     assert (card["activation text"], card["preferred weight"], card["sd version"]) == ("sks dog", 1.0, "SD2")
     assert "1 step" in card["notes"]
+    workflow = json.loads(lora.with_name("sks-dog-comfyui.json").read_text())
+    assert "sks-dog.safetensors" in [node["inputs"].get("lora_name") for node in workflow.values()]
 
 
 def test_sidecars_are_left_out_with_the_metadata_and_in_other_layouts(
@@ -510,6 +536,9 @@ def test_what_is_said_of_a_bundled_word_is_what_inspect_finds(tmp_path: Path) ->
         "A1111": "fully",
         "Forge": "partly",
         "sd-scripts": "partly",
+        "InvokeAI": "no",
+        "SD.Next": "fully",
+        "stable-diffusion.cpp": "partly",
     }
 
 

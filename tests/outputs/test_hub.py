@@ -124,6 +124,7 @@ EXPECTED = [
     "config.toml",
     "metrics.jsonl",
     "samples/step-000001.png",
+    "sks-dog-comfyui.json",
     "sks-dog.json",
     "sks-dog.safetensors",
     "teacher/sks-dog-teacher.safetensors",
