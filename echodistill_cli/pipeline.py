@@ -18,10 +18,10 @@ from echodistill_cli.config.build import (
     build_config,
     config_from_dict,
     config_to_dict,
-    toy_warning,
     with_absolute_paths,
 )
-from echodistill_cli.config.schema import Config, warnings
+from echodistill_cli.config.schema import Config
+from echodistill_cli.config.warnings import toy_warning, warnings
 from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
 from echodistill_cli.runs import (
     OnMessage,

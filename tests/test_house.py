@@ -45,7 +45,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
 }
 WITHOUT_TORCH = ("cli", "config", "errors", "files", "pipeline", "runs")
 OPENS_A_DEVICE = {"models.device"}
-MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 61
+MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 62
 
 
 def module_name(path: Path) -> str:

@@ -120,26 +120,6 @@ def build_config(
     return config_from_dict(tables)
 
 
-def toy_warning(config: Config, longest_side: int) -> str | None:
-    """Return a warning if the student is a toy model that was not made for this subject, else None.
-
-    Args:
-        config: of the run.
-        longest_side: of the photos, in pixels.
-    """
-    toys = (preset for preset in PRESETS.values() if preset.nouns)
-    toy = next((toy for toy in toys if toy.settings["model"]["student"] == config.model.student), None)
-    if toy is None:
-        return None
-    name, side = config.concept.class_name, config.model.resolution
-    is_known = bool(set((name or "").lower().split()) & set(toy.nouns))
-    if is_known and longest_side <= side:
-        return None
-    what = "no class name was given" if name is None else f"{name!r} is {'' if is_known else 'not '}among them"
-    known = ", ".join(toy.nouns)
-    return f"The toy model knows {len(toy.nouns)} nouns: {known}; {what}. Photos become {side}-pixel drawings."
-
-
 def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, is_preset: bool) -> None:
     """Make a base model with a distillation LoRA its own teacher.
 

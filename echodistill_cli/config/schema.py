@@ -13,7 +13,7 @@ import difflib
 import functools
 import math
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,7 @@ class TextConfig:
 class TrainConfig:
     """Steps, learning rates, targets and the optimizer."""
 
-    steps: int = count(200, "training steps, each with new targets and replays")
+    steps: int = count(200, "training steps")
     batch_size: int = count(2, "samples per step")
     # LoRA needs about ten times the full-rank rates of the reference (1e-5 for K/V matrices).
     lr: float = amount(1e-4, "learning rate of the student's LoRA")
@@ -380,36 +380,3 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Config], Any], str, str], ...] = (
     ),
     (lambda c: c.critic.swd_patch > c.model.resolution, "critic.swd_patch exceeds model.resolution.", "Lower it."),
 )
-
-
-def warnings(config: Config) -> Iterator[str]:
-    """Yield a sentence for each setting of a valid configuration that has no effect, unless it is a default."""
-    concept, train, start, single = config.concept, config.train, config.echo.start, config.train.target_steps == 1
-    usual = TrainConfig()
-    nameless = concept.class_name is None
-    without_effect = (
-        (single, "target_strength", "train.target_steps is 1"),
-        (single, "replays", "train.target_steps is 1"),
-        (not config.loss.latent, "replays", "loss.latent is 0"),
-        (not train.replays, "first_targets", "train.replays is 0"),
-        (not train.replays, "class_share", "train.replays is 0"),
-        (not train.replays, "pair_share", "train.replays is 0"),
-    )
-    of_the_class = (
-        (concept.masks == "teacher", "concept.masks = 'teacher'"),
-        (config.loss.prior, "loss.prior"),
-        (config.replays and train.class_share, "train.class_share"),
-        (config.replays and train.pair_share, "train.pair_share"),
-    )
-    if nameless:
-        idle = ", ".join(key for is_set, key in of_the_class if is_set)
-        effect = f" No effect without it: {idle}." if idle else ""
-        yield f"Without --class-name, such as dog, the prompts do not say what the subject is.{effect}"
-    for is_idle, key, reason in without_effect:
-        if is_idle and getattr(train, key) not in (0, getattr(usual, key)):
-            yield f"train.{key} has no effect while {reason}."
-    if train.scene_share != usual.scene_share and train.photo_prompts == train.batch_size:
-        size = f"train.batch_size = {train.batch_size}"
-        yield f"train.scene_share = {train.scene_share:g} has no effect at {size}: it leaves no sample for a scene."
-    if start is not None and start > train.steps:
-        yield f"No echo phase: it starts at step {start}, after the last step ({train.steps}). Lower --echo-start."

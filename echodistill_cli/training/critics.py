@@ -1,4 +1,4 @@
-"""Discriminators: frozen backbones with small trained heads, a critic of latents, and the batches they run on.
+"""Discriminators: heads on frozen backbones, a critic of latents, and the batches they run on.
 
 A backbone turns a batch of images into features, one tensor [B, N, D] per tap (N tokens of width D). A discriminator
 puts a small head on each tap. The identity loss and the echo compare the features of an image backbone directly.

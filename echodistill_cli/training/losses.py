@@ -106,7 +106,7 @@ def adversarial_discriminator(
 
 
 def paired_adversarial(logits: Tensor, compared: Tensor) -> Tensor:
-    """Return the relativistic loss -log σ(D(first) - D(second)) of each pair [B], which wants the first more real.
+    """Return -log σ(D(first) - D(second)) of each pair, [B], which wants the first more real.
 
     What both images of a pair share cancels, so the critic judges only what regression leaves out: detail. Sources:
     Jolicoeur-Martineau 2018 (arXiv 1807.00734); Huang et al. 2024 (R3GAN, arXiv 2501.05441).

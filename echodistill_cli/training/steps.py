@@ -203,7 +203,7 @@ def replay_step(state: TrainingState) -> Metrics:
 
 
 def paired_pull(state: TrainingState, critic: PairedCritic, x0: Tensor, images: Tensor, targets: Tensor) -> Tensor:
-    """Return the paired adversarial loss, a scalar whose gradient on x0 is as large as that of the latent loss.
+    """Return the paired adversarial loss, scaled so that it pulls at x0 as the latent loss does.
 
     Both gradients are compared as in VQGAN (Esser et al. 2021, arXiv 2012.09841), so one weight suits every model.
 

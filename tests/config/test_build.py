@@ -19,9 +19,9 @@ from echodistill_cli.config.build import (
     config_to_toml,
     json_schema,
     read_toml,
-    toy_warning,
 )
 from echodistill_cli.config.schema import Config
+from echodistill_cli.config.warnings import toy_warning
 from echodistill_cli.errors import ConfigError
 
 PRESET_FILES = sorted((Path(build.__file__).parent / "presets").glob("*.toml"))

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from echodistill_cli.config.build import build_config, config_from_dict
-from echodistill_cli.config.schema import Config, warnings
+from echodistill_cli.config.schema import Config
+from echodistill_cli.config.warnings import warnings
 from echodistill_cli.errors import ConfigError
 
 SETTINGS = [

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 
 from echodistill_cli.config.build import PRESETS, build_config, read_toml
-from echodistill_cli.config.schema import Config, warnings
+from echodistill_cli.config.schema import Config
+from echodistill_cli.config.warnings import warnings
 from tests.helpers.commands import command
 
 ROOT = Path(__file__).parents[2]

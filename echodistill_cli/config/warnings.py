@@ -1,0 +1,61 @@
+"""What a valid configuration is warned of: settings without effect, and toys that do not know the subject."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from echodistill_cli.config.build import PRESETS
+from echodistill_cli.config.schema import Config, TrainConfig
+
+
+def warnings(config: Config) -> Iterator[str]:
+    """Yield a sentence for each setting without effect, defaults left out."""
+    concept, train, start, single = config.concept, config.train, config.echo.start, config.train.target_steps == 1
+    usual = TrainConfig()
+    nameless = concept.class_name is None
+    without_effect = (
+        (single, "target_strength", "train.target_steps is 1"),
+        (single, "replays", "train.target_steps is 1"),
+        (not config.loss.latent, "replays", "loss.latent is 0"),
+        (not train.replays, "first_targets", "train.replays is 0"),
+        (not train.replays, "class_share", "train.replays is 0"),
+        (not train.replays, "pair_share", "train.replays is 0"),
+    )
+    of_the_class = (
+        (concept.masks == "teacher", "concept.masks = 'teacher'"),
+        (config.loss.prior, "loss.prior"),
+        (config.replays and train.class_share, "train.class_share"),
+        (config.replays and train.pair_share, "train.pair_share"),
+    )
+    if nameless:
+        idle = ", ".join(key for is_set, key in of_the_class if is_set)
+        effect = f" No effect without it: {idle}." if idle else ""
+        yield f"Without --class-name, such as dog, the prompts do not say what the subject is.{effect}"
+    for is_idle, key, reason in without_effect:
+        if is_idle and getattr(train, key) not in (0, getattr(usual, key)):
+            yield f"train.{key} has no effect while {reason}."
+    if train.scene_share != usual.scene_share and train.photo_prompts == train.batch_size:
+        size = f"train.batch_size = {train.batch_size}"
+        yield f"train.scene_share = {train.scene_share:g} has no effect at {size}: it leaves no sample for a scene."
+    if start is not None and start > train.steps:
+        yield f"No echo phase: it starts at step {start}, after the last step ({train.steps}). Lower --echo-start."
+
+
+def toy_warning(config: Config, longest_side: int) -> str | None:
+    """Return a warning if the student is a toy model that was not made for this subject, else None.
+
+    Args:
+        config: of the run.
+        longest_side: of the photos, in pixels.
+    """
+    toys = (preset for preset in PRESETS.values() if preset.nouns)
+    toy = next((toy for toy in toys if toy.settings["model"]["student"] == config.model.student), None)
+    if toy is None:
+        return None
+    name, side = config.concept.class_name, config.model.resolution
+    is_known = bool(set((name or "").lower().split()) & set(toy.nouns))
+    if is_known and longest_side <= side:
+        return None
+    what = "no class name was given" if name is None else f"{name!r} is {'' if is_known else 'not '}among them"
+    known = ", ".join(toy.nouns)
+    return f"The toy model knows {len(toy.nouns)} nouns: {known}; {what}. Photos become {side}-pixel drawings."
