@@ -86,6 +86,7 @@ def train(
     from_step: int | None = None,
     on_step: OnStep = _ignore,
     on_message: OnMessage = _ignore,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train teacher and student on a subject's photos, and write their LoRA files.
 
@@ -96,13 +97,14 @@ def train(
         from_step: with `resume`, the checkpoint to continue from; None for the newest.
         on_step: called with the metrics of each step.
         on_message: called with lines about progress.
+        stop: called after each step, in this thread; True saves the run and ends it, as SIGINT does.
 
     Raises:
         ConfigError: a setting is wrong, the output exists, or the run cannot be resumed.
         PhotoError: there are too few usable photos.
         ModelError: a model is missing or does not fit.
         DeviceMemoryError: the device ran out of memory.
-        Interrupted: SIGINT or SIGTERM stopped the run; its state is saved.
+        Interrupted: SIGINT, SIGTERM or `stop` ended the run; its state is saved.
         EchoDistillError: training diverged, or a file could not be written.
     """
     started = time.time()
@@ -110,7 +112,7 @@ def train(
     config = with_absolute_paths(config)
     for warning in _warnings(config, report):
         on_message(warning)
-    session = _Session(started, report.photos, on_step, on_message)
+    session = _Session(started, report.photos, on_step, on_message, stop)
     if resume:
         run = resume_run(config)
         with run.locked():
@@ -130,6 +132,7 @@ class _Session:
     photos: Sequence[Photo]
     on_step: OnStep
     on_message: OnMessage
+    stop: Callable[[], bool]
 
 
 def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
@@ -168,7 +171,7 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
 
     start = f"continuing after {state.place}" if state.step or state.head_start_step else "from the start"
     session.on_message(f"Training in {run.folder}, {start}")
-    train_to_end(state, run, session.on_step, session.on_message)
+    train_to_end(state, run, session.on_step, session.on_message, session.stop)
     return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
 
 
