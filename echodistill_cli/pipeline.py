@@ -22,7 +22,13 @@ from echodistill_cli.config.build import (
     with_absolute_paths,
 )
 from echodistill_cli.config.schema import Config, warnings
-from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
+from echodistill_cli.outputs.requests import (
+    BenchmarkRequest,
+    EvaluationRequest,
+    ExportRequest,
+    LiveRequest,
+    SampleRequest,
+)
 from echodistill_cli.runs import (
     OnMessage,
     OnStep,
@@ -47,24 +53,17 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
 
 __all__ = [
     "Benchmark", "BenchmarkRequest", "Diagnosis", "Downloaded", "Evaluation", "EvaluationRequest", "ExportRequest",
-    "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample", "SampleRequest",
-    "TrainResult", "WrittenSamples",
-    "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "plan",
+    "ExportResult", "Inspection", "LiveRequest", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample",
+    "SampleRequest", "TrainResult", "WrittenSamples",
+    "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "live", "plan",
     "require_photos", "resumed_config", "sample", "train", "write_samples",
 ]  # fmt: skip
 _RESULTS = {
-    "Benchmark": "evaluation.dreambench",
-    "Diagnosis": "planning",
-    "Downloaded": "planning",
-    "Evaluation": "evaluation.evaluate",
-    "ExportResult": "outputs.export",
-    "Inspection": "lora.inspect",
-    "PhotoReport": "data.photos",
-    "Plan": "planning",
-    "Sample": "outputs.sample",
-    "TrainResult": "outputs.export",
+    "Benchmark": "evaluation.dreambench", "Diagnosis": "planning", "Downloaded": "planning", "Plan": "planning",
+    "Evaluation": "evaluation.evaluate", "ExportResult": "outputs.export", "TrainResult": "outputs.export",
+    "Inspection": "lora.inspect", "PhotoReport": "data.photos", "Sample": "outputs.sample",
     "WrittenSamples": "outputs.sample",
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -257,9 +256,7 @@ def write_samples(
         on_image: called with the number of finished images and of all.
 
     Raises:
-        ConfigError: there is no run or LoRA file to sample from.
-        ModelError: a model is missing, or the LoRA does not fit it.
-        EchoDistillError: a file cannot be written.
+        EchoDistillError: a file cannot be written, or any error of `sample`.
     """
     from echodistill_cli.outputs.sample import write_samples as write_images
 
@@ -323,11 +320,7 @@ def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions:
 
 
 def require_photos(report: PhotoReport, folder: Path, min_photos: int) -> None:
-    """Check that a report has enough usable photos.
-
-    Raises:
-        PhotoError: there are fewer than `min_photos`; it names the skipped files.
-    """
+    """Raise PhotoError, with the skipped files, if a report has fewer than `min_photos` usable ones."""
     from echodistill_cli.data.photos import require_enough
 
     require_enough(report, folder, min_photos)
@@ -361,6 +354,13 @@ def download(model: str, teacher: str | None = None, *, to: Path | None = None, 
     from echodistill_cli import planning
 
     return planning.download(model, teacher, to=to, dry_run=dry_run)
+
+
+def live(request: LiveRequest, *, on_message: OnMessage = _ignore, on_ready: Callable[[str], None] = _ignore) -> None:
+    """Serve the page that draws while a person types, until a signal; `on_ready` receives its address."""
+    from echodistill_cli.live.server import serve
+
+    serve(request, on_message, on_ready)
 
 
 def doctor() -> Diagnosis:

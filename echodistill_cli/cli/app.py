@@ -25,6 +25,7 @@ from rich.text import Text
 from echodistill_cli import __version__, pipeline
 from echodistill_cli.cli.evaluate import evaluate
 from echodistill_cli.cli.export import export
+from echodistill_cli.cli.live import live
 from echodistill_cli.cli.options import (
     ALIASES,
     CommandWithSettings,
@@ -73,6 +74,7 @@ app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
 
 
 app.command()(config)
+app.command()(live)
 
 
 @app.command()
