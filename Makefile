@@ -12,9 +12,9 @@ CUDA ?= $(shell command -v nvidia-smi)
 PIP := $(BIN)/python -m pip
 INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
-.PHONY: help setup test lint type bench bench-proof demo mini-world clean
+.PHONY: help setup test test-browser lint type bench bench-proof demo mini-world clean
 help:
-	@echo "make setup | test | lint | type | demo | bench | bench-proof | mini-world | clean"
+	@echo "make setup | test | test-browser | lint | type | demo | bench | bench-proof | mini-world | clean"
 
 setup: $(STAMP)
 
@@ -35,6 +35,11 @@ endif
 # xdist's own order, by number of tests, one process ended alone with a few slow files.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# The page of `echodistill live` in an installed Chromium. Gradio wants an older Pillow than the other tests run with.
+test-browser: $(STAMP)
+	$(PIP) install --quiet --group browser --editable ".[live]"
+	$(BIN)/python -m pytest -q -m browser tests/live
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
