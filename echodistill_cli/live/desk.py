@@ -22,6 +22,7 @@ from echodistill_cli.live.subjects import Subject, chosen, find_subjects
 
 GRID = 4  # seeds of the grid
 _PATIENCE = 0.25  # seconds that a person waits before the page says so
+_REST, _MOST_UNREST = 0.3, 3.0  # seconds without a key before the base model draws, and the longest wait for them
 _GONE = 10.0  # seconds without a word, after which a person who waits has left
 
 
@@ -106,6 +107,7 @@ class Desk:
     named: Sequence[Path] = ()
     line: Line = field(default_factory=Line)
     _trains: Callable[[], object] | None = None
+    _asked: float = 0.0  # when somebody last wished for a subject
     _subjects: dict[str, Subject] = field(default_factory=dict)
 
     def subjects(self) -> dict[str, Subject]:
@@ -146,6 +148,10 @@ class Desk:
         if self._trains and self._trains():
             raise ConfigError("The training needs the device's memory.", "Images come back when it ends.")
         self._trains = None
+        if base:
+            self._wait_for_rest()
+        else:
+            self._asked = time.monotonic()
         ticket = self.line.join(yields=base)
         try:
             for before in self.line.wait(ticket):
@@ -154,6 +160,12 @@ class Desk:
         finally:
             self.line.leave(ticket)
         yield drawing
+
+    def _wait_for_rest(self) -> None:
+        """Wait until the keys rest: an image of the base model would only hold up the next key's."""
+        latest = time.monotonic() + _MOST_UNREST
+        while time.monotonic() < min(latest, self._asked + _REST):
+            time.sleep(_REST / 10)
 
     def draw_now(self, wish: Wish, *, count: int = 1) -> Drawing:
         """Return the images after waiting silently; raises the errors of `draw`."""
