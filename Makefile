@@ -12,9 +12,9 @@ CUDA ?= $(shell command -v nvidia-smi)
 PIP := $(BIN)/python -m pip
 INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
-.PHONY: help setup test campaign lint type bench bench-proof demo mini-world clean
+.PHONY: help setup test test-browser campaign lint type bench bench-proof demo mini-world clean
 help:
-	@echo "make setup | test | campaign | lint | type | demo | bench | bench-proof | mini-world | clean"
+	@echo "make setup | test | test-browser | campaign | lint | type | demo | bench | bench-proof | mini-world | clean"
 
 setup: $(STAMP)
 
@@ -39,6 +39,11 @@ test: $(STAMP)
 # Kills at random instants, wrong input and damaged files; another seed gives others.
 campaign: $(STAMP)
 	$(BIN)/python -m tests.campaign --seed $(or $(SEED),0)
+
+# The page of `echodistill live` in an installed Chromium. Gradio wants an older Pillow than the other tests run with.
+test-browser: $(STAMP)
+	$(PIP) install --quiet --group browser --editable ".[live]"
+	$(BIN)/python -m pytest -q -m browser tests/live
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

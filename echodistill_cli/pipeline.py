@@ -22,7 +22,13 @@ from echodistill_cli.config.build import (
 )
 from echodistill_cli.config.schema import Config
 from echodistill_cli.config.warnings import toy_warning, warnings
-from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
+from echodistill_cli.outputs.requests import (
+    BenchmarkRequest,
+    EvaluationRequest,
+    ExportRequest,
+    LiveRequest,
+    SampleRequest,
+)
 from echodistill_cli.runs import (
     OnMessage,
     OnStep,
@@ -48,25 +54,18 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
 
 __all__ = [
     "Benchmark", "BenchmarkRequest", "Diagnosis", "DownloadRequest", "Downloaded", "Evaluation", "EvaluationRequest",
-    "ExportRequest", "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample",
+    "ExportRequest", "ExportResult", "Inspection", "LiveRequest", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample",
     "SampleRequest", "TrainResult", "WrittenSamples",
-    "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "plan",
+    "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "live", "plan",
     "require_photos", "resumed_config", "sample", "train", "write_samples",
 ]  # fmt: skip
 _RESULTS = {
-    "Benchmark": "evaluation.dreambench",
-    "Diagnosis": "planning",
-    "DownloadRequest": "models.downloads",
-    "Downloaded": "models.downloads",
-    "Evaluation": "evaluation.evaluate",
-    "ExportResult": "outputs.export",
-    "Inspection": "lora.inspect",
-    "PhotoReport": "data.photos",
-    "Plan": "planning",
-    "Sample": "outputs.sample",
+    "Benchmark": "evaluation.dreambench", "Diagnosis": "planning", "DownloadRequest": "models.downloads",
+    "Downloaded": "models.downloads", "Evaluation": "evaluation.evaluate", "ExportResult": "outputs.export",
+    "Inspection": "lora.inspect", "PhotoReport": "data.photos", "Plan": "planning", "Sample": "outputs.sample",
     "TrainResult": "outputs.export",
     "WrittenSamples": "outputs.sample",
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
@@ -88,6 +87,7 @@ def train(
     from_step: int | None = None,
     on_step: OnStep = _ignore,
     on_message: OnMessage = _ignore,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
     """Train teacher and student on a subject's photos, and write their LoRA files.
 
@@ -98,13 +98,14 @@ def train(
         from_step: with `resume`, the checkpoint to continue from; None for the newest.
         on_step: called with the metrics of each step.
         on_message: called with lines about progress.
+        stop: called after each step, in this thread; True saves the run and ends it, as SIGINT does.
 
     Raises:
         ConfigError: a setting is wrong, the output exists, or the run cannot be resumed.
         PhotoError: there are too few usable photos.
         ModelError: a model is missing or does not fit.
         DeviceMemoryError: the device ran out of memory.
-        Interrupted: SIGINT or SIGTERM stopped the run; its state is saved.
+        Interrupted: SIGINT, SIGTERM or `stop` ended the run; its state is saved.
         EchoDistillError: training diverged, or a file could not be written.
     """
     started, report = time.time(), _check_before(config)
@@ -116,7 +117,7 @@ def train(
     config = with_absolute_paths(config)
     for warning in _warnings(config, report):
         on_message(warning)
-    session = _Session(started, report.photos, on_step, on_message)
+    session = _Session(started, report.photos, on_step, on_message, stop)
     if resume:
         run = resume_run(config)
         with run.locked():
@@ -135,6 +136,7 @@ class _Session:
     photos: Sequence[Photo]
     on_step: OnStep
     on_message: OnMessage
+    stop: Callable[[], bool]
 
 
 def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
@@ -174,7 +176,7 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
 
     start = f"continuing after {state.place}" if state.step or state.head_start_step else "from the start"
     session.on_message(f"Training in {run.folder}, {start}")
-    train_to_end(state, run, session.on_step, session.on_message)
+    train_to_end(state, run, session.on_step, session.on_message, session.stop)
     return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
 
 
@@ -260,9 +262,7 @@ def write_samples(
         on_image: called with the number of finished images and of all.
 
     Raises:
-        ConfigError: there is no run or LoRA file to sample from.
-        ModelError: a model is missing, or the LoRA does not fit it.
-        EchoDistillError: a file cannot be written.
+        EchoDistillError: a file cannot be written, or any error of `sample`.
     """
     request.check_paths(folder)
     from echodistill_cli.outputs.sample import write_samples as write_images
@@ -329,11 +329,7 @@ def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions:
 
 
 def require_photos(report: PhotoReport, folder: Path, min_photos: int) -> None:
-    """Check that a report has enough usable photos.
-
-    Raises:
-        PhotoError: there are fewer than `min_photos`; it names the skipped files.
-    """
+    """Raise PhotoError, with the skipped files, if a report has fewer than `min_photos` usable ones."""
     from echodistill_cli.data.photos import require_enough
 
     require_enough(report, folder, min_photos)
@@ -363,6 +359,13 @@ def download(request: DownloadRequest) -> Downloaded:
     from echodistill_cli.models.downloads import download as download_models
 
     return download_models(request)
+
+
+def live(request: LiveRequest, *, on_message: OnMessage = _ignore, on_ready: Callable[[str], None] = _ignore) -> None:
+    """Serve the page that draws while a person types, until a signal; `on_ready` receives its address."""
+    from echodistill_cli.live.server import serve
+
+    serve(request, on_message, on_ready)
 
 
 def doctor() -> Diagnosis:

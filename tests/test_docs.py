@@ -21,7 +21,12 @@ from echodistill_cli.cli.app import app
 from echodistill_cli.config.build import build_config, config_from_dict
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("examples/**/*.md")), *sorted(ROOT.glob("examples/**/*.sh"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("examples/**/*.md")),
+    *sorted(ROOT.glob("examples/**/*.sh")),
+]
 README = ROOT / "README.md"
 PACKAGE = ROOT / "echodistill_cli"
 ENDS = frozenset("();<>|&") | {"&&", "||", ">>"}

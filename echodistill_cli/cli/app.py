@@ -24,6 +24,7 @@ import typer
 from echodistill_cli import __version__, pipeline
 from echodistill_cli.cli.evaluate import evaluate
 from echodistill_cli.cli.export import export
+from echodistill_cli.cli.live import live
 from echodistill_cli.cli.options import (
     ALIASES,
     Json,
@@ -81,6 +82,7 @@ app.command(cls=Command, context_settings=accepting_aliases(_SAMPLING_ALIASES))(
 
 
 app.command(cls=Command)(config)
+app.command(cls=Command)(live)
 
 
 @app.command(cls=Command)

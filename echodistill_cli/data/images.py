@@ -348,13 +348,13 @@ def _label(text: str, width: int) -> Image.Image:
     return label
 
 
-def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None) -> bytes:
-    """Return a PNG file with text chunks, such as the prompt and the seed."""
+def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None, level: int = 6) -> bytes:
+    """Return a PNG file with text chunks, such as the prompt; a lower `level` is faster and larger."""
     chunks = PngImagePlugin.PngInfo()
     for key, text in (texts or {}).items():
         chunks.add_itxt(key, text)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=chunks)
+    image.save(buffer, "PNG", pnginfo=chunks, compress_level=level)
     return buffer.getvalue()
 
 

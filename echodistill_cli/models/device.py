@@ -113,6 +113,11 @@ def peak_memory_mib(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def free_gib(device: torch.device) -> float | None:
+    """Return the free memory of a GPU in GiB; None for a device that shares the system's memory."""
+    return torch.cuda.mem_get_info(device)[0] / _GIB if device.type == "cuda" else None
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Device memory in GiB, by purpose."""

@@ -210,6 +210,39 @@ def _check_paths(source: Path | None, folder: Path | None = None) -> None:
         raise ConfigError(f"--output {folder} is a file.", "Name a folder with --output.")
 
 
+@dataclass(frozen=True)
+class LiveRequest:
+    """What the page of `echodistill live` shows, and where it listens.
+
+    Args:
+        runs: run folders and LoRA files to show first; every finished run below `output` is shown too.
+        output: folder of the runs, the kept images and the temporary files.
+        model: preset, hub id, folder or file to use instead of each run's.
+        host: address to listen at.
+        port: to listen at; 0 for any free one.
+        names: further names under which people reach the page, such as that of a proxy.
+        auth: user and password; needed if `host` is no loopback address.
+        training: whether the page can train.
+        config: TOML file with further settings of every training; None for the model's own.
+        device: auto, cpu, cuda or mps; None for the run's.
+        precision: auto, bf16, fp16 or fp32; None for the run's.
+        offline: do not use the network.
+    """
+
+    runs: Sequence[Path] = ()
+    output: Path = Path("runs")
+    model: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 7860
+    names: Sequence[str] = ()
+    auth: tuple[str, str] | None = None
+    training: bool = True
+    config: Path | None = None
+    device: str | None = None
+    precision: str | None = None
+    offline: bool = False
+
+
 def setting_notes(request: SampleRequest, steps: int, guidance: float, trained: int | None) -> Iterator[str]:
     """Yield a line for each setting that usually makes the images worse.
 

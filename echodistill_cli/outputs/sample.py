@@ -16,8 +16,9 @@ from PIL import Image
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config
+from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.data.images import a1111_text, grid, save_new_png, save_png, to_image
-from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError, ModelError
@@ -61,7 +62,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class _Generator:
+class Generator:
     """Models without their LoRA yet, and what is needed to put it on and to generate.
 
     Attributes:
@@ -90,7 +91,7 @@ def sample(request: SampleRequest, on_message: OnMessage = lambda _line: None) -
         ConfigError: there is no such run or file.
         ModelError: a model is missing, or the LoRA does not fit it.
     """
-    generator = _load_graphs(request, on_message) if request.backend == "onnx" else _load_models(request, on_message)
+    generator = load_graphs(request, on_message) if request.backend == "onnx" else load_models(request, on_message)
     pair, settings = generator.pair, generator.settings
     prompts = [prompt for prompt in request.prompts for _ in range(request.count)]
     seeds = [request.seed + index for _ in request.prompts for index in range(request.count)]
@@ -100,7 +101,7 @@ def sample(request: SampleRequest, on_message: OnMessage = lambda _line: None) -
             on_message(f"Generating {len(prompts)} images of the base model")
             for index, pixels in enumerate(generate(pair, prompts, seeds, settings)):
                 save_png(Path(folder, f"{index}.png"), to_image(pixels))
-        _attach(generator, request, on_message)
+        attach(generator, request, on_message)
         for line in prompt_notes(pair.encoder, request.prompts, generator.token if request.lora_scale else None):
             on_message(line)
         started = time.perf_counter()
@@ -111,7 +112,7 @@ def sample(request: SampleRequest, on_message: OnMessage = lambda _line: None) -
                 base=_take_image(Path(folder, f"{index}.png")) if request.compare else None,
                 prompt=prompts[index],
                 seed=seeds[index],
-                texts=_texts(generator, prompts[index], seeds[index]),
+                texts=texts_of(generator, prompts[index], seeds[index]),
                 seconds=seconds,
                 run=generator.run,
             )
@@ -126,8 +127,19 @@ def _take_image(file: Path) -> Image.Image:
     return image
 
 
-def _load_models(request: SampleRequest, on_message: OnMessage) -> _Generator:
-    """Load the models that a LoRA goes with."""
+def _load_pair(models: ModelConfig, role: Role) -> ModelPair:
+    return load_pair(models, teacher=role == "teacher")
+
+
+def load_models(
+    request: SampleRequest, on_message: OnMessage, load: Callable[[ModelConfig, Role], ModelPair] = _load_pair
+) -> Generator:
+    """Load the models that a LoRA goes with; `load` returns models that nothing else changes.
+
+    Raises:
+        ConfigError: there is no such run or file.
+        ModelError: a model is missing.
+    """
     first = find(request.lora)
     if request.lora is None and first.run:
         on_message(f"Using the newest run, {first.run.folder}")
@@ -143,17 +155,17 @@ def _load_models(request: SampleRequest, on_message: OnMessage) -> _Generator:
         on_message(line)
     on_message(f"Loading {source}")
     try:
-        pair = load_pair(models, teacher=request.role == "teacher")
+        pair = load(models, request.role)
     except ConfigError as error:  # the loader knows the setting, a person typed the option
         hint = error.hint and error.hint.replace("--resolution", "--size")
         raise ConfigError(error.message.replace("--resolution", "--size"), hint) from error
     _set_sides(pair, settings)
     known_token = first.config.concept.token if first.config else None
     token = first.metadata(request.role).get("echodistill.token", known_token)
-    return _Generator(pair, loras, source, settings, artifacts, first.run.folder if first.run else None, token)
+    return Generator(pair, loras, source, settings, artifacts, first.run.folder if first.run else None, token)
 
 
-def _load_graphs(request: SampleRequest, on_message: OnMessage) -> _Generator:
+def load_graphs(request: SampleRequest, on_message: OnMessage) -> Generator:
     """Load an ONNX model, whose weights include the LoRA and the token: the named one, or that of a run."""
     if request.role == "teacher" or request.compare or request.lora_scale != 1 or request.more_loras:
         raise ConfigError(
@@ -177,7 +189,7 @@ def _load_graphs(request: SampleRequest, on_message: OnMessage) -> _Generator:
     on_message(f"Loading {source}")
     token = run.config.concept.token if run else None
     settings = _settings(request, size, 0.0)
-    return _Generator(load_onnx(folder), [(folder, 1.0)], source, settings, [], run.folder if run else None, token)
+    return Generator(load_onnx(folder), [(folder, 1.0)], source, settings, [], run.folder if run else None, token)
 
 
 def _settings(request: SampleRequest, size: int, teacher_guidance: float) -> SamplingSettings:
@@ -214,7 +226,7 @@ def _set_sides(pair: ModelPair, settings: SamplingSettings) -> None:
         denoiser.time_ids = (*original, 0, 0, *target)
 
 
-def _attach(generator: _Generator, request: SampleRequest, on_message: OnMessage) -> None:
+def attach(generator: Generator, request: SampleRequest, on_message: OnMessage) -> None:
     """Attach LoRAs and learned tokens: the first LoRA as an adapter, the others folded into the weights.
 
     Raises:
@@ -249,7 +261,7 @@ def _fold(pair: ModelPair, request: SampleRequest, lora: Path, scale: float) -> 
         raise ModelError(error.message, "Omit this --lora.") from error
 
 
-def _texts(generator: _Generator, prompt: str, seed: int) -> dict[str, str]:
+def texts_of(generator: Generator, prompt: str, seed: int) -> dict[str, str]:
     """Return the metadata of one image file; it holds only the last part of a path."""
     settings = generator.settings
     return {
@@ -265,7 +277,7 @@ def _texts(generator: _Generator, prompt: str, seed: int) -> dict[str, str]:
     }
 
 
-def _parameters(generator: _Generator, prompt: str, seed: int) -> str:
+def _parameters(generator: Generator, prompt: str, seed: int) -> str:
     """Return what A1111 and Forge read from an image: prompt, LoRA tags, and settings."""
     settings = generator.settings
     fields = {

@@ -26,6 +26,13 @@ from echodistill_cli.runs import OnMessage, OnStep, Run
 from echodistill_cli.training.state import JOINT, PHASES, TrainingState
 from echodistill_cli.training.steps import PHASE_STEPS
 
+Stop = Callable[[], bool]  # called after each step; True saves the run and ends it
+
+
+def never() -> bool:
+    """Do not ask to stop."""
+    return False
+
 
 class StopRequest:
     """Context that records SIGINT and SIGTERM instead of raising them; a second SIGINT interrupts at once.
@@ -34,13 +41,14 @@ class StopRequest:
 
     Args:
         announce: called when the first signal arrives.
+        asked: whether the caller of the training asks it to stop; this counts as a SIGINT.
 
     Attributes:
         received: number of the last signal, or None.
     """
 
-    def __init__(self, announce: Callable[[], None] = lambda: None) -> None:
-        self.announce = announce
+    def __init__(self, announce: Callable[[], None] = lambda: None, asked: Stop = never) -> None:
+        self.announce, self.asked = announce, asked
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -55,6 +63,10 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def number(self) -> int | None:
+        """Return the number of the signal to stop for; None to go on."""
+        return self.received or (signal.SIGINT if self.asked() else None)
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
@@ -143,7 +155,13 @@ def restore(state: TrainingState, saved: Mapping[str, Any], run: Run) -> None:
         ) from error
 
 
-def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: OnMessage = lambda _line: None) -> None:
+def train_to_end(
+    state: TrainingState,
+    run: Run,
+    on_step: OnStep,
+    on_message: OnMessage = lambda _line: None,
+    stop: Stop = never,
+) -> None:
     """Train until the last phase ends, and write into `run` what its configuration asks for.
 
     Args:
@@ -151,9 +169,10 @@ def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: On
         run: the folder of the run.
         on_step: called after each step with its metrics.
         on_message: called with a line when a signal arrives.
+        stop: called after each step; True saves the run and ends it.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM arrived; a checkpoint has been written.
+        Interrupted: SIGINT or SIGTERM arrived, or `stop` returned True; a checkpoint has been written.
         DeviceMemoryError: the device ran out of memory; the hint names the next setting to try.
         EchoDistillError: training diverged, or a file could not be written.
     """
@@ -161,7 +180,7 @@ def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: On
     announce = functools.partial(
         on_message, "Stopping after this step to save it. Press Ctrl-C again to stop now without saving."
     )
-    with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce) as stop:
+    with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce, stop) as request:
         if state.step in (0, state.config.train.steps):
             preview(state, run)
         for phase in PHASES:
@@ -174,7 +193,7 @@ def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: On
                 on_step(metrics)
                 if phase is JOINT and (is_last or number % every.sample_every == 0):
                     preview(state, run)
-                signal_number = stop.received  # read once, because it can change between any two lines
+                signal_number = request.number()  # read once, because it can change between any two lines
                 if signal_number or number % every.save_every == 0 or is_last:
                     checkpoint = run.save_checkpoint(state.step, state.state_dict())
                 if signal_number and state.phase:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -207,6 +208,29 @@ def test_a_signal_while_the_teacher_is_alone_saves_that_too(
     pipeline.train(config("stopped"), resume=True, on_message=messages.append)
     assert any(f"continuing after step 3 of the {phase}" in line for line in messages)
     assert differences(*(open_run(tmp_path / name).load_checkpoint() for name in ("stopped", "whole"))) == []
+
+
+def test_a_caller_in_another_thread_stops_a_run_which_is_saved_and_resumes(
+    unbroken: tuple[Path, Path], tmp_path: Path
+) -> None:
+    # A server or a notebook trains outside the main thread, where Python delivers no signal.
+    run, steps, raised = tmp_path / "run", list[float](), list[Interrupted]()
+
+    def train() -> None:
+        with pytest.raises(Interrupted, match=r"Stopped at step 3 of 6, saved in .*step-000003") as info:
+            pipeline.train(
+                config_of(unbroken, run),
+                on_step=lambda metrics: steps.append(metrics["step"]),
+                stop=lambda: len(steps) == 3,
+            )
+        raised.append(info.value)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    thread.join()
+    assert [error.signal_number for error in raised] == [signal.SIGINT]
+    assert command("train", "--resume", "-o", run, "-q").code == 0
+    assert_same_run(run, unbroken[1])
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_run_resumes_from_its_last_checkpoint(

@@ -1,0 +1,1 @@
+"""The page of `echodistill live`: type a prompt, see the subject, and train a new one."""

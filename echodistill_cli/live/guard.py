@@ -1,0 +1,174 @@
+"""What may reach the page: which hosts, which words and numbers, and where its temporary files lie.
+
+Anybody who reaches the port can call a handler with any values, without the page. So each value is checked here.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import os
+import re
+import shutil
+import socket
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import make_folder
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MOST_STRENGTH, MOST_SEED, STEPS = 2.0, 2**32 - 1, (1, 2, 4)
+MOST_LETTERS = 1000
+MOST_PHOTOS, MOST_UPLOAD = 30, 50 * 2**20  # files, bytes each
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_WORDS = re.compile(r"[^\W_][\w' -]{0,63}")
+Scope = Mapping[str, Any]
+App = Callable[[Scope, Any, Any], Awaitable[None]]
+
+
+def check_host(host: str, auth: object) -> None:
+    """Check that only this machine reaches a page without a password.
+
+    Raises:
+        ConfigError: the host is another address than loopback, and there is no password.
+    """
+    if host not in LOOPBACK and not auth:
+        raise ConfigError(
+            f"--host {host} lets others on the network use this page.", "Set a password: --auth USER:PASSWORD"
+        )
+
+
+class HostGuard:
+    """Refuses requests that name another host, or that another site's page sends.
+
+    A page from elsewhere can have its own name lead to this machine (DNS rebinding); its requests carry that name.
+
+    Args:
+        app: what to protect.
+        host: that the server listens on.
+        names: further names under which people reach it, such as that of a proxy.
+    """
+
+    def __init__(self, app: App, host: str, names: Sequence[str] = ()) -> None:
+        self.app, self.host, self.names = app, host, {name.lower() for name in names}
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        """Pass a request on, or answer it with 403."""
+        if scope["type"] not in ("http", "websocket"):
+            await self.app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self.allows(host) and (origin is None or urlsplit(origin).netloc == host):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
+            body = b"Refused: this page answers under its own address only.\n"
+            start = {"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]}
+            await send(start)
+            await send({"type": "http.response.body", "body": body})
+        else:
+            await send({"type": "websocket.close", "code": 1008})
+
+    def allows(self, host: str) -> bool:
+        """Return whether a Host header names this server.
+
+        Loopback does. If others on the network are served, so does any address, and this machine's name.
+        """
+        name = (urlsplit(f"//{host}").hostname or "").lower()
+        if name in LOOPBACK or name in self.names:
+            return True
+        if self.host in LOOPBACK:
+            return False
+        own = socket.gethostname().lower()
+        return name in (self.host.lower(), own, f"{own.partition('.')[0]}.local") or _is_address(name)
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def check_prompt(prompt: object) -> str:
+    """Return a prompt; "" while nothing is typed.
+
+    Raises:
+        ConfigError: it is no text, or too long.
+    """
+    if not isinstance(prompt, str):
+        raise ConfigError("The prompt is no text.", "Type one.")
+    if len(prompt) > MOST_LETTERS:
+        raise ConfigError(f"The prompt has {len(prompt)} characters.", f"Use at most {MOST_LETTERS}.")
+    return "" if not prompt.strip() else prompt
+
+
+def check_number(what: str, value: object, low: float, high: float) -> float:
+    """Return a number in a range.
+
+    Raises:
+        ConfigError: it is no number, or out of range.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not is_number or not low <= float(value) <= high:  # type: ignore[arg-type]
+        raise ConfigError(f"{what} {str(value)[:40]!r} is not a number from {low:g} to {high:g}.", "Choose another.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_whole(what: str, value: object, low: int, high: int) -> int:
+    """Return a whole number in a range; raises the error of `check_number`."""
+    number = check_number(what, value, low, high)
+    if number != int(number):
+        raise ConfigError(f"{what} {number} is not a whole number.", "Choose another.")
+    return int(number)
+
+
+def check_word(what: str, value: object) -> str:
+    """Return a name of letters, digits, - and _, which can be a folder's name and leads nowhere else.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, str) or not _NAME.fullmatch(value.strip()):
+        raise ConfigError(f"{what} {str(value)[:40]!r} cannot be used.", "Use letters, digits, - and _, at most 64.")
+    return value.strip()
+
+
+def check_words(what: str, value: object) -> str:
+    """Return one or more plain words, such as "alarm clock".
+
+    Raises:
+        ConfigError: it is none.
+    """
+    if not isinstance(value, str) or not _WORDS.fullmatch(value.strip()):
+        raise ConfigError(f"{what} {str(value)[:40]!r} cannot be used.", 'Use plain words, such as "alarm clock".')
+    return value.strip()
+
+
+def private_folder(output: Path) -> Path:
+    """Return the empty folder of the page's temporary files, which gradio is told to use.
+
+    Must be called before gradio is imported, which reads then that it sends nothing to anybody.
+
+    Args:
+        output: folder of the runs.
+    """
+    folder = output.absolute() / ".live" / f"tmp-{os.getpid()}"
+    for old in folder.parent.glob("tmp-*"):
+        process = old.name.removeprefix("tmp-")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):  # its page was killed
+            shutil.rmtree(old, ignore_errors=True)
+    make_folder(folder).chmod(0o700)
+    os.environ |= {
+        "GRADIO_TEMP_DIR": str(folder),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_SHARE": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    return folder
