@@ -18,16 +18,26 @@ from echodistill_cli.config.build import (
     build_config,
     config_from_dict,
     config_to_dict,
-    toy_warning,
     with_absolute_paths,
 )
-from echodistill_cli.config.schema import Config, warnings
-from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, ExportRequest, SampleRequest
+from echodistill_cli.config.schema import Config
+from echodistill_cli.many import batch
+from echodistill_cli.many.batch import Many, PlannedSubject
+from echodistill_cli.many.checks import check_before, warnings_before
+from echodistill_cli.many.schedule import OnEvent
+from echodistill_cli.many.subject import Event
+from echodistill_cli.outputs.requests import (
+    BenchmarkRequest,
+    EngineRequest,
+    EvaluationRequest,
+    ExportRequest,
+    ManyRequest,
+    SampleRequest,
+)
 from echodistill_cli.runs import (
     OnMessage,
     OnStep,
     Run,
-    check_name,
     check_output,
     create_run,
     newest_run,
@@ -46,11 +56,11 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
     from echodistill_cli.training.state import TrainingState
 
 __all__ = [
-    "Benchmark", "BenchmarkRequest", "Diagnosis", "Downloaded", "Evaluation", "EvaluationRequest", "ExportRequest",
-    "ExportResult", "Inspection", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample", "SampleRequest",
-    "TrainResult", "WrittenSamples",
-    "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "plan",
-    "require_photos", "resumed_config", "sample", "train", "write_samples",
+    "Benchmark", "BenchmarkRequest", "Diagnosis", "Downloaded", "EngineRequest", "Evaluation", "EvaluationRequest",
+    "Event", "ExportRequest", "ExportResult", "Inspection", "Many", "ManyRequest", "OnEvent", "OnMessage", "OnStep",
+    "PhotoReport", "Plan", "PlannedSubject", "Sample", "SampleRequest", "TrainResult", "WrittenSamples",
+    "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "plan", "plan_many",
+    "require_photos", "resumed_config", "sample", "train", "train_many", "write_samples",
 ]  # fmt: skip
 _RESULTS = {
     "Benchmark": "evaluation.dreambench",
@@ -106,9 +116,9 @@ def train(
         EchoDistillError: training diverged, or a file could not be written.
     """
     started = time.time()
-    report = _check_before(config)
+    report = check_before(config)
     config = with_absolute_paths(config)
-    for warning in _warnings(config, report):
+    for warning in warnings_before(config, report):
         on_message(warning)
     session = _Session(started, report.photos, on_step, on_message)
     if resume:
@@ -116,6 +126,9 @@ def train(
         with run.locked():
             return _resume(run, from_step, session)
     check_output(config, overwrite=overwrite)
+    if overwrite and config.output.is_dir():  # models take long to load: tell now that another process trains there
+        with Run(config.output, config).locked():
+            pass
     state = _loaded_state(config, session)
     run = create_run(config, overwrite=overwrite)
     with run.locked():
@@ -172,6 +185,22 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
     return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
 
 
+def train_many(request: ManyRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Many:
+    """Train every subject of a manifest, each in a process of its own; a second call skips, resumes and retries.
+
+    Raises:
+        ConfigError: the manifest, a setting or the engine is wrong; nothing was started.
+        PhotoError: a subject has too few usable photos; nothing was started.
+        Interrupted: SIGINT or SIGTERM stopped the subjects that ran; their states are saved.
+    """
+    return batch.train_many(request, train, on_event, on_message)
+
+
+def plan_many(request: ManyRequest, *, on_message: OnMessage = _ignore) -> tuple[PlannedSubject, ...]:
+    """Return what `train_many` would do, and raise what it would raise before it starts. Loads no model."""
+    return batch.plan_many(request, train, on_message)
+
+
 def resumed_config(overrides: Mapping[str, Any]) -> Config:
     """Return the settings of the run to resume, with some of them changed.
 
@@ -198,12 +227,12 @@ def plan(config: Config) -> Plan:
         ConfigError: a setting is wrong.
         PhotoError: there are too few usable photos.
     """
-    report = _check_before(config)
+    report = check_before(config)
 
     from echodistill_cli.planning import check_settings, plan_run
 
     check_settings(config)
-    return plan_run(config, len(report.photos), tuple(_warnings(config, report)))
+    return plan_run(config, len(report.photos), tuple(warnings_before(config, report)))
 
 
 def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str, on_message: OnMessage = _ignore) -> Config:
@@ -289,8 +318,8 @@ def evaluate(request: EvaluationRequest, *, on_message: OnMessage = _ignore) -> 
     return score_images(request, on_message)
 
 
-def benchmark(request: BenchmarkRequest, *, on_step: OnStep = _ignore, on_message: OnMessage = _ignore) -> Benchmark:
-    """Train, generate and score every DreamBench subject that has no result yet.
+def benchmark(request: BenchmarkRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Benchmark:
+    """Train, generate and score every DreamBench subject that has no result yet, with the engines of `train_many`.
 
     Raises:
         ConfigError: the checkout is incomplete, or a run was made with other settings.
@@ -299,7 +328,7 @@ def benchmark(request: BenchmarkRequest, *, on_step: OnStep = _ignore, on_messag
     """
     from echodistill_cli.evaluation.dreambench import run_benchmark
 
-    return run_benchmark(request, train, on_message, on_step)
+    return run_benchmark(request, train, on_message, on_event)
 
 
 def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:
@@ -365,31 +394,3 @@ def doctor() -> Diagnosis:
     from echodistill_cli.planning import diagnose
 
     return diagnose()
-
-
-def _check_before(config: Config) -> PhotoReport:
-    """Return the photos, after every check that needs no model."""
-    from echodistill_cli.data.photos import load_photos
-
-    check_name(config)
-    if config.run.report_to:
-        from echodistill_cli.training.loop import check_trackers
-
-        check_trackers(config.run.report_to)
-    return load_photos(
-        Path(config.concept.photos),
-        min_photos=config.concept.min_photos,
-        resolution=config.model.resolution,
-        masks=config.concept.masks,
-        captions=config.concept.captions,
-    )
-
-
-def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
-    for file in report.files:
-        if file.verdict != "ok":
-            yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
-    yield from report.warnings
-    if toy := toy_warning(config, max((max(file.size) for file in report.files if file.size), default=0)):
-        yield toy
-    yield from warnings(config)

@@ -38,6 +38,7 @@ from echodistill_cli.cli.options import (
 from echodistill_cli.cli.sample import sample
 from echodistill_cli.cli.show import diagnosis_table, inspection_table, photo_table, print_error, print_table
 from echodistill_cli.cli.train import ALSO, MODELS, config, train
+from echodistill_cli.cli.train_many import train_many
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
@@ -67,6 +68,7 @@ def version_option(
 
 _SAMPLING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
 app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
+app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train_many)
 app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
 app.command()(export)
 app.command(context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)
