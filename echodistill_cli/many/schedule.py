@@ -93,10 +93,8 @@ def run_all(
         if stop.received:
             saved = sum(outcome.status == "stopped" for outcome in run.outcomes.values())
             left = len(subjects) - sum(outcome.exit_code == 0 for outcome in run.outcomes.values())
-            raise Interrupted(
-                f"Stopped: {saved} running subjects were saved, {left} are not done. The same command continues.",
-                stop.received,
-            )
+            message = f"Stopped. Not done: {left}, of which {saved} were running and are saved."
+            raise Interrupted(f"{message} The same command continues.", stop.received)
     return {subject.name: run.outcomes[subject.name] for subject in subjects}
 
 

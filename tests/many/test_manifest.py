@@ -83,7 +83,7 @@ def test_the_three_forms_say_the_same(tmp_path: Path, name: str, text: str, line
         (
             "m.csv",
             "photos,train.stepz\ndog,5\n",
-            r"m\.csv, line 2: 'train\.stepz' is neither .* Did you mean train\.steps",
+            r"m\.csv, line 2: 'train\.stepz' .* Did you mean train\.steps",
         ),
         ("m.csv", "photos,class\ndog,5\n", r"m\.csv, line 2: 'class' is neither .* Did you mean class_name"),
         ("m.csv", "photos,train.steps\ndog,5\ncat,many\n", r"m\.csv, line 3: train\.steps = 'many' is not an integer"),
@@ -101,7 +101,7 @@ def test_the_three_forms_say_the_same(tmp_path: Path, name: str, text: str, line
         ("m.toml", '[[subject]]\nphotos = "dog"\n[[subject]]\nphotos = cat\n', r"m\.toml is not valid TOML: .*line 4"),
         (
             "m.toml",
-            '[[subject]]\nphotos="dog"\n[[subject]]\nphotos="cat"\ntrain.lr=-1\n',
+            '[[subject]]\nphotos="dog"\n[[subject]]\nphotos="b"\ntrain.lr=-1\n',
             r"m\.toml, line 3: train\.lr",
         ),
         ("m.toml", '[[photo]]\nphotos = "dog"\n', r"m\.toml: 'photo' is not a table \[\[subject\]\]"),
