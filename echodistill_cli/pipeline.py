@@ -186,7 +186,7 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
 
 
 def train_many(request: ManyRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Many:
-    """Train every subject of a manifest, each in a process of its own; a second call skips, resumes and retries.
+    """Train every subject of a manifest, each in a process of its own; a second call resumes.
 
     Raises:
         ConfigError: the manifest, a setting or the engine is wrong; nothing was started.
@@ -319,7 +319,7 @@ def evaluate(request: EvaluationRequest, *, on_message: OnMessage = _ignore) -> 
 
 
 def benchmark(request: BenchmarkRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Benchmark:
-    """Train, generate and score every DreamBench subject that has no result yet, with the engines of `train_many`.
+    """Train, generate and score every DreamBench subject that has no result yet, as `train_many` does.
 
     Raises:
         ConfigError: the checkout is incomplete, or a run was made with other settings.

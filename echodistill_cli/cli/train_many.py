@@ -76,7 +76,7 @@ def train_many(
     *,
     flags: Mapping[str, Any],
 ) -> None:
-    """Learn many subjects: a row each in a manifest, a run folder each. Again: skips what is done, resumes the rest."""
+    """Learn every subject of a manifest. A second call skips what is finished and resumes the rest."""
     flags = flags if model is None else {**flags, "model.student": model}
     overrides = with_settings(flags, settings or ())
     for key in ("run.name", "concept.photos"):
@@ -196,7 +196,9 @@ class _Shown:
 
 
 class ManyProgress:
-    """Context that shows the state of every subject: a live table on a terminal, a line per change elsewhere.
+    """Context that shows the state of every subject.
+
+    On a terminal it is a live table, elsewhere a line per change.
 
     Args:
         console: of stderr.

@@ -93,7 +93,7 @@ Train = Callable[..., object]
 
 
 def train_many(request: ManyRequest, train: Train, on_event: OnEvent, on_message: OnMessage) -> Many:
-    """Train every subject of a manifest; a second call skips what is finished and resumes what was stopped.
+    """Train every subject of a manifest; a second call skips what is finished and resumes the rest.
 
     Args:
         request: subjects, settings and engine.
@@ -114,7 +114,7 @@ def train_many(request: ManyRequest, train: Train, on_event: OnEvent, on_message
 
 
 def plan_many(request: ManyRequest, train: Train, on_message: OnMessage) -> tuple[PlannedSubject, ...]:
-    """Return what `train_many` would do, after all of its checks; loads and writes nothing. Raises what it raises."""
+    """Return what `train_many` would do, after the same checks; loads and writes nothing."""
     subjects = read_subjects(request, train)
     finished = look_up(subjects)
     photos = check_all([subject for subject in subjects if subject.name not in finished], on_message)

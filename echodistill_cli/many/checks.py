@@ -1,4 +1,4 @@
-"""What is checked of a run before a model is loaded: its name, trackers, photos, and an earlier run in its place."""
+"""Check a run before a model is loaded: its name, trackers, photos, and an earlier run in its place."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class LocalEngine:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 encoding="utf-8",
-                env=os.environ | self._environment(slot),
+                env=os.environ | self.environment(slot),
                 start_new_session=True,
             )
         self.processes[subject.name], self._slot_of[subject.name] = process, slot
@@ -101,7 +101,8 @@ class LocalEngine:
     def close(self) -> None:
         """Nothing outlives the attempts."""
 
-    def _environment(self, slot: int) -> Mapping[str, str]:
+    def environment(self, slot: int) -> Mapping[str, str]:
+        """Return the variables that place the process of a slot."""
         if self.gpus:
             return {_VISIBLE: self.gpus[slot % len(self.gpus)]}
         if self.slots == 1 or "OMP_NUM_THREADS" in os.environ:
@@ -134,7 +135,7 @@ class LocalEngine:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Return what CUDA_VISIBLE_DEVICES may name here, one GPU each. Asks the driver, without loading torch."""
+    """Return the names of the GPUs for CUDA_VISIBLE_DEVICES. Asks the driver, without loading torch."""
     if (visible := os.environ.get(_VISIBLE)) is not None:
         return tuple(name.strip() for name in visible.split(",") if name.strip() not in ("", "-1"))
     if not (tool := shutil.which("nvidia-smi")):

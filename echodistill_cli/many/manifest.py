@@ -1,4 +1,4 @@
-"""Read a manifest: one row per subject, as .csv, .jsonl or .toml, with the line of each row for messages.
+"""Read a manifest: one row per subject, as .csv, .jsonl or .toml, with the line of each row.
 
 Columns: `photos` (relative to the manifest), `class_name`, `token`, `name`, `model`, and any setting by its dotted key.
 A row wins over flags, flags over a settings file, the file over the preset. A subject without a name has that of the
@@ -146,7 +146,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _csv_rows(file: Path, text: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield line and values of each row. An empty cell sets nothing; spreadsheets may separate by ; or tab."""
+    """Yield line and values of each row. An empty cell sets nothing; cells may end with ; or tab too."""
     header = text.partition("\n")[0]
     reader = csv.reader(text.splitlines(keepends=True), delimiter=max(",;\t", key=header.count), strict=True)
     try:

@@ -1,4 +1,4 @@
-"""The engine of a Ray cluster: one task per subject, so that nothing of one subject is left for the next.
+"""The engine of a Ray cluster: one task per subject, in a process of its own.
 
 Tasks, not actors: with a pool of actors Ray 2.60 loses the subject of a node that dies.
 """

@@ -1,4 +1,4 @@
-"""Bring many subjects to their end: skip, start, retry, stop, and a line in results.jsonl for each attempt."""
+"""Bring many subjects to their end: skip, start, retry, stop, and note each attempt in results.jsonl."""
 
 from __future__ import annotations
 
@@ -225,7 +225,9 @@ def _loop(run: _Running, engine: Engine, stop: _Stop) -> None:
 
 
 class _Stop:
-    """Context that records SIGINT and SIGTERM instead of raising them; outside the main thread it records none.
+    """Context that records SIGINT and SIGTERM instead of raising them.
+
+    Outside the main thread Python allows no handlers, and none is recorded.
 
     Attributes:
         received: number of the first signal, or 0.

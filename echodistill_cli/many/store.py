@@ -1,4 +1,4 @@
-"""A run folder on shared storage (S3 and whatever else fsspec opens), for workers without a common disk.
+"""A run folder on shared storage, S3 or another that fsspec opens, for workers without a common disk.
 
 URL/
   dog/result.json        sent last and deleted first: a run that has it is whole
@@ -124,8 +124,6 @@ class Store:
 
     def _fetch_file(self, name: str, digest: str) -> None:
         target = self.folder / name
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise EchoDistillError(f"{self.url}/{_INDEX} lists {name!r}, which is outside of the run.")
         if digest and target.is_file() and sha256(target) == digest:
             return
         make_folder(target.parent)
@@ -140,6 +138,9 @@ class Store:
                 self._sent = {str(name): str(digest) for name, digest in json.loads(text or "{}").items()}
             except (ValueError, AttributeError) as error:
                 raise EchoDistillError(f"{self.url}/{_INDEX} is damaged ({error}).", "Delete it.") from error
+            for name in self._sent:
+                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+                    raise EchoDistillError(f"{self.url}/{_INDEX} lists {name!r}, which is outside of the run.")
         return self._sent
 
     def _read(self, name: str) -> str | None:

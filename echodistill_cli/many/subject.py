@@ -160,7 +160,7 @@ def finished_result(subject: Subject, text: str | None = None) -> Outcome | None
 
 
 def attempt(subject: Subject, on_step: OnStep, on_message: OnMessage) -> Outcome:
-    """Bring a subject to its end from wherever it is, and return how that went. Raises no error of a subject.
+    """Bring a subject to its end from wherever it is, and return how that went. Raises no errors.
 
     Args:
         subject: to train.
@@ -277,7 +277,7 @@ def is_trained(config: Config) -> bool:
 
 @contextlib.contextmanager
 def _locked(subject: Subject) -> Iterator[None]:
-    """Context in which no other process attempts the subject. A retry waits for the lock of a host that died."""
+    """Context in which no other process attempts the subject. A retry waits for a dead host's lock."""
     output = subject.config.output
     file = make_folder(output.parent) / f".{subject.name}.lock"
     deadline = time.monotonic() + (_LEASE_SECONDS if subject.attempts else 0)

@@ -1,7 +1,7 @@
 """`python -m examples.benchmark.many` (`make bench-many`): what `train-many` adds to `train`, and how it scales.
 
-Toy subjects are trained with the `mini` preset: one after the other by `train`, then by `train-many` on this machine with
-one and two workers, and on Ray with two. Wall time depends on what else the machine does; CPU seconds hardly do.
+Toy subjects are trained with the `mini` preset: one after the other by `train`, then by `train-many` on this machine
+with one and two workers, and on Ray with two. Wall time depends on what else the machine does; CPU seconds hardly do.
 
 `--paper` prints what ten thousand subjects would take on a hundred GPUs instead, from times that were measured.
 """
@@ -89,7 +89,10 @@ def report(timings: Sequence[Timing]) -> str:
             cells += ["", f"{wall - plain.wall / plain.subjects:+.1f} s wall"]
         else:
             extra = (one.cpu - plain.cpu) / one.subjects
-            cells += [f"{one.cpu / one.subjects:.1f}", f"{extra:+.2f} s CPU ({100 * extra * plain.subjects / plain.cpu:+.1f} %)"]
+            cells += [
+                f"{one.cpu / one.subjects:.1f}",
+                f"{extra:+.2f} s CPU ({100 * extra * plain.subjects / plain.cpu:+.1f} %)",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

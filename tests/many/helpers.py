@@ -16,6 +16,7 @@ from tests.helpers.commands import Done, command
 
 NAMES = ("one", "two", "three")
 ROOT = Path(__file__).parents[2]
+PATIENCE = float(os.environ.get("TEST_PATIENCE", "200"))  # seconds; more for a machine with much else to do
 
 
 class Batch:
@@ -88,18 +89,20 @@ class Watched:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.lines = process, list[str]()
         # A process that says nothing must not stop the tests for ever.
-        self._alarm = threading.Timer(200, process.kill)
+        self._alarm = threading.Timer(PATIENCE, process.kill)
         self._alarm.daemon = True
         self._alarm.start()
 
-    def until(self, words: str) -> str:
-        """Read up to a line with these words, and return it."""
+    def until(self, words: str, times: int = 1) -> str:
+        """Read until so many lines had these words, and return the last of them."""
         assert self.process.stderr is not None
-        for line in self.process.stderr:
+        found = [line for line in self.lines if words in line]
+        while len(found) < times:
+            line = self.process.stderr.readline()
+            assert line, f"no {times} lines with {words!r} in {self.text}"
             self.lines.append(line)
-            if words in line:
-                return line
-        raise AssertionError(f"no line with {words!r} in {''.join(self.lines)}")
+            found += [line] if words in line else []
+        return found[times - 1]
 
     def end(self) -> int:
         """Read the rest and return the exit code."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,107 +13,146 @@ from pathlib import Path
 
 import pytest
 
+from echodistill_cli.errors import ConfigError
 from echodistill_cli.many.local import LocalEngine, visible_gpus
 from echodistill_cli.runs import open_run
-from tests.helpers.commands import command
-from tests.many.helpers import ROOT, Batch, pid_in
+from tests.helpers.commands import Done, command, small_toml
+from tests.many.helpers import NAMES, PATIENCE, ROOT, Batch, pid_in
 from tests.training.test_interrupts import differences
 
 
-def test_one_fails_one_is_killed_and_a_second_call_does_only_the_rest(batch: Batch) -> None:
-    # `one` fails while its models load, `two` is killed and not retried, `three` succeeds.
-    batch.write("one", "two", "three", one={"critic.identity": "./missing"})
-    with batch.process("--retries", 0) as watched:
-        watched.until("one: failed")
-        process = pid_in(watched.until("two: started on"))
-        watched.until("two: training 4/8")
-        os.kill(process, signal.SIGKILL)
-        assert watched.end() == 1
-    (failed,), (killed,), (done,) = (batch.attempts(name) for name in ("one", "two", "three"))
-    assert (failed["status"], failed["exit_code"], batch.result("one")) == ("failed", 4, None)
-    assert "missing" in failed["error"]
-    assert (killed["status"], killed["exit_code"], killed["pid"]) == ("died", 1, process)
-    assert "killed by signal 9" in killed["error"]
-    assert batch.result("two") is None
-    assert (done["status"], done["steps"], done["host"]) == ("done", 8, platform.node())
-    assert batch.result("three") == done
-    assert Path(done["lora"]).is_file()
-    assert "1 done, 1 failed, 1 died" in watched.text or "1 failed, 1 died, 1 done" in watched.text
-    assert "continuing" not in (batch.output / "logs" / "two.log").read_text()
+class Story:
+    """Three subjects, two at once. `one` fails, `two` is killed and retried, `three` is stopped; then the rest is done.
 
-    # The same command with the cause of the failure removed: one from the start, two from its checkpoint, three not.
-    batch.write("one", "two", "three")
-    written = (batch.output / "three" / "three.safetensors").stat().st_mtime_ns
-    again = batch("--json")
-    assert again.code == 0, again.err
-    result = again.result
+    Args:
+        batch: the subjects; three has 40 steps, the others 8.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        long = {"train.steps": 40}
+        batch.write(*NAMES, one={"critic.identity": "./missing"}, three=long)
+        with batch.process("--workers", 2) as watched:
+            self.killed = pid_in(watched.until("two: started on"))
+            watched.until("two: training 4/8")
+            os.kill(self.killed, signal.SIGKILL)
+            watched.until("two: done")
+            watched.until("three: training 10/40")
+            watched.process.send_signal(signal.SIGINT)
+            self.code = watched.end()
+        self.text = watched.text
+        self.rows = {name: batch.attempts(name) for name in NAMES}
+        self.results = {name: batch.result(name) for name in NAMES}
+        self.checkpoint = open_run(batch.output / "three").list_checkpoints()[-1].name
+        batch.write(*NAMES, three=long)
+        self.planned = batch("--dry-run", "--json").result["subjects"]
+        self.written = self.lora("two").stat().st_mtime_ns
+        self.again: Done = batch("--json", "--workers", 2)
+
+    def lora(self, name: str) -> Path:
+        """The LoRA file of a subject."""
+        return self.batch.output / name / f"{name}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def story(
+    tmp_path_factory: pytest.TempPathFactory,
+    small_pair: tuple[Path, Path],
+    small_backbones: dict[str, Path],
+    photo_folder: Path,
+) -> Story:
+    """See `Story`; it happens once for all tests."""
+    folder = tmp_path_factory.mktemp("story")
+    toml = small_toml(folder, small_pair, small_backbones, echo__start="off", train__steps=8, run__sample_every=100)
+    for name in NAMES:
+        shutil.copytree(photo_folder, folder / "photos" / name)
+    return Story(Batch(folder, toml))
+
+
+def test_a_subject_that_fails_is_named_and_not_retried(story: Story) -> None:
+    (failed,) = story.rows["one"]
+    assert (failed["status"], failed["exit_code"], story.results["one"]) == ("failed", 4, None)
+    assert "missing" in failed["error"]
+    assert "one: failed" in story.text
+
+
+def test_a_killed_process_is_retried_from_its_checkpoint(story: Story) -> None:
+    killed, retried = story.rows["two"]
+    assert (killed["status"], killed["pid"], killed["attempt"]) == ("died", story.killed, 1)
+    assert "killed by signal 9" in killed["error"]
+    assert (retried["status"], retried["attempt"], retried["steps"]) == ("done", 2, 8)
+    assert retried["begun_from"] in (2, 4, 6)
+    assert retried["host"] == platform.node()
+    assert story.results["two"] == retried
+    assert Path(retried["lora"]) == story.lora("two")
+    assert story.batch.steps("two") == list(range(1, 9))
+    log = (story.batch.output / "logs" / "two.log").read_text()
+    assert "died." in log
+    assert "continuing its training" in log
+
+
+def test_ctrl_c_saves_what_runs_before_the_command_ends(story: Story) -> None:
+    assert story.code == 130
+    assert "Stopped. Not done: 2, of which 1 were running and are saved. The same command continues." in story.text
+    (stopped,) = story.rows["three"]
+    assert (stopped["status"], story.results["three"]) == ("stopped", None)
+    assert story.checkpoint == f"step-{stopped['steps']:06d}"
+
+
+def test_a_second_call_skips_what_is_finished_and_does_the_rest(story: Story) -> None:
+    assert [one["state"] for one in story.planned] == ["new", "finished", f"resumes after {story.checkpoint}"]
+    assert story.again.code == 0, story.again.err
+    result = story.again.result
+    assert result["counts"] == {"done": 2, "was finished": 1}
     assert {name: one["status"] for name, one in result["subjects"].items()} == {
         "one": "done",
-        "two": "done",
-        "three": "was finished",
+        "two": "was finished",
+        "three": "done",
     }
-    assert result["counts"] == {"done": 2, "was finished": 1}
-    assert result["subjects"]["two"]["begun_from"] in (2, 4, 6)
-    assert batch.steps("two") == list(range(1, 9))
-    assert (batch.output / "three" / "three.safetensors").stat().st_mtime_ns == written
-    assert len(batch.attempts("three")) == 1
-
-    # To the bit what `train` makes of the same settings.
-    arguments = ["--config", batch.toml, "--class-name", "dog", "--name", "two", "-o", batch.folder / "single", "-q"]
-    assert command("train", batch.folder / "photos" / "two", *arguments).code == 0
-    for name in ("two", "one"):
-        states = [open_run(folder).load_checkpoint() for folder in (batch.output / name, batch.folder / "single")]
-        states = [{key: value for key, value in state.items() if key != "settings"} for state in states]
-        assert differences(*states) == []
-    lora = (batch.output / "two" / "two.safetensors").read_bytes()
-    assert lora == (batch.folder / "single" / "two.safetensors").read_bytes()
+    assert result["subjects"]["three"]["begun_from"] == int(story.checkpoint.removeprefix("step-"))
+    assert story.lora("two").stat().st_mtime_ns == story.written
+    assert len(story.batch.attempts("two")) == 2
+    assert story.batch.steps("three") == list(range(1, 41))
 
 
-def test_a_killed_process_is_retried_from_its_checkpoint_and_the_others_go_on(batch: Batch) -> None:
-    batch.write("one", "two")
-    with batch.process("--workers", 2, "--json") as watched:
-        processes = dict(line.split(": started") for line in (watched.until("started"), watched.until("started")))
-        watched.until("two: training 4/8")
-        os.kill(int(processes["two"].rsplit(" ", 1)[1]), signal.SIGKILL)
-        watched.until("two: Its process ended early (killed by signal 9)")
-        assert watched.end() == 0, watched.text
-    first, second = batch.attempts("two")
-    assert [row["status"] for row in (first, second)] == ["died", "done"]
-    assert second["attempt"] == 2
-    assert second["begun_from"] in (2, 4, 6)
-    assert [row["attempt"] for row in batch.attempts("one")] == [1]
-    assert batch.steps("two") == list(range(1, 9))
+def test_the_results_are_to_the_bit_those_of_train(story: Story) -> None:
+    single = story.batch.folder / "single"
+    arguments = ["--config", story.batch.toml, "--class-name", "dog", "--name", "two", "-o", single, "-q"]
+    assert command("train", story.batch.folder / "photos" / "two", *arguments).code == 0
+    expected, *states = (
+        open_run(folder).load_checkpoint()
+        for folder in (single, story.batch.output / "two", story.batch.output / "one")
+    )
+    for state in states:
+        assert differences(*({**one, "settings": {}} for one in (expected, state))) == []
+    assert story.lora("two").read_bytes() == (single / "two.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_every_running_subject_before_the_command_ends(
-    batch: Batch, number: signal.Signals, code: int
-) -> None:
-    with batch.process("--workers", 2, "--steps", 100) as watched:
-        watched.until("one: training")
-        watched.until("two: training")
-        watched.process.send_signal(number)
-        assert watched.end() == code
-    assert "Not done: 3, of which 2 were running and are saved. The same command continues." in watched.text
-    for name in ("one", "two"):
-        (row,) = batch.attempts(name)
-        assert (row["status"], row["exit_code"]) == ("stopped", 143)
-        saved = open_run(batch.output / name).list_checkpoints()[-1].name
-        assert saved == f"step-{row['steps']:06d}"
-    assert not (batch.output / "three").exists()
+def test_other_settings_are_refused_and_other_photos_are_no_finished_subject(story: Story) -> None:
+    refused = story.batch("--rank", 3)
+    assert (refused.code, refused.out) == (2, "")
+    assert f"{story.batch.manifest}, line 1: " in refused.error
+    assert "was made with adapter.rank = 2, not 3" in refused.error
+    photo = story.batch.folder / "photos" / "two" / "photo-0.jpg"
+    before = photo.read_bytes()
+    photo.write_bytes(before + b"more")
+    states = [one["state"] for one in story.batch("--dry-run", "--json").result["subjects"]]
+    photo.write_bytes(before)
+    assert states == ["finished", "resumes after step-000008", "finished"]
 
 
-def test_workers_save_and_end_when_the_command_is_killed(batch: Batch) -> None:
+def test_a_worker_saves_and_ends_when_the_command_is_killed(batch: Batch) -> None:
     batch.write("one")
-    with batch.process("--steps", 100) as watched:
-        process = pid_in(watched.until("one: started on"))
-        watched.until("one: training")
+    with batch.process("--steps", 1000) as watched:
+        process = Path(f"/proc/{pid_in(watched.until('one: started on'))}")
+        while not (batch.output / "one" / "metrics.jsonl").exists():
+            time.sleep(0.1)
         watched.process.kill()
         watched.end()
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{process}").exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + PATIENCE
+    while process.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not Path(f"/proc/{process}").exists()
+    assert not process.exists()
     run = open_run(batch.output / "one")
     assert run.list_checkpoints()[-1].name == f"step-{batch.steps('one')[-1]:06d}"
     assert not (batch.output / "results.jsonl").exists()
@@ -142,43 +181,25 @@ def test_a_second_process_on_a_run_ends_at_once_and_a_kill_frees_the_run(batch: 
         held = f"{run} is being trained by process {holder.pid} on {platform.node()}. Wait until it ends, or stop it."
         for how in ("--resume", "--overwrite"):
             refused = command(*train, how)
-            assert (refused.code, refused.out, refused.err) == (1, "", f"error: {held}\n")
+            assert (refused.code, refused.out) == (1, "")
+            assert refused.error == f"error: {held}"
+            assert "Loading" not in refused.err
     finally:
         holder.kill()
         holder.communicate()
     assert command(*train, "--resume").code == 0
 
 
-def test_other_settings_or_photos_are_trained_again_or_refused(batch: Batch) -> None:
-    batch.write("one")
-    assert batch("--steps", 2).code == 0
-    planned = [batch(*flags, "--dry-run", "--json").result["subjects"][0]["state"] for flags in
-               ((), ("--steps", 2))]  # fmt: skip
-    assert planned == ["resumes after step-000002", "finished"]
-    refused = batch("--steps", 2, "--rank", 3)
-    assert refused.code == 2
-    assert f"{batch.manifest}, line 1: " in refused.error
-    assert "was made with adapter.rank = 2, not 3" in refused.error
-    # The same settings with another photo are no finished subject, and no run to continue.
-    photo = batch.folder / "photos" / "one" / "photo-0.jpg"
-    photo.write_bytes((batch.folder / "photos" / "one" / "photo-1.jpg").read_bytes() + b"more")
-    changed = batch("--steps", 2)
-    assert changed.code == 2  # the only subject's own code
-    assert "was trained on other photos: the image of photo-0.jpg changed" in batch.attempts("one")[-1]["error"]
-    assert json.loads((batch.output / "one" / "result.json").read_text() if batch.result("one") else "{}") == {}
-
-
 def test_gpus_are_shared_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
     assert visible_gpus() == ("2", "5")
     for share, workers, slots in ((None, None, 2), (0.5, None, 4), (1.0, 3, 3), (0.0, None, 1)):
-        engine = LocalEngine(tmp_path, workers, share, on_gpu=True)
-        assert engine.slots == slots
+        assert LocalEngine(tmp_path, workers, share, on_gpu=True).slots == slots
     halves = LocalEngine(tmp_path, None, 0.5, on_gpu=True)
-    devices = [halves._environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
+    devices = [halves.environment(slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)]
     assert devices == ["2", "5", "2", "5"]
-    assert "CUDA_VISIBLE_DEVICES" not in LocalEngine(tmp_path, 2, None, on_gpu=False)._environment(0)
+    assert "CUDA_VISIBLE_DEVICES" not in LocalEngine(tmp_path, 2, None, on_gpu=False).environment(0)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == ()
-    with pytest.raises(Exception, match="a subject cannot use several GPUs"):
+    with pytest.raises(ConfigError, match="a subject cannot use several GPUs"):
         LocalEngine(tmp_path, None, 2.0, on_gpu=True)

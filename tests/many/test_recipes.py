@@ -100,7 +100,9 @@ def test_a_skypilot_job_takes_its_shard(batch: Batch) -> None:
     assert task["envs"]["SHARDS"] == 4
 
 
-def test_submitit_runs_every_shard_and_submits_a_stopped_one_again(batch: Batch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_submitit_runs_every_shard_and_submits_a_stopped_one_again(
+    batch: Batch, capfd: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("submitit", reason="needs submitit")
     from examples.cluster import submit
 

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
+from echodistill_cli import pipeline
+from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.files import same_content
+from echodistill_cli.many.batch import subject_of
+from echodistill_cli.many.manifest import Row
+from echodistill_cli.many.schedule import look_up
 from echodistill_cli.many.store import Store
+from echodistill_cli.many.subject import Subject, attempt
+from echodistill_cli.runs import open_run
 from tests.helpers.commands import files_below
-from tests.many.helpers import Batch, pid_in
+from tests.many.helpers import Batch
 
 
 @pytest.fixture
@@ -56,44 +62,61 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return str(request.getfixturevalue("s3")) if request.param == "s3" else str(tmp_path / "store")
 
 
+def subject(batch: Batch, url: str, output: str) -> Subject:
+    """The first subject, with its run in a folder as on another machine."""
+    places = {"run.name": "one", "run.output": str(batch.folder / output / "one")}
+    places["concept.photos"] = str(batch.folder / "photos" / "one")
+    config = build_config(None, batch.toml, places)
+    return subject_of(Row(config, "here"), pipeline.train, url)
+
+
+def ignore(_: object) -> None:
+    """What nobody reads."""
+
+
 @pytest.mark.filterwarnings("ignore")  # of botocore
 def test_a_killed_subject_goes_on_elsewhere_from_the_storage_and_is_then_finished_everywhere(
     batch: Batch, url: str
 ) -> None:
-    batch.write("one")
-    with batch.process("--store", url, "--retries", 0) as watched:
-        process = pid_in(watched.until("one: started on"))
-        watched.until("one: training 4/8")
-        os.kill(process, signal.SIGKILL)
-        assert watched.end() == 1, watched.text
+    def ended_at_once(metrics: Mapping[str, float]) -> None:
+        if metrics["step"] == 4:
+            raise KeyboardInterrupt  # saves and sends nothing, as a kill
+
+    cut = attempt(subject(batch, url, "first"), ended_at_once, ignore)
+    assert (cut.status, cut.steps) == ("stopped", 4)
     stored = Store(f"{url}/one", batch.folder / "copy")
     assert stored.read_result() is None
     stored.fetch()
-    assert "checkpoints/step-000002/state.pt" in files_below(batch.folder / "copy")
+    assert open_run(batch.folder / "copy").list_checkpoints()[-1].name == "step-000002"
 
-    shutil.rmtree(batch.output)  # another machine
-    done = batch("--store", url, "--json")
-    assert done.code == 0, done.err
-    assert done.result["subjects"]["one"]["begun_from"] in (2, 4)
-    assert batch.steps("one") == list(range(1, 9))
+    elsewhere = subject(batch, url, "second")
+    messages: list[str] = []
+    done = attempt(elsewhere, ignore, messages.append)
+    assert (done.status, done.begun_from, done.steps) == ("done", 2, 8), done.error
+    assert "continuing its training" in messages
+    assert [entry["step"] for entry in open_run(elsewhere.config.output).read_metrics()] == list(range(1, 9))
 
-    again = Store(f"{url}/one", batch.output / "one")
+    again = Store(f"{url}/one", elsewhere.config.output)
     before = {name: str(again.system.info(again._at(name))) for name in again._index()}
     assert {"one.safetensors", "teacher/one-teacher.safetensors", "metrics.jsonl", "config.toml"} <= set(before)
     assert not any("step-000002" in name for name in before)  # only the newest checkpoints are kept, there too
     again.push()
     assert {name: str(again.system.info(again._at(name))) for name in again._index()} == before
 
-    lora = (batch.output / "one" / "one.safetensors").read_bytes()
-    local = files_below(batch.output / "one")
-    shutil.rmtree(batch.output)
-    finished = batch("--store", url, "--json").result["subjects"]["one"]
-    assert (finished["status"], finished["steps"]) == ("was finished", 8)
-    assert not (batch.output / "one").exists()
-    again = Store(f"{url}/one", batch.output / "one")
-    again.fetch()
-    assert files_below(batch.output / "one") == local
-    assert (batch.output / "one" / "one.safetensors").read_bytes() == lora
+    third = subject(batch, url, "third")
+    found = look_up([third])["one"]
+    assert (found.status, found.steps, found.attempt) == ("was finished", 8, 1)
+    assert not third.config.output.exists()
+    assert attempt(third, ignore, ignore).status == "was finished"
+    assert files_below(third.config.output) == files_below(elsewhere.config.output)
+    assert same_content(third.config.output / "one.safetensors", elsewhere.config.output / "one.safetensors")
+
+
+def test_a_storage_that_cannot_be_used_fails_the_subject_with_one_line(batch: Batch) -> None:
+    (batch.folder / "file").write_text("")
+    failed = attempt(subject(batch, str(batch.folder / "file"), "out"), ignore, ignore)
+    assert (failed.status, failed.exit_code) == ("failed", 1)
+    assert f"--store {batch.folder / 'file'}/one cannot be used (" in failed.error
 
 
 def run_with(folder: Path, *names: str, text: str = "x") -> Path:
@@ -131,11 +154,3 @@ def test_a_list_that_leads_out_of_the_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store" / ".files.json").write_text("[")
     with pytest.raises(EchoDistillError, match="is damaged"):
         Store(str(tmp_path / "store"), tmp_path / "here").fetch()
-
-
-def test_a_storage_that_cannot_be_written_is_one_line(batch: Batch) -> None:
-    batch.write("one")
-    (batch.folder / "file").write_text("")
-    done = batch("--store", batch.folder / "file", "--steps", 1)
-    assert done.code == 1
-    assert f"--store {batch.folder / 'file'}/one cannot be used (" in batch.attempts("one")[0]["error"]
