@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.many.local import LocalEngine, visible_gpus
@@ -125,7 +126,8 @@ def test_the_results_are_to_the_bit_those_of_train(story: Story) -> None:
     )
     for state in states:
         assert differences(*({**one, "settings": {}} for one in (expected, state))) == []
-    assert story.lora("two").read_bytes() == (single / "two.safetensors").read_bytes()
+    # The headers differ in the time of the training.
+    assert differences(load_file(story.lora("two")), load_file(single / "two.safetensors")) == []
 
 
 def test_other_settings_are_refused_and_other_photos_are_no_finished_subject(story: Story) -> None:

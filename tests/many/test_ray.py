@@ -19,15 +19,14 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
-    """A head without a CPU for subjects, which the driver joins, and two nodes of one CPU each."""
+    """A cluster of two nodes with one CPU each; the driver joins the first."""
     pytest.importorskip("ray", reason="needs the extra ray")
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     from ray.cluster_utils import Cluster
 
     Path("/tmp/ray").mkdir(exist_ok=True)
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    for _ in range(2):
-        nodes.add_node(num_cpus=1, num_gpus=0)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0, "include_dashboard": False})
+    nodes.add_node(num_cpus=1, num_gpus=0)
     yield nodes
     nodes.shutdown()
 
@@ -40,15 +39,10 @@ def on(cluster: Any) -> tuple[str, str]:
 def test_a_killed_worker_is_retried_and_a_subject_that_always_dies_fails_alone(cluster: Any, batch: Batch) -> None:
     batch.write("one", "two")
     with batch.process(*on(cluster), "--retries", 1) as watched:
-        lines = [watched.until("started on"), watched.until("started on")]
-        processes = {line.partition(":")[0]: pid_in(line) for line in lines}
-        os.kill(processes["two"], signal.SIGKILL)
+        os.kill(pid_in(watched.until("two: started on")), signal.SIGKILL)
         watched.until("one: training 4/8")
-        os.kill(processes["one"], signal.SIGKILL)
-        for _ in range(2):  # the second attempts
-            line = watched.until("started on")
-            if line.startswith("two:"):
-                os.kill(pid_in(line), signal.SIGKILL)
+        os.kill(pid_in(watched.until("one: started on")), signal.SIGKILL)
+        os.kill(pid_in(watched.until("two: started on", times=2)), signal.SIGKILL)
         assert watched.end() == 1, watched.text
     assert [row["status"] for row in batch.attempts("two")] == ["died", "died"]
     assert "WorkerCrashedError" in batch.attempts("two")[1]["error"]
@@ -60,10 +54,11 @@ def test_a_killed_worker_is_retried_and_a_subject_that_always_dies_fails_alone(c
 
 
 def test_ctrl_c_saves_every_running_subject_before_the_command_ends(cluster: Any, batch: Batch) -> None:
-    with batch.process(*on(cluster), "--steps", 200) as watched:
-        running = {line.partition(":")[0] for line in (watched.until("started on"), watched.until("started on"))}
-        for _ in running:
-            watched.until(": training")
+    with batch.process(*on(cluster), "--steps", 60) as watched:
+        lines = [watched.until("started on"), watched.until("started on", times=2)]
+        running = {line.partition(":")[0] for line in lines}
+        for name in running:
+            watched.until(f"{name}: training")
         watched.process.send_signal(signal.SIGINT)
         assert watched.end() == 130, watched.text
     assert "are saved. The same command continues." in watched.text
@@ -74,20 +69,22 @@ def test_ctrl_c_saves_every_running_subject_before_the_command_ends(cluster: Any
 
 
 def test_a_subject_whose_node_is_killed_goes_on_at_another(cluster: Any, batch: Batch) -> None:
-    batch.write("one")
+    batch.write("one", "two")
+    (node,) = cluster.worker_nodes
     with batch.process(*on(cluster), "--json") as watched:
-        process = pid_in(watched.until("one: started on"))
-        watched.until("one: training 4/8")
-        raylet = psutil.Process(process).parent()
-        assert raylet is not None
-        (node,) = [node for node in cluster.worker_nodes if _raylet(node) == raylet.pid]
+        parents = {}
+        for line in (watched.until("started on"), watched.until("started on", times=2)):
+            parents[line.partition(":")[0]] = psutil.Process(pid_in(line)).ppid()
+        (lost,) = [name for name, parent in parents.items() if parent == _raylet(node)]
+        watched.until(f"{lost}: training 4/8")
         cluster.remove_node(node, allow_graceful=False)
         assert watched.end() == 0, watched.text
-    first, second = batch.attempts("one")
-    assert (first["status"], second["status"]) == ("died", "done")
-    assert second["pid"] != process
+    first, second = batch.attempts(lost)
+    assert (first["status"], second["status"], second["attempt"]) == ("died", "done", 2)
     assert second["begun_from"] in (2, 4, 6)
-    assert batch.steps("one") == list(range(1, 9))
+    assert batch.steps(lost) == list(range(1, 9))
+    (other,) = {"one", "two"} - {lost}
+    assert [row["status"] for row in batch.attempts(other)] == ["done"]
 
 
 def _raylet(node: Any) -> int:
