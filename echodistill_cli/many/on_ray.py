@@ -99,7 +99,7 @@ class RayEngine:
         except self.ray.exceptions.TaskCancelledError:
             return Event(subject.name, "died", "It was stopped before it started.")
         except self.ray.exceptions.RayError as error:
-            reason = next(iter(str(error).strip().splitlines()), "").rstrip(".")
+            reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")  # the rest is advice
             return Event(subject.name, "died", f"Its process ended early ({type(error).__name__}: {reason}).")
 
 

@@ -119,7 +119,9 @@ def _finished(subject: Subject) -> Outcome | None:
 
 
 def _start_engine(request: EngineRequest, subjects: Sequence[Subject], output: Path) -> Engine:
-    on_gpu = any(subject.config.model.device not in ("cpu", "mps") for subject in subjects)
+    # Whoever names a device by its number means that one.
+    devices = {subject.config.model.device for subject in subjects}
+    on_gpu = any(device not in ("cpu", "mps") and ":" not in device for device in devices)
     if request.on == LOCAL:
         return LocalEngine(output / LOGS, request.workers, request.gpus_per_subject, on_gpu=on_gpu)
     from echodistill_cli.many.on_ray import RayEngine
@@ -169,6 +171,8 @@ class _Running:
             self.on_event(event)
             return
         del self.active[event.name]
+        if event.kind == "died" and is_stopping and not about:  # it waited in the engine's own queue
+            return
         outcome = Outcome(**event.data) if event.kind == "end" else _died(subject, about, event.data)
         self._record(outcome)
         was_cut_off = outcome.status == "died" or (outcome.status == "stopped" and not is_stopping)
