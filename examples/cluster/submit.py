@@ -1,7 +1,7 @@
 """`python examples/cluster/submit.py MANIFEST OUTPUT --shards 16`: a SLURM array through submitit, with retries.
 
 `pip install submitit` first. A shard that reaches its time limit, or is preempted, saves and is submitted again by
-submitit. Flags after `--` go to `train-many`.
+submitit. Other flags go to `train-many`.
 """
 
 from __future__ import annotations
@@ -45,15 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=int, default=60, help="time limit of a job")
     parser.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help="where to run")
     parser.add_argument("--logs", default="submitit", help="folder of submitit's own files")
-    parser.add_argument("flags", nargs="*", help="flags of train-many, after --")
-    options = parser.parse_args(arguments)
+    options, flags = parser.parse_known_args(arguments)
     executor = submitit.AutoExecutor(folder=options.logs, cluster=options.cluster)
     executor.update_parameters(
         name="echodistill", timeout_min=options.minutes, gpus_per_node=1, cpus_per_task=4, mem_gb=16
     )
     if options.cluster == "slurm":
         executor.update_parameters(slurm_array_parallelism=options.at_once)
-    words = [options.manifest, "--output", options.output, *options.flags]
+    words = [options.manifest, "--output", options.output, *flags]
     shards = [Shard(words, index, options.shards) for index in range(options.shards)]
     with executor.batch():
         jobs = [executor.submit(shard) for shard in shards]

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,17 +99,13 @@ def test_a_skypilot_job_takes_its_shard(batch: Batch) -> None:
     assert task["envs"]["SHARDS"] == 4
 
 
-def test_submitit_runs_every_shard_and_submits_a_stopped_one_again(
-    batch: Batch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    pytest.importorskip("submitit", reason="needs submitit")
-    from examples.cluster import submit
+def test_submitit_runs_every_shard_and_submits_a_stopped_one_again(batch: Batch) -> None:
+    submitit = pytest.importorskip("submitit", reason="needs submitit")
+    from examples.cluster.submit import Shard
 
-    where = ["--shards", "2", "--cluster", "debug", "--logs", str(batch.folder / "jobs")]
-    flags = ["--", "--config", str(batch.toml), "--dry-run", "--json"]
-    assert submit.main([str(batch.manifest), str(batch.output), *where, *flags]) == 0
-    plans = [json.loads(line)["subjects"] for line in capfd.readouterr().out.splitlines() if line.startswith("{")]
+    script = [sys.executable, str(CLUSTER / "submit.py"), str(batch.manifest), str(batch.output), "--shards", "2"]
+    done = shell(batch, [*script, "--cluster", "debug", "--config", str(batch.toml), "--dry-run", "--json"])
+    assert done.code == 0, done.err
+    plans = [json.loads(line)["subjects"] for line in done.out.splitlines() if line.startswith("{")]
     assert [[one["name"] for one in plan] for plan in plans] == [["one", "three"], ["two"]]
-    shard = submit.Shard(["m.csv"], 1, 2)
-    assert shard.checkpoint().function is shard
-    assert Path(submit.__file__ or "").parent == CLUSTER
+    assert isinstance(Shard(["m.csv"], 1, 2).checkpoint(), submitit.helpers.DelayedSubmission)
