@@ -53,11 +53,6 @@ class LocalEngine:
         """Whether another attempt can start now."""
         return len(self.processes) < self.slots
 
-    @property
-    def running(self) -> bool:
-        """Whether an attempt runs."""
-        return bool(self.processes)
-
     def start(self, subject: Subject) -> None:
         """Start an attempt; its events follow."""
         slot = min(set(range(self.slots)) - set(self._slot_of.values()))

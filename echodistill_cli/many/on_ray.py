@@ -53,11 +53,6 @@ class RayEngine:
         """Whether another attempt may be handed to Ray."""
         return self.workers is None or len(self.tasks) < self.workers
 
-    @property
-    def running(self) -> bool:
-        """Whether a task is not over."""
-        return bool(self.tasks)
-
     def start(self, subject: Subject) -> None:
         """Hand an attempt to Ray, which starts it where there is room."""
         self.tasks[self.task.options(name=subject.name).remote(subject.to_dict(), self.news.actor)] = subject

@@ -34,10 +34,6 @@ class Engine(Protocol):
     def has_room(self) -> bool:
         """Whether another attempt can start now."""
 
-    @property
-    def running(self) -> bool:
-        """Whether an attempt runs."""
-
     def start(self, subject: Subject) -> None:
         """Start an attempt."""
 
