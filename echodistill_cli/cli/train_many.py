@@ -58,6 +58,10 @@ def train_many(
     settings: Annotated[
         list[str] | None, value_option("KEY=VALUE", "any setting, such as train.target_steps=5; repeatable", "--set")
     ] = None,
+    run_output: Annotated[
+        Path, value_option("DIR", "folder of all run folders, DIR/NAME each", "--output", "-o", panel=RUN)
+    ] = Path("runs"),
+    run_name: Annotated[str | None, typer.Option("--name", hidden=True)] = None,
     on: On = "local",
     workers: Workers = None,
     gpus_per_subject: Gpus = None,
@@ -79,10 +83,11 @@ def train_many(
     """Learn every subject of a manifest. A second call skips what is finished and resumes the rest."""
     flags = flags if model is None else {**flags, "model.student": model}
     overrides = with_settings(flags, settings or ())
-    for key in ("run.name", "concept.photos"):
+    overrides |= {} if run_name is None else {"run.name": run_name}
+    for key in ("run.name", "run.output", "concept.photos"):
         if key in overrides:
-            raise ConfigError(f"{key} differs between subjects.", "Set it in the manifest: columns photos and name.")
-    output = Path(overrides.pop("run.output", "runs"))
+            remedy = "Use --output for the folder of all, and the columns photos and name for each."
+            raise ConfigError(f"{key} differs between subjects.", remedy)
     model = overrides.pop("model.student", None)
     build = functools.partial(build_config, model, config_file)
     with naming_flags(flags):
@@ -91,7 +96,7 @@ def train_many(
     quiet_libraries(offline=config.model.offline, quiet=quiet)
     request = pipeline.ManyRequest(
         manifest,
-        output,
+        run_output,
         model,
         config_file,
         overrides,

@@ -64,7 +64,8 @@ def train_all(way: str, nouns: Sequence[str], folder: Path, flags: Sequence[str]
         commands[0] += ["--workers", workers]
     started, before = time.monotonic(), _children()
     for words in commands:
-        subprocess.run([sys.executable, "-m", "echodistill_cli", *words, *flags, "--quiet"], check=True)
+        command = [sys.executable, "-m", "echodistill_cli", *words, *flags, "--quiet"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     cpu = None if way.startswith("ray") else _children() - before
     return Timing(way, len(nouns), time.monotonic() - started, cpu)
 
