@@ -182,7 +182,10 @@ def main(arguments: list[str] | None = None) -> None:
         rows = [f"photos/{noun},{class_name(noun)}\n" for noun in nouns]
         (folder / "subjects.csv").write_text("photos,class_name\n" + "".join(rows), encoding="utf-8")
         ways = dict.fromkeys(("train", *options.ways))
-        timings = [train_all(way, nouns, folder, flags) for way in ways]
+        timings = list[Timing]()
+        for way in ways:
+            timings.append(train_all(way, nouns, folder, flags))
+            print(timings[-1], file=sys.stderr)  # a run that is stopped has told something
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"{datetime.now(UTC):%Y-%m-%d}  {platform.machine()}, {os.cpu_count()} cores, load {load}")
     print(f"{len(nouns)} subjects, flags: {' '.join(flags)}")

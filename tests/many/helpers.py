@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.helpers.commands import Done, command
 
 NAMES = ("one", "two", "three")
@@ -115,6 +117,12 @@ class Watched:
     def text(self) -> str:
         """What was read so far."""
         return "".join(self.lines)
+
+
+def only_if_selected(request: pytest.FixtureRequest, marker: str) -> None:
+    """Skip unless `-m` names a marker: these tests start servers, which time out on a machine that is busy."""
+    if marker not in request.config.getoption("markexpr"):
+        pytest.skip(f"starts servers; run it with: make test-extras-many, or pytest -m {marker}")
 
 
 def pid_in(line: str) -> int:

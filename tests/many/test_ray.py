@@ -12,14 +12,15 @@ import psutil
 import pytest
 
 from echodistill_cli.runs import open_run
-from tests.many.helpers import Batch, pid_in
+from tests.many.helpers import Batch, only_if_selected, pid_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A cluster of two nodes with one CPU each; the driver joins the first."""
+    only_if_selected(request, "ray")
     pytest.importorskip("ray", reason="needs the extra ray")
     os.environ |= {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     from ray.cluster_utils import Cluster

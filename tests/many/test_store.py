@@ -24,12 +24,13 @@ from echodistill_cli.many.store import Store
 from echodistill_cli.many.subject import Subject, attempt
 from echodistill_cli.runs import open_run
 from tests.helpers.commands import files_below
-from tests.many.helpers import Batch
+from tests.many.helpers import Batch, only_if_selected
 
 
 @pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def s3(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The URL of a bucket on a server of this machine."""
+    only_if_selected(request, "s3")
     pytest.importorskip("s3fs", reason="needs the extra s3")
     pytest.importorskip("moto", reason="needs moto[server]")
     import boto3
