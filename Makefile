@@ -12,9 +12,10 @@ CUDA ?= $(shell command -v nvidia-smi)
 PIP := $(BIN)/python -m pip
 INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
-.PHONY: help setup test test-browser campaign lint type bench bench-proof demo mini-world clean
+.PHONY: help setup test test-browser test-extras-many campaign lint type bench bench-many bench-proof demo mini-world clean
 help:
-	@echo "make setup | test | test-browser | campaign | lint | type | demo | bench | bench-proof | mini-world | clean"
+	@echo "make setup | test | test-browser | test-extras-many | campaign | lint | type | demo"
+	@echo "make bench | bench-many | bench-proof | mini-world | clean"
 
 setup: $(STAMP)
 
@@ -45,6 +46,12 @@ test-browser: $(STAMP)
 	$(PIP) install --quiet --group browser --editable ".[live]"
 	$(BIN)/python -m pytest -q -m browser tests/live
 
+# train-many on Ray, and on S3 as a server on this machine plays it.
+test-extras-many: $(STAMP)
+	$(PIP) install --quiet --group many --editable ".[ray,s3]"
+	$(BIN)/python -m pytest -q -m "ray or s3" tests/many
+	$(BIN)/python -m pytest -q tests/many/test_recipes.py
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -55,6 +62,11 @@ type: $(STAMP)
 # Time and memory of the embedded pair's training step.
 bench: $(STAMP)
 	$(BIN)/python -m examples.benchmark.step_time
+
+# What train-many adds to train, for twelve toy subjects: an hour on two cores.
+bench-many: $(STAMP)
+	$(PIP) install --quiet --editable ".[ray]"
+	$(BIN)/python -m examples.benchmark.many
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     )
     from echodistill_cli.pipeline import (
         BenchmarkRequest,
+        EngineRequest,
         Evaluation,
         EvaluationRequest,
         ExportRequest,
         ExportResult,
+        Many,
+        ManyRequest,
         Sample,
         SampleRequest,
         TrainResult,
@@ -36,8 +39,10 @@ if TYPE_CHECKING:
         export,
         inspect,
         plan,
+        plan_many,
         sample,
         train,
+        train_many,
         write_samples,
     )
 
@@ -48,11 +53,14 @@ __all__ = [
     "ConfigError",
     "DeviceMemoryError",
     "EchoDistillError",
+    "EngineRequest",
     "Evaluation",
     "EvaluationRequest",
     "ExportRequest",
     "ExportResult",
     "Interrupted",
+    "Many",
+    "ManyRequest",
     "ModelError",
     "PhotoError",
     "Sample",
@@ -69,8 +77,10 @@ __all__ = [
     "export",
     "inspect",
     "plan",
+    "plan_many",
     "sample",
     "train",
+    "train_many",
     "write_samples",
 ]
 _MODULES = ("pipeline", "config.build", "config.schema", "errors")

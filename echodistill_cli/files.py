@@ -12,6 +12,7 @@ import filecmp
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 from collections.abc import Iterator
@@ -108,22 +109,21 @@ def recover_below(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(file: Path, use: str) -> Iterator[None]:
+def locked(file: Path, what: str) -> Iterator[None]:
     """Context that holds a lock file, which is deleted in the end; the lock of a dead process is free.
 
     Without locks, as on Windows and some network disks, and where the file cannot be made, nothing is held.
 
     Args:
-        file: holds the ID of this process meanwhile.
-        use: what the folder of the file is used for, such as "is being trained".
+        file: holds the ID of this process and the name of its host meanwhile.
+        what: is done under the lock, such as "runs/dog is being trained".
 
     Raises:
         EchoDistillError: another process holds the lock.
     """
     descriptor, holder = _lock(file)
     if holder is not None:
-        by = f"process {holder}" if holder else "another process"
-        raise EchoDistillError(f"{file.parent} {use} by {by}.", "Wait until it ends, or stop it.")
+        raise EchoDistillError(f"{what} by {holder}.", "Wait until it ends, or stop it.")
     try:
         yield
     finally:
@@ -251,8 +251,8 @@ def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
     remove(leftover)
 
 
-def _lock(file: Path) -> tuple[int | None, int | None]:
-    """Return the descriptor of the lock if it was taken, or the ID of the process that holds it."""
+def _lock(file: Path) -> tuple[int | None, str | None]:
+    """Return the descriptor of the lock if it was taken, or words for the process that holds it."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -265,15 +265,23 @@ def _lock(file: Path) -> tuple[int | None, int | None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = os.read(descriptor, 20).decode("ascii", "replace").strip()
+            holder = os.read(descriptor, 300).decode("utf-8", "replace")
             os.close(descriptor)
-            return None, (int(holder) if holder.isdecimal() else 0) if isinstance(error, BlockingIOError) else None
+            return None, _holder(holder) if isinstance(error, BlockingIOError) else None
         if _is_same(descriptor, file):
             with contextlib.suppress(OSError):  # without room for the ID the lock still holds
                 os.ftruncate(descriptor, 0)
-                os.write(descriptor, str(os.getpid()).encode())
+                os.write(descriptor, f"{os.getpid()} {platform.node()}".encode())
             return descriptor, None
         os.close(descriptor)  # deleted by its last holder, between opening and locking
+
+
+def _holder(text: str) -> str:
+    """Return words for the process that a lock file names."""
+    process, _, host = text.strip().partition(" ")
+    if not process.isdecimal():
+        return "another process"
+    return f"process {process} on {host}" if host else f"process {process}"
 
 
 def _is_same(descriptor: int, file: Path) -> bool:

@@ -21,19 +21,24 @@ from echodistill_cli.config.build import (
     with_absolute_paths,
 )
 from echodistill_cli.config.schema import Config
-from echodistill_cli.config.warnings import toy_warning, warnings
+from echodistill_cli.many import batch
+from echodistill_cli.many.batch import Many, PlannedSubject
+from echodistill_cli.many.checks import check_before, warnings_before
+from echodistill_cli.many.schedule import OnEvent
+from echodistill_cli.many.subject import Event
 from echodistill_cli.outputs.requests import (
     BenchmarkRequest,
+    EngineRequest,
     EvaluationRequest,
     ExportRequest,
     LiveRequest,
+    ManyRequest,
     SampleRequest,
 )
 from echodistill_cli.runs import (
     OnMessage,
     OnStep,
     Run,
-    check_name,
     check_output,
     create_run,
     newest_run,
@@ -53,11 +58,12 @@ if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when
     from echodistill_cli.training.state import TrainingState
 
 __all__ = [
-    "Benchmark", "BenchmarkRequest", "Diagnosis", "DownloadRequest", "Downloaded", "Evaluation", "EvaluationRequest",
-    "ExportRequest", "ExportResult", "Inspection", "LiveRequest", "OnMessage", "OnStep", "PhotoReport", "Plan", "Sample",
-    "SampleRequest", "TrainResult", "WrittenSamples",
+    "Benchmark", "BenchmarkRequest", "Diagnosis", "DownloadRequest", "Downloaded", "EngineRequest", "Evaluation",
+    "EvaluationRequest", "Event", "ExportRequest", "ExportResult", "Inspection", "LiveRequest", "Many", "ManyRequest",
+    "OnEvent", "OnMessage", "OnStep", "PhotoReport", "Plan", "PlannedSubject", "Sample", "SampleRequest", "TrainResult",
+    "WrittenSamples",
     "benchmark", "check", "doctor", "download", "evaluate", "export", "fit_to_memory", "inspect", "live", "plan",
-    "require_photos", "resumed_config", "sample", "train", "write_samples",
+    "plan_many", "require_photos", "resumed_config", "sample", "train", "train_many", "write_samples",
 ]  # fmt: skip
 _RESULTS = {
     "Benchmark": "evaluation.dreambench", "Diagnosis": "planning", "DownloadRequest": "models.downloads",
@@ -108,14 +114,17 @@ def train(
         Interrupted: SIGINT, SIGTERM or `stop` ended the run; its state is saved.
         EchoDistillError: training diverged, or a file could not be written.
     """
-    started, report = time.time(), _check_before(config)
+    started, report = time.time(), check_before(config)
     if not resume:
         check_output(config, overwrite=overwrite)
+    if overwrite and not resume and config.output.is_dir():  # tell before anything is loaded that it is being trained
+        with Run(config.output, config).locked():
+            pass
     from echodistill_cli.models.downloads import check_reachable
 
     check_reachable(config)  # without torch
     config = with_absolute_paths(config)
-    for warning in _warnings(config, report):
+    for warning in warnings_before(config, report):
         on_message(warning)
     session = _Session(started, report.photos, on_step, on_message, stop)
     if resume:
@@ -180,6 +189,22 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
     return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
 
 
+def train_many(request: ManyRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Many:
+    """Train every subject of a manifest, each in a process of its own; a second call resumes.
+
+    Raises:
+        ConfigError: the manifest, a setting or the engine is wrong; nothing was started.
+        PhotoError: a subject has too few usable photos; nothing was started.
+        Interrupted: SIGINT or SIGTERM stopped the subjects that ran; their states are saved.
+    """
+    return batch.train_many(request, train, on_event, on_message)
+
+
+def plan_many(request: ManyRequest, *, on_message: OnMessage = _ignore) -> tuple[PlannedSubject, ...]:
+    """Return what `train_many` would do, and raise what it would raise before it starts. Loads no model."""
+    return batch.plan_many(request, train, on_message)
+
+
 def resumed_config(overrides: Mapping[str, Any]) -> Config:
     """Return the settings of the run to resume, with some of them changed.
 
@@ -206,11 +231,11 @@ def plan(config: Config) -> Plan:
         ConfigError: a setting is wrong.
         PhotoError: there are too few usable photos.
     """
-    report = _check_before(config)
+    report = check_before(config)
     from echodistill_cli.planning import check_settings, plan_run
 
     check_settings(config)
-    return plan_run(config, len(report.photos), tuple(_warnings(config, report)))
+    return plan_run(config, len(report.photos), tuple(warnings_before(config, report)))
 
 
 def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str, on_message: OnMessage = _ignore) -> Config:
@@ -298,8 +323,8 @@ def evaluate(request: EvaluationRequest, *, on_message: OnMessage = _ignore) -> 
     return score_images(request, on_message)
 
 
-def benchmark(request: BenchmarkRequest, *, on_step: OnStep = _ignore, on_message: OnMessage = _ignore) -> Benchmark:
-    """Train, generate and score every DreamBench subject that has no result yet.
+def benchmark(request: BenchmarkRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Benchmark:
+    """Train, generate and score every DreamBench subject that has no result yet, as `train_many` does.
 
     Raises:
         ConfigError: the checkout is incomplete, or a run was made with other settings.
@@ -308,7 +333,7 @@ def benchmark(request: BenchmarkRequest, *, on_step: OnStep = _ignore, on_messag
     """
     from echodistill_cli.evaluation.dreambench import run_benchmark
 
-    return run_benchmark(request, train, on_message, on_step)
+    return run_benchmark(request, train, on_message, on_event)
 
 
 def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:
@@ -373,31 +398,3 @@ def doctor() -> Diagnosis:
     from echodistill_cli.planning import diagnose
 
     return diagnose()
-
-
-def _check_before(config: Config) -> PhotoReport:
-    """Return the photos, after every check that needs no model."""
-    from echodistill_cli.data.photos import load_photos
-
-    check_name(config)
-    if config.run.report_to:
-        from echodistill_cli.training.loop import check_trackers
-
-        check_trackers(config.run.report_to)
-    return load_photos(
-        Path(config.concept.photos),
-        min_photos=config.concept.min_photos,
-        resolution=config.model.resolution,
-        masks=config.concept.masks,
-        captions=config.concept.captions,
-    )
-
-
-def _warnings(config: Config, report: PhotoReport) -> Iterator[str]:
-    for file in report.files:
-        if file.verdict != "ok":
-            yield f"{file.name}: {file.verdict}: {'; '.join(file.notes)}"
-    yield from report.warnings
-    if toy := toy_warning(config, max((max(file.size) for file in report.files if file.size), default=0)):
-        yield toy
-    yield from warnings(config)

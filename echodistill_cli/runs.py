@@ -5,7 +5,7 @@ runs/sks-dog/
   metrics.jsonl               one object per step
   samples/step-000100.png     one grid per preview
   checkpoints/step-000250/    state.pt and manifest.json (its SHA-256)
-  .lock                       the ID of the process that trains it, while it does
+  .lock                       ID and host of the process that trains it, while it does
 
 A checkpoint of the head start is called step-000000-head-000010, one of the carry back step-001500-back-000010. No two
 share a name, so that none is replaced. Old runs have such checkpoints without the second number.
@@ -96,7 +96,7 @@ class Run:
 
     def locked(self) -> AbstractContextManager[None]:
         """Context in which no other process can train in this folder."""
-        return locked(self.folder / _LOCK, "is being trained")
+        return locked(self.folder / _LOCK, f"{self.folder} is being trained")
 
     def rewind(self, step: int, phase_step: int = 0) -> int:
         """Prepare to continue after `step`: drop later checkpoints and metrics, write the settings.

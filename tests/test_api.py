@@ -16,10 +16,13 @@ from tests.helpers.commands import small_toml
 from tests.helpers.random_models import build_score_encoders
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("train", "sample", "write_samples", "export", "evaluate", "benchmark", "check", "inspect", "plan", "doctor")
+VERBS = (
+    *("train", "train_many", "plan_many", "sample", "write_samples", "export", "evaluate", "benchmark"),
+    *("check", "inspect", "plan", "doctor"),
+)
 CONFIGURATION = ("Config", "build_config", "config_from_dict", "config_to_toml")
-REQUESTS = ("SampleRequest", "ExportRequest", "EvaluationRequest", "BenchmarkRequest")
-RESULTS = ("TrainResult", "Sample", "ExportResult", "Evaluation")
+REQUESTS = ("SampleRequest", "ExportRequest", "EvaluationRequest", "BenchmarkRequest", "ManyRequest", "EngineRequest")
+RESULTS = ("TrainResult", "Sample", "ExportResult", "Evaluation", "Many")
 ERRORS = ("EchoDistillError", "ConfigError", "PhotoError", "ModelError", "DeviceMemoryError", "Interrupted")
 
 

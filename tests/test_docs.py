@@ -110,6 +110,11 @@ def test_the_readme_is_short() -> None:
     assert len(text.splitlines()) <= 200
 
 
+@pytest.mark.parametrize("file", sorted(ROOT.glob("docs/**/*.md")), ids=lambda file: file.name)
+def test_a_page_of_the_documentation_fits_on_a_few_screens(file: Path) -> None:
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_the_code_map_names_every_folder_and_module_at_the_top_of_the_package() -> None:
     named = re.findall(r"^[├└]── (\S+)", README.read_text(encoding="utf-8"), re.MULTILINE)
     modules = [path.name for path in PACKAGE.glob("*.py")]
@@ -119,7 +124,7 @@ def test_the_code_map_names_every_folder_and_module_at_the_top_of_the_package() 
 
 def test_every_command_has_a_row_in_the_readme() -> None:
     group: Any = get_command(app)
-    rows = re.findall(r"^\| `echodistill ([a-z]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| `echodistill ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(rows) >= set(group.commands)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -188,8 +190,8 @@ def test_a_folder_of_pictures_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_a_run_that_is_being_trained_is_neither_trained_nor_overwritten(run: Run) -> None:
     with run.locked():
-        assert (run.folder / ".lock").read_text() == str(os.getpid())
-        message = rf"run is being trained by process {os.getpid()}\."
+        assert (run.folder / ".lock").read_text() == f"{os.getpid()} {platform.node()}"
+        message = rf"run is being trained by process {os.getpid()} on {re.escape(platform.node())}\."
         with pytest.raises(EchoDistillError, match=message), run.locked():
             pass
         with pytest.raises(EchoDistillError, match=message):

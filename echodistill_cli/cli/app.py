@@ -45,6 +45,7 @@ from echodistill_cli.cli.show import (
     print_table,
 )
 from echodistill_cli.cli.train import ALSO, MODELS, config, train
+from echodistill_cli.cli.train_many import train_many
 from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
@@ -76,6 +77,7 @@ def version_option(
 
 _SAMPLING_ALIASES = {"--guidance-scale": "--guidance", "--resolution": "--size"}
 app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train)
+app.command(cls=CommandWithSettings, context_settings=accepting_aliases(ALIASES), epilog=ALSO)(train_many)
 app.command(cls=Command, context_settings=accepting_aliases(_SAMPLING_ALIASES))(sample)
 app.command(cls=Command)(export)
 app.command(cls=Command, context_settings=accepting_aliases(_SAMPLING_ALIASES))(evaluate)

@@ -26,13 +26,13 @@ from echodistill_cli.cli.sample import (
     read_prompts,
 )
 from echodistill_cli.cli.show import (
-    TrainingProgress,
     benchmark_table,
     evaluation_table,
     print_table,
     say_to,
     stderr_console,
 )
+from echodistill_cli.cli.train_many import ON, ManyProgress
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
@@ -94,6 +94,18 @@ def evaluate(
     train_steps: Annotated[
         int | None, value_option("N", "training steps of each subject", panel=_DREAMBENCH, min=1)
     ] = None,
+    on: Annotated[str | None, value_option("ENGINE", f"{ON} [dim]\\[local][/dim]", panel=_DREAMBENCH)] = None,
+    workers: Annotated[
+        int | None,
+        value_option("N", "subjects at once; unset: one per GPU, or one on a CPU", panel=_DREAMBENCH, min=1),
+    ] = None,
+    gpus_per_subject: Annotated[
+        float | None,
+        value_option("X", "GPUs that a subject takes, such as 0.5; unset: 1 where there are GPUs", panel=_DREAMBENCH),
+    ] = None,
+    store: Annotated[
+        str | None, value_option("URL", "also keep every run there, such as s3://bucket/bench", panel=_DREAMBENCH)
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -101,7 +113,10 @@ def evaluate(
     _check_options(
         dreambench,
         evaluation_only={"RUN|LORA": source, "--photos": photos, "--class-name": class_name},
-        benchmark_only={"--subject": subject, "--config": config_file, "--train-steps": train_steps},
+        benchmark_only={
+            **{"--subject": subject, "--config": config_file, "--train-steps": train_steps, "--on": on},
+            **{"--workers": workers, "--gpus-per-subject": gpus_per_subject, "--store": store},
+        },
     )
     templates = _read_templates(prompts) if prompts else ()
     quiet_libraries(offline=bool(offline), quiet=quiet)
@@ -124,7 +139,10 @@ def evaluate(
     if dreambench is not None:
         config = _training_config(model, config_file, {"concept.token": token, "train.steps": train_steps}, overrides)
         output = output or Path("dreambench")
-        benchmark = pipeline.BenchmarkRequest(dreambench, output, config, sampling, subject or (), clip, dino)
+        engine = pipeline.EngineRequest(on or "local", workers, gpus_per_subject)
+        benchmark = pipeline.BenchmarkRequest(
+            *(dreambench, output, config, sampling), subject or (), clip, dino, engine, store or ""
+        )
         _run_benchmark(benchmark, as_json=as_json, quiet=quiet)
     else:
         evaluation = pipeline.EvaluationRequest(photos, sampling, token, class_name, clip, dino, output)
@@ -157,8 +175,9 @@ def _run_evaluation(request: pipeline.EvaluationRequest, *, as_json: bool, quiet
 
 
 def _run_benchmark(request: pipeline.BenchmarkRequest, *, as_json: bool, quiet: bool) -> None:
-    with TrainingProgress(stderr_console(), request.config, quiet=quiet) as progress:
-        result = pipeline.benchmark(request, on_step=progress.on_step, on_message=progress.on_message)
+    console = stderr_console()
+    with ManyProgress(console, quiet=quiet) as progress:
+        result = pipeline.benchmark(request, on_event=progress.on_event, on_message=say_to(console, quiet=quiet))
     print_table(result.to_dict(), benchmark_table(result), as_json=as_json)
 
 

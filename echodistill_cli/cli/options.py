@@ -130,20 +130,21 @@ Quiet = Annotated[bool, bool_option("--quiet -q", "print no progress on stderr")
 
 
 def with_flags(command: Command) -> Command:
-    """Add an option for each of `FLAGS` to a command.
+    """Add an option for each of `FLAGS` to a command, but for those that it declares itself.
 
     Typer reads a command's signature, so the options are appended to it. The command receives the values of those
     that a person typed as `flags`, by dotted key, as `build_config` takes its overrides.
     """
+    added = [flag for flag in FLAGS if flag.parameter not in inspect.signature(command).parameters]
 
     def wrapped(**values: Any) -> Any:
-        flags = {flag.key: values.pop(flag.parameter) for flag in FLAGS}
+        flags = {flag.key: values.pop(flag.parameter) for flag in added}
         flags = {key: tuple(value) if isinstance(value, list) else value for key, value in flags.items()}
         return command(**values, flags={key: value for key, value in flags.items() if value is not None})
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "flags"]
-    parameters += [inspect.Parameter(flag.parameter, kind, default=None, annotation=_option(flag)) for flag in FLAGS]
+    parameters += [inspect.Parameter(flag.parameter, kind, default=None, annotation=_option(flag)) for flag in added]
     wrapped.__signature__ = inspect.Signature(sorted(parameters, key=_panel_index))  # type: ignore[attr-defined]
     wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
     return typing.cast(Command, wrapped)

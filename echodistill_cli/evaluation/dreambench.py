@@ -2,6 +2,7 @@
 
 OUTPUT/
   results.json                scores of every finished subject, and their mean
+  results.jsonl               an object per attempt, and the rest of what `many.subject` writes
   dog2/                       run of one subject, with its `evaluation/`
 """
 
@@ -12,20 +13,24 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from echodistill_cli.config.build import config_hash
+from echodistill_cli.config.build import config_hash, with_absolute_paths
 from echodistill_cli.config.schema import Config, nearest
-from echodistill_cli.errors import ConfigError, EchoDistillError, Interrupted
+from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, ModelError, PhotoError
 from echodistill_cli.evaluation.evaluate import Scores, evaluate, score_encoder_names
 from echodistill_cli.files import make_folder, write_text
+from echodistill_cli.many.batch import Train, check_all, subject_of
+from echodistill_cli.many.manifest import Row
+from echodistill_cli.many.schedule import OnEvent, look_up, run_all
+from echodistill_cli.many.subject import Event, Outcome
+from echodistill_cli.many.subject import Subject as Task
 from echodistill_cli.models.vision import find_score_encoders
-from echodistill_cli.outputs.artifact import find
-from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest
-from echodistill_cli.runs import CONFIG_FILE, OnMessage, OnStep, resume_run
+from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest, SampleRequest
+from echodistill_cli.runs import OnMessage
 
 TABLE = "prompts_and_classes.txt"
 # Reported by the paper (arXiv 2510.20512) for SD-Turbo in one step, mean of all 30 subjects.
@@ -70,30 +75,26 @@ class Benchmark:
         return {"file": str(self.file), **_results(self.subjects)}
 
 
-class Train(Protocol):
-    """A function that trains a run, such as `pipeline.train`."""
-
-    def __call__(self, config: Config, *, resume: bool, on_step: OnStep, on_message: OnMessage) -> object: ...
-
-
 def run_benchmark(
     request: BenchmarkRequest,
     train: Train,
     on_message: OnMessage = lambda _line: None,
-    on_step: OnStep = lambda _metrics: None,
+    on_event: OnEvent = lambda _event: None,
 ) -> Benchmark:
     """Train and score every subject that has no result yet.
 
     Args:
-        request: subjects, settings and folders.
-        train: trains one run.
+        request: subjects, settings, folders and engine.
+        train: trains one run; a function of a module, because workers import it.
         on_message: receives lines about the progress.
-        on_step: receives the metrics of each training step.
+        on_event: receives every event of every subject.
 
     Raises:
         ConfigError: the checkout lacks something, or a run was made with other settings.
+        PhotoError: a subject has too few usable photos.
         ModelError: a model or an encoder is missing.
-        Interrupted: a signal stopped a run; the same call continues it.
+        Interrupted: a signal stopped the runs; the same call continues them.
+        EchoDistillError: a subject failed; the others have their results.
     """
     subjects = read_subjects(request.folder, request.names)
     if request.sampling.prompts:
@@ -101,27 +102,66 @@ def run_benchmark(
     model = request.config.model
     # Check this before hours of training:
     find_score_encoders(*score_encoder_names(request.clip, request.dino, [model.student]), offline=model.offline)
+    tasks = [_task(request, subject, train) for subject in subjects]
     file = make_folder(request.output) / "results.json"
-    results = _read_results(file)
-    for number, subject in enumerate(subjects, start=1):
-        config = _subject_config(request, subject)
-        label, fingerprint = f"{subject.name} ({number} of {len(subjects)})", _fingerprint(request, subject, config)
-        if results.get(subject.name, {}).get("fingerprint") == fingerprint:
-            on_message(f"{label}: has a result already")
-            continue
-        _train(subject, config, label, train, on_message, on_step)
-        on_message(f"{label}: generating and scoring images")
-        results[subject.name] = {"fingerprint": fingerprint, **_score(request, subject, config, on_message)}
-        write_text(file, json.dumps(_results(results), indent=2) + "\n")
-    scored = {subject.name: results[subject.name] for subject in subjects}
+    results = _Results(file, tasks, on_message, on_event)
+    waiting = [task for task in tasks if not results.has(task)]
+    finished = look_up(waiting)
+    check_all([task for task in waiting if task.name not in finished], on_message)
+    outcomes = run_all(waiting, finished, request.engine, request.output, results.take)
+    _raise_first(outcomes.values())
+    scored = {subject.name: results.entries[subject.name] for subject in subjects}
     return Benchmark(file, scored, _mean(scored))
 
 
-def _subject_config(request: BenchmarkRequest, subject: Subject) -> Config:
-    """Return the configuration of a subject's run."""
+class _Results:
+    """`results.json` while subjects end, and the lines about them.
+
+    Args:
+        file: results.json; read if it exists.
+        tasks: of all subjects.
+        on_message: receives lines.
+        on_event: receives every event.
+    """
+
+    def __init__(self, file: Path, tasks: Sequence[Task], on_message: OnMessage, on_event: OnEvent) -> None:
+        self.file, self.on_message, self.on_event = file, on_message, on_event
+        self.entries = _read_results(file)
+        self.labels = {task.name: f"{task.name} ({at} of {len(tasks)})" for at, task in enumerate(tasks, start=1)}
+
+    def has(self, task: Task) -> bool:
+        """Return whether there is a result of these settings already, and say so."""
+        is_known = self.entries.get(task.name, {}).get("fingerprint") == task.fingerprint
+        if is_known:
+            self.on_message(f"{self.labels[task.name]}: has a result already")
+        return is_known
+
+    def take(self, event: Event) -> None:
+        """Write the scores of a subject that ended, and pass every event on."""
+        if event.kind == "message":
+            self.on_message(f"{self.labels[event.name]}: {event.data}")
+        if event.kind == "end" and event.data["values"]:
+            self.entries[event.name] = {"fingerprint": event.data["config_hash"], **event.data["values"]}
+            write_text(self.file, json.dumps(_results(self.entries), indent=2) + "\n")
+        if event.kind == "end" and event.data["status"] == "was finished":
+            self.on_message(f"{self.labels[event.name]}: has a result in its run folder")
+        self.on_event(event)
+
+
+def _task(request: BenchmarkRequest, subject: Subject, train: Train) -> Task:
+    """Return a subject as the engines take it."""
     concept = dataclasses.replace(request.config.concept, photos=str(subject.photos), class_name=subject.class_name)
     run = dataclasses.replace(request.config.run, name=subject.name, output=str(request.output / subject.name))
-    return dataclasses.replace(request.config, concept=concept, run=run)
+    config = dataclasses.replace(request.config, concept=concept, run=run)
+    sampling = dataclasses.replace(request.sampling, prompts=subject.templates, lora=None, more_loras=())
+    return subject_of(
+        Row(with_absolute_paths(config), str(subject.photos)),
+        train,
+        request.store,
+        fingerprint=_fingerprint(request, subject, config),
+        after=f"{__name__}:{score_run.__name__}",
+        extra={"sampling": dataclasses.asdict(sampling), "clip": request.clip, "dino": request.dino},
+    )
 
 
 def _fingerprint(request: BenchmarkRequest, subject: Subject, config: Config) -> str:
@@ -133,39 +173,31 @@ def _fingerprint(request: BenchmarkRequest, subject: Subject, config: Config) ->
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def _train(subject: Subject, config: Config, label: str, train: Train, on_message: OnMessage, on_step: OnStep) -> None:
-    """Train a subject's run to its last step, or continue it."""
-    exists = (config.output / CONFIG_FILE).is_file()
-    if exists and _is_trained(config):
-        on_message(f"{label}: is trained already")
-        return
-    on_message(f"{label}: {'continuing its training' if exists else 'training'}")
-    try:
-        train(config, resume=exists, on_step=on_step, on_message=on_message)
-    except Interrupted as stopped:
-        message = f"{subject.name} was stopped and saved. The same command continues it."
-        raise Interrupted(message, stopped.signal_number) from stopped
+def score_run(config: Config, extra: Mapping[str, Any], on_message: OnMessage) -> dict[str, Any]:
+    """Generate and score the images of a finished run; the step of a worker after the training.
 
-
-def _is_trained(config: Config) -> bool:
-    """Return whether a run's LoRA file, which is written last, is that of the last step.
-
-    Raises:
-        ConfigError: the run was made with other settings.
+    Args:
+        config: of the run.
+        extra: fields of a `SampleRequest`, and the names of the encoders.
+        on_message: receives lines about the progress.
     """
-    artifact = find(config.output)
-    if not artifact.is_finished:
-        return False
-    resume_run(config)
-    return artifact.metadata("student").get("echodistill.steps") == str(config.train.steps)
+    on_message("generating and scoring images")
+    sampling = SampleRequest(**{**extra["sampling"], "lora": config.output})
+    photos = Path(config.concept.photos)
+    request = EvaluationRequest(photos, sampling, clip=extra["clip"], dino=extra["dino"])
+    result = evaluate(request, on_message)
+    counts = {"class_name": config.concept.class_name, "photos": result.photos, "pictures": result.pictures}
+    references = {"photos_clip_i": result.photos_clip_i, "photos_dino": result.photos_dino}
+    return {**counts, **dataclasses.asdict(result.scores), **references}
 
 
-def _score(request: BenchmarkRequest, subject: Subject, config: Config, on_message: OnMessage) -> dict[str, Any]:
-    sampling = dataclasses.replace(request.sampling, prompts=subject.templates, lora=config.output)
-    result = evaluate(EvaluationRequest(subject.photos, sampling, clip=request.clip, dino=request.dino), on_message)
-    counts = {"class_name": subject.class_name, "photos": result.photos, "pictures": result.pictures}
-    photos = {"photos_clip_i": result.photos_clip_i, "photos_dino": result.photos_dino}
-    return {**counts, **dataclasses.asdict(result.scores), **photos}
+def _raise_first(outcomes: Iterable[Outcome]) -> None:
+    """Raise the error of the first subject that failed, with its exit code."""
+    failed = [outcome for outcome in outcomes if outcome.exit_code]
+    if failed:
+        kinds = {kind.exit_code: kind for kind in (ConfigError, PhotoError, ModelError, DeviceMemoryError)}
+        more = f" {len(failed) - 1} more subjects failed." if len(failed) > 1 else ""
+        raise kinds.get(failed[0].exit_code, EchoDistillError)(f"{failed[0].name}: {failed[0].error}{more}")
 
 
 def _read_results(file: Path) -> dict[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from echodistill_cli.diffusion.text import PromptEncoder
 
 AUTO = "auto"
+LOCAL, RAY = "local", "ray"
 _SEEDS = 2**64  # torch takes seeds below it
 _FAR_FROM_TRAINING = 1.5  # factor between the sizes above which images usually break
 # Weights and tags that user interfaces read; here they are words.
@@ -168,6 +169,65 @@ class EvaluationRequest:
 
 
 @dataclass(frozen=True)
+class EngineRequest:
+    """Where attempts run.
+
+    Args:
+        on: "local", "ray" (a cluster that is running here, or else one of this machine) or "ray://HOST:PORT".
+        workers: attempts at once; None for as many as there is room for.
+        gpus_per_subject: GPUs that a subject takes, such as 0.5; None for one where there are GPUs.
+        retries: how often a subject is tried again whose process was killed.
+
+    Raises:
+        ConfigError: the engine is unknown, or a number is out of range.
+    """
+
+    on: str = LOCAL
+    workers: int | None = None
+    gpus_per_subject: float | None = None
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        if self.on not in (LOCAL, RAY) and not self.on.startswith(f"{RAY}://"):
+            raise ConfigError(f"--on {self.on} is unknown.", "Use local, ray or ray://HOST:PORT.")
+        if self.gpus_per_subject is not None and not 0 <= self.gpus_per_subject < 1e6:
+            raise ConfigError(f"--gpus-per-subject {self.gpus_per_subject:g} is out of range.", "Use 1, 0.5 or 0.")
+
+
+@dataclass(frozen=True)
+class ManyRequest:
+    """Which subjects to train, and where.
+
+    Args:
+        manifest: .csv, .jsonl or .toml with a row per subject.
+        output: folder of the run folders and results.jsonl.
+        model: preset, hub id, folder or file of the student, for rows without one.
+        config_file: settings of all subjects as TOML.
+        overrides: settings of all subjects by dotted key; they win over the file, and a row over them.
+        engine: where attempts run.
+        shard: (index, count): every count-th row, from row `index`, counted from 0.
+        store: URL below which every run is stored too, such as s3://bucket/runs; "" for none.
+
+    Raises:
+        ConfigError: the shard does not exist.
+    """
+
+    manifest: Path
+    output: Path = Path("runs")
+    model: str | None = None
+    config_file: Path | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    engine: EngineRequest = field(default_factory=EngineRequest)
+    shard: tuple[int, int] = (0, 1)
+    store: str = ""
+
+    def __post_init__(self) -> None:
+        index, count = self.shard
+        if not 0 <= index < count:
+            raise ConfigError(f"--shard {index}/{count} does not exist.", "Count from 0: 0/4, 1/4, 2/4, 3/4.")
+
+
+@dataclass(frozen=True)
 class BenchmarkRequest:
     """Which subjects of DreamBench to train and score.
 
@@ -179,6 +239,8 @@ class BenchmarkRequest:
         names: of subjects; empty for all.
         clip: hub id or folder of the CLIP model, or "auto"; see `EvaluationRequest`.
         dino: hub id or folder of the ViT, or "auto"; see `EvaluationRequest`.
+        engine: where subjects are trained and scored.
+        store: URL below which every run is stored too; "" for none.
     """
 
     folder: Path
@@ -188,6 +250,8 @@ class BenchmarkRequest:
     names: Sequence[str] = ()
     clip: str = AUTO
     dino: str = AUTO
+    engine: EngineRequest = field(default_factory=EngineRequest)
+    store: str = ""
 
 
 def _check_paths(source: Path | None, folder: Path | None = None) -> None:

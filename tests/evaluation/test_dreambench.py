@@ -158,11 +158,13 @@ def test_every_subject_is_trained_and_measured_and_a_second_call_does_nothing_tw
     for words in ("teapot", "dog2", "mean of 2", "paper: SD-Turbo, all 30", "0.783"):
         assert words in again.out
 
-    # A result that is lost is measured again, from the run and the pictures that are there.
+    # A result that is lost is found in the run, or else measured again, from the run and the pictures that are there.
     (bench.output / "results.json").unlink()
+    (bench.output / "dog2" / "result.json").unlink()
     lost = bench("--train-steps", 1, "--json")
     assert lost.result == found
-    assert "teapot (1 of 2): is trained already" in lost.err
+    assert "teapot (1 of 2): has a result in its run folder" in lost.err
+    assert "dog2 (2 of 2): is trained already" in lost.err
     assert "Generating" not in lost.err
 
 
