@@ -91,7 +91,7 @@ def train_many(
     model = overrides.pop("model.student", None)
     build = functools.partial(build_config, model, config_file)
     with naming_flags(flags):
-        overrides |= echo_setting(echo, overrides, lambda: build(overrides))
+        overrides |= echo_setting(echo, overrides, flags, lambda: build(overrides))
         config = build(overrides)
     quiet_libraries(offline=config.model.offline, quiet=quiet)
     request = pipeline.ManyRequest(

@@ -175,7 +175,7 @@ def bundled_tensors(token: str, vectors: Mapping[str, Tensor], family: str) -> d
     """
     tensors = token_tensors(token, vectors, family)
     if family != "sdxl":
-        return {f"{BUNDLE_PREFIX}{token}.string_to_param.*": torch.atleast_2d(tensors[token])}
+        return {f"{BUNDLE_PREFIX}{token}.string_to_param.*": tensors[token].reshape(-1, tensors[token].shape[-1])}
     return {f"{BUNDLE_PREFIX}{token}.{key}": value for key, value in tensors.items()}
 
 

@@ -217,9 +217,10 @@ def paired_pull(state: TrainingState, critic: PairedCritic, x0: Tensor, images: 
     with frozen([critic]):
         values = losses.paired_adversarial(critic(_blurred(state, images)), critic(_blurred(state, targets)))
         loss = values.sum() / len(x0)
-        pull = torch.autograd.grad(loss, x0, retain_graph=True)[0].norm()
+        pull: Tensor = torch.autograd.grad(loss, x0, retain_graph=True)[0].norm()
     regression = (images - targets).detach().norm() / x0.numel()  # the gradient of `losses.latent_alignment`
-    return state.config.loss.latent * (regression / pull.clamp(min=1e-12)) * loss
+    scale: Tensor = state.config.loss.latent * regression / pull.clamp(min=1e-12)
+    return scale * loss
 
 
 def paired_critic_step(state: TrainingState, critic: PairedCritic, images: Tensor, targets: Tensor) -> Metrics:

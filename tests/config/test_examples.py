@@ -6,10 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import tomli_w
 
 from echodistill_cli.config.build import build_config, config_to_dict, read_toml
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
+from echodistill_cli.config.warnings import warnings
+from echodistill_cli.models.device import estimate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HEADER = """\
@@ -47,6 +51,29 @@ def test_the_example_file_changes_nothing_and_uncommented_gives_the_defaults(tmp
     uncommented = [line.removeprefix("#") for line in lines if not line.startswith(("# ", "#\n")) and line != "#"]
     (tmp_path / "all.toml").write_text("\n".join(uncommented), encoding="utf-8")
     assert read_toml(tmp_path / "all.toml") == config_to_dict(Config())
+
+
+CARDS = {"sd-turbo-8gb": 8, "sd-turbo-16gb": 16, "sdxl-turbo-16gb": 16, "sdxl-turbo-24gb": 24}
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), CARDS.items())
+def test_the_file_for_a_card_fits_it_and_changes_nothing_of_the_method(name: str, gigabytes: int) -> None:
+    config = build_config(toml_file=EXAMPLES / f"{name}.toml", overrides={"concept.class_name": "dog"})
+    assert list(warnings(config)) == []
+    family = "sdxl" if name.startswith("sdxl") else "sd"
+    expected = estimate(config, FAMILIES[family], half=True).total
+    assert expected <= gigabytes * 1e9 / 2**30 - 0.4  # what a desktop takes
+    assert f"{expected:.1f} GiB" in (EXAMPLES / f"{name}.toml").read_text(encoding="utf-8")
+    preset = config_to_dict(build_config(f"{family}-turbo"))
+    changed = {
+        f"{section}.{key}"
+        for section, table in config_to_dict(config).items()
+        for key, value in table.items()
+        if value != preset[section][key]
+    }
+    memory = {"model.precision", "model.decoder", "model.offload", "train.batch_size", "critic.discriminators"}
+    assert changed - {"concept.class_name"} <= memory | {"train.gradient_checkpointing"}
+    assert config.train.photo_prompts < config.train.batch_size  # scenes are trained
 
 
 if __name__ == "__main__":
