@@ -281,13 +281,20 @@ def text_name(index: int) -> str:
     return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
 
 
-def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | None = None) -> TrainingState:
+def build_state(
+    config: Config,
+    photos: Sequence[Photo],
+    *,
+    pair: ModelPair | None = None,
+    backbone: Callable[[str], ImageBackbone] | None = None,
+) -> TrainingState:
     """Load the models and prepare a run for its first step.
 
     Args:
         config: of the run.
         photos: the usable photos, in order.
         pair: models that are already loaded; training changes them.
+        backbone: returns a loaded image backbone by name; None loads each from its files.
 
     Raises:
         ModelError: a model or image encoder cannot be loaded.
@@ -297,7 +304,7 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
     is_learned = config.text.form == "token"
     check_token(pair.encoder.tokenizers[0], config.concept.token, config.concept.class_name, learned=is_learned)
     token = add_trained_parts(config, pair)
-    backbone = _backbone_loader(config, pair)
+    backbone = backbone or _backbone_loader(config, pair)
     needs_identity = config.loss.identity or config.echo.start is not None
     identity = backbone(config.critic.identity) if config.critic.identity != "none" and needs_identity else None
     seed = seed_for(config, Stream.HEADS)

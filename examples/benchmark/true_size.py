@@ -35,7 +35,7 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.training.state import TrainingState, build_state
 from echodistill_cli.training.steps import training_step
 from examples.benchmark.reference_design import prepare_reference, reference_step
-from examples.benchmark.true_models import TOKENIZER, random_pair, write_backbones
+from examples.benchmark.true_models import TOKENIZER, random_backbones, random_pair
 
 GIB = 2**30
 
@@ -126,14 +126,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> f
 # --- the two designs --------------------------------------------------------------------------------------------------
 
 
-def configuration(
-    family: Family, design: str, backbones: dict[str, Path], side: int, batch: int, device: str
-) -> Config:
-    """Return the preset's settings with the backbones of this disk, for the lean or the reference design."""
+def configuration(family: Family, design: str, side: int, batch: int, device: str) -> Config:
+    """Return the preset's settings for the lean or the reference design."""
     lean = design == "lean"
     small_machine = device == "cpu" and family == "sdxl"
     names = ("dino", "dinov2", "clip" if lean else "clip-h")
-    identity = str(backbones[names[2]])
     return build_config(
         f"{family}-turbo",
         overrides={
@@ -144,8 +141,8 @@ def configuration(
             "model.precision": "bf16" if lean else "fp32",
             "model.decoder": "tiny" if lean else "full",
             # The SDXL pair needs 12 GiB in bf16 before anything is computed.
-            "critic.discriminators": ("teacher",) if small_machine else tuple(str(backbones[name]) for name in names),
-            "critic.identity": "none" if small_machine else identity,
+            "critic.discriminators": ("teacher",) if small_machine else names,
+            "critic.identity": "none" if small_machine else names[2],
             "train.gradient_checkpointing": small_machine,
             "train.batch_size": batch,
             "echo.start": None,
@@ -165,7 +162,9 @@ def prepared(config: Config, family: Family, folder: Path) -> TrainingState:
         config.model.resolution,
         decoder=config.model.decoder,
     )
-    return build_state(config, report.photos, pair=pair)
+    names = sorted({*config.critic.discriminators, config.critic.identity} - {"teacher", "none"})
+    backbones = random_backbones(names, pair.dtype, device)
+    return build_state(config, report.photos, pair=pair, backbone=backbones.__getitem__)
 
 
 def _photos(folder: Path) -> Path:
@@ -180,12 +179,10 @@ def _photos(folder: Path) -> Path:
     return place
 
 
-def run_design(
-    family: Family, design: str, backbones: dict[str, Path], folder: Path, options: argparse.Namespace, batch: int
-) -> Measured:
+def run_design(family: Family, design: str, folder: Path, options: argparse.Namespace, batch: int) -> Measured:
     """Build one design's run, measure it and print one line."""
     on_gpu = options.device != "cpu"
-    config = configuration(family, design, backbones, options.side, batch, options.device)
+    config = configuration(family, design, options.side, batch, options.device)
     state = prepared(config, family, folder)
     if design == "reference":
         prepare_reference(state)
@@ -201,7 +198,7 @@ def run_design(
     line = f"{family:5} {design:10} batch {batch}  {measured.seconds:8.3f} s/step"
     line += f"  {batch / measured.seconds:7.2f} images/s  peak {measured.peak:5.1f} GiB"
     if design == "lean":  # the design that the memory plan estimates
-        line += f" (estimate {estimate(_by_name(config), FAMILIES[family], half=True).total:4.1f})"
+        line += f" (estimate {estimate(config, FAMILIES[family], half=True).total:4.1f})"
     line += f"  samples {measured.images:6.2f} images/s"
     if measured.flops is not None:
         rate = matmul_rate(state.pair.device, state.pair.dtype)
@@ -211,18 +208,10 @@ def run_design(
     return measured
 
 
-def _by_name(config: Config) -> Config:
-    """Return the configuration with names of backbones instead of folders, since the estimate goes by name."""
-    names = tuple(Path(name).name for name in config.critic.discriminators)
-    critic = dataclasses.replace(config.critic, discriminators=names, identity=Path(config.critic.identity).name)
-    return dataclasses.replace(config, critic=critic)
-
-
 def compare_designs(options: argparse.Namespace, folder: Path) -> None:
     """Measure every family, batch size and design of the options."""
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
-    backbones = write_backbones(folder, device)
     for family in options.family:
         for batch in options.batch or ((1, 2) if on_gpu else (1,)):
             seconds = {}
@@ -231,7 +220,7 @@ def compare_designs(options: argparse.Namespace, folder: Path) -> None:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
                 try:
-                    seconds[design] = run_design(family, design, backbones, folder, options, batch).seconds
+                    seconds[design] = run_design(family, design, folder, options, batch).seconds
                 except torch.OutOfMemoryError:
                     print(f"{family:5} {design:10} batch {batch}  does not fit into this device's memory", flush=True)
             if len(seconds) == 2:
