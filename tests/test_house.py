@@ -45,7 +45,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
 }
 WITHOUT_TORCH = ("cli", "config", "errors", "files", "pipeline", "runs")
 OPENS_A_DEVICE = {"models.device"}
-MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 58
+MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 59
 
 
 def module_name(path: Path) -> str:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echodistill_cli.diffusion.schedule import send
+
 
 def denoising(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Return the mean squared error over the valid region per sample, [B], float32.
@@ -53,7 +55,7 @@ def photo_distance(features: Tensor, photos: Tensor) -> Tensor:
         features: [B, D] of the images.
         photos: [P, D], the same encoder's features of the photos.
     """
-    return F.relu(photo_similarity(photos) - identity_scores(features, photos))
+    return F.relu(_similarity(photos) - identity_scores(features, photos))
 
 
 def identity_scores(features: Tensor, photos: Tensor) -> Tensor:
@@ -74,11 +76,15 @@ def photo_similarity(photos: Tensor) -> float:
     Args:
         photos: [P, D], features of the photos; the result has their precision.
     """
+    return float(_similarity(photos))
+
+
+def _similarity(photos: Tensor) -> Tensor:
     count = len(photos)
     if count < 2:
-        return 1.0
+        return torch.ones((), device=photos.device)
     unit = F.normalize(photos, dim=-1)
-    return float(((unit @ unit.T).sum() - count) / (count * (count - 1)))
+    return ((unit @ unit.T).sum() - count) / (count * (count - 1))
 
 
 def adversarial_generator(logits: Sequence[Tensor]) -> Tensor:
@@ -156,7 +162,7 @@ def rgb_to_lab(images: Tensor) -> Tensor:
     """
     srgb = (images.float().clamp(-1, 1) + 1) / 2
     linear = torch.where(srgb > 0.04045, ((srgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4, srgb / 12.92)
-    matrix = torch.tensor(_RGB_TO_XYZ, device=images.device)
+    matrix = send(torch.tensor(_RGB_TO_XYZ), images.device)
     xyz = torch.einsum("ij,bjhw->bihw", matrix, linear)
     edge = (6 / 29) ** 3
     curve = torch.where(xyz > edge, xyz.clamp(min=edge) ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29)

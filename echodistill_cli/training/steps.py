@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.diffusion.sampling import student_x0
-from echodistill_cli.diffusion.schedule import add_noise, prediction_target
+from echodistill_cli.diffusion.schedule import add_noise, prediction_target, send
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import batches, losses
 from echodistill_cli.training.batches import StudentPass, critic_features, encode_for_student
@@ -44,7 +44,7 @@ def training_step(state: TrainingState) -> Metrics:
         metrics |= replay_step(state)
     if state.critics:
         metrics |= discriminator_step(state, generated)
-    state.finish_step(metrics)
+    state.finish_step()
     if state.echo_is_due:
         metrics |= echo_step(state)  # student → teacher
     return metrics
@@ -68,11 +68,11 @@ def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
     loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
-    metrics = {"denoising": float(loss.detach())}
+    metrics: Metrics = {"denoising": loss.detach()}
     loss = state.config.loss.denoising * loss
     if state.prior is not None and state.config.loss.prior:
         preservation = teacher_prior(state, state.prior)
-        metrics["teacher_prior"] = float(preservation.detach())
+        metrics["teacher_prior"] = preservation.detach()
         loss = loss + state.config.loss.prior * preservation
     return metrics | state.optimizers.step(loss, parts)
 
@@ -107,7 +107,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
         for term in active_losses(state):
             values = term.function(state, generated)
             values = values * generated.alpha_bar if term.weighted_by_alpha_bar else values
-            metrics[term.name] = float(values.detach().mean())
+            metrics[term.name] = values.detach().mean()
             total = total + getattr(state.config.loss, term.name) * values.mean()
         metrics |= state.optimizers.step(total, state.student_parts)
     return generated, metrics
@@ -125,7 +125,7 @@ def discriminator_step(state: TrainingState, generated: StudentPass) -> Metrics:
         real_logits = critic.logits(reals.features(critic))
         fake_logits = critic.logits([tap.detach() for tap in critic_features(state, generated, critic)])
         loss = losses.adversarial_discriminator(real_logits, fake_logits, reals.weights)
-        metrics[f"discriminator_{critic.name}"] = float(loss.detach())
+        metrics[f"discriminator_{critic.name}"] = loss.detach()
         total = total + loss
     return metrics | state.optimizers.step(total, ["discriminators"])
 
@@ -173,7 +173,7 @@ def head_start_step(state: TrainingState) -> Metrics:
         its losses, and its number as "head_start_step".
     """
     metrics = teacher_step(state)
-    state.finish_step(metrics, HEAD_START)
+    state.finish_step(HEAD_START)
     state.optimizers.average(["teacher", "text"], state.head_start_step, state.config.train.head_start)
     return {"head_start_step": float(state.head_start_step)} | metrics
 
@@ -186,8 +186,8 @@ def replay_step(state: TrainingState) -> Metrics:
     noise, target, prompts = replay_batch(state)
     x0 = student_x0(state.pair.student, noise, encode_for_student(state, prompts))
     loss = losses.latent_alignment(x0, target).mean()
-    update = state.optimizers.step(state.config.loss.latent * loss, state.student_parts)
-    return {"replay": float(loss.detach())} | {key: value for key, value in update.items() if key.startswith("skipped")}
+    state.optimizers.step(state.config.loss.latent * loss, state.student_parts)
+    return {"replay": loss.detach()}
 
 
 def carry_back_step(state: TrainingState) -> Metrics:
@@ -204,7 +204,7 @@ def carry_back_step(state: TrainingState) -> Metrics:
         load_lora_tensors(state.pair.teacher.unet, lora_tensors(state.pair.student.unet))
     state.optimizers.scale_rate("teacher", CARRY_BACK_RATE)
     metrics = teacher_step(state, parts=["teacher"], echo=False)
-    state.finish_step(metrics, CARRY_BACK)
+    state.finish_step(CARRY_BACK)
     state.optimizers.average(["teacher"], state.carry_back_step, state.config.echo.carry_back)
     return {"carry_back_step": float(state.carry_back_step)} | metrics
 
@@ -251,7 +251,7 @@ def _sliced_wasserstein(state: TrainingState, generated: StudentPass) -> Tensor:
     directions = losses.patch_directions(
         settings.swd_scales, settings.swd_projections, settings.swd_patch, state.generator
     )
-    on_device = [kernels.to(state.pair.device) for kernels in directions]
+    on_device = [send(kernels, state.pair.device) for kernels in directions]
     return losses.sliced_wasserstein(generated.images.image, generated.target.image, on_device)
 
 

@@ -29,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ PARTS = {
     "echo_step": "echo",
 }
 _TENSORS_PER_KERNEL = 30  # of torch's multi-tensor kernels, at the depth that AdamW needs
+# AdamW's fused kernel has shapes for the meta device, but the optimizer asks for a device that computes.
+ANY_DEVICE = mock.patch("torch.optim.adam._device_dtype_check_for_fused", return_value=None)
 _NO_KERNEL = {"detach", "_unsafe_view", "lift_fresh", "empty", "empty_like", "empty_strided", "new_empty"}
 _NO_KERNEL |= {"_local_scalar_dense", "new_empty_strided", "is_same_size", "scalar_tensor", "_reshape_alias"}
 
@@ -228,7 +231,7 @@ def prepare(family: Family, folder: Path, *, side: int, batch: int, **settings: 
         section, _, name = key.partition("__")
         changed = dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{section: changed})
-    with counting(torch.device("meta")):
+    with counting(torch.device("meta")), ANY_DEVICE:
         state = prepared(config, family, folder)
         training_step(state)
     return state
@@ -237,7 +240,7 @@ def prepare(family: Family, folder: Path, *, side: int, batch: int, **settings: 
 def count(state: TrainingState, step: Callable[[TrainingState], Any] = training_step) -> StepCounter:
     """Count one step of a run on the meta device, and the memory at its peak."""
     device = state.pair.device
-    with counting(device) as counter:
+    with counting(device) as counter, ANY_DEVICE:
         for tensor in persistent(state):
             counter.watch(tensor)
         step(state)

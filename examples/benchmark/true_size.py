@@ -192,7 +192,7 @@ def run_design(family: Family, design: str, folder: Path, options: argparse.Name
         if design == "reference":
             reference_step(state, photos)
         else:
-            training_step(state)
+            state.settle(training_step(state))
 
     measured = measure(state, step, steps=options.steps, warmup=2 if on_gpu else 0, count_flops=on_gpu)
     line = f"{family:5} {design:10} batch {batch}  {measured.seconds:8.3f} s/step"

@@ -51,12 +51,12 @@ def planned(*arguments: object) -> Any:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_of_train_has_seven_headings_and_49_options() -> None:
+def test_the_help_of_train_has_seven_headings_and_50_options() -> None:
     text = command("train", "--help").out
     headings = re.findall(r"─ ([A-Z][\w ]+) ─", text)
     assert headings == ["Arguments", "Options", *PANELS]
     assert len(headings) <= 7
-    assert len(re.findall(r"^│ --", text, re.MULTILINE)) == 50
+    assert len(re.findall(r"^│ --", text, re.MULTILINE)) == 51
     assert all(f"│ {flag.names.split('/')[0].split()[0]} " in text for flag in FLAGS)
     assert "[off]" in text  # the default of an option that is turned on
     assert "--max-train-steps" not in text

@@ -48,7 +48,9 @@ def test_targets_in_a_color_are_generated_in_the_subjects_own_and_then_tinted(ne
     noise = torch.randn(2, *state.photos.latents.shape[1:], generator=seeded())
     state.generator.manual_seed(1)
     prompts = ["a red sks dog on the moon", "a sks dog on pink fabric"]
-    target = multi_step_target(state, noise, noise, prompts, state.pair.encoder.encode(prompts).detach())
+    with torch.no_grad():
+        conditioning, null = state.pair.encoder.encode_with_null(prompts)
+    target = multi_step_target(state, noise, noise, prompts, conditioning, null)
     plain = sample_latents(
         state.pair.teacher,
         noise,
