@@ -12,9 +12,9 @@ CUDA ?= $(shell command -v nvidia-smi)
 PIP := $(BIN)/python -m pip
 INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
-.PHONY: help setup test lint type bench bench-proof demo mini-world clean
+.PHONY: help setup test lint type bench gpu bench-proof demo mini-world clean
 help:
-	@echo "make setup | test | lint | type | demo | bench | bench-proof | mini-world | clean"
+	@echo "make setup | test | lint | type | demo | bench | gpu | bench-proof | mini-world | clean"
 
 setup: $(STAMP)
 
@@ -46,6 +46,10 @@ type: $(STAMP)
 # Time and memory of the embedded pair's training step.
 bench: $(STAMP)
 	$(BIN)/python -m examples.benchmark.step_time
+
+# What a machine with a GPU is wanted for: its tests, time and memory at true size, sampling. Ten minutes at most.
+gpu: $(STAMP)
+	$(BIN)/python -m examples.benchmark.gpu
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh

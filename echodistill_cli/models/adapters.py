@@ -99,11 +99,16 @@ def _run_lean(module: Any) -> None:
     readers = [layer for layer in readers if layer.base_layer.in_features == module.config.cross_attention_dim]
     readers = [layer for layer in readers if layer.base_layer.bias is None]
     if readers and module.config.encoder_hid_dim is None and module.config.cross_attention_norm is None:
-        for hook in getattr(module, "_shared_product_hooks", ()):  # of a LoRA that was removed
-            hook.remove()
+        product_by_layer(module)  # a LoRA that was removed may have left its hooks
         product = _SharedProduct(readers)
         before = module.register_forward_pre_hook(product.compute, with_kwargs=True)
         module._shared_product_hooks = (before, module.register_forward_hook(product.forget, always_call=True))
+
+
+def product_by_layer(module: Any) -> None:
+    """Let each LoRA layer compute its own product again; inside a compiled block that costs nothing."""
+    for hook in getattr(module, "_shared_product_hooks", ()):
+        hook.remove()
 
 
 class _LeanLinear(Linear):

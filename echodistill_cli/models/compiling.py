@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from echodistill_cli.models.adapters import product_by_layer
+
 # What `train.compile` says, as torch.compile's mode.
 MODES = {"default": None, "auto": None, "max": "max-autotune-no-cudagraphs"}
 # The blocks of UNets and of image encoders.
@@ -69,6 +71,9 @@ def compile_blocks(modules: Iterable[nn.Module], setting: str = "default", backe
     options: dict[str, Any] = {"backend": backend, "fullgraph": True, "dynamic": False}
     if backend == "inductor":
         options["mode"] = MODES[setting]
+    modules = list(modules)
+    for module in modules:
+        product_by_layer(module)
     blocks = {block for module in modules for block in module.modules() if type(block).__name__ in _BLOCKS}
     for block in blocks:
         block.compile(**options)

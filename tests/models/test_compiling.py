@@ -23,6 +23,7 @@ def _fresh_graphs() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch looks at it itself
 def test_compiled_blocks_have_no_graph_break_equal_gradients_and_survive_switching_lora(
     small_pair: tuple[Path, Path],
 ) -> None:
