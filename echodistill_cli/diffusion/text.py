@@ -140,15 +140,19 @@ class PromptEncoder:
         if self._null is not None:
             return self._null
         null = self.encode([""])
-        if self.keep_null or (self.zero_null and len(self.encoders) == 2):
+        if self._null_stays:
             self._null = null.detach()
         return null
+
+    @property
+    def _null_stays(self) -> bool:
+        return self.keep_null or (self.zero_null and len(self.encoders) == 2)
 
     @torch.no_grad()
     def encode_with_null(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
         """Encode B prompts and the empty prompt in one pass, without gradient; return both."""
-        if self._null is not None:
-            return self.encode(prompts), self._null
+        if self._null_stays:
+            return self.encode(prompts), self.encode_null()
         both = self.encode([*prompts, ""])
         return both.first(len(prompts)), both.take([len(prompts)])
 

@@ -90,8 +90,8 @@ def table(results: Sequence[dict[str, Any]]) -> Iterator[str]:
     for row in (row for result in results for row in result["rows"] if "seconds" in row):
         plan = f" ({row['planned']:.1f})" if row["planned"] else ""
         yield (
-            f"| {row['family']} | {row['design']} | {row['batch']} | {row['seconds']:.3f} s | {row['peak']:.1f} GiB{plan} "
-            f"| {row['images']:.1f} images/s |"
+            f"| {row['family']} | {row['design']} | {row['batch']} | {row['seconds']:.3f} s "
+            f"| {row['peak']:.1f} GiB{plan} | {row['images']:.1f} images/s |"
         )
     yield ""
     for result in results:
