@@ -111,7 +111,7 @@ def product_by_layer(module: Any) -> None:
         hook.remove()
 
 
-class _LeanLinear(Linear):
+class _LeanLinear(Linear):  # type: ignore[misc]
     """A linear layer of peft with fewer operations.
 
     Attributes:
@@ -139,7 +139,7 @@ class _LeanLinear(Linear):
         return torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=scale).view(output.shape)
 
 
-class _LeanConv2d(Conv2d):
+class _LeanConv2d(Conv2d):  # type: ignore[misc]
     """A convolution of peft with fewer operations.
 
     Attributes:

@@ -167,7 +167,7 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
             return torch.zeros((), device=parameters[0].device)
         if self.loss_scale != 1.0:
             torch._foreach_div_(gradients, self.loss_scale)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if self.max_grad_norm:
             torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm

@@ -144,7 +144,7 @@ def echo_step(state: TrainingState) -> Metrics:
     candidates = functools.reduce(EchoPool.join, parts)
     assert state.photos.identity is not None
     state.pool, verdicts = refresh(state.pool, candidates, state.photos.identity, settings)
-    made = {"echo_made": float(len(candidates)), "echo_kept": float(verdicts.count("kept"))}
+    made: Metrics = {"echo_made": float(len(candidates)), "echo_kept": float(verdicts.count("kept"))}
     rejected = {f"echo_{why}": float(verdicts.count(why)) for why in ("identity", "photo_copy", "duplicate", "crowded")}
     pool = {"echo_pool": float(len(state.pool)), "echo_identity_mean": float(candidates.scores.mean())}
     return made | rejected | pool

@@ -73,8 +73,8 @@ def compare(ours: Callable[[], Any], theirs: Callable[[], Any], turns: int, imag
         images: per call.
     """
     pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(turns + 1)][1:]
-    medians = [statistics.median(side) / images for side in zip(*pairs, strict=True)]
-    return Speed(*medians, statistics.median(a / b for a, b in pairs))
+    first, second = (statistics.median(side) / images for side in zip(*pairs, strict=True))
+    return Speed(first, second, statistics.median(a / b for a, b in pairs))
 
 
 def _seconds(function: Callable[[], Any]) -> float:

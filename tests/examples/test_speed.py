@@ -32,11 +32,10 @@ def test_a_fetch_a_blocking_copy_and_a_view_are_told_apart() -> None:
         float(on_device.sum())
         torch.zeros(3).to(META)
         torch.zeros(3).to(META, non_blocking=True)
-        on_device[[0, 1]]
         on_device.mm(on_device)
     total = counter.total
-    assert (total.fetches, total.blocking_copies) == (1, 2)
-    assert total.kernels == 6  # ones, sum, two copies, rows, product
+    assert (total.fetches, total.blocking_copies) == (1, 1)
+    assert total.kernels == 5  # ones, sum, two copies, product
     assert total.flops == 2 * 2**3
     assert counter.peak >= 16
 
