@@ -134,7 +134,7 @@ def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tens
     for kernels in directions:
         if min(first.shape[-2:]) < kernels.shape[-1]:
             break
-        distances.append(_ProjectionDistance.apply(first, second, kernels))
+        distances.append(_ProjectionDistance.apply(first, second, kernels))  # type: ignore[no-untyped-call]
         first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
     return torch.stack(distances).mean(dim=0)
 
@@ -151,7 +151,7 @@ class _ProjectionDistance(torch.autograd.Function):
         """Arguments are those of `sliced_wasserstein`, in Lab, with the directions of this scale."""
         total = torch.zeros(len(images), device=images.device)
         slope = torch.zeros_like(images) if ctx.needs_input_grad[0] else None
-        for some in kernels.split(max(1, _PROJECTED_AT_ONCE // images[0, 0].numel())):
+        for some in kernels.split(max(1, _PROJECTED_AT_ONCE // images[0, 0].numel())):  # type: ignore[no-untyped-call]
             projected = F.conv2d(images, some)
             values, order = projected.flatten(2).sort(dim=-1)
             difference = values - F.conv2d(target, some).flatten(2).sort(dim=-1).values
@@ -165,7 +165,7 @@ class _ProjectionDistance(torch.autograd.Function):
         return total / count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Scale the stored gradient."""
         (slope,) = ctx.saved_tensors
         return gradient.view(-1, 1, 1, 1) * slope, None, None
