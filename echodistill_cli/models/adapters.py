@@ -87,7 +87,7 @@ def activate(module: Any, scale: float = 1.0) -> None:
 
 
 def _run_lean(module: Any) -> None:
-    """Let a module's LoRA layers run in fewer operations than peft needs. Their names and tensors stay peft's."""
+    """Let a module's LoRA layers run in fewer operations; their names and tensors stay peft's."""
     if is_distilled(module):  # two adapters per layer
         return
     lean = {Linear: _LeanLinear, Conv2d: _LeanConv2d}
@@ -170,7 +170,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _SharedProduct:
-    """The LoRA products of all layers that read the text features, in one product per width instead of two per layer.
+    """The LoRA products of all layers that read the text features, in one product per layer width.
 
     Args:
         layers: keys and values of the cross-attentions of one UNet.

@@ -1,4 +1,5 @@
-"""Compile the repeated blocks of the models with torch.compile, where a compiler is present and a run is long enough.
+"""Compile the repeated blocks of the models with torch.compile where that wins time.
+
 
 Only blocks that a model repeats are compiled, each kind and size once. This takes a fraction of the time that whole
 models would take, and LoRA can be switched off and on without compiling again.
@@ -58,7 +59,7 @@ def decide(setting: str, device: torch.device, steps: int) -> tuple[bool, str]:
 
 
 def compile_blocks(modules: Iterable[nn.Module], setting: str = "default", backend: str = "inductor") -> int:
-    """Compile the repeated blocks of some modules in place, when they first run; return how many there are.
+    """Compile the repeated blocks of modules, in place, when they first run; return their number.
 
     Names, weights and hooks of the modules stay as they are.
 

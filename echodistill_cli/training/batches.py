@@ -209,7 +209,7 @@ def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditio
 
 
 def _encode_for_pass(state: TrainingState, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
-    """Encode prompts as `encode_for_student` does, and the empty prompt; in one pass where no gradient is needed."""
+    """Encode prompts as `encode_for_student` does, and the empty prompt; in one pass without gradient."""
     if "text" not in state.student_parts:
         return state.pair.encoder.encode_with_null(prompts)
     with torch.no_grad():

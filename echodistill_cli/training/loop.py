@@ -186,7 +186,7 @@ def train_to_end(state: TrainingState, run: Run, on_step: OnStep, on_message: On
 
 
 def compile_models(state: TrainingState, on_message: OnMessage = lambda _line: None) -> None:
-    """Compile the UNets and the image encoders of a run if `train.compile` says so, and report it in a line."""
+    """Compile the UNets and image encoders of a run if `train.compile` says so; report it in a line."""
     setting, pair = state.config.train.compile, state.pair
     wanted, line = decide(setting, pair.device, state.config.train.steps - state.step)
     if line:

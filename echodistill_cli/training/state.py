@@ -178,7 +178,7 @@ class TrainingState:
             self.carry_back_step = 0  # left over from a shorter run that continues beyond its end
 
     def settle(self, metrics: Metrics) -> dict[str, float]:
-        """Return a finished step's metrics as numbers (`Optimizers.fetch`); count the step if it was not finite.
+        """Return a step's metrics as numbers (`Optimizers.fetch`); count the step if it was not finite.
 
         Raises:
             EchoDistillError: a loss or gradient was not finite in `MAX_BAD_STEPS` consecutive steps.
