@@ -201,7 +201,7 @@ class TrainConfig:
     scene_share: float = fraction(0.0, "fraction of the student's samples with a scene prompt, not a photo prompt")
     guidance_scale: float = amount(7.5, "guidance scale of the teacher's targets")
     gradient_checkpointing: bool = setting(False, "recompute UNet activations: less memory, slower steps")
-    compile: str = choice(("off", "auto", "default", "max"), "compile the models; auto = in long runs on a GPU")
+    compile: str = choice(("off", "auto", "default", "max"), "compile the models")
 
     @property
     def photo_prompts(self) -> int:

@@ -1,6 +1,5 @@
 """Compile the repeated blocks of the models with torch.compile where that wins time.
 
-
 Only blocks that a model repeats are compiled, each kind and size once. This takes a fraction of the time that whole
 models would take, and LoRA can be switched off and on without compiling again.
 """
