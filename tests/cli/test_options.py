@@ -78,7 +78,7 @@ def test_the_help_of_train_fits_two_screens_of_50_lines_and_100_columns() -> Non
 
 def test_a_flag_is_a_setting_and_no_setting_has_two_flags() -> None:
     keys = [flag.key for flag in FLAGS]
-    assert len(set(keys)) == len(keys) == 38
+    assert len(set(keys)) == len(keys) == 39
     # --model and PHOTOS are declared by `train` itself: they may name a preset, and a folder.
     assert set(keys) <= set(KEYS) - {"model.student", "concept.photos"}
     names = [name for flag in FLAGS for name in re.split(r"[ /]", flag.names)]
