@@ -12,10 +12,10 @@ CUDA ?= $(shell command -v nvidia-smi)
 PIP := $(BIN)/python -m pip
 INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
-.PHONY: help setup test test-browser test-extras-many campaign lint type bench bench-many bench-proof demo mini-world clean
+.PHONY: help setup test test-browser test-extras-many campaign lint type bench bench-many gpu bench-proof demo mini-world clean
 help:
 	@echo "make setup | test | test-browser | test-extras-many | campaign | lint | type | demo"
-	@echo "make bench | bench-many | bench-proof | mini-world | clean"
+	@echo "make bench | bench-many | gpu | bench-proof | mini-world | clean"
 
 setup: $(STAMP)
 
@@ -67,6 +67,10 @@ bench: $(STAMP)
 bench-many: $(STAMP)
 	$(PIP) install --quiet --editable ".[ray]"
 	$(BIN)/python -m examples.benchmark.many
+
+# What a machine with a GPU is wanted for: its tests, time and memory at true size, sampling. Ten minutes at most.
+gpu: $(STAMP)
+	$(BIN)/python -m examples.benchmark.gpu
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh

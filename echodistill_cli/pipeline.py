@@ -164,8 +164,8 @@ def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:
 def _loaded_state(config: Config, session: _Session) -> TrainingState:
     from echodistill_cli.models.downloads import download_command, fetch, sources_of
     from echodistill_cli.planning import assumptions, check_settings
-    from echodistill_cli.training.dataset import unread_texts
-    from echodistill_cli.training.state import build_state, doubts
+    from echodistill_cli.training.dataset import doubts, unread_texts
+    from echodistill_cli.training.state import build_state
 
     check_settings(config)
     fetch(config.model, sources_of(config), lambda: download_command(config))
@@ -174,7 +174,7 @@ def _loaded_state(config: Config, session: _Session) -> TrainingState:
     names = f"{config.model.student} and {config.model.teacher}"
     session.on_message(f"Loading {names}, encoding {len(session.photos)} photos")
     state = build_state(config, session.photos)
-    for line in (*unread_texts(config, session.photos, state.pair.encoder), *doubts(state)):
+    for line in (*unread_texts(config, session.photos, state.pair.encoder), *doubts(config, state.pair)):
         session.on_message(line)
     return state
 

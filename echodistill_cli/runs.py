@@ -56,7 +56,7 @@ SAMPLES = "samples"
 _FREE_TO_CHANGE = {
     *("concept.photos", "concept.min_photos", "model.device", "model.offline", "model.precision"),
     *("train.steps", "train.lr", "train.teacher_lr", "train.text_lr", "train.discriminator_lr"),
-    "train.gradient_checkpointing",
+    *("train.gradient_checkpointing", "train.compile"),
 }
 _CHECKPOINT = re.compile(r"step-(\d+)(?:-(?:head|back)-(\d+))?")
 _LOCK = ".lock"

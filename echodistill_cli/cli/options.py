@@ -85,6 +85,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.device", "--device", MODELS_AND_MEMORY),
     Flag("model.decoder", "--decoder", MODELS_AND_MEMORY),
     Flag("train.gradient_checkpointing", "--gradient-checkpointing/--no-gradient-checkpointing", MODELS_AND_MEMORY),
+    Flag("train.compile", "--compile", MODELS_AND_MEMORY),
     Flag("model.offline", "--offline/--no-offline", MODELS_AND_MEMORY),
     Flag("loss.prior", "--prior-weight", LOSSES_AND_ECHO),
     Flag("critic.discriminators", "--discriminators", LOSSES_AND_ECHO),

@@ -44,7 +44,7 @@ RETIRED: Mapping[str, Any] = {
 }
 # Keys that came after the first hashes, with the value at which each does nothing. `config_hash` leaves a key out at
 # that value, so that adding a setting does not change the hash of a run that does not use it.
-ADDED: Mapping[str, Any] = {"model.student_timestep": None, "loss.paired": 0.0}
+ADDED: Mapping[str, Any] = {"model.student_timestep": None, "loss.paired": 0.0, "train.compile": "off"}
 
 
 @dataclass(frozen=True)

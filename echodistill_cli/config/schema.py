@@ -133,7 +133,7 @@ class ModelConfig:
     resolution: int = setting(512, "side of the training images in pixels", minimum=16)
     precision: str = choice(("auto", "bf16", "fp16", "fp32"), "precision of frozen weights: auto, bf16, fp16 or fp32")
     device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
-    decoder: str = choice(("full", "tiny"), "latent decoder: full = the VAE; tiny = AutoencoderTiny, in less memory")
+    decoder: str = choice(("full", "tiny"), "latent decoder: full = the VAE; tiny = AutoencoderTiny")
     tiny_decoder: str | None = setting(None, "hub id or folder of the AutoencoderTiny; unset: the model family's")
     vae: str | None = setting(None, "hub id or folder of a VAE that replaces the student's own")
     tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's own or one in the cache")
@@ -210,6 +210,7 @@ class TrainConfig:
     # The paper's 7.5 makes contrasts hard in an image that is the mean of few steps; 3 leaves images soft.
     guidance_scale: float = amount(4.5, "guidance scale of the teacher's targets")
     gradient_checkpointing: bool = setting(False, "recompute UNet activations: less memory, slower steps")
+    compile: str = choice(("off", "auto", "default", "max"), "compile the models: off, auto, default or max")
 
     @property
     def photo_prompts(self) -> int:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from echodistill_cli.diffusion.schedule import NoiseSchedule, pure_noise
+from echodistill_cli.diffusion.schedule import NoiseSchedule, pure_noise, send
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 
@@ -82,7 +82,7 @@ class Denoiser:
         if self.time_ids is None:
             return conditioning
         rows = [(*self.time_ids[:2], *crop, *self.time_ids[4:]) for crop in crops]
-        return replace(conditioning, time_ids=torch.tensor(rows, device=conditioning.hidden.device))
+        return replace(conditioning, time_ids=send(torch.tensor(rows), conditioning.hidden.device))
 
     def pure_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the UNet's input at the first timestep, and that timestep repeated: [B, C, h, w] and [B].

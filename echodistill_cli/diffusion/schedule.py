@@ -9,7 +9,7 @@ amplified 14.6 times in x0, too much for half precision.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,10 +25,14 @@ class NoiseSchedule:
     Attributes:
         alphas_cumprod: float32 [T], ᾱ_t for t = 0 … T-1, decreasing from near 1 to near 0.
         prediction_type: the meaning of the model's output: ε, or v = √ᾱ ε - √(1-ᾱ) z (Salimans & Ho 2022).
+        tables: ᾱ, √ᾱ and √(1-ᾱ), each [T], by the device on which they have been looked up.
     """
 
     alphas_cumprod: Tensor
     prediction_type: PredictionType
+    tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = field(
+        init=False, default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def last_timestep(self) -> int:
@@ -41,13 +45,35 @@ class NoiseSchedule:
         Args:
             timesteps: [B], integers.
         """
-        return self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return self.on(timesteps.device)[0][timesteps]
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the tables of a device, which are copied there once."""
+        if device not in self.tables:
+            alpha_bar = self.alphas_cumprod
+            tables = (alpha_bar, alpha_bar.sqrt(), (1 - alpha_bar).sqrt())
+            self.tables[device] = tuple(send(table, device) for table in tables)  # type: ignore[assignment]
+        return self.tables[device]
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the CPU to a device without waiting for the work that is queued there.
+
+    Args:
+        tensor: on the CPU; not to be changed afterwards.
+        device: where to.
+    """
+    if device.type == "cpu" or tensor.device == device:
+        return tensor.to(device)
+    # Only from pinned memory is a copy asynchronous.
+    pinned = tensor.pin_memory() if torch.cuda.is_available() else tensor
+    return pinned.to(device, non_blocking=device.type != "mps")
 
 
 def scales(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
     """Return (√ᾱ_t, √(1-ᾱ_t)) for timesteps [B], each of shape [B, 1, 1, 1]."""
-    alpha_bar = schedule.alpha_bar(timesteps).view(-1, 1, 1, 1)
-    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    _, alpha, sigma = schedule.on(timesteps.device)
+    return alpha[timesteps].view(-1, 1, 1, 1), sigma[timesteps].view(-1, 1, 1, 1)
 
 
 def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -101,8 +127,8 @@ def pure_noise(schedule: NoiseSchedule, noise: Tensor) -> Tensor:
         schedule: of the model.
         noise: [B, C, h, w], standard normal.
     """
-    sigma = (1 - schedule.alphas_cumprod[-1]).sqrt().to(noise.device)
-    return sigma * noise.float()
+    # The table is on the CPU, so that reading a number from it does not wait for a device.
+    return float((1 - schedule.alphas_cumprod[-1]).sqrt()) * noise.float()
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echodistill_cli.diffusion.schedule import send
 from echodistill_cli.errors import ConfigError, ModelError
 
 # Single tokens of CLIP's vocabulary with almost no meaning of their own.
@@ -44,8 +45,8 @@ class Conditioning:
         """
         if self.pooled is None or time_ids is None:
             return None
-        default = torch.tensor([time_ids] * len(self.pooled), device=self.pooled.device)
-        return {"text_embeds": self.pooled, "time_ids": default if self.time_ids is None else self.time_ids}
+        default = torch.tensor([time_ids] * len(self.pooled)) if self.time_ids is None else self.time_ids
+        return {"text_embeds": self.pooled, "time_ids": send(default, self.pooled.device)}
 
     def detach(self) -> Conditioning:
         """Return the same values, detached from the autograd graph."""
@@ -57,7 +58,12 @@ class Conditioning:
 
     def take(self, rows: Sequence[int]) -> Conditioning:
         """Select prompts by index, in the order of `rows`."""
-        return self._each(lambda value: value[list(rows)])
+        index = torch.tensor(list(rows), dtype=torch.long)
+        return self._each(lambda value: value[send(index, value.device)])
+
+    def first(self, count: int) -> Conditioning:
+        """Return the first `count` prompts."""
+        return self._each(lambda value: value[:count])
 
     def join(self, other: Conditioning) -> Conditioning:
         """Concatenate two batches, this one first."""
@@ -81,6 +87,9 @@ class PromptEncoder:
         tokenizers: one for SD, two for SDXL in the order of its pipeline.
         encoders: one text encoder per tokenizer.
         zero_null: encode the empty prompt as zeros, as SDXL does (`force_zeros_for_empty_prompt`).
+
+    Attributes:
+        keep_null: the text encoders do not change from now on, so the empty prompt need not be encoded again.
     """
 
     def __init__(
@@ -93,6 +102,8 @@ class PromptEncoder:
         self.tokenizers = list(tokenizers)
         self.encoders = list(encoders)
         self.zero_null = zero_null
+        self.keep_null = False
+        self._null: Conditioning | None = None
         for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
             _pool_at_end_of_text(encoder, tokenizer)
 
@@ -106,9 +117,10 @@ class PromptEncoder:
                 max_length=tokenizer.model_max_length,
                 truncation=True,
                 return_tensors="pt",
-            ).input_ids.to(device)
+            ).input_ids
             for tokenizer in self.tokenizers
         ]
+        ids = [send(rows, device) for rows in ids]
         if len(self.encoders) == 1:
             return Conditioning(self.encoders[0](ids[0]).last_hidden_state)
         return self._encode_pair(prompts, ids)
@@ -124,8 +136,25 @@ class PromptEncoder:
         return max((_unread(tokenizer, prompt) for tokenizer in self.tokenizers), key=len)
 
     def encode_null(self) -> Conditioning:
-        """Encode the empty prompt, batch 1. It is not cached, because training changes the encoders."""
-        return self.encode([""])
+        """Encode the empty prompt, batch 1. It is cached only where training does not change it."""
+        if self._null is not None:
+            return self._null
+        null = self.encode([""])
+        if self._null_stays:
+            self._null = null.detach()
+        return null
+
+    @property
+    def _null_stays(self) -> bool:
+        return self.keep_null or (self.zero_null and len(self.encoders) == 2)
+
+    @torch.no_grad()
+    def encode_with_null(self, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+        """Encode B prompts and the empty prompt in one pass, without gradient; return both."""
+        if self._null_stays:
+            return self.encode(prompts), self.encode_null()
+        both = self.encode([*prompts, ""])
+        return both.first(len(prompts)), both.take([len(prompts)])
 
     def _encode_pair(self, prompts: Sequence[str], ids: Sequence[Tensor]) -> Conditioning:
         """Encode for SDXL: concatenated penultimate hidden states, pooled projection of the second encoder."""
@@ -133,7 +162,7 @@ class PromptEncoder:
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         pooled = outputs[1].text_embeds
         if self.zero_null:
-            keep = torch.tensor([prompt != "" for prompt in prompts], device=hidden.device)
+            keep = send(torch.tensor([prompt != "" for prompt in prompts]), hidden.device)
             hidden, pooled = hidden * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)
         return Conditioning(hidden, pooled)
 

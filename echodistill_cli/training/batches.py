@@ -12,7 +12,7 @@ from torch import Tensor
 from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.data.views import prompt_for
 from echodistill_cli.diffusion.sampling import student_x0, teacher_x0
-from echodistill_cli.diffusion.schedule import add_noise
+from echodistill_cli.diffusion.schedule import add_noise, send
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.critics import Discriminator, ImageBatch, features_of
@@ -88,14 +88,18 @@ class RealBatch:
 
 def random_timesteps(state: TrainingState, count: int) -> Tensor:
     """Draw uniform timesteps [count] of the teacher's schedule, on the device."""
-    return state.randint(len(state.pair.teacher.schedule.alphas_cumprod), count).to(state.pair.device)
+    return send(_timesteps(state, count), state.pair.device)
+
+
+def _timesteps(state: TrainingState, count: int) -> Tensor:
+    return state.randint(len(state.pair.teacher.schedule.alphas_cumprod), count)
 
 
 def teacher_batch(state: TrainingState, *, echo: bool = True) -> TeacherBatch:
     """Draw augmented photos and, if `echo` is true and the pool holds any, echo images."""
     size, photos, subject = state.config.train.batch_size, state.photos, state.config.subject
     from_pool = torch.rand(size, generator=state.generator) < state.config.echo.teacher_share
-    timesteps = random_timesteps(state, size)
+    timesteps = _timesteps(state, size)
     latents, masks, prompts, crops = [], [], [], []
     pool = state.pool if echo else None
     for index, is_echo in enumerate(from_pool.tolist()):
@@ -114,24 +118,25 @@ def teacher_batch(state: TrainingState, *, echo: bool = True) -> TeacherBatch:
             masks.append(photos.masks[row])
             prompts.append(prompt_for(photos.views[row], subject, state.generator))
             crops.append(photos.views[row].crop)
-    return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, timesteps)
+    on_device = send(timesteps, state.pair.device)
+    return TeacherBatch(torch.stack(latents), torch.stack(masks), prompts, crops, on_device)
 
 
 def student_pass(state: TrainingState) -> StudentPass:
     """Generate B one-step images of the subject, and the teacher's guided x0 of each."""
     pair, settings = state.pair, state.config.train
     prompts = _student_prompts(state)
-    trainable = encode_for_student(state, prompts)
+    trainable, null = _encode_for_pass(state, prompts)
     conditioning = trainable.detach()
     noise = _unit_noise(state, len(prompts))
     with torch.set_grad_enabled(not pair.alternating):
         x0 = student_x0(pair.student, noise, trainable)
     renoise, timesteps = state.randn_like(noise), random_timesteps(state, len(prompts))
     if settings.target_steps > 1:
-        target = multi_step_target(state, x0.detach(), noise, prompts, conditioning)
+        target = multi_step_target(state, x0.detach(), noise, prompts, conditioning, null)
         alpha_bar = torch.ones(len(prompts), device=target.device)
     else:
-        target = _one_step_target(state, x0.detach(), noise, timesteps, conditioning)
+        target = _one_step_target(state, x0.detach(), noise, timesteps, conditioning, null)
         alpha_bar = pair.teacher.schedule.alpha_bar(timesteps)
     if pair.alternating:  # the graph through the student is built only now, when the teacher has left the device
         x0 = student_x0(pair.student, noise, trainable)
@@ -141,14 +146,19 @@ def student_pass(state: TrainingState) -> StudentPass:
 
 @torch.no_grad()
 def _one_step_target(
-    state: TrainingState, x0: Tensor, noise: Tensor, timesteps: Tensor, conditioning: Conditioning
+    state: TrainingState,
+    x0: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    conditioning: Conditioning,
+    null: Conditioning,
 ) -> Tensor:
     """Return the teacher's guided x0 of the renoised student images, [B, C, h, w].
 
     The noise is the student's own. With fresh noise one image has many targets, and regression ends in their blurred
     mean.
     """
-    teacher, null = state.pair.teacher, state.pair.encoder.encode_null()
+    teacher = state.pair.teacher
     noisy = add_noise(teacher.schedule, x0, noise, timesteps)
     return teacher_x0(teacher, noisy, timesteps, conditioning, null, state.config.train.guidance_scale)
 
@@ -157,9 +167,9 @@ def _one_step_target(
 def add_first_targets(state: TrainingState) -> None:
     """Add a batch of targets to the replay buffer, as a student pass would, and train nothing."""
     prompts = _student_prompts(state)
-    conditioning = state.pair.encoder.encode(prompts)
+    conditioning, null = state.pair.encoder.encode_with_null(prompts)
     noise = _unit_noise(state, len(prompts))
-    multi_step_target(state, student_x0(state.pair.student, noise, conditioning), noise, prompts, conditioning)
+    multi_step_target(state, student_x0(state.pair.student, noise, conditioning), noise, prompts, conditioning, null)
 
 
 def critic_features(state: TrainingState, generated: StudentPass, critic: Discriminator) -> list[Tensor]:
@@ -198,16 +208,25 @@ def encode_for_student(state: TrainingState, prompts: Sequence[str]) -> Conditio
         return state.pair.encoder.encode(prompts)
 
 
+def _encode_for_pass(state: TrainingState, prompts: Sequence[str]) -> tuple[Conditioning, Conditioning]:
+    """Encode prompts as `encode_for_student` does, and the empty prompt; in one pass without gradient."""
+    if "text" not in state.student_parts:
+        return state.pair.encoder.encode_with_null(prompts)
+    with torch.no_grad():
+        null = state.pair.encoder.encode_null()
+    return encode_for_student(state, prompts), null
+
+
 def real_batch(state: TrainingState, fakes: ImageBatch) -> RealBatch:
     """Draw as many photos as there are fakes, and as many echo images at their lower weight."""
     size = len(fakes.latents)
-    rows = state.randint(len(state.photos.real_latents), size).to(state.pair.device)
+    rows = send(state.randint(len(state.photos.real_latents), size), state.pair.device)
     latents = state.photos.real_latents[rows]
     cached = {name: [tap[rows] for tap in taps] for name, taps in state.photos.critics.items()}
     weights = torch.ones(size, device=latents.device)
     if not state.pool or not state.config.echo.real_weight:
         return RealBatch(replace(fakes, latents=latents, whole=None), weights, cached)
-    rows = state.randint(len(state.pool), size).to(state.pair.device)
+    rows = send(state.randint(len(state.pool), size), state.pair.device)
     cached = {
         name: [torch.cat((tap, more[rows])) for tap, more in zip(taps, state.pool.critics[name], strict=True)]
         for name, taps in cached.items()

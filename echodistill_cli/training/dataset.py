@@ -70,6 +70,16 @@ def unread_texts(config: Config, photos: Sequence[Photo], encoder: PromptEncoder
             yield f"{source} is too long for the text encoder, which does not read {shown!r}."
 
 
+def doubts(config: Config, pair: ModelPair) -> Iterator[str]:
+    """Yield a sentence for each setting that does not suit the loaded models."""
+    kinds = {role: pair.role(role).schedule.prediction_type for role in ("student", "teacher")}
+    if config.train.carry_over and kinds["student"] != kinds["teacher"]:
+        yield (
+            f"train.carry_over copies the LoRA of a teacher that predicts {kinds['teacher']} to a student that "
+            f"predicts {kinds['student']}. Layers near the output differ in meaning. Consider train.carry_over=false."
+        )
+
+
 @dataclass(frozen=True)
 class ViewGenerators:
     """Separate random streams of views and masks, so that changing one does not shift another."""

@@ -21,7 +21,9 @@ from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 from echodistill_cli.files import public_name, recover_below
+from echodistill_cli.models.compiling import compile_blocks, decide
 from echodistill_cli.models.device import next_saving, peak_memory_mib
+from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.runs import OnMessage, OnStep, Run
 from echodistill_cli.training.state import JOINT, PHASES, TrainingState
 from echodistill_cli.training.steps import PHASE_STEPS
@@ -180,6 +182,7 @@ def train_to_end(
     announce = functools.partial(
         on_message, "Stopping after this step to save it. Press Ctrl-C again to stop now without saving."
     )
+    compile_models(state, on_message)
     with memory_watched(state), tracking(state.config, run.folder) as track, StopRequest(announce, stop) as request:
         if state.step in (0, state.config.train.steps):
             preview(state, run)
@@ -199,6 +202,18 @@ def train_to_end(
                 if signal_number and state.phase:
                     message = f"Stopped at {state.place}, saved in {checkpoint}."
                     raise Interrupted(f"{message} Resume: echodistill train --resume -o {run.folder}", signal_number)
+
+
+def compile_models(state: TrainingState, on_message: OnMessage = lambda _line: None) -> None:
+    """Compile the UNets and image encoders of a run if `train.compile` says so; report it in a line."""
+    setting, pair = state.config.train.compile, state.pair
+    wanted, line = decide(setting, pair.device, state.config.train.steps - state.step)
+    if line:
+        on_message(line)
+    if wanted:
+        encoders = [c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)]
+        encoders += [state.identity_encoder] if state.identity_encoder else []
+        compile_blocks([pair.student.unet, pair.teacher.unet, *encoders], setting)
 
 
 @contextmanager
@@ -225,7 +240,7 @@ def timed_step(state: TrainingState) -> dict[str, float]:
     A step of the teacher alone, in the head start or the carry back, also has the number of its own phase.
     """
     started = time.perf_counter()
-    metrics = PHASE_STEPS[state.phase or JOINT](state)
+    metrics = state.settle(PHASE_STEPS[state.phase or JOINT](state))
     rates = {f"lr_{name}": state.optimizers.rate(name) for name in state.optimizers}
     timing = {
         "step_seconds": time.perf_counter() - started,

@@ -1,4 +1,8 @@
-"""Everything that updates weights: AdamW per trained part, learning rates, clipping, averages."""
+"""Everything that updates weights: AdamW per trained part, learning rates, clipping, averages.
+
+No step reads a value from the device, because the host would wait for all work that is queued there. Losses, norms and
+the decision to skip an update stay on the device until `Optimizers.fetch` reads them in one transfer.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Metrics = dict[str, float]
+Metrics = dict[str, float | Tensor]  # tensors are scalars on the device
 # Half-precision gradients of small losses underflow below 6e-8. Scaling by a power of two is exact and prevents it.
 FP16_LOSS_SCALE = 1024.0
 
@@ -47,9 +51,10 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         self.rates, self.schedule = dict(rates), schedule
         self.max_grad_norm, self.loss_scale = max_grad_norm, loss_scale
         self.mean = WeightMean()
+        self._skipped: dict[str, Tensor] = {}
         self._parts = {
             name: torch.optim.AdamW(
-                parameters, lr=rates[name], weight_decay=weight_decay, betas=_BETAS.get(name, (0.9, 0.999))
+                parameters, lr=rates[name], weight_decay=weight_decay, betas=_BETAS.get(name, (0.9, 0.999)), fused=True
             )
             for name, parameters in parts.items()
             if parameters
@@ -69,7 +74,7 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
 
         Returns:
             the gradient norm of each part before clipping. If the loss or a gradient was not finite, no weight has
-            moved and the result is `skipped_<part>` = 1.
+            moved and every norm is NaN; `fetch` then reports `skipped_<part>`.
         """
         stepping = {name: self._parts[name] for name in parts if name in self._parts}
         if not stepping or not loss.requires_grad:
@@ -77,12 +82,37 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         for optimizer in stepping.values():
             optimizer.zero_grad(set_to_none=True)
         (loss * self.loss_scale).backward()  # type: ignore[no-untyped-call]
-        norms = {name: self._unscale_and_clip(optimizer) for name, optimizer in stepping.items()}
-        if not all(math.isfinite(value) for value in (float(loss.detach()), *norms.values())):
-            return {f"skipped_{name}": 1.0 for name in stepping}
-        for optimizer in stepping.values():
+        norms = [self._unscale_and_clip(optimizer) for optimizer in stepping.values()]
+        finite = torch.isfinite(torch.stack([loss.detach().float(), *norms])).all()
+        skipped = torch.where(finite, 0.0, 1.0)
+        for name, optimizer in stepping.items():
+            # AdamW's fused kernel leaves weights, moments and its count as they are where this is 1.
+            optimizer.found_inf = skipped  # type: ignore[attr-defined]
             optimizer.step()
-        return {f"grad_norm_{name}": norm for name, norm in norms.items()}
+            self._skipped[name] = torch.maximum(self._skipped[name], skipped) if name in self._skipped else skipped
+        norms = list(torch.where(finite, torch.stack(norms), math.nan).unbind())
+        return {f"grad_norm_{name}": norm for name, norm in zip(stepping, norms, strict=True)}
+
+    def fetch(self, metrics: Metrics) -> dict[str, float]:
+        """Read metrics from the device in one transfer.
+
+        Args:
+            metrics: of the updates since the last call.
+
+        Returns:
+            the same as numbers. `skipped_<part>` = 1 is added for each part of which an update was skipped, and the
+            norm of a skipped update is left out.
+        """
+        skipped = {f"skipped_{name}": value for name, value in self._skipped.items()}
+        self._skipped = {}
+        waiting = {name: value for name, value in (metrics | skipped).items() if isinstance(value, Tensor)}
+        numbers = torch.stack([value.float() for value in waiting.values()]).tolist() if waiting else []
+        values = {name: float(value) for name, value in (metrics | dict(zip(waiting, numbers, strict=True))).items()}
+        if not any(values[name] for name in skipped):
+            return {name: value for name, value in values.items() if name not in skipped}
+        left_out = {name for name in values if name.startswith("grad_norm_") and math.isnan(values[name])}
+        left_out |= {name for name in skipped if not values[name]}
+        return {name: value for name, value in values.items() if name not in left_out}
 
     def set_rates(self, progress: float) -> None:
         """Set the learning rate of every part by the schedule.
@@ -128,16 +158,25 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         """Load `state_dict`, but keep the current learning rates."""
         for name, optimizer in self._parts.items():
             rates = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state[name])
+            # Checkpoints of older versions say that they were not fused.
+            groups = [group | {"fused": True, "foreach": None} for group in state[name]["param_groups"]]
+            optimizer.load_state_dict({**state[name], "param_groups": groups})
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
 
-    def _unscale_and_clip(self, optimizer: torch.optim.Optimizer) -> float:
-        parameters = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
-        for parameter in parameters:
-            assert parameter.grad is not None
-            parameter.grad.div_(self.loss_scale)
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm or math.inf))
+    @torch.no_grad()
+    def _unscale_and_clip(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clip as `torch.nn.utils.clip_grad_norm_` does, and return the norm before it; a scalar."""
+        parameters = _parameters(optimizer)
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if not gradients:
+            return torch.zeros((), device=parameters[0].device)
+        if self.loss_scale != 1.0:
+            torch._foreach_div_(gradients, self.loss_scale)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if self.max_grad_norm:
+            torch._foreach_mul_(gradients, (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
 
 def schedule_factor(schedule: str, progress: float) -> float:
@@ -167,15 +206,13 @@ class WeightMean:
         values = [weight.detach().float() for weight in weights]
         self.count += 1
         self.means = self.means or [torch.zeros_like(value) for value in values]
-        for mean, value in zip(self.means, values, strict=True):
-            mean.add_(value - mean, alpha=1 / self.count)
+        torch._foreach_add_(self.means, torch._foreach_sub(values, self.means), alpha=1 / self.count)
 
     @torch.no_grad()
     def move_into(self, weights: Sequence[Tensor]) -> None:
         """Write the mean into the weights and reset it; do nothing if it is empty."""
         if self.count:
-            for weight, mean in zip(weights, self.means, strict=True):
-                weight.copy_(mean)
+            torch._foreach_copy_(list(weights), self.means)
         self.reset()
 
     def reset(self) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from echodistill_cli.config.schema import Config, TrainConfig
 from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.pair import ModelPair, Role
+from echodistill_cli.diffusion.schedule import send
 from echodistill_cli.diffusion.text import LearnedToken, check_token
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
@@ -178,17 +179,20 @@ class TrainingState:
         """What the student's losses train: its LoRA and, if `text.trained_by` is "both", the text side."""
         return ["student", "text"] if self.config.text.trained_by == "both" else ["student"]
 
-    def finish_step(self, metrics: Metrics, phase: Phase = JOINT) -> None:
-        """Count a step, unless too many in a row were not finite.
+    def finish_step(self, phase: Phase = JOINT) -> None:
+        """Count a step of a phase."""
+        setattr(self, phase.counter, self.finished_in(phase) + 1)
+        if phase is JOINT:
+            self.carry_back_step = 0  # left over from a shorter run that continues beyond its end
 
-        Args:
-            metrics: of the step.
-            phase: of the step.
+    def settle(self, metrics: Metrics) -> dict[str, float]:
+        """Return a step's metrics as numbers (`Optimizers.fetch`); count the step if it was not finite.
 
         Raises:
             EchoDistillError: a loss or gradient was not finite in `MAX_BAD_STEPS` consecutive steps.
         """
-        skipped = sorted(name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_"))
+        values = self.optimizers.fetch(metrics)
+        skipped = sorted(name.removeprefix("skipped_") for name in values if name.startswith("skipped_"))
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if skipped else 0
         self.bad_steps += bool(skipped)
         if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
@@ -196,13 +200,11 @@ class TrainingState:
                 f"Loss or gradient of {', '.join(skipped)} was not finite in the last {self.bad_steps_in_a_row} steps.",
                 "Lower --lr and --teacher-lr, or use --precision fp32, and --resume from the last checkpoint.",
             )
-        setattr(self, phase.counter, self.finished_in(phase) + 1)
-        if phase is JOINT:
-            self.carry_back_step = 0  # left over from a shorter run that continues beyond its end
+        return values
 
     def randn_like(self, other: Tensor) -> Tensor:
         """Unit noise with the shape and device of another tensor, drawn on the CPU from the run's generator."""
-        return torch.randn(other.shape, generator=self.generator).to(other.device)
+        return send(torch.randn(other.shape, generator=self.generator), other.device)
 
     def randint(self, high: int, count: int) -> Tensor:
         """Draw `count` integers in 0…high - 1, on the CPU."""
@@ -273,13 +275,20 @@ def text_name(index: int) -> str:
     return "text_encoder" if index == 0 else f"text_encoder_{index + 1}"
 
 
-def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | None = None) -> TrainingState:
+def build_state(
+    config: Config,
+    photos: Sequence[Photo],
+    *,
+    pair: ModelPair | None = None,
+    backbone: Callable[[str], ImageBackbone] | None = None,
+) -> TrainingState:
     """Load the models and prepare a run for its first step.
 
     Args:
         config: of the run.
         photos: the usable photos, in order.
         pair: models that are already loaded; training changes them.
+        backbone: returns a loaded image backbone by name; None loads each from its files.
 
     Raises:
         ModelError: a model or image encoder cannot be loaded.
@@ -289,7 +298,8 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
     is_learned = config.text.form == "token"
     check_token(pair.encoder.tokenizers[0], config.concept.token, config.concept.class_name, learned=is_learned)
     token = add_trained_parts(config, pair)
-    backbone = _backbone_loader(config, pair)
+    pair.encoder.keep_null = config.text.form != "lora"  # a learned token is not in the empty prompt
+    backbone = backbone or _backbone_loader(config, pair)
     needs_identity = config.loss.identity or config.echo.start is not None
     identity = backbone(config.critic.identity) if config.critic.identity != "none" and needs_identity else None
     seed = seed_for(config, Stream.HEADS)
@@ -313,16 +323,6 @@ def build_state(config: Config, photos: Sequence[Photo], *, pair: ModelPair | No
         prior=build_prior(config, pair, generator_for(config, Stream.PRIOR)),
         paired_critic=paired_critic,
     )
-
-
-def doubts(state: TrainingState) -> Iterator[str]:
-    """Yield a sentence for each setting that does not suit the loaded models."""
-    kinds = {role: state.pair.role(role).schedule.prediction_type for role in ("student", "teacher")}
-    if state.config.train.carry_over and kinds["student"] != kinds["teacher"]:
-        yield (
-            f"train.carry_over copies the LoRA of a teacher that predicts {kinds['teacher']} to a student that "
-            f"predicts {kinds['student']}. Layers near the output differ in meaning. Consider train.carry_over=false."
-        )
 
 
 def _generators(config: Config) -> ViewGenerators:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.diffusion.sampling import student_x0
-from echodistill_cli.diffusion.schedule import add_noise, prediction_target
+from echodistill_cli.diffusion.schedule import add_noise, prediction_target, send
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import batches, losses
 from echodistill_cli.training.batches import StudentPass, critic_features, encode_for_student
@@ -46,7 +46,7 @@ def training_step(state: TrainingState) -> Metrics:
         metrics |= replay_step(state)
     if state.critics:
         metrics |= discriminator_step(state, generated)
-    state.finish_step(metrics)
+    state.finish_step()
     if state.echo_is_due:
         metrics |= echo_step(state)  # student → teacher
     return metrics
@@ -70,11 +70,11 @@ def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
     loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
-    metrics = {"denoising": float(loss.detach())}
+    metrics: Metrics = {"denoising": loss.detach()}
     loss = state.config.loss.denoising * loss
     if state.prior is not None and state.config.loss.prior:
         preservation = teacher_prior(state, state.prior)
-        metrics["teacher_prior"] = float(preservation.detach())
+        metrics["teacher_prior"] = preservation.detach()
         loss = loss + state.config.loss.prior * preservation
     return metrics | state.optimizers.step(loss, parts)
 
@@ -108,7 +108,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
         metrics: Metrics = {}
         for term in active_losses(state):
             values = term.function(state, generated)
-            metrics[term.name] = float(values.detach().mean())
+            metrics[term.name] = values.detach().mean()
             total = total + getattr(state.config.loss, term.name) * values.mean()
         metrics |= state.optimizers.step(total, state.student_parts)
     return generated, metrics
@@ -126,7 +126,7 @@ def discriminator_step(state: TrainingState, generated: StudentPass) -> Metrics:
         real_logits = critic.logits(reals.features(critic))
         fake_logits = critic.logits([tap.detach() for tap in critic_features(state, generated, critic)])
         loss = losses.adversarial_discriminator(real_logits, fake_logits, reals.weights)
-        metrics[f"discriminator_{critic.name}"] = float(loss.detach())
+        metrics[f"discriminator_{critic.name}"] = loss.detach()
         total = total + loss
     return metrics | state.optimizers.step(total, ["discriminators"])
 
@@ -145,7 +145,7 @@ def echo_step(state: TrainingState) -> Metrics:
     candidates = functools.reduce(EchoPool.join, parts)
     assert state.photos.identity is not None
     state.pool, verdicts = refresh(state.pool, candidates, state.photos.identity, settings)
-    made = {"echo_made": float(len(candidates)), "echo_kept": float(verdicts.count("kept"))}
+    made: Metrics = {"echo_made": float(len(candidates)), "echo_kept": float(verdicts.count("kept"))}
     rejected = {f"echo_{why}": float(verdicts.count(why)) for why in ("identity", "photo_copy", "duplicate", "crowded")}
     pool = {"echo_pool": float(len(state.pool)), "echo_identity_mean": float(candidates.scores.mean())}
     return made | rejected | pool
@@ -176,7 +176,7 @@ def head_start_step(state: TrainingState) -> Metrics:
         its losses, and its number as "head_start_step".
     """
     metrics = teacher_step(state)
-    state.finish_step(metrics, HEAD_START)
+    state.finish_step(HEAD_START)
     state.optimizers.average(["teacher", "text"], state.head_start_step, state.config.train.head_start)
     return {"head_start_step": float(state.head_start_step)} | metrics
 
@@ -189,14 +189,14 @@ def replay_step(state: TrainingState) -> Metrics:
     batch = replay_batch(state)
     x0 = student_x0(state.pair.student, batch.noise, encode_for_student(state, batch.prompts))
     loss = losses.latent_alignment(x0, batch.target).mean()
-    metrics, total = {"replay": float(loss.detach())}, state.config.loss.latent * loss
+    metrics: Metrics = {"replay": loss.detach()}
+    total = state.config.loss.latent * loss
     rows = batch.subject_rows
     if state.paired_critic is not None and rows:
         pull = paired_pull(state, state.paired_critic, x0, x0[rows], batch.target[rows])
-        metrics["paired"] = float(pull.detach())
+        metrics["paired"] = pull.detach()
         total = total + state.config.loss.paired * pull
-    update = state.optimizers.step(total, state.student_parts)
-    metrics |= {key: value for key, value in update.items() if key.startswith("skipped")}
+    state.optimizers.step(total, state.student_parts)
     if state.paired_critic is not None and rows:
         metrics |= paired_critic_step(state, state.paired_critic, x0[rows].detach(), batch.target[rows])
     return metrics
@@ -234,7 +234,7 @@ def paired_critic_step(state: TrainingState, critic: PairedCritic, images: Tenso
     """
     loss = losses.paired_adversarial(critic(_blurred(state, targets)), critic(_blurred(state, images))).mean()
     state.optimizers.step(loss, ["paired"])
-    return {"discriminator_paired": float(loss.detach())}
+    return {"discriminator_paired": loss.detach()}
 
 
 def _blurred(state: TrainingState, latents: Tensor) -> Tensor:
@@ -274,7 +274,7 @@ def carry_back_step(state: TrainingState) -> Metrics:
         load_lora_tensors(state.pair.teacher.unet, lora_tensors(state.pair.student.unet))
     state.optimizers.scale_rate("teacher", CARRY_BACK_RATE)
     metrics = teacher_step(state, parts=["teacher"], echo=False)
-    state.finish_step(metrics, CARRY_BACK)
+    state.finish_step(CARRY_BACK)
     state.optimizers.average(["teacher"], state.carry_back_step, state.config.echo.carry_back)
     return {"carry_back_step": float(state.carry_back_step)} | metrics
 
@@ -319,7 +319,7 @@ def _sliced_wasserstein(state: TrainingState, generated: StudentPass) -> Tensor:
     directions = losses.patch_directions(
         settings.swd_scales, settings.swd_projections, settings.swd_patch, state.generator
     )
-    on_device = [kernels.to(state.pair.device) for kernels in directions]
+    on_device = [send(kernels, state.pair.device) for kernels in directions]
     distances = losses.sliced_wasserstein(generated.images.image, generated.target.image, on_device)
     return generated.alpha_bar * distances
 

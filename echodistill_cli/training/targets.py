@@ -12,13 +12,18 @@ from torch import Tensor
 from echodistill_cli.data.prompts import with_class
 from echodistill_cli.diffusion.sampling import sample_latents, student_x0
 from echodistill_cli.diffusion.text import Conditioning
-from echodistill_cli.models.adapters import without_lora
+from echodistill_cli.models.adapters import folded, without_lora
 from echodistill_cli.training.state import TrainingState
 
 
 @torch.no_grad()
 def multi_step_target(
-    state: TrainingState, x0: Tensor, noise: Tensor, prompts: Sequence[str], conditioning: Conditioning
+    state: TrainingState,
+    x0: Tensor,
+    noise: Tensor,
+    prompts: Sequence[str],
+    conditioning: Conditioning,
+    null: Conditioning,
 ) -> Tensor:
     """Generate targets [B, C, h, w] with the guided teacher in `train.target_steps` steps.
 
@@ -31,18 +36,20 @@ def multi_step_target(
         noise: [B, C, h, w], what the student started from.
         prompts: B texts.
         conditioning: of the prompts.
+        null: of the empty prompt.
     """
-    settings, encoder = state.config.train, state.pair.encoder
-    target = sample_latents(
-        state.pair.teacher,
-        noise,
-        conditioning,
-        encoder.encode_null(),
-        steps=settings.target_steps,
-        guidance_scale=settings.guidance_scale,
-        init_latents=x0,
-        strength=settings.target_strength,
-    )
+    settings = state.config.train
+    with folded(state.pair.teacher.unet):
+        target = sample_latents(
+            state.pair.teacher,
+            noise,
+            conditioning,
+            null,
+            steps=settings.target_steps,
+            guidance_scale=settings.guidance_scale,
+            init_latents=x0,
+            strength=settings.target_strength,
+        )
     if state.config.replays:
         state.replay_buffer.add(noise, target, prompts, _base_class_images(state, noise, prompts))
     return target

@@ -81,7 +81,7 @@ def denoising_step(state: TrainingState) -> Metrics:
     noisy = add_noise(student.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(student.schedule, batch.latents, noise, batch.timesteps)
     loss = losses.denoising(student(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
-    return {"denoising": float(loss.detach())} | state.optimizers.step(loss, ["student", "text"])
+    return {"denoising": loss.detach()} | state.optimizers.step(loss, ["student", "text"])
 
 
 def token_step(state: TrainingState) -> Metrics:
@@ -93,7 +93,7 @@ def token_step(state: TrainingState) -> Metrics:
     noisy = add_noise(teacher.schedule, batch.latents, noise, batch.timesteps)
     target = prediction_target(teacher.schedule, batch.latents, noise, batch.timesteps)
     loss = losses.denoising(teacher(noisy, batch.timesteps, conditioning), target, batch.masks).mean()
-    return {"denoising": float(loss.detach())} | state.optimizers.step(loss, ["text"])
+    return {"denoising": loss.detach()} | state.optimizers.step(loss, ["text"])
 
 
 def pso_step(state: TrainingState) -> Metrics:
@@ -120,7 +120,7 @@ def pso_step(state: TrainingState) -> Metrics:
             base = (student(noisy, last, conditioning).float() - target).square().mean(dim=(1, 2, 3))
         ratios.append(base - error)
     loss = -F.logsigmoid(PSO_BETA * (ratios[0] - ratios[1])).mean()
-    return {"pso": float(loss.detach())} | state.optimizers.step(loss, ["student", "text"])
+    return {"pso": loss.detach()} | state.optimizers.step(loss, ["student", "text"])
 
 
 def distillation_step(state: TrainingState) -> Metrics:

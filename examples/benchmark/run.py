@@ -93,7 +93,7 @@ def train(run: Run, state: TrainingState, ruler: Ruler, *, teachers: bool = True
     echo = state.config.echo.start if teachers and run.contestant == "ours" else None
     while state.step < state.config.train.steps:
         step = state.step
-        run.entry.step(state)
+        state.settle(run.entry.step(state))
         state.step = step + 1
         if state.step == echo:
             paused = time.process_time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from echodistill_cli.models.device import DTYPES, VAE
 from echodistill_cli.models.load import as_denoiser
 from echodistill_cli.models.parts import load_schedule
 from echodistill_cli.models.sources import embedded_folder
+from echodistill_cli.models.vision import ImageBackbone
 
 CONFIGURATIONS = Path(echodistill_cli.__file__).parent / "models" / "configurations"
 # The embedded pair's: the vocabulary does not change what a step costs, and CLIP's would have to be downloaded.
@@ -102,8 +103,14 @@ def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def write_backbones(folder: Path, device: torch.device) -> dict[str, Path]:
-    """Write DINO ViT-S/16, DINOv2 ViT-L/14, CLIP ViT-L/14 and ViT-H/14 with random weights; return their folders."""
+def random_backbones(names: Sequence[str], dtype: torch.dtype, device: torch.device) -> dict[str, ImageBackbone]:
+    """Return DINO ViT-S/16, DINOv2 ViT-L/14, CLIP ViT-L/14 or ViT-H/14 with random weights, by name.
+
+    Args:
+        names: dino, dinov2, clip or clip-h.
+        dtype: of the weights.
+        device: where the models are created.
+    """
     from transformers import (
         CLIPVisionConfig,
         CLIPVisionModelWithProjection,
@@ -124,10 +131,12 @@ def write_backbones(folder: Path, device: torch.device) -> dict[str, Path]:
         "dino": lambda: ViTModel(ViTConfig(**small), add_pooling_layer=False),
         "dinov2": lambda: Dinov2Model(Dinov2Config(**large, image_size=518)),
         "clip": lambda: clip(1024, 24, 768),
+        "clip-h": lambda: clip(1280, 32, 1024),
     }
-    if device.type != "cpu":  # only the reference design uses it
-        makers["clip-h"] = lambda: clip(1280, 32, 1024)
-    for name, make in makers.items():
-        with created_as(torch.bfloat16, device):
-            make().save_pretrained(folder / name)
-    return {name: folder / name for name in makers}
+    half = [0.5] * 3
+    backbones = {}
+    for name in names:
+        with created_as(dtype, device):
+            model = frozen_module(makers[name]())
+        backbones[name] = ImageBackbone(model, half, half, 224).to(device).eval().requires_grad_(False)
+    return backbones

@@ -2,6 +2,7 @@
 
     python -m examples.benchmark.true_size                      # on a CPU: 256 pixels, few steps, bf16
     python -m examples.benchmark.true_size --device cuda        # on a GPU: 512 pixels, batch 1 and 2, both designs
+    python -m examples.benchmark.true_size --plan               # only what each row is estimated to need
     python -m examples.benchmark.true_size --single-file        # write and read a true-size checkpoint in one file
 
 No weight is downloaded, since time and memory do not depend on the weights. Every step is the project's own code. On a
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import platform
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,10 +35,11 @@ from echodistill_cli.diffusion.pair import Family
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.models.device import estimate
 from echodistill_cli.models.load import load_pair
+from echodistill_cli.training.loop import compile_models
 from echodistill_cli.training.state import TrainingState, build_state
 from echodistill_cli.training.steps import training_step
 from examples.benchmark.reference_design import prepare_reference, reference_step
-from examples.benchmark.true_models import TOKENIZER, random_pair, write_backbones
+from examples.benchmark.true_models import TOKENIZER, random_backbones, random_pair
 
 GIB = 2**30
 
@@ -126,14 +130,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> f
 # --- the two designs --------------------------------------------------------------------------------------------------
 
 
-def configuration(
-    family: Family, design: str, backbones: dict[str, Path], side: int, batch: int, device: str
-) -> Config:
-    """Return the preset's settings with the backbones of this disk, for the lean or the reference design."""
-    lean = design == "lean"
+def configuration(family: Family, design: str, side: int, batch: int, device: str) -> Config:
+    """Return the preset's settings for a design: lean, compiled (lean in compiled blocks) or reference."""
+    lean = design != "reference"
     small_machine = device == "cpu" and family == "sdxl"
     names = ("dino", "dinov2", "clip" if lean else "clip-h")
-    identity = str(backbones[names[2]])
     return build_config(
         f"{family}-turbo",
         overrides={
@@ -144,10 +145,11 @@ def configuration(
             "model.precision": "bf16" if lean else "fp32",
             "model.decoder": "tiny" if lean else "full",
             # The SDXL pair needs 12 GiB in bf16 before anything is computed.
-            "critic.discriminators": ("teacher",) if small_machine else tuple(str(backbones[name]) for name in names),
-            "critic.identity": "none" if small_machine else identity,
+            "critic.discriminators": ("teacher",) if small_machine else names,
+            "critic.identity": "none" if small_machine else names[2],
             "train.gradient_checkpointing": small_machine,
             "train.batch_size": batch,
+            "train.compile": "default" if design == "compiled" else "off",
             "echo.start": None,
         },
     )
@@ -165,7 +167,9 @@ def prepared(config: Config, family: Family, folder: Path) -> TrainingState:
         config.model.resolution,
         decoder=config.model.decoder,
     )
-    return build_state(config, report.photos, pair=pair)
+    names = sorted({*config.critic.discriminators, config.critic.identity} - {"teacher", "none"})
+    backbones = random_backbones(names, pair.dtype, device)
+    return build_state(config, report.photos, pair=pair, backbone=backbones.__getitem__)
 
 
 def _photos(folder: Path) -> Path:
@@ -180,28 +184,33 @@ def _photos(folder: Path) -> Path:
     return place
 
 
-def run_design(
-    family: Family, design: str, backbones: dict[str, Path], folder: Path, options: argparse.Namespace, batch: int
-) -> Measured:
+def run_design(family: Family, design: str, folder: Path, options: argparse.Namespace, batch: int) -> Measured:
     """Build one design's run, measure it and print one line."""
     on_gpu = options.device != "cpu"
-    config = configuration(family, design, backbones, options.side, batch, options.device)
+    config = configuration(family, design, options.side, batch, options.device)
     state = prepared(config, family, folder)
     if design == "reference":
         prepare_reference(state)
+    compile_models(state)
     photos = torch.rand(batch, 3, options.side, options.side, device=state.pair.device) * 2 - 1
 
     def step() -> None:
         if design == "reference":
             reference_step(state, photos)
         else:
-            training_step(state)
+            state.settle(training_step(state))
 
-    measured = measure(state, step, steps=options.steps, warmup=2 if on_gpu else 0, count_flops=on_gpu)
+    measured = measure(
+        state, step, steps=options.steps, warmup=3 if on_gpu else 0, count_flops=design == "lean" and on_gpu
+    )
+    if options.json:
+        row = {"family": family, "design": design, "batch": batch, **dataclasses.asdict(measured)}
+        print(json.dumps(row | {"planned": planned(config, family)}), flush=True)
+        return measured
     line = f"{family:5} {design:10} batch {batch}  {measured.seconds:8.3f} s/step"
     line += f"  {batch / measured.seconds:7.2f} images/s  peak {measured.peak:5.1f} GiB"
-    if design == "lean":  # the design that the memory plan estimates
-        line += f" (estimate {estimate(_by_name(config), FAMILIES[family], half=True).total:4.1f})"
+    if design == "lean":
+        line += f" (estimate {planned(config, family):4.1f})"
     line += f"  samples {measured.images:6.2f} images/s"
     if measured.flops is not None:
         rate = matmul_rate(state.pair.device, state.pair.dtype)
@@ -211,18 +220,25 @@ def run_design(
     return measured
 
 
-def _by_name(config: Config) -> Config:
-    """Return the configuration with names of backbones instead of folders, since the estimate goes by name."""
-    names = tuple(Path(name).name for name in config.critic.discriminators)
-    critic = dataclasses.replace(config.critic, discriminators=names, identity=Path(config.critic.identity).name)
-    return dataclasses.replace(config, critic=critic)
+def planned(config: Config, family: Family) -> float | None:
+    """Return the GiB that the memory plan expects in all; None for the reference design, which it does not know."""
+    if config.model.precision == "fp32":
+        return None
+    return estimate(config, FAMILIES[family], half=True).total
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Print what every row is estimated to need, without measuring anything."""
+    for family in options.family:
+        for batch in options.batch or (1, 2):
+            config = configuration(family, "lean", options.side, batch, options.device)
+            print(json.dumps({"family": family, "batch": batch, "planned": planned(config, family)}))
 
 
 def compare_designs(options: argparse.Namespace, folder: Path) -> None:
     """Measure every family, batch size and design of the options."""
     device = torch.device(options.device)
     on_gpu = device.type == "cuda"
-    backbones = write_backbones(folder, device)
     for family in options.family:
         for batch in options.batch or ((1, 2) if on_gpu else (1,)):
             seconds = {}
@@ -231,10 +247,12 @@ def compare_designs(options: argparse.Namespace, folder: Path) -> None:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats(device)
                 try:
-                    seconds[design] = run_design(family, design, backbones, folder, options, batch).seconds
+                    seconds[design] = run_design(family, design, folder, options, batch).seconds
                 except torch.OutOfMemoryError:
-                    print(f"{family:5} {design:10} batch {batch}  does not fit into this device's memory", flush=True)
-            if len(seconds) == 2:
+                    print(
+                        f"{family:5} {design:10} batch {batch}  does not fit into this device's memory", file=sys.stderr
+                    )
+            if {"reference", "lean"} <= seconds.keys() and not options.json:
                 ratio = seconds["reference"] / seconds["lean"]
                 print(f"{family:5} the reference design takes {ratio:.1f} times as long", flush=True)
 
@@ -283,17 +301,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--family", nargs="+", choices=("sd", "sdxl"), default=["sd", "sdxl"])
-    parser.add_argument("--design", nargs="+", choices=("lean", "reference"))
+    parser.add_argument("--design", nargs="+", choices=("lean", "compiled", "reference"))
     parser.add_argument("--batch", nargs="+", type=int)
     parser.add_argument("--side", type=int, help="pixels (default: 256 on a CPU, 512 on a GPU)")
     parser.add_argument("--steps", type=int, help="timed steps (default: 2 on a CPU, 10 on a GPU)")
     parser.add_argument("--single-file", action="store_true")
+    parser.add_argument("--plan", action="store_true", help="measure nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object per row")
     options = parser.parse_args()
     on_gpu = options.device != "cpu"
     options.side = options.side or (512 if on_gpu else 256)
     options.steps = options.steps or (10 if on_gpu else 2)
+    if options.plan:
+        plan(options)
+        return
     name = torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{datetime.now(UTC):%Y-%m-%d}  {name}  torch {torch.__version__}, {options.side} px", flush=True)
+    if not options.json:
+        print(f"{datetime.now(UTC):%Y-%m-%d}  {name}  torch {torch.__version__}, {options.side} px", flush=True)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -51,12 +51,12 @@ def planned(*arguments: object) -> Any:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_help_of_train_has_seven_headings_and_49_options() -> None:
+def test_the_help_of_train_has_seven_headings_and_50_options() -> None:
     text = command("train", "--help").out
     headings = re.findall(r"─ ([A-Z][\w ]+) ─", text)
     assert headings == ["Arguments", "Options", *PANELS]
     assert len(headings) <= 7
-    assert len(re.findall(r"^│ --", text, re.MULTILINE)) == 50
+    assert len(re.findall(r"^│ --", text, re.MULTILINE)) == 51
     assert all(f"│ {flag.names.split('/')[0].split()[0]} " in text for flag in FLAGS)
     assert "[off]" in text  # the default of an option that is turned on
     assert "--max-train-steps" not in text
@@ -78,7 +78,7 @@ def test_the_help_of_train_fits_two_screens_of_50_lines_and_100_columns() -> Non
 
 def test_a_flag_is_a_setting_and_no_setting_has_two_flags() -> None:
     keys = [flag.key for flag in FLAGS]
-    assert len(set(keys)) == len(keys) == 38
+    assert len(set(keys)) == len(keys) == 39
     # --model and PHOTOS are declared by `train` itself: they may name a preset, and a folder.
     assert set(keys) <= set(KEYS) - {"model.student", "concept.photos"}
     names = [name for flag in FLAGS for name in re.split(r"[ /]", flag.names)]

@@ -86,6 +86,21 @@ def test_prompts_are_encoded_as_by_diffusers_sd_pipeline(encoder: PromptEncoder)
     torch.testing.assert_close(encoder.encode_null().hidden, null[:1])
 
 
+def test_the_empty_prompt_is_encoded_in_the_same_pass_or_once(encoder: PromptEncoder) -> None:
+    passes: list[int] = []
+    hook = encoder.encoders[0].register_forward_hook(lambda *_: passes.append(1))
+    encoded, null = encoder.encode_with_null(PROMPTS)
+    assert len(passes) == 1
+    torch.testing.assert_close(encoded.hidden, encoder.encode(PROMPTS).hidden)
+    torch.testing.assert_close(null.hidden, encoder.encode_null().hidden)
+    encoder.keep_null = True
+    passes.clear()
+    for _ in range(2):
+        torch.testing.assert_close(encoder.encode_with_null(PROMPTS)[1].hidden, null.hidden)
+    assert len(passes) == 3  # twice the prompts, once the empty one
+    hook.remove()
+
+
 def test_prompts_are_encoded_as_by_diffusers_sdxl_pipeline(pair_encoder: PromptEncoder) -> None:
     hidden, _, pooled, _ = sdxl_pipeline(pair_encoder).encode_prompt(["a photo of a sks dog", "a teapot"], device="cpu")
     encoded = pair_encoder.encode(["a photo of a sks dog", "a teapot"])

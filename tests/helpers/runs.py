@@ -163,7 +163,7 @@ def same(first: dict[str, Tensors], second: dict[str, Tensors]) -> bool:
 
 def take_steps(state: TrainingState, count: int) -> list[dict[str, float]]:
     """The metrics of some joint steps."""
-    return [training_step(state) for _ in range(count)]
+    return [state.settle(training_step(state)) for _ in range(count)]
 
 
 def gradients(state: TrainingState, part: str) -> list[Tensor]:

@@ -11,17 +11,24 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
     TEXT_LAYERS,
     UNET_LAYERS,
     add_lora,
     at_strength,
+    folded,
     load_lora_tensors,
+    lora_layers,
     lora_tensors,
+    product_by_layer,
     trainable_parameters,
     without_lora,
 )
+from echodistill_cli.models.load import load_pair
+from tests.helpers.models import model_config
 
 Part = tuple[Any, tuple[str, ...]]
 
@@ -185,3 +192,56 @@ def test_at_strength_the_trained_lora_counts_as_many_times_and_then_as_before(pa
     load_lora_tensors(module, {k: v * 1.5 if "lora_B" in k else v for k, v in tensors.items()})
     torch.testing.assert_close(output(module), stronger, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(stronger, trained, atol=1e-2)
+
+
+# --- fewer operations -------------------------------------------------------------------------------------------------
+
+
+def with_random_lora(small_pair: tuple[Path, Path], targets: str) -> ModelPair:
+    pair = load_pair(model_config(*small_pair))
+    add_lora(pair.student.unet, UNET_LAYERS[targets], 2, 4, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable_parameters(pair.student.unet):
+        parameter.data.normal_(std=0.1, generator=generator)
+    return pair
+
+
+def passes(pair: ModelPair) -> list[Tensor]:
+    """The student's output and the gradients of its LoRA."""
+    generator = torch.Generator().manual_seed(2)
+    noisy, timesteps = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([999, 10])
+    with torch.no_grad():
+        conditioning = pair.encoder.encode(["a dog", "a cat"])
+    output = pair.student(noisy, timesteps, conditioning)
+    return [output, *torch.autograd.grad(output.square().mean(), trainable_parameters(pair.student.unet))]
+
+
+@pytest.mark.parametrize("targets", ["cross-kv", "attention-conv"])
+def test_lean_layers_compute_what_those_of_peft_compute(
+    small_pair: tuple[Path, Path], targets: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lean = passes(with_random_lora(small_pair, targets))
+    monkeypatch.setattr("echodistill_cli.models.adapters._run_lean", lambda _module: None)
+    torch.testing.assert_close(lean, passes(with_random_lora(small_pair, targets)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_of_the_cross_attentions_has_one_product_per_width(small_pair: tuple[Path, Path]) -> None:
+    pair = with_random_lora(small_pair, "cross-kv")
+    together = passes(pair)
+    product_by_layer(pair.student.unet)
+    torch.testing.assert_close(together, passes(pair), rtol=1e-4, atol=1e-6)
+    assert all(layer.delta is None for layer in lora_layers(pair.student.unet))
+
+
+@torch.no_grad()
+def test_folded_weights_give_the_same_images_and_are_forgotten(small_pair: tuple[Path, Path]) -> None:
+    pair = with_random_lora(small_pair, "attention-conv")
+    noise, conditioning = torch.randn(1, 4, 8, 8), pair.encoder.encode(["a dog"])
+    plain = student_x0(pair.student, noise, conditioning)
+    with folded(pair.student.unet):
+        assert all(layer.folded is not None for layer in lora_layers(pair.student.unet))
+        torch.testing.assert_close(student_x0(pair.student, noise, conditioning), plain, rtol=1e-3, atol=1e-3)
+        with without_lora(pair.student.unet):
+            base = student_x0(pair.student, noise, conditioning)
+    assert not torch.allclose(base, plain, rtol=1e-3, atol=1e-3)
+    assert all(layer.folded is None for layer in lora_layers(pair.student.unet))

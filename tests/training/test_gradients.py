@@ -15,7 +15,7 @@ from echodistill_cli.training.batches import student_pass
 from echodistill_cli.training.critics import features_of
 from echodistill_cli.training.optimizers import FP16_LOSS_SCALE
 from echodistill_cli.training.state import MAX_BAD_STEPS, TrainingState
-from echodistill_cli.training.steps import discriminator_step, student_step, teacher_step, training_step
+from echodistill_cli.training.steps import discriminator_step, student_step, teacher_step
 from tests.helpers.runs import NewState, checkpoint_of, gradients, moved, take_steps, trained
 
 
@@ -44,7 +44,7 @@ def gradient_norm(state: TrainingState, part: str) -> float:
 
 def test_every_parts_gradients_are_clipped_after_backward(new_state: NewState) -> None:
     state = new_state(train__max_grad_norm=1e-3)
-    metrics = training_step(state)
+    metrics = take_steps(state, 1)[0]
     assert set(state.optimizers) == {"teacher", "text", "student", "discriminators"}
     for part in state.optimizers:
         assert metrics[f"grad_norm_{part}"] > 2e-3  # before clipping
@@ -53,7 +53,7 @@ def test_every_parts_gradients_are_clipped_after_backward(new_state: NewState) -
 
 def test_without_a_norm_nothing_is_clipped(new_state: NewState) -> None:
     state = new_state(train__max_grad_norm=0.0)
-    metrics = training_step(state)
+    metrics = take_steps(state, 1)[0]
     assert gradient_norm(state, "discriminators") == pytest.approx(metrics["grad_norm_discriminators"], rel=1e-5)
 
 
@@ -61,7 +61,7 @@ def test_a_half_precision_loss_is_scaled_for_backward_only(new_state: NewState) 
     plain, scaled = new_state(), new_state()
     assert plain.optimizers.loss_scale == 1
     scaled.optimizers.loss_scale = FP16_LOSS_SCALE  # the weights stay in single precision for comparison
-    metrics = [teacher_step(state) for state in (plain, scaled)]
+    metrics = [state.settle(teacher_step(state)) for state in (plain, scaled)]
     assert metrics[0].keys() == metrics[1].keys()
     assert list(metrics[0].values()) == pytest.approx(list(metrics[1].values()), rel=1e-4)
     for first, second in zip(gradients(plain, "teacher"), gradients(scaled, "teacher"), strict=True):
@@ -91,14 +91,14 @@ def test_the_null_prompt_is_encoded_with_the_current_text_encoder(
     new_state: NewState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nulls: list[Tensor] = []
-    encode_null = PromptEncoder.encode_null
+    encode_with_null = PromptEncoder.encode_with_null
 
-    def recorded(encoder: PromptEncoder) -> Any:
-        null = encode_null(encoder)
-        nulls.append(null.hidden)
-        return null
+    def recorded(encoder: PromptEncoder, prompts: list[str]) -> Any:
+        both = encode_with_null(encoder, prompts)
+        nulls.append(both[1].hidden)
+        return both
 
-    monkeypatch.setattr(PromptEncoder, "encode_null", recorded)
+    monkeypatch.setattr(PromptEncoder, "encode_with_null", recorded)
     state = new_state()
     take_steps(state, 2)
     assert len(nulls) == 2
@@ -113,14 +113,14 @@ def test_a_step_that_is_not_finite_moves_nothing_is_counted_and_ends_the_run(new
         state.pair.codec.decoder.decoder.conv_out.bias.fill_(math.nan)  # every decoded image
     before, moments = trained(state), checkpoint_of(state)["optimizers"]
     for bad in range(1, MAX_BAD_STEPS):
-        metrics = training_step(state)
+        metrics = take_steps(state, 1)[0]
         skipped = {name.removeprefix("skipped_") for name in metrics if name.startswith("skipped_")}
         assert skipped == {"teacher", "text", "student", "discriminators"}
         assert (state.bad_steps, state.bad_steps_in_a_row) == (bad, bad)
     with pytest.raises(EchoDistillError, match=r"was not finite in the last 5 steps.*--lr.*--resume"):
-        training_step(state)
+        take_steps(state, 1)
     assert moved(before, state) == set()
-    assert state.step == 5  # the bad step that ended the run is not counted
+    assert state.bad_steps_in_a_row == MAX_BAD_STEPS
     for part in moments:
         for key, values in checkpoint_of(state)["optimizers"][part]["state"].items():
             assert all(torch.equal(value, moments[part]["state"][key][name]) for name, value in values.items())
@@ -130,7 +130,7 @@ def test_only_the_part_that_is_not_finite_is_skipped(new_state: NewState) -> Non
     state = new_state()
     state.photos.latents.fill_(math.nan)
     before = trained(state)
-    metrics = training_step(state)
+    metrics = take_steps(state, 1)[0]
     assert {name for name in metrics if name.startswith("skipped_")} == {"skipped_teacher", "skipped_text"}
     assert moved(before, state) == {"student", "discriminators"}
 
@@ -141,12 +141,13 @@ def test_a_finite_loss_with_a_gradient_that_is_not_moves_nothing(new_state: NewS
     before = trained(state)
     loss = (weight * 0).sum().sqrt()  # 0, with an infinite slope times 0
     assert float(loss.detach()) == 0
-    assert state.optimizers.step(loss, ["teacher", "text"]) == {"skipped_teacher": 1.0, "skipped_text": 1.0}
+    metrics = state.optimizers.fetch(state.optimizers.step(loss, ["teacher", "text"]))
+    assert metrics == {"skipped_teacher": 1.0, "skipped_text": 1.0}
     assert moved(before, state) == set()
 
 
 def test_a_good_step_resets_the_count_of_bad_steps_in_a_row(new_state: NewState) -> None:
     state = new_state()
     for metrics in ({"skipped_teacher": 1.0}, {}, {"skipped_student": 1.0}, {}) * MAX_BAD_STEPS:
-        state.finish_step(metrics)
+        assert state.settle(dict(metrics)) == metrics
     assert (state.bad_steps, state.bad_steps_in_a_row) == (2 * MAX_BAD_STEPS, 0)

@@ -79,3 +79,41 @@ def test_half_precision_weights_are_averaged_in_single() -> None:
         mean.add([weight])
     assert mean.means[0].dtype is torch.float32
     torch.testing.assert_close(mean.means[0], torch.tensor([1 + 2**-11]), rtol=0, atol=1e-6)
+
+
+def trained_weight(steps: int) -> tuple[torch.nn.Parameter, Optimizers]:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizers = Optimizers({"student": [weight]}, {"student": 0.1}, weight_decay=0.0, max_grad_norm=1.0)
+    for _ in range(steps):
+        optimizers.step((weight * torch.tensor([3.0, 4.0])).sum(), ["student"])
+    return weight, optimizers
+
+
+def test_metrics_stay_on_the_device_until_they_are_fetched_in_one_transfer() -> None:
+    weight, optimizers = trained_weight(0)
+    metrics = optimizers.step((weight * torch.tensor([3.0, 4.0])).sum(), ["student"])
+    assert isinstance(metrics["grad_norm_student"], torch.Tensor)
+    assert optimizers.fetch(metrics | {"step": 3.0}) == {"grad_norm_student": 5.0, "step": 3.0}
+
+
+def test_a_skipped_update_of_several_is_reported_once_and_the_next_step_is_not_skipped() -> None:
+    weight, optimizers = trained_weight(1)
+    before, count = weight.detach().clone(), float(optimizers["student"].state[weight]["step"])
+    metrics = optimizers.step(weight.sum() * math.inf, ["student"])
+    optimizers.step((weight * 0).sum(), ["student"])
+    assert optimizers.fetch({"loss": 1.0} | metrics) == {"loss": 1.0, "skipped_student": 1.0}
+    assert float(optimizers["student"].state[weight]["step"]) == count + 1  # the skipped one is not counted
+    assert not torch.equal(before, weight)  # by the second update, from its momentum
+    assert optimizers.fetch({"loss": 1.0}) == {"loss": 1.0}
+
+
+def test_a_checkpoint_of_a_version_that_did_not_fuse_continues() -> None:
+    weight, optimizers = trained_weight(2)
+    state = optimizers.state_dict()
+    for group in state["student"]["param_groups"]:
+        group |= {"fused": None, "foreach": None}
+    other, resumed = trained_weight(2)
+    resumed.load_state_dict(state)
+    for each, target in ((optimizers, weight), (resumed, other)):
+        each.step((target * torch.tensor([3.0, 4.0])).sum(), ["student"])
+    assert torch.equal(weight, other)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors
-from echodistill_cli.training.state import CARRY_BACK, HEAD_START, JOINT, doubts
+from echodistill_cli.training.dataset import doubts
+from echodistill_cli.training.state import CARRY_BACK, HEAD_START, JOINT
 from echodistill_cli.training.steps import (
     CARRY_BACK_RATE,
     PHASE_STEPS,
@@ -148,6 +149,6 @@ def test_a_lora_carried_between_noise_and_velocity_is_doubted(
 ) -> None:
     state = new_state(train__carry_over=carry_over, train__head_start=1, model__student_prediction=kind)
     assert state.pair.teacher.schedule.prediction_type == "v_prediction"
-    sentences = list(doubts(state))
+    sentences = list(doubts(state.config, state.pair))
     assert len(sentences) == count
     assert all("predicts v_prediction to a student that predicts epsilon" in sentence for sentence in sentences)

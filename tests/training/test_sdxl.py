@@ -171,7 +171,7 @@ def test_every_form_of_the_text_side_trains(configure: Configure, tmp_path: Path
     }[form]
     before = [parameter.detach().clone() for parameter in trained]
     for _ in range(2):
-        metrics = training_step(state)
+        metrics = state.settle(training_step(state))
         assert all(np.isfinite(value) for value in metrics.values())
         assert not [name for name in metrics if name.startswith("skipped")]
     # The second step moves LoRA's A too; both encoders learn.
@@ -193,7 +193,7 @@ def test_with_offload_every_gradient_is_the_same(configure: Configure, tmp_path:
         changes = {"critic__discriminators": (), "model__offload": offload, "train__gradient_checkpointing": offload}
         state = build_state(configure(tmp_path / "run", **changes), small_photos())
         assert state.pair.alternating == offload
-        metrics = training_step(state)
+        metrics = state.settle(training_step(state))
         student_step(state)
         both = (state.pair.role("student").unet, state.pair.teacher.unet)
         gradients.append([p.grad.clone() for unet in both for p in trainable_parameters(unet) if p.grad is not None])
