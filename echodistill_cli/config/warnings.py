@@ -1,4 +1,4 @@
-"""What a valid configuration is warned of: settings without effect, and toys that do not know the subject."""
+"""Warnings about a valid configuration: settings without effect, toys that do not know the subject."""
 
 from __future__ import annotations
 

@@ -19,7 +19,9 @@ Metrics = dict[str, float | Tensor]  # tensors are scalars on the device
 FP16_LOSS_SCALE = 1024.0
 
 
-# A critic that is trained from nothing has to forget early gradients soon, as in GANs.
+# The paired critic is trained from nothing, as in GANs, and has to forget early gradients soon.
+# It is as large for every model, so its rate is too.
+PAIRED_LR = 1e-3
 _BETAS = {"paired": (0.5, 0.99)}
 
 

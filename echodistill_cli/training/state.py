@@ -34,7 +34,7 @@ from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
 from echodistill_cli.training.critics import Discriminator, PairedCritic, build_discriminators
 from echodistill_cli.training.dataset import Prior, TrainingSet, ViewGenerators, build_prior, encode_photos
-from echodistill_cli.training.optimizers import FP16_LOSS_SCALE, Metrics, Optimizers
+from echodistill_cli.training.optimizers import FP16_LOSS_SCALE, PAIRED_LR, Metrics, Optimizers
 from echodistill_cli.training.pools import EchoPool, ReplayBuffer
 
 
@@ -90,8 +90,6 @@ HEAD_START = Phase("head start", "head_start_step", _head_start_length)
 JOINT = Phase("training", "step", lambda state: state.config.train.steps)
 CARRY_BACK = Phase("carry back", "carry_back_step", _carry_back_length)
 PHASES = (HEAD_START, JOINT, CARRY_BACK)
-# Learning rate of the paired critic, which is as large for every model.
-PAIRED_LR = 1e-3
 # A run ends after this many consecutive steps in which a loss or gradient was not finite.
 MAX_BAD_STEPS = 5
 
@@ -307,8 +305,7 @@ def build_state(
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
     for critic in critics:
         critic.to(pair.device)
-    paired = PairedCritic(pair.codec.channels, seed_for(config, Stream.PAIRED)).to(pair.device)
-    paired_critic = paired if config.loss.paired and config.replays else None
+    paired_critic = _paired_critic(config, pair)
     return TrainingState(
         config=config,
         pair=pair,
@@ -330,6 +327,11 @@ def _generators(config: Config) -> ViewGenerators:
         views=generator_for(config, Stream.VIEWS),
         masks=generator_for(config, Stream.MASKS),
     )
+
+
+def _paired_critic(config: Config, pair: ModelPair) -> PairedCritic | None:
+    is_used = config.loss.paired and config.replays
+    return PairedCritic(pair.codec.channels, seed_for(config, Stream.PAIRED)).to(pair.device) if is_used else None
 
 
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
