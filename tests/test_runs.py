@@ -360,7 +360,7 @@ def test_settings_that_were_edited_by_hand_are_not_believed(tmp_path: Path) -> N
     text = (run.folder / "config.toml").read_text()
     for changed, message in (
         (text.replace("seed = 0\n", "seed = 3\n"), r"config\.toml has run\.seed = 3, but .* trained with 0\."),
-        ("", r"config\.toml has adapter\.rank = 16, but .* trained with 4\."),
+        ("", r"config\.toml has adapter\.rank = 32, but .* trained with 4\."),
     ):
         (run.folder / "config.toml").write_text(changed)
         with pytest.raises(ConfigError, match=message):
@@ -432,10 +432,10 @@ def test_a_resumed_run_forgets_what_it_goes_through_again(run: Run) -> None:
     ("changes", "message"),
     [
         ({"loss__latent": 0.5}, r"made with loss.latent = 1.0, not 0.5"),
-        ({"adapter__rank": 4}, r"made with adapter.rank = 16, not 4"),
+        ({"adapter__rank": 4}, r"made with adapter.rank = 32, not 4"),
         ({"run__seed": 1}, r"made with run.seed = 0, not 1"),
         ({"concept__token": "ohwx"}, r"made with concept.token = 'sks', not 'ohwx'"),
-        ({"echo__start": "off"}, r"made with echo.start = 600, not 'off'"),
+        ({"echo__start": "off"}, r"made with echo.start = 60, not 'off'"),
     ],
 )
 def test_a_run_is_not_resumed_with_other_settings(run: Run, changes: dict[str, Any], message: str) -> None:

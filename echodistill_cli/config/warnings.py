@@ -14,7 +14,7 @@ def warnings(config: Config) -> Iterator[str]:
     usual = TrainConfig()
     nameless = concept.class_name is None
     without_effect = (
-        (single, "target_strength", "train.target_steps is 1"),
+        (single and train.target_strength < 1, "target_strength", "train.target_steps is 1"),
         (single, "replays", "train.target_steps is 1"),
         (not config.loss.latent, "replays", "loss.latent is 0"),
         (not train.replays, "first_targets", "train.replays is 0"),
@@ -34,7 +34,7 @@ def warnings(config: Config) -> Iterator[str]:
     for is_idle, key, reason in without_effect:
         if is_idle and getattr(train, key) not in (0, getattr(usual, key)):
             yield f"train.{key} has no effect while {reason}."
-    if train.scene_share != usual.scene_share and train.photo_prompts == train.batch_size:
+    if train.scene_share not in (0, usual.scene_share) and train.photo_prompts == train.batch_size:
         size = f"train.batch_size = {train.batch_size}"
         yield f"train.scene_share = {train.scene_share:g} has no effect at {size}: it leaves no sample for a scene."
     if start is not None and start > train.steps:

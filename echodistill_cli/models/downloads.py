@@ -283,7 +283,7 @@ def with_critic(config: Config, critic: str | None) -> Config:
     if critic is None:
         return config
     names = tuple(name.strip() for name in critic.split(",") if name.strip() not in ("", "none"))
-    critics = replace(config.critic, discriminators=names or ("teacher",), identity=names[0] if names else "none")
+    critics = replace(config.critic, discriminators=names, identity=names[0] if names else "none")
     return replace(config, critic=critics, echo=config.echo if names else replace(config.echo, start=None))
 
 

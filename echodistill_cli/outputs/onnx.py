@@ -310,6 +310,11 @@ class _Student(Denoiser):
     ) -> None:
         super().__init__(graph, schedule, time_ids, timestep)
 
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The graphs read float32."""
+        return torch.float32
+
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict; see `Denoiser.__call__`."""
         added = {name: value.float() for name, value in (conditioning.added(self.time_ids) or {}).items()}

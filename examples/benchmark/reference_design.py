@@ -33,7 +33,7 @@ def reference_step(state: TrainingState, photos: Tensor) -> None:
         generated = batches.student_pass(state)
         total = torch.zeros((), device=state.pair.device)
         for term in active_losses(state):
-            values = term.function(state, generated) * (generated.alpha_bar if term.weighted_by_alpha_bar else 1)
+            values = term.function(state, generated)
             total = total + getattr(state.config.loss, term.name) * values.mean()
             generated.images.features.clear()  # the next loss runs its encoder again
         state.optimizers.step(total, ["student"])

@@ -118,9 +118,9 @@ def test_a_name_that_stdout_cannot_encode_is_printed_escaped(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "runs/sks (exists: needs --resume or --overwrite)"),
-        ({"resume": True}, "runs/sks (continued)"),
-        ({"overwrite": True}, "runs/sks (replaced)"),
+        ({}, "runs/sks-lora (exists: needs --resume or --overwrite)"),
+        ({"resume": True}, "runs/sks-lora (continued)"),
+        ({"overwrite": True}, "runs/sks-lora (replaced)"),
     ],
 )
 def test_a_plan_says_what_becomes_of_a_run_that_exists(options: dict[str, bool], words: str) -> None:

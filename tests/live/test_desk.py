@@ -82,7 +82,8 @@ def test_files_to_take_away_come_with_a_line_per_tool(run: Path, tmp_path: Path)
     tensors = {f"{layer}.lora_down.weight": torch.ones(2, 1024), f"{layer}.lora_up.weight": torch.ones(320, 2)}
     save_file(tensors, tmp_path / "my-cat.safetensors")
     lines = dict(take_away(Subject("my-cat", tmp_path / "my-cat.safetensors")).lines)
-    assert set(lines) == {"ComfyUI", "A1111", "Forge", "diffusers", "sd-scripts"}
+    others = {"InvokeAI", "SD.Next", "stable-diffusion.cpp"}
+    assert set(lines) == {"ComfyUI", "A1111", "Forge", "diffusers", "sd-scripts"} | others
     assert lines["ComfyUI"].startswith("Put it into models/loras")
     assert "<lora:my-cat:1>" in lines["A1111"]
 

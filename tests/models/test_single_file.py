@@ -138,7 +138,7 @@ def test_the_configuration_may_be_a_hub_id_of_which_only_the_small_files_are_cac
 def test_without_a_configuration_its_setting_is_named(folders: tuple[Path, Path], tmp_path: Path) -> None:
     file = write(tmp_path / "student.safetensors", sd2_state(folders[0]))
     with pytest.raises(ModelError, match=r"student\.safetensors.* --set model\.single_file_config=NAME") as caught:
-        load_pair(model_config(file, folders[1]))
+        load_pair(model_config(file, folders[1], tokenizer=str(folders[0] / "tokenizer")))
     assert caught.value.exit_code == 4
 
 
@@ -289,8 +289,9 @@ def test_a_single_file_of_a_known_family_needs_nothing_but_a_vocabulary(
     file = write(tmp_path / "mine.safetensors", state)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     small_tokenizer(vocabulary := tmp_path / "words")
-    with pytest.raises(ModelError, match="holds no vocabulary"):
+    with pytest.raises(ModelError, match=r"Missing: stabilityai/sd-turbo/tokenizer\.") as caught:
         load_pair(model_config(file, file), teacher=False)
+    assert "echodistill download" in str(caught.value.hint)
     found = load_pair(model_config(file, file, tokenizer=str(vocabulary)))
     assert_equal(weights(found), weights(load_pair(model_config(model, model))))
     assert found.student.schedule.prediction_type == "epsilon"

@@ -27,7 +27,8 @@ def card(
     prediction: str = "epsilon",
     **changes: Any,
 ) -> str:
-    overrides = {"concept.class_name": "dog"} | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = {"concept.class_name": "dog", "text.form": "lora", "text.trained_by": "teacher", "train.steps": 1000}
+    overrides |= {"echo.start": 600, "echo.carry_back": 0} | {key.replace("__", "."): value for key, value in changes.items()}
     kept = None if pool is None else {"prompts": ["a"] * pool}
     state = {"photo_count": 5, "step": step, "head_start_step": head_start, "pool": kept, "family": family}
     state["prediction_types"] = {"student": prediction, "teacher": "epsilon"}
@@ -200,7 +201,10 @@ def test_it_says_what_the_words_learned_from() -> None:
 
 
 def test_the_settings_can_be_told_apart_by_their_hash() -> None:
-    assert config_hash(build_config("sd-turbo", overrides={"concept.class_name": "dog"}))[:16] in card()
+    overrides = {"concept.class_name": "dog", "text.form": "lora", "text.trained_by": "teacher", "train.steps": 1000}
+    overrides |= {"echo.start": 600, "echo.carry_back": 0}
+    assert config_hash(build_config("sd-turbo", overrides=overrides))[:16] in card()
+    assert config_hash(build_config("sd-turbo"))[:16] not in card()
 
 
 @pytest.mark.parametrize(

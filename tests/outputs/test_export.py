@@ -381,7 +381,7 @@ def test_what_is_there_is_replaced_only_when_asked_and_only_as_a_whole(
 def test_a_lora_of_another_model_is_refused_by_module(
     make_case: Callable[..., Case], small_pair: Pair, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="The LoRA does not fit this model"):
+    with pytest.raises(ModelError, match="does not fit this model: unet"):
         export_files(make_case("sd").run.folder, layouts=("pipeline",), model=str(small_pair[0]), output=tmp_path)
     with pytest.raises(ConfigError, match="is for sdxl, and the model is sd"):
         export_files(make_case("sdxl").run.folder, layouts=("pipeline",), model=str(small_pair[0]), output=tmp_path)
