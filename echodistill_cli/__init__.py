@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         write_samples,
     )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "BenchmarkRequest",
     "Config",

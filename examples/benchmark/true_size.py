@@ -43,6 +43,8 @@ from examples.benchmark.true_models import TOKENIZER, random_backbones, random_p
 
 GIB = 2**30
 
+PAPER = Path(__file__).parents[1] / "paper.toml"
+
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
@@ -131,12 +133,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> f
 
 
 def configuration(family: Family, design: str, side: int, batch: int, device: str) -> Config:
-    """Return the preset's settings for a design: lean, compiled (lean in compiled blocks) or reference."""
+    """Return the paper's settings for a design: lean, compiled (lean in compiled blocks) or reference.
+
+    The recipe's steps differ in what they repeat (targets of several steps, replays), not in their parts.
+    """
     lean = design != "reference"
     small_machine = device == "cpu" and family == "sdxl"
     names = ("dino", "dinov2", "clip" if lean else "clip-h")
     return build_config(
         f"{family}-turbo",
+        PAPER,
         overrides={
             "concept.class_name": "dog",
             "concept.views": 4,

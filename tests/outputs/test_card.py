@@ -28,7 +28,9 @@ def card(
     **changes: Any,
 ) -> str:
     overrides = {"concept.class_name": "dog", "text.form": "lora", "text.trained_by": "teacher", "train.steps": 1000}
-    overrides |= {"echo.start": 600, "echo.carry_back": 0} | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides |= {"echo.start": 600, "echo.carry_back": 0} | {
+        key.replace("__", "."): value for key, value in changes.items()
+    }
     kept = None if pool is None else {"prompts": ["a"] * pool}
     state = {"photo_count": 5, "step": step, "head_start_step": head_start, "pool": kept, "family": family}
     state["prediction_types"] = {"student": prediction, "teacher": "epsilon"}
