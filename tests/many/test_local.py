@@ -26,19 +26,19 @@ class Story:
     """Three subjects, two at once. `one` fails, `two` is killed and retried, `three` is stopped; then the rest is done.
 
     Args:
-        batch: the subjects; three has 40 steps, the others 8.
+        batch: the subjects; three has 160 steps, the others 8.
     """
 
     def __init__(self, batch: Batch) -> None:
         self.batch = batch
-        long = {"train.steps": 40}
+        long = {"train.steps": 160}
         batch.write(*NAMES, one={"critic.identity": "./missing"}, three=long)
         with batch.process("--workers", 2) as watched:
             self.killed = pid_in(watched.until("two: started on"))
             watched.until("two: training 4/8")
             os.kill(self.killed, signal.SIGKILL)
             watched.until("two: done")
-            watched.until("three: training 10/40")
+            watched.until("three: training 40/160")
             watched.process.send_signal(signal.SIGINT)
             self.code = watched.end()
         self.text = watched.text
@@ -113,7 +113,7 @@ def test_a_second_call_skips_what_is_finished_and_does_the_rest(story: Story) ->
     assert result["subjects"]["three"]["begun_from"] == int(story.checkpoint.removeprefix("step-"))
     assert story.lora("two").stat().st_mtime_ns == story.written
     assert len(story.batch.attempts("two")) == 2
-    assert story.batch.steps("three") == list(range(1, 41))
+    assert story.batch.steps("three") == list(range(1, 161))
 
 
 def test_the_results_are_to_the_bit_those_of_train(story: Story) -> None:
