@@ -55,7 +55,7 @@ def train(
     overwrite: Annotated[bool, bool_option("--overwrite", "replace an existing run", RUN)] = False,
     echo: Annotated[
         bool | None,
-        bool_option("--echo/--no-echo", "train both models on the student's own best images", LOSSES_AND_ECHO),
+        bool_option("--echo/--no-echo", "check the student's images; then train the teacher from it", LOSSES_AND_ECHO),
     ] = None,
     dry_run: Annotated[bool, bool_option("--dry-run", "check photos and settings; load and write nothing")] = False,
     as_json: Json = False,

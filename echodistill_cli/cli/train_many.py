@@ -72,7 +72,7 @@ def train_many(
     store: Storage = None,
     echo: Annotated[
         bool | None,
-        bool_option("--echo/--no-echo", "train both models on the student's own best images", LOSSES_AND_ECHO),
+        bool_option("--echo/--no-echo", "check the student's images; then train the teacher from it", LOSSES_AND_ECHO),
     ] = None,
     dry_run: Annotated[bool, bool_option("--dry-run", "check everything; load and write nothing")] = False,
     as_json: Json = False,

@@ -168,7 +168,7 @@ def test_a_transfer_that_breaks_off_is_continued(hub: Hub) -> None:
     hub.breaks_off.add("diffusion_pytorch_model.safetensors")
     pipeline.download(of_the_hub())
     weights = "unet/diffusion_pytorch_model.safetensors"
-    # Of a file this small the library may have written nothing yet: then it begins again instead of asking for the rest.
+    # Of so small a file the library may have written nothing yet; then it begins again.
     starts = [line for line in hub.requests if line.startswith("GET") and weights in line]
     assert len(starts) == 3  # two models, and one transfer twice
     assert hub.breaks_off == set()
