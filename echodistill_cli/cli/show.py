@@ -385,7 +385,7 @@ def benchmark_table(benchmark: Benchmark) -> RenderableType:
         mean["photos_dino"],
         None,
     )
-    _add(table, "paper: SD-Turbo, all 30", paper["clip_i"], paper["dino"], None)
+    _add(table, "paper: SD-Turbo, all 30, encoders unclear", paper["clip_i"], paper["dino"], None)
     return Group(table, Text(), Text(str(benchmark.file)))
 
 

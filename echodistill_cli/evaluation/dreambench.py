@@ -33,7 +33,9 @@ from echodistill_cli.outputs.requests import BenchmarkRequest, EvaluationRequest
 from echodistill_cli.runs import OnMessage
 
 TABLE = "prompts_and_classes.txt"
-# Reported by the paper (arXiv 2510.20512) for SD-Turbo in one step, mean of all 30 subjects.
+# Reported by the paper (arXiv 2510.20512) for SD-Turbo in one step, mean of all 30 subjects. With which encoders is
+# unclear: the authors' script reads CLIP ViT-L/14 at 336 pixels and DINOv2 ViT-L/14. To measure those too:
+# --clip openai/clip-vit-large-patch14-336 --dino facebook/dinov2-large.
 PAPER = {"clip_i": 0.783, "dino": 0.637}
 _LIVE = {"cat", "dog"}  # README of google/dreambooth: "9 out of these subjects are live subjects (dogs and cats)"
 _DOWNLOAD = "Get it: git clone https://github.com/google/dreambooth"

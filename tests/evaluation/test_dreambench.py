@@ -155,7 +155,7 @@ def test_every_subject_is_trained_and_measured_and_a_second_call_does_nothing_tw
     assert again.code == 0
     assert bench.times() == before
     assert "teapot (1 of 2): has a result already" in again.err
-    for words in ("teapot", "dog2", "mean of 2", "paper: SD-Turbo, all 30", "0.783"):
+    for words in ("teapot", "dog2", "mean of 2", "paper: SD-Turbo, all 30, encoders unclear", "0.783"):
         assert words in again.out
 
     # A result that is lost is found in the run, or else measured again, from the run and the pictures that are there.
