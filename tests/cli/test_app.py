@@ -212,7 +212,7 @@ def test_an_error_of_the_system_is_one_line_at_the_border_of_a_command(
 def test_a_signal_that_a_library_turns_into_its_own_error_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_file: Path) -> None:
         try:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt as error:
             raise ImportError("initialization failed") from error
 

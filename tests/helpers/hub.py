@@ -23,7 +23,7 @@ class Hub(ThreadingHTTPServer):
 
     Attributes:
         requests: method, path and range of every request.
-        breaks_off: names of files whose first transfer ends in the middle.
+        breaks_off: ends of the paths of files whose first transfer ends in the middle.
     """
 
     def __init__(self, root: Path) -> None:
@@ -71,7 +71,7 @@ class _Answer(BaseHTTPRequestHandler):
         headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{_hash(path)}"', "Accept-Ranges": "bytes"}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        self._answer(206 if start else 200, body[start:], headers, path.name)
+        self._answer(206 if start else 200, body[start:], headers, path.as_posix())
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None, name: str = "") -> None:
         self.send_response(status)
@@ -80,8 +80,8 @@ class _Answer(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        if name in self.server.breaks_off:
-            self.server.breaks_off.remove(name)
+        if broken := {end for end in self.server.breaks_off if name.endswith(end)}:
+            self.server.breaks_off -= broken
             self.wfile.write(body[: len(body) // 2])
             self.wfile.flush()
             self.connection.shutdown(socket.SHUT_RDWR)

@@ -92,7 +92,7 @@ def killing(number: signal.Signals, step: int, times: int = 1) -> Callable[[Mapp
     def on_step(metrics: Mapping[str, float]) -> None:
         if metrics["step"] == step:
             for _ in range(times):
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
 
     return on_step
 
@@ -197,7 +197,7 @@ def test_a_signal_while_the_teacher_is_alone_saves_that_too(
 
     def stop(metrics: Mapping[str, float]) -> None:
         if metrics.get(counted) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     pipeline.train(config("whole"))
     with pytest.raises(Interrupted, match=f"Stopped at step 3 of the {phase}, saved"):
@@ -266,7 +266,7 @@ def test_a_run_killed_before_its_first_checkpoint_resumes_from_the_start(
 def test_ctrl_c_while_models_are_loaded_leaves_no_files(unbroken: tuple[Path, Path], tmp_path: Path) -> None:
     def on_message(line: str) -> None:
         if line.startswith("Loading"):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         pipeline.train(config_of(unbroken, tmp_path / "run"), on_message=on_message)
