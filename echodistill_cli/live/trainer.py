@@ -6,6 +6,7 @@ A run that was started in a terminal is shown alike: its progress is read from i
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
 import shutil
 import signal
@@ -274,7 +275,10 @@ def _holder(folder: Path) -> psutil.Process | None:
     The lock itself is not tried: a training that starts at that moment would find it taken.
     """
     try:
-        process = psutil.Process(int((folder / ".lock").read_text(encoding="ascii")))
+        number, _, host = (folder / ".lock").read_text(encoding="utf-8").partition(" ")
+        if host not in ("", platform.node()):  # trained on another machine that shares this disk
+            return None
+        process = psutil.Process(int(number))
         return process if any("echodistill" in word for word in process.cmdline()) else None
     except (OSError, ValueError, OverflowError, psutil.Error):
         return None
