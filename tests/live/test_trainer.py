@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -51,12 +52,15 @@ def test_a_finished_run_and_a_stopped_one_are_told_by_their_folders(finished: Pa
 
 
 def test_a_run_that_a_terminal_trains_shows_up_and_can_be_stopped(finished: Path) -> None:
-    # Its lock holds the ID of a process of the command line.
+    # Its lock holds the ID of a process of the command line, and the name of this machine.
     program = "import time; time.sleep(600)  # echodistill train"
     with subprocess.Popen([sys.executable, "-c", program]) as process:
-        (finished / ".lock").write_text(str(process.pid), encoding="ascii")
+        (finished / ".lock").write_text(f"{process.pid} {platform.node()}", encoding="utf-8")
         trainer = Trainer(finished.parent)
         assert (trainer.running(), trainer.progress("first").state) == ("first", "training")
+        (finished / ".lock").write_text(f"{process.pid} elsewhere", encoding="utf-8")
+        assert trainer.running() is None  # a process of another machine, by chance with an ID of this one
+        (finished / ".lock").write_text(f"{process.pid} {platform.node()}", encoding="utf-8")
         with pytest.raises(ConfigError, match=r"first is being trained\. Wait until it ends, or stop it"):
             trainer.start(order(finished, "other"))
         trainer.stop("first")
