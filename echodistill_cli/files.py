@@ -276,9 +276,15 @@ def _lock(file: Path) -> tuple[int | None, str | None]:
         os.close(descriptor)  # deleted by its last holder, between opening and locking
 
 
+def lock_holder(text: str) -> tuple[str, str]:
+    """Return the process ID and the host that a lock file's content names; the host is "" in older files."""
+    process, _, host = text.strip().partition(" ")
+    return process, host
+
+
 def _holder(text: str) -> str:
     """Return words for the process that a lock file names."""
-    process, _, host = text.strip().partition(" ")
+    process, host = lock_holder(text)
     if not process.isdecimal():
         return "another process"
     return f"process {process} on {host}" if host else f"process {process}"

@@ -59,7 +59,7 @@ _FREE_TO_CHANGE = {
     *("train.gradient_checkpointing", "train.compile"),
 }
 _CHECKPOINT = re.compile(r"step-(\d+)(?:-(?:head|back)-(\d+))?")
-_LOCK = ".lock"
+LOCK = ".lock"
 # What reading a damaged or forged checkpoint raises.
 _READING = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError)
 
@@ -96,7 +96,7 @@ class Run:
 
     def locked(self) -> AbstractContextManager[None]:
         """Context in which no other process can train in this folder."""
-        return locked(self.folder / _LOCK, f"{self.folder} is being trained")
+        return locked(self.folder / LOCK, f"{self.folder} is being trained")
 
     def rewind(self, step: int, phase_step: int = 0) -> int:
         """Prepare to continue after `step`: drop later checkpoints and metrics, write the settings.
@@ -269,7 +269,7 @@ def _is_fresh(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     recover_below(folder)
-    entries = [entry for entry in folder.iterdir() if entry.name != _LOCK]
+    entries = [entry for entry in folder.iterdir() if entry.name != LOCK]
     return all(entry.name == SAMPLES and entry.is_dir() and not any(entry.iterdir()) for entry in entries)
 
 
@@ -319,7 +319,7 @@ def _replace(folder: Path, config: Config) -> None:
         if number not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV):
             raise
         for entry in folder.iterdir():  # a disk of its own, or a folder in a folder that is read-only
-            if entry.name not in (_LOCK, CONFIG_FILE):
+            if entry.name not in (LOCK, CONFIG_FILE):
                 remove(entry)
         _fill(folder, config)
 

@@ -23,10 +23,10 @@ import psutil
 from echodistill_cli.config.build import PRESETS, build_config
 from echodistill_cli.data.photos import PhotoReport, check_photos
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import make_folder
+from echodistill_cli.files import lock_holder, make_folder
 from echodistill_cli.live.guard import MOST_PHOTOS, MOST_UPLOAD, check_whole, check_word, check_words
 from echodistill_cli.models.device import expected_memory
-from echodistill_cli.runs import CONFIG_FILE, Run, open_run
+from echodistill_cli.runs import CONFIG_FILE, LOCK, Run, open_run
 
 State = Literal["starting", "training", "done", "stopped", "failed"]
 LOSSES = ("denoising", "latent", "identity", "adversarial")
@@ -275,7 +275,7 @@ def _holder(folder: Path) -> psutil.Process | None:
     The lock itself is not tried: a training that starts at that moment would find it taken.
     """
     try:
-        number, _, host = (folder / ".lock").read_text(encoding="utf-8").partition(" ")
+        number, host = lock_holder((folder / LOCK).read_text(encoding="utf-8"))
         if host not in ("", platform.node()):  # trained on another machine that shares this disk
             return None
         process = psutil.Process(int(number))

@@ -25,6 +25,7 @@ from echodistill_cli.diffusion.sampling import sample_latents, student_x0, teach
 from echodistill_cli.diffusion.schedule import NoiseSchedule, add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.training import losses
+from echodistill_cli.training.critics import PairedCritic
 from examples.mini_world.latents import load_vae, open_latents
 from examples.mini_world.models import (
     LATENT_CHANNELS,
@@ -51,22 +52,7 @@ ADVERSARIAL_SHARE, LARGEST_WEIGHT = 0.5, 1.0
 ALIGNED_PART = 4
 INSTANCE_NOISE = 0.1
 # The critic learns by itself first, and faster than the student: otherwise it never gets ahead.
-CRITIC_RATE, CRITIC_HEAD_START = 1e-3, 150
-
-
-def build_critic(width: int = 64) -> nn.Sequential:
-    """Latents (batch, 4, 16, 16) to scores (batch, 1, 8, 8), one for each patch, higher for more real."""
-    return nn.Sequential(
-        nn.Conv2d(LATENT_CHANNELS, width, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(2 * width, 1, 3, padding=1),
-    )
+CRITIC_RATE, CRITIC_HEAD_START, CRITIC_SEED = 1e-3, 150, 0
 
 
 def relativistic(better: Tensor, worse: Tensor) -> Tensor:
@@ -175,7 +161,7 @@ class StudentStage:
         unet = UNet2DConditionModel.from_pretrained(start / "unet").float() if start else self.teacher.unet
         self.student.load_state_dict(unet.state_dict())
         self.denoiser = Denoiser(self.student, self.teacher.schedule)
-        self.critic = build_critic()
+        self.critic = PairedCritic(LATENT_CHANNELS, CRITIC_SEED)
         self.network: nn.Module = nn.ModuleDict({"unet": self.student, "critic": self.critic}).to(device)
         # A buffer, so that the head start goes on where a stopped run left it.
         self.critic_updates = torch.zeros((), dtype=torch.long, device=device)
