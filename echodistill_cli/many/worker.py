@@ -33,12 +33,14 @@ def run_subject(subject: Subject, emit: Emit) -> Outcome:
 
 
 def emit_to(stream: TextIO) -> Emit:
-    """Return a function that writes events as lines of JSON. A reader that is gone is no error."""
+    """Return a function that writes events as lines of JSON, from any thread. A reader that is gone is no error."""
+    one_line = threading.Lock()
 
     def emit(kind: str, data: Any) -> None:
         try:
-            stream.write(json.dumps([kind, data]) + "\n")
-            stream.flush()
+            with one_line:
+                stream.write(json.dumps([kind, data]) + "\n")
+                stream.flush()
         except OSError:  # the parent is gone, which the end of stdin says too
             pass
 

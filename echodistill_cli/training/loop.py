@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import queue
 import signal
 import sys
 import threading
@@ -42,7 +43,8 @@ class StopRequest:
     Outside the main thread Python allows no handlers, and no signal is recorded.
 
     Args:
-        announce: called when the first signal arrives.
+        announce: called when the first signal arrives, in a thread of its own: the signal may have interrupted a write
+            to the very stream that it wants to write to, which Python refuses within one thread.
         asked: whether the caller of the training asks it to stop; this counts as a SIGINT.
 
     Attributes:
@@ -53,9 +55,12 @@ class StopRequest:
         self.announce, self.asked = announce, asked
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._arrivals: queue.SimpleQueue[int] = queue.SimpleQueue()  # the one kind that a signal handler may put into
+        self._announcer = threading.Thread(target=self._announce, daemon=True)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
+            self._announcer.start()
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._record)
         return self
@@ -65,6 +70,9 @@ class StopRequest:
     ) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._announcer.is_alive():
+            self._arrivals.put(0)
+            self._announcer.join()
 
     def number(self) -> int | None:
         """Return the number of the signal to stop for; None to go on."""
@@ -74,8 +82,12 @@ class StopRequest:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:
-            self.announce()
+            self._arrivals.put(number)
         self.received = number
+
+    def _announce(self) -> None:
+        if self._arrivals.get():
+            self.announce()
 
 
 def resumable_state(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import photo_records
 from echodistill_cli.errors import ConfigError, Interrupted
 from echodistill_cli.runs import Run, create_run, open_run
-from echodistill_cli.training.loop import resumable_state
+from echodistill_cli.training.loop import StopRequest, resumable_state
 from tests.helpers.commands import command, files_below, small_toml
 from tests.helpers.runs import small_photos
 
@@ -231,6 +232,45 @@ def test_a_caller_in_another_thread_stops_a_run_which_is_saved_and_resumes(
     assert [error.signal_number for error in raised] == [signal.SIGINT]
     assert command("train", "--resume", "-o", run, "-q").code == 0
     assert_same_run(run, unbroken[1])
+
+
+class SignalsInWrites(io.RawIOBase):
+    """A file whose first write is interrupted by SIGINT before anything is written."""
+
+    def __init__(self) -> None:
+        self.text = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        if not self.text:
+            self.text = b"> "
+            signal.raise_signal(signal.SIGINT)
+        self.text += bytes(data)
+        return len(data)
+
+
+def test_a_signal_during_a_write_is_announced_on_the_same_stream() -> None:
+    raw = SignalsInWrites()
+    stream = io.TextIOWrapper(io.BufferedWriter(raw), write_through=True)
+
+    def say(line: str) -> None:
+        stream.write(line)
+        stream.flush()
+
+    with StopRequest(lambda: say("stopping ")) as request:
+        say("step 1 ")
+        assert request.number() == signal.SIGINT
+    assert raw.text.split() == [b">", b"step", b"1", b"stopping"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_nothing_is_announced_without_a_signal() -> None:
+    said = list[str]()
+    with StopRequest(lambda: said.append("stopping")) as request:
+        assert request.number() is None
+    assert said == []
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_run_resumes_from_its_last_checkpoint(
