@@ -212,10 +212,16 @@ class TrainConfig:
     gradient_checkpointing: bool = setting(False, "recompute UNet activations: less memory, slower steps")
     compile: str = choice(("off", "auto", "default", "max"), "compile the models: off, auto, default or max")
 
-    @property
-    def photo_prompts(self) -> int:
-        """Number of the student's samples per batch with a photo prompt, at least 1; the others show scenes."""
-        return math.ceil(self.batch_size * (1 - self.scene_share)) or 1
+    def photo_prompts(self, step: int) -> int:
+        """Number of the student's samples with a photo prompt in a step's batch; the others show scenes.
+
+        Where the share of a batch is not whole it is kept over steps: one sample in four is every fourth batch of 1.
+
+        Args:
+            step: from 0, which has a photo prompt.
+        """
+        share = round(self.batch_size * (1 - self.scene_share), 6)
+        return math.ceil((step + 1) * share) - math.ceil(step * share)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,8 @@ def warnings(config: Config) -> Iterator[str]:
     for is_idle, key, reason in without_effect:
         if is_idle and getattr(train, key) not in (0, getattr(usual, key)):
             yield f"train.{key} has no effect while {reason}."
-    if train.scene_share not in (0, usual.scene_share) and train.photo_prompts == train.batch_size:
-        size = f"train.batch_size = {train.batch_size}"
-        yield f"train.scene_share = {train.scene_share:g} has no effect at {size}: it leaves no sample for a scene."
+    if train.scene_share == 1 and config.loss.adversarial and config.critic.discriminators:
+        yield "loss.adversarial has no effect while train.scene_share is 1: discriminators judge photo prompts only."
     if start is not None and start > train.steps:
         yield f"No echo phase: it starts at step {start}, after the last step ({train.steps}). Lower --echo-start."
 

@@ -125,7 +125,7 @@ def teacher_batch(state: TrainingState, *, echo: bool = True) -> TeacherBatch:
 def student_pass(state: TrainingState) -> StudentPass:
     """Generate B one-step images of the subject, and the teacher's guided x0 of each."""
     pair, settings = state.pair, state.config.train
-    prompts = _student_prompts(state)
+    prompts = _student_prompts(state, state.step)
     trainable, null = _encode_for_pass(state, prompts)
     conditioning = trainable.detach()
     noise = _unit_noise(state, len(prompts))
@@ -141,7 +141,7 @@ def student_pass(state: TrainingState) -> StudentPass:
     if pair.alternating:  # the graph through the student is built only now, when the teacher has left the device
         x0 = student_x0(pair.student, noise, trainable)
     images = ImageBatch(x0, pair.codec, renoise, timesteps, conditioning)
-    return StudentPass(images, replace(images, latents=target), alpha_bar, settings.photo_prompts)
+    return StudentPass(images, replace(images, latents=target), alpha_bar, settings.photo_prompts(state.step))
 
 
 @torch.no_grad()
@@ -164,9 +164,9 @@ def _one_step_target(
 
 
 @torch.no_grad()
-def add_first_targets(state: TrainingState) -> None:
-    """Add a batch of targets to the replay buffer, as a student pass would, and train nothing."""
-    prompts = _student_prompts(state)
+def add_first_targets(state: TrainingState, number: int) -> None:
+    """Add batch `number` of targets to the replay buffer, as a student pass would, and train nothing."""
+    prompts = _student_prompts(state, number)
     conditioning, null = state.pair.encoder.encode_with_null(prompts)
     noise = _unit_noise(state, len(prompts))
     multi_step_target(state, student_x0(state.pair.student, noise, conditioning), noise, prompts, conditioning, null)
@@ -186,11 +186,11 @@ def _unit_noise(state: TrainingState, count: int) -> Tensor:
     return state.randn_like(state.photos.latents[:1].expand(count, -1, -1, -1))
 
 
-def _student_prompts(state: TrainingState) -> list[str]:
-    """Draw a batch of prompts: first `train.photo_prompts` like those of the photos, then scenes."""
-    settings = state.config.train
-    prompts = [_photo_prompt(state) for _ in range(settings.photo_prompts)]
-    return prompts + [_scene_prompt(state) for _ in range(settings.batch_size - settings.photo_prompts)]
+def _student_prompts(state: TrainingState, number: int) -> list[str]:
+    """Draw batch `number` of prompts: first `train.photo_prompts` like those of the photos, then scenes."""
+    count = state.config.train.photo_prompts(number)
+    prompts = [_photo_prompt(state) for _ in range(count)]
+    return prompts + [_scene_prompt(state) for _ in range(state.config.train.batch_size - count)]
 
 
 def _photo_prompt(state: TrainingState) -> str:

@@ -44,7 +44,7 @@ def training_step(state: TrainingState) -> Metrics:
     metrics |= student_metrics
     for _ in range(state.config.replays):  # extension: train.replays
         metrics |= replay_step(state)
-    if state.critics:
+    if state.critics and generated.photo_prompts:
         metrics |= discriminator_step(state, generated)
     state.finish_step()
     if state.echo_is_due:
@@ -106,7 +106,7 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
         generated = batches.student_pass(state)
         total = torch.zeros((), device=state.pair.device)
         metrics: Metrics = {}
-        for term in active_losses(state):
+        for term in active_losses(state, generated):
             values = term.function(state, generated)
             metrics[term.name] = values.detach().mean()
             total = total + getattr(state.config.loss, term.name) * values.mean()
@@ -163,8 +163,8 @@ def begin(state: TrainingState) -> None:
         head_start_step(state)
     if state.config.train.carry_over:
         load_lora_tensors(state.pair.student.unet, lora_tensors(state.pair.teacher.unet))
-    for _ in range(state.config.train.first_targets if state.config.replays else 0):
-        batches.add_first_targets(state)
+    for number in range(state.config.train.first_targets if state.config.replays else 0):
+        batches.add_first_targets(state, number)
     if state.paired_critic is not None and len(state.replay_buffer):
         _teach_paired_critic(state, state.paired_critic)
 
@@ -292,12 +292,12 @@ class StudentLoss:
     Args:
         name: its key in `[loss]` and in the metrics.
         function: returns its values [B]; what compares with the target weights them by ᾱ_t, as the paper does.
-        available: whether the run has what the loss needs.
+        available: whether the run, and this batch of it, has what the loss needs.
     """
 
     name: str
     function: Callable[[TrainingState, StudentPass], Tensor]
-    available: Callable[[TrainingState], bool] = lambda _state: True
+    available: Callable[[TrainingState, StudentPass], bool] = lambda _state, _generated: True
 
 
 def _latent(_state: TrainingState, generated: StudentPass) -> Tensor:
@@ -342,13 +342,16 @@ def _adversarial(state: TrainingState, generated: StudentPass) -> Tensor:
 
 STUDENT_LOSSES: tuple[StudentLoss, ...] = (
     StudentLoss("latent", _latent),
-    StudentLoss("identity", _identity, available=lambda state: state.identity_encoder is not None),
+    StudentLoss("identity", _identity, available=lambda state, _: state.identity_encoder is not None),
     StudentLoss("sliced_wasserstein", _sliced_wasserstein),
-    StudentLoss("prior", _student_prior, available=lambda state: state.prior is not None),
-    StudentLoss("adversarial", _adversarial, available=lambda state: bool(state.critics)),
+    StudentLoss("prior", _student_prior, available=lambda state, _: state.prior is not None),
+    StudentLoss(
+        "adversarial", _adversarial, available=lambda state, batch: bool(state.critics and batch.photo_prompts)
+    ),
 )
 
 
-def active_losses(state: TrainingState) -> list[StudentLoss]:
+def active_losses(state: TrainingState, generated: StudentPass) -> list[StudentLoss]:
     """Return the rows with a weight above 0 whose needs are met."""
-    return [term for term in STUDENT_LOSSES if getattr(state.config.loss, term.name) and term.available(state)]
+    weights = state.config.loss
+    return [term for term in STUDENT_LOSSES if getattr(weights, term.name) and term.available(state, generated)]

@@ -32,7 +32,7 @@ def reference_step(state: TrainingState, photos: Tensor) -> None:
     with frozen(state.critics):
         generated = batches.student_pass(state)
         total = torch.zeros((), device=state.pair.device)
-        for term in active_losses(state):
+        for term in active_losses(state, generated):
             values = term.function(state, generated)
             total = total + getattr(state.config.loss, term.name) * values.mean()
             generated.images.features.clear()  # the next loss runs its encoder again

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from echodistill_cli.config.build import build_config, config_from_dict
-from echodistill_cli.config.schema import Config
+from echodistill_cli.config.schema import Config, TrainConfig
 from echodistill_cli.config.warnings import warnings
 from echodistill_cli.errors import ConfigError
 
@@ -172,8 +172,8 @@ def test_alpha_is_the_rank_unless_it_is_set() -> None:
         ({"train.replays": 0, "train.class_share": 0.1}, "train.class_share has no effect while train.replays is 0."),
         ({"train.replays": 0, "train.pair_share": 0.1}, "train.pair_share has no effect while train.replays is 0."),
         (
-            {"train.scene_share": 0.5, "train.batch_size": 1},
-            "train.scene_share = 0.5 has no effect at train.batch_size = 1: it leaves no sample for a scene.",
+            {"train.scene_share": 1},
+            "loss.adversarial has no effect while train.scene_share is 1: discriminators judge photo prompts only.",
         ),
         (
             {"train.steps": 50},
@@ -208,3 +208,13 @@ def test_settings_that_need_a_class_name_are_reported_without_one() -> None:
         "concept.masks = 'teacher', loss.prior, train.class_share, train.pair_share."
     ]
     assert not list(warnings(build_config("mini", overrides={"concept.class_name": "dog", **overrides})))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize(("share", "of_twenty"), [(0.0, 20), (0.5, 10), (0.75, 5), (0.9, 2), (1.0, 0)])
+def test_the_share_of_scenes_is_kept_over_steps_at_every_batch_size(size: int, share: float, of_twenty: int) -> None:
+    train = TrainConfig(batch_size=size, scene_share=share)
+    numbers = [train.photo_prompts(step) for step in range(20)]
+    assert sum(numbers) == of_twenty * size
+    assert (numbers[0] > 0) == (share < 1)
+    assert max(numbers) - min(numbers) <= 1

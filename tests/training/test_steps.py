@@ -122,7 +122,7 @@ def test_every_loss_has_a_weight_and_every_weight_a_loss(plain_state: TrainingSt
 def test_a_weight_of_0_removes_its_term(new_state: NewState, name: str) -> None:
     state = new_state(**{"loss__prior": 1.0, f"loss__{name}": 0.0})
     metrics = training_step(state)
-    assert {term.name for term in active_losses(state)} == set(STUDENT_TERMS) - {name}
+    assert {term.name for term in active_losses(state, student_pass(state))} == set(STUDENT_TERMS) - {name}
     assert set(metrics) & set(STUDENT_TERMS) == set(STUDENT_TERMS) - {name}
     assert bool(state.critics) == (name != "adversarial")
     assert (state.identity_encoder is None) == (name == "identity")  # the echo needs it too, but is off
@@ -144,7 +144,9 @@ def test_only_what_is_compared_with_the_target_is_weighted_by_alpha_bar(
     generated = student_pass(state)
     blind = replace(generated, alpha_bar=torch.zeros_like(generated.alpha_bar))
     state.generator.manual_seed(0)
-    values = {term.name: float(term.function(state, blind).detach().abs().sum()) for term in active_losses(state)}
+    values = {
+        term.name: float(term.function(state, blind).detach().abs().sum()) for term in active_losses(state, blind)
+    }
     assert set(values) == set(STUDENT_TERMS)
     assert values["latent"] == values["sliced_wasserstein"] == 0
     assert (values["identity"] == 0) == weighted
@@ -180,6 +182,13 @@ def test_any_set_of_discriminators_trains(
     assert all(math.isfinite(value) for value in metrics.values())
 
 
+def test_discriminators_rest_in_a_batch_of_scenes(new_state: NewState) -> None:
+    state = new_state(train__batch_size=1, train__scene_share=0.5, concept__scenes=("a {} on the moon",))
+    critics = {"adversarial", *(f"discriminator_{critic.name}" for critic in state.critics)}
+    assert len(critics) > 1
+    assert [critics & set(metrics) for metrics in take_steps(state, 4)] == [critics, set(), critics, set()]
+
+
 def test_a_run_without_an_identity_encoder_trains(new_state: NewState) -> None:
     state = new_state(critic__identity="none")
     assert "identity" not in training_step(state)
@@ -189,7 +198,7 @@ def test_a_run_without_an_identity_encoder_trains(new_state: NewState) -> None:
 def test_identity_can_be_measured_against_the_photos(new_state: NewState) -> None:
     state = new_state(critic__identity_target="photos")
     generated = student_pass(state)
-    (term,) = [term for term in active_losses(state) if term.name == "identity"]
+    (term,) = [term for term in active_losses(state, generated) if term.name == "identity"]
     values = term.function(state, generated)
     assert values.requires_grad
     assert state.identity_encoder is not None
