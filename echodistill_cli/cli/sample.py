@@ -12,7 +12,8 @@ import typer
 
 from echodistill_cli import pipeline
 from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_libraries, value_option
-from echodistill_cli.cli.show import ImageProgress, print_paths, stderr_console
+from echodistill_cli.cli.progress import ImageProgress
+from echodistill_cli.cli.show import print_paths, stderr_console
 from echodistill_cli.cli.train import MODELS
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.pipeline import OnMessage

@@ -26,7 +26,8 @@ from echodistill_cli.cli.options import (
     with_flags,
     with_settings,
 )
-from echodistill_cli.cli.show import TrainingProgress, plan_table, print_paths, print_table, say_to, stderr_console
+from echodistill_cli.cli.progress import TrainingProgress
+from echodistill_cli.cli.show import plan_table, print_paths, print_table, say_to, stderr_console
 from echodistill_cli.config.build import PRESETS, build_config, config_to_toml, json_schema
 from echodistill_cli.errors import ConfigError
 

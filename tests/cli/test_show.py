@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.text import Text
 
-from echodistill_cli.cli.show import ImageProgress, SafeConsole, TrainingProgress, plan_table, print_paths, say_to
+from echodistill_cli.cli.progress import ImageProgress, TrainingProgress
+from echodistill_cli.cli.show import SafeConsole, plan_table, print_paths, say_to
 from echodistill_cli.config.schema import ConceptConfig, Config, EchoConfig, LossConfig, TrainConfig
 from echodistill_cli.planning import Plan
 from tests.helpers.commands import command
@@ -74,6 +75,16 @@ def test_the_first_estimate_leaves_the_first_targets_out() -> None:
     assert lines[1] == "Generating the first targets (20 batches)"
     assert lines[2] == "step 1/4  denoising 0.5"
     assert lines[3] == "step 2/4  0 s left  denoising 0.5"
+
+
+def test_the_time_of_all_phases_is_told_once_after_a_few_steps_of_the_first() -> None:
+    config = Config(concept=ConceptConfig(class_name="dog"))
+    first, others = {"step": 0, "step_seconds": 50.0}, {"step": 0, "step_seconds": 1.0}
+    lines = training(config, *({**(others if n > 1 else first), "head_start_step": n} for n in range(1, 12)))
+    # 295 steps of 4 passes of the UNet; 20 batches of targets of 20; 200 steps of 79.92; 60 steps of 4.
+    assert [line for line in lines if "whole" in line] == ["The whole training takes about 74 min more"]
+    quick = [{"step": n, "step_seconds": 0.01} for n in range(1, 12)]
+    assert not [line for line in training(Config(train=TrainConfig(steps=20)), *quick) if "whole" in line]
 
 
 def test_training_ends_with_its_duration_and_the_next_command() -> None:
