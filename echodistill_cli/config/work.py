@@ -1,6 +1,6 @@
 """How much a run computes in each phase: from a few timed steps this tells how long the rest takes.
 
-No torch. The unit is a forward pass of a UNet over one sample, of either model. A pass that is trained through counts as
+No torch. The unit is a forward pass of a UNet over one sample, of either model. A pass that is trained through is
 two, because frozen weights need no gradient. At SD's true size a unit is 0.95 TFLOP in the head start, 0.82 in targets
 and 0.90 in joint steps (batch 2, tiny decoder; counted as `examples.benchmark.step_cost` counts), so estimates are good
 to about 15 %.

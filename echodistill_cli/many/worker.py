@@ -33,7 +33,7 @@ def run_subject(subject: Subject, emit: Emit) -> Outcome:
 
 
 def emit_to(stream: TextIO) -> Emit:
-    """Return a function that writes events as lines of JSON, from any thread. A reader that is gone is no error."""
+    """Return a function that writes events as JSON lines, from any thread; a lost reader is no error."""
     one_line = threading.Lock()
 
     def emit(kind: str, data: Any) -> None:
