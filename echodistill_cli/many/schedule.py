@@ -167,15 +167,17 @@ class _Running:
             self.on_event(event)
             return
         del self.active[event.name]
-        if event.kind == "died" and is_stopping and not about:  # it waited in the engine's own queue
+        if event.kind == "died" and is_stopping and "steps" not in about:  # it had no time to begin
             return
         outcome = Outcome(**event.data) if event.kind == "end" else _died(subject, about, event.data)
         self._record(outcome)
-        was_cut_off = outcome.status == "died" or (outcome.status == "stopped" and not is_stopping)
-        if was_cut_off and not is_stopping and subject.attempts < self.retries:
-            self.waiting.appendleft(dataclasses.replace(subject, attempts=subject.attempts + 1))
+        if outcome.status in ("died", "stopped", "busy") and not is_stopping and subject.attempts < self.retries:
+            # A process that is killed, or another command, needs time: first do what nobody else does.
+            again = self.waiting.append if outcome.status == "busy" else self.waiting.appendleft
+            again(dataclasses.replace(subject, attempts=subject.attempts + 1))
             self.on_event(Event(event.name, "retry", outcome.to_dict()))
             return
+        outcome = dataclasses.replace(outcome, status="failed") if outcome.status == "busy" else outcome
         self.outcomes[event.name] = outcome
         self.on_event(Event(event.name, "end", outcome.to_dict()))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from echodistill_cli.many.subject import Subject
 from tests.helpers.commands import Done, command
 
 NAMES = ("one", "two", "three")
@@ -48,6 +49,11 @@ class Batch:
     def __call__(self, *more: object) -> Done:
         """Run the command in this process; subjects have processes of their own."""
         return command(*self.arguments(*more))
+
+    @staticmethod
+    def line(subject: Subject) -> str:
+        """A subject as a worker reads it."""
+        return json.dumps(subject.to_dict()) + "\n"
 
     def result(self, name: str) -> Any:
         """The result.json of a subject; None without one."""
