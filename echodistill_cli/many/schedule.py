@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from echodistill_cli.errors import EchoDistillError, Interrupted
 from echodistill_cli.files import explained, make_folder
@@ -192,7 +193,16 @@ class _Running:
     def _append(self, file: str, line: str) -> None:
         """Append a line in one write, so that lines of several commands do not mix."""
         with explained(self.output / file), (self.output / file).open("ab", buffering=0) as opened:
+            _wait_for_others(opened)
             opened.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+
+
+def _wait_for_others(opened: BinaryIO) -> None:
+    """Lock a file until it is closed: on a network disk, appends of two hosts may overwrite each other."""
+    with contextlib.suppress(ImportError, OSError):  # Windows, and disks without locks
+        import fcntl
+
+        fcntl.flock(opened, fcntl.LOCK_EX)
 
 
 def _died(subject: Subject, about: Mapping[str, Any], reason: str) -> Outcome:
