@@ -7,6 +7,7 @@ import dataclasses
 import json
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -160,6 +161,8 @@ class _Running:
         subject, about = self.active[event.name]
         if event.kind == "begin":
             about |= event.data
+            place = f"on {about['host']}, process {about['pid']}"
+            self._log(event.name, f"attempt {subject.attempts + 1} {place}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
         if event.kind == "message":
             self._log(event.name, event.data)
         if event.kind == "step":

@@ -165,6 +165,7 @@ def test_a_busy_subject_comes_again_after_the_others_and_a_killed_one_at_once(ba
         engine.has_room = True
         running.start(engine)  # type: ignore[arg-type]
         name, attempts = engine.names[-1]
+        running.handle(Event(name, "begin", {"host": "here", "pid": 7}), is_stopping=False)
         outcome = Outcome(name, status, status != "done", attempt=attempts + 1)
         running.handle(Event(name, "end", dataclasses.asdict(outcome)), is_stopping=False)
     assert engine.names == [("one", 0), ("two", 0), ("two", 1), ("three", 0), ("one", 1)]
@@ -174,6 +175,10 @@ def test_a_busy_subject_comes_again_after_the_others_and_a_killed_one_at_once(ba
         "one": "failed",
     }
     assert [row["status"] for row in batch.attempts("one")] == ["busy", "busy"]
+    log = (batch.output / "logs" / "one.log").read_text().splitlines()
+    assert [line.rpartition(",")[0] for line in log[::2]] == [
+        f"attempt {number} on here, process 7" for number in (1, 2)
+    ]
 
 
 POOL = """
