@@ -38,6 +38,11 @@ ALSO = (
 )
 
 
+Vram = Annotated[
+    str | None, value_option("GIB", "fit settings to device memory: 8, 12, 16, 24 or auto", panel=MODELS_AND_MEMORY)
+]
+
+
 @with_flags
 def train(
     photos: Annotated[
@@ -48,9 +53,7 @@ def train(
     settings: Annotated[
         list[str] | None, value_option("KEY=VALUE", "any setting, such as train.target_steps=5; repeatable", "--set")
     ] = None,
-    vram: Annotated[
-        str | None, value_option("GIB", "fit settings to device memory: 8, 12, 16, 24 or auto", panel=MODELS_AND_MEMORY)
-    ] = None,
+    vram: Vram = None,
     resume: Annotated[bool, bool_option("--resume", "continue the newest run, or that of --output", RUN)] = False,
     from_step: Annotated[int | None, value_option("N", "checkpoint from which to --resume", panel=RUN)] = None,
     overwrite: Annotated[bool, bool_option("--overwrite", "replace an existing run", RUN)] = False,

@@ -32,7 +32,7 @@ from echodistill_cli.cli.options import (
     with_settings,
 )
 from echodistill_cli.cli.show import print_table, say_to, stderr_console
-from echodistill_cli.cli.train import MODELS
+from echodistill_cli.cli.train import MODELS, Vram
 from echodistill_cli.config.build import build_config
 from echodistill_cli.errors import ConfigError
 
@@ -58,6 +58,7 @@ def train_many(
     settings: Annotated[
         list[str] | None, value_option("KEY=VALUE", "any setting, such as train.target_steps=5; repeatable", "--set")
     ] = None,
+    vram: Vram = None,
     run_output: Annotated[
         Path, value_option("DIR", "folder of all run folders, DIR/NAME each", "--output", "-o", panel=RUN)
     ] = Path("runs"),
@@ -103,6 +104,7 @@ def train_many(
         pipeline.EngineRequest(on, workers, gpus_per_subject, retries),
         parse_shard(shard),
         store or "",
+        vram or "",
     )
     console = stderr_console()
     if dry_run:

@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -32,7 +34,7 @@ _LIBRARIES = (
     *("OMP_WAIT_POLICY", "TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"),
 )
 _CHECKS_PER_LINE = 100
-_FEW = 16  # subjects that one process checks
+_FEW = 16  # subjects that this process checks: five 12-megapixel photos take 1.4 s
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ def train_many(request: ManyRequest, train: Train, on_event: OnEvent, on_message
         EchoDistillError: the storage cannot be reached.
         Interrupted: SIGINT or SIGTERM came; the same call continues.
     """
-    subjects = read_subjects(request, train)
+    subjects = read_subjects(request, train, on_message)
     finished = look_up(subjects)
     check_all([subject for subject in subjects if subject.name not in finished], on_message)
     return Many(request.output, run_all(subjects, finished, request.engine, request.output, on_event))
@@ -115,7 +117,7 @@ def train_many(request: ManyRequest, train: Train, on_event: OnEvent, on_message
 
 def plan_many(request: ManyRequest, train: Train, on_message: OnMessage) -> tuple[PlannedSubject, ...]:
     """Return what `train_many` would do, after the same checks; loads and writes nothing."""
-    subjects = read_subjects(request, train)
+    subjects = read_subjects(request, train, on_message)
     finished = look_up(subjects)
     photos = check_all([subject for subject in subjects if subject.name not in finished], on_message)
     return tuple(
@@ -132,21 +134,31 @@ def plan_many(request: ManyRequest, train: Train, on_message: OnMessage) -> tupl
     )
 
 
-def read_subjects(request: ManyRequest, train: Train) -> tuple[Subject, ...]:
-    """Return the subjects of a request's shard.
+def read_subjects(request: ManyRequest, train: Train, on_message: OnMessage) -> tuple[Subject, ...]:
+    """Return the subjects of a request's shard, and report the settings that were fitted to the memory.
 
     Raises:
         ConfigError: the manifest or a setting is wrong.
+        ModelError: the size of a model is not known, whose settings were to fit the memory.
     """
+    told = set[str]()
 
     def build(values: Mapping[str, Any]) -> Config:
         overrides = {**request.overrides, **values}
-        model = overrides.pop("model.student", request.model)
-        return with_absolute_paths(build_config(model, request.config_file, overrides))
+        layers = overrides.pop("model.student", request.model), request.config_file, overrides
+        if not request.vram:
+            return with_absolute_paths(build_config(*layers))
+        ((fitted, *lines),) = compute(_fitted, [request.vram], [layers])
+        for line in lines:
+            if line not in told:  # most rows have the same
+                on_message(line)
+        told.update(lines)
+        return with_absolute_paths(build_config(*layers, fitted))
 
     # Workers on other machines have another working directory.
     output = request.output if request.engine.on == LOCAL else request.output.absolute()
-    rows = read_manifest(request.manifest, output, build)
+    with _processes(1) as compute:
+        rows = read_manifest(request.manifest, output, build)
     index, count = request.shard
     return tuple(subject_of(row, train, request.store) for row in rows[index::count])
 
@@ -174,8 +186,8 @@ def check_all(subjects: Sequence[Subject], on_message: OnMessage) -> dict[str, i
         PhotoError: a subject has too few usable photos; the message names the line.
     """
     photos, errors = dict[str, int](), list[tuple[str, EchoDistillError]]()
-    with _checker(len(subjects)) as check:
-        for number, (subject, found) in enumerate(zip(subjects, check(_checked, subjects), strict=True), start=1):
+    with _processes(0 if len(subjects) < _FEW else None) as compute:
+        for number, (subject, found) in enumerate(zip(subjects, compute(_checked, subjects), strict=True), start=1):
             if number % _CHECKS_PER_LINE == 0:
                 on_message(f"Checked the photos of {number} of {len(subjects)} subjects")
             if isinstance(found, EchoDistillError):
@@ -199,18 +211,42 @@ def _checked(subject: Subject) -> int | EchoDistillError:
     return count
 
 
-@contextlib.contextmanager
-def _checker(count: int) -> Iterator[Callable[..., Iterator[int | EchoDistillError]]]:
-    """Context that provides `map`, in processes if that is worth it: five 12-megapixel photos take 1.4 s.
+def _fitted(vram: str, layers: tuple[str | None, Path | None, Mapping[str, Any]]) -> tuple[Any, ...]:
+    """Return the settings that fit a memory, and lines about them."""
+    from echodistill_cli.models import device
 
-    A fork is safe only as long as nothing has started threads, as torch does.
+    plan = device.fit_to_memory(functools.partial(build_config, *layers), vram)
+    return dict(plan.settings), *device.memory_lines(plan)
+
+
+@contextlib.contextmanager
+def _processes(count: int | None) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Context that provides `map`, in other processes where that is possible.
+
+    Torch and CUDA then stay out of this one. A fork is safe only as long as nothing has started threads, as torch does.
+
+    Args:
+        count: of the processes; None for one per core, 0 to compute here.
     """
-    if count < _FEW or "torch" in sys.modules or "fork" not in multiprocessing.get_all_start_methods():
+    if count == 0 or "torch" in sys.modules or "fork" not in multiprocessing.get_all_start_methods():
         yield map
         return
-    ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # this process handles Ctrl-C
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork"), initializer=ignore) as pool:
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(count, mp_context=fork, initializer=_follow, initargs=(os.getpid(),)) as pool:
         yield pool.map
+
+
+def _follow(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it; a pool's process would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _state(config: Config) -> str:

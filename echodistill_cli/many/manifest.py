@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from echodistill_cli.config.schema import Config, nearest
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import expanded
 
 COLUMNS = {
@@ -93,8 +93,8 @@ class located:  # noqa: N801 - reads as a statement
         return None
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, ConfigError):
-            raise ConfigError(f"{self.place}: {error.message}", error.hint) from error
+        if isinstance(error, EchoDistillError):
+            raise type(error)(f"{self.place}: {error.message}", error.hint) from error
 
 
 def _settings(values: Mapping[str, Any], folder: Path, output: Path) -> dict[str, Any]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from echodistill_cli.errors import EchoDistillError, Interrupted
 from echodistill_cli.files import explained, make_folder
@@ -159,6 +161,8 @@ class _Running:
         subject, about = self.active[event.name]
         if event.kind == "begin":
             about |= event.data
+            place = f"on {about['host']}, process {about['pid']}"
+            self._log(event.name, f"attempt {subject.attempts + 1} {place}, {time.strftime('%Y-%m-%d %H:%M:%S')}")
         if event.kind == "message":
             self._log(event.name, event.data)
         if event.kind == "step":
@@ -167,15 +171,17 @@ class _Running:
             self.on_event(event)
             return
         del self.active[event.name]
-        if event.kind == "died" and is_stopping and not about:  # it waited in the engine's own queue
+        if event.kind == "died" and is_stopping and "steps" not in about:  # it had no time to begin
             return
         outcome = Outcome(**event.data) if event.kind == "end" else _died(subject, about, event.data)
         self._record(outcome)
-        was_cut_off = outcome.status == "died" or (outcome.status == "stopped" and not is_stopping)
-        if was_cut_off and not is_stopping and subject.attempts < self.retries:
-            self.waiting.appendleft(dataclasses.replace(subject, attempts=subject.attempts + 1))
+        if outcome.status in ("died", "stopped", "busy") and not is_stopping and subject.attempts < self.retries:
+            # A process that is killed, or another command, needs time: first do what nobody else does.
+            again = self.waiting.append if outcome.status == "busy" else self.waiting.appendleft
+            again(dataclasses.replace(subject, attempts=subject.attempts + 1))
             self.on_event(Event(event.name, "retry", outcome.to_dict()))
             return
+        outcome = dataclasses.replace(outcome, status="failed") if outcome.status == "busy" else outcome
         self.outcomes[event.name] = outcome
         self.on_event(Event(event.name, "end", outcome.to_dict()))
 
@@ -190,7 +196,16 @@ class _Running:
     def _append(self, file: str, line: str) -> None:
         """Append a line in one write, so that lines of several commands do not mix."""
         with explained(self.output / file), (self.output / file).open("ab", buffering=0) as opened:
+            _wait_for_others(opened)
             opened.write(f"{line}\n".encode("utf-8", "backslashreplace"))
+
+
+def _wait_for_others(opened: BinaryIO) -> None:
+    """Lock a file until it is closed: on a network disk, appends of two hosts may overwrite each other."""
+    with contextlib.suppress(ImportError, OSError):  # Windows, and disks without locks
+        import fcntl
+
+        fcntl.flock(opened, fcntl.LOCK_EX)
 
 
 def _died(subject: Subject, about: Mapping[str, Any], reason: str) -> Outcome:

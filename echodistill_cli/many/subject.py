@@ -89,7 +89,7 @@ class Outcome:
 
     Attributes:
         name: of the subject.
-        status: done, failed, stopped, died (its process was killed) or was finished.
+        status: done, failed, stopped, died (its process was killed), busy (another process has it) or was finished.
         exit_code: what `train` would have ended with. 2, 3, 4 and 5 would fail again.
         error: why it did not succeed; "" if it did.
         host: where it ran.
@@ -178,10 +178,15 @@ def attempt(subject: Subject, on_step: OnStep, on_message: OnMessage) -> Outcome
     except KeyboardInterrupt:
         return outcome("stopped", exit_code=_INTERRUPTED, error="Stopped outside of the training steps.")
     except EchoDistillError as error:
-        return outcome("failed", exit_code=error.exit_code, error=str(error))
+        status = "busy" if isinstance(error, Busy) else "failed"
+        return outcome(status, exit_code=error.exit_code, error=str(error))
     except Exception as error:  # a bug, or an error of a library: the other subjects go on
         code = DeviceMemoryError.exit_code if is_out_of_memory(error) else EchoDistillError.exit_code
         return outcome("failed", exit_code=code, error=f"{type(error).__name__}: {error}")
+
+
+class Busy(EchoDistillError):
+    """Another process attempts the subject."""
 
 
 class _Progress:
@@ -277,7 +282,13 @@ def is_trained(config: Config) -> bool:
 
 @contextlib.contextmanager
 def _locked(subject: Subject) -> Iterator[None]:
-    """Context in which no other process attempts the subject. A retry waits for a dead host's lock."""
+    """Context in which no other process attempts the subject.
+
+    A retry waits for the other's end, or for the end of a dead host's lock.
+
+    Raises:
+        Busy: another process attempts it.
+    """
     output = subject.config.output
     file = make_folder(output.parent) / f".{subject.name}.lock"
     deadline = time.monotonic() + (_LEASE_SECONDS if subject.attempts else 0)
@@ -286,9 +297,9 @@ def _locked(subject: Subject) -> Iterator[None]:
             try:
                 stack.enter_context(locked(file, f"{output} is being trained"))
                 break
-            except EchoDistillError:
+            except EchoDistillError as error:
                 if time.monotonic() > deadline:
-                    raise
+                    raise Busy(error.message, error.hint) from error
                 time.sleep(1)
         yield
 

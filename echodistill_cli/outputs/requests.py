@@ -207,9 +207,10 @@ class ManyRequest:
         engine: where attempts run.
         shard: (index, count): every count-th row, from row `index`, counted from 0.
         store: URL below which every run is stored too, such as s3://bucket/runs; "" for none.
+        vram: GiB of device memory to fit settings to, or "auto" for this machine's; "" for as they are.
 
     Raises:
-        ConfigError: the shard does not exist.
+        ConfigError: the shard does not exist, or "auto" would measure the wrong memory.
     """
 
     manifest: Path
@@ -220,8 +221,13 @@ class ManyRequest:
     engine: EngineRequest = field(default_factory=EngineRequest)
     shard: tuple[int, int] = (0, 1)
     store: str = ""
+    vram: str = ""
 
     def __post_init__(self) -> None:
+        if self.vram == "auto" and (self.engine.on != LOCAL or self.engine.gpus_per_subject not in (None, 1)):
+            raise ConfigError(
+                "--vram auto measures a whole device of this machine.", "Say what a subject may take, as in --vram 12."
+            )
         index, count = self.shard
         if not 0 <= index < count:
             raise ConfigError(f"--shard {index}/{count} does not exist.", "Count from 0: 0/4, 1/4, 2/4, 3/4.")

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from echodistill_cli.many.subject import Subject
 from tests.helpers.commands import Done, command
 
 NAMES = ("one", "two", "three")
@@ -48,6 +49,11 @@ class Batch:
     def __call__(self, *more: object) -> Done:
         """Run the command in this process; subjects have processes of their own."""
         return command(*self.arguments(*more))
+
+    @staticmethod
+    def line(subject: Subject) -> str:
+        """A subject as a worker reads it."""
+        return json.dumps(subject.to_dict()) + "\n"
 
     def result(self, name: str) -> Any:
         """The result.json of a subject; None without one."""
@@ -90,10 +96,8 @@ class Watched:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.lines = process, list[str]()
-        # A process that says nothing must not stop the tests for ever.
-        self._alarm = threading.Timer(PATIENCE, process.kill)
-        self._alarm.daemon = True
-        self._alarm.start()
+        self._alarm: threading.Timer | None = None
+        self._wait_again()
 
     def until(self, words: str, times: int = 1) -> str:
         """Read until so many lines had these words, and return the last of them."""
@@ -102,6 +106,7 @@ class Watched:
         while len(found) < times:
             line = self.process.stderr.readline()
             assert line, f"no {times} lines with {words!r} in {self.text}"
+            self._wait_again()
             self.lines.append(line)
             found += [line] if words in line else []
         return found[times - 1]
@@ -110,8 +115,17 @@ class Watched:
         """Read the rest and return the exit code."""
         out, err = self.process.communicate()
         self.lines += [out, err]
-        self._alarm.cancel()
+        if self._alarm:
+            self._alarm.cancel()
         return self.process.returncode
+
+    def _wait_again(self) -> None:
+        """Kill the process if it says nothing for too long, which must not stop the tests for ever."""
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = threading.Timer(PATIENCE, self.process.kill)
+        self._alarm.daemon = True
+        self._alarm.start()
 
     @property
     def text(self) -> str:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from echodistill_cli import pipeline
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.many.batch import read_subjects
 from echodistill_cli.many.manifest import read_manifest
+from echodistill_cli.outputs.requests import ManyRequest
 from tests.helpers.commands import command, missing_flags
-from tests.many.helpers import Batch
+from tests.many.helpers import ROOT, Batch
 
 CSV = """photos,class_name,token,train.steps,name,concept.scenes
 dog,dog,007,12,,
@@ -162,6 +168,9 @@ def test_shards_are_every_nth_row_and_together_all(batch: Batch) -> None:
         (("--on", "dask"), "--on dask is unknown. Use local, ray or ray://HOST:PORT."),
         (("--gpus-per-subject", "-1"), "--gpus-per-subject -1 is out of range"),
         (("--store", "gopher://x/y"), "--store gopher://x/y is not the URL of a storage"),
+        (("--vram", "lots", "--model", "sd-turbo"), "line 1: --vram lots is not a number"),
+        (("--vram", "auto", "--on", "ray"), "--vram auto measures a whole device of this machine"),
+        (("--vram", "auto", "--gpus-per-subject", "0.5"), "--vram auto measures a whole device of this machine"),
     ],
 )
 def test_wrong_flags_are_named(batch: Batch, flags: tuple[str, ...], words: str) -> None:
@@ -169,6 +178,40 @@ def test_wrong_flags_are_named(batch: Batch, flags: tuple[str, ...], words: str)
     assert (done.code, done.out) == (2, "")
     assert words in done.error
     assert not batch.output.exists()
+
+
+def test_vram_fits_each_row_as_train_does_and_a_row_wins(batch: Batch) -> None:
+    batch.write("one", "two", "three", two={"model": "sdxl-turbo"}, three={"train.batch_size": 3})
+    request = ManyRequest(batch.manifest, model="sd-turbo", vram="12")
+    lines: list[str] = []
+    one, two, three = (subject.config for subject in read_subjects(request, pipeline.train, lines.append))
+    for config, model in ((one, "sd-turbo"), (two, "sdxl-turbo")):
+        expected = pipeline.fit_to_memory(partial(build_config, model, None, {}), "12")
+        assert (config.train, config.model) == (expected.train, expected.model)
+        assert (config.train, config.model) != (build_config(model).train, build_config(model).model)
+    assert (three.train.batch_size, three.model.precision) == (3, one.model.precision)
+    assert lines[0].startswith("Plan for 12.0 GiB: ")
+    assert len(set(lines)) == len(lines)
+
+
+PLAN = """
+import sys
+from echodistill_cli.cli.app import main
+try:
+    main(sys.argv[1:])
+finally:
+    print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+def test_vram_leaves_torch_and_the_gpu_to_the_subjects(batch: Batch) -> None:
+    words = batch.arguments("--dry-run", "--vram", "12", "--model", "sd-turbo")
+    words.remove("--config")
+    words.remove(str(batch.toml))
+    done = subprocess.run([sys.executable, "-c", PLAN, *words], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Plan for 12.0 GiB" in done.stderr
+    assert done.stderr.splitlines()[-1] == "False"
 
 
 def test_the_json_of_a_plan_is_one_object(batch: Batch) -> None:
