@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,33 @@ def test_a_signal_ends_any_command_with_its_code_and_one_line(
     assert signal.getsignal(number) is before
 
 
-def echodistill(*arguments: str | bytes, **more: Any) -> subprocess.CompletedProcess[str]:
+def test_a_signal_does_not_interrupt_the_line_about_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = sys.modules["echodistill_cli.cli.app"]
+    printed = program.print_error
+
+    def interrupted(message: str, label: str = "error: ") -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        printed(message, label)
+
+    monkeypatch.setattr(program, "print_error", interrupted)
+    done = command("sample", "x", "--seed", "x")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_a_command_ends_the_program_without_a_traceback(number: signal.Signals) -> None:
+    code = f"import atexit, os; atexit.register(os.kill, os.getpid(), {int(number)})\nimport echodistill_cli.__main__"
+    done = echodistill(program=("-c", code))
+    assert (done.returncode, done.stderr) == (-number, "")
+
+
+def echodistill(
+    *arguments: str | bytes, program: Sequence[str] = ("-m", "echodistill_cli"), **more: Any
+) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own, with streams or surroundings that a test chooses."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more.pop("env", {})
-    line = [sys.executable, "-W", "ignore", "-m", "echodistill_cli", *arguments]
+    line = [sys.executable, "-W", "ignore", *program, *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
     return subprocess.run(line, text=True, check=False, env=environment, timeout=120, **streams)
 
