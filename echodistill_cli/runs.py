@@ -25,12 +25,17 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.config.build import config_from_dict, config_to_dict, config_to_toml, read_toml
+from echodistill_cli.config.build import (
+    absolute,
+    config_from_dict,
+    config_to_dict,
+    config_to_toml,
+    read_toml,
+)
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import (
-    absolute_if_local,
     atomically,
     discard,
     explained,
@@ -386,13 +391,7 @@ def _result_settings(config: Config) -> dict[str, Any]:
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the first setting that differs: its key and both values. Paths may be relative or absolute."""
     changes = ((key, before[key], now[key]) for key in before.keys() & now.keys())
-    return next((one for one in sorted(changes, key=str) if _absolute(one[1]) != _absolute(one[2])), None)
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(item) for item in value]
-    return absolute_if_local(value) if isinstance(value, str) else value
+    return next((one for one in sorted(changes, key=str) if absolute(one[1]) != absolute(one[2])), None)
 
 
 def _last_written(folder: Path) -> float:

@@ -23,7 +23,7 @@ import tomli_w
 from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
 from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import absolute_if_local
+from echodistill_cli.files import expanded
 
 OFF = "off"
 _BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
@@ -346,11 +346,18 @@ def with_absolute_paths(config: Config) -> Config:
     sections = {}
     for section, keys in _LOCAL.items():
         settings = getattr(config, section)
-        sections[section] = dataclasses.replace(settings, **{key: _absolute(getattr(settings, key)) for key in keys})
+        sections[section] = dataclasses.replace(settings, **{key: absolute(getattr(settings, key)) for key in keys})
     return dataclasses.replace(config, **sections)
 
 
-def _absolute(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_absolute, value))
-    return value if not value or value in _ENCODERS else absolute_if_local(value)
+def absolute(value: Any) -> Any:
+    """Return a setting in which existing local files and folders have absolute paths; a list becomes a tuple."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(absolute, value))
+    if not isinstance(value, str) or not value or value in _ENCODERS:
+        return value
+    path = expanded(value)
+    try:
+        return str(path.absolute()) if path.exists() else value
+    except OSError:  # for example, too long for a file name
+        return value

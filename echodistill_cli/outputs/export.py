@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -27,7 +26,7 @@ from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.diffusion.text import has_token, insert_token
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import make_folder, same_content, write_text
+from echodistill_cli.files import make_folder, same_content, scratch, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
 from echodistill_cli.lora.safetensors_io import read_header, write_safetensors
 from echodistill_cli.lora.tensors import (
@@ -168,9 +167,9 @@ def _write_once(
     if request.overwrite or not any(path.exists() for path in paths):
         write(first)
         return
-    with TemporaryDirectory(dir=first.parent, prefix=".", suffix=".tmp") as folder:
-        write(Path(folder) / first.name)
-        pairs = [(Path(folder) / path.name, path) for path in paths if (Path(folder) / path.name).exists()]
+    with scratch(first) as folder:
+        write(folder / first.name)
+        pairs = [(folder / path.name, path) for path in paths if (folder / path.name).exists()]
         for new, old in pairs:
             if old.exists() and not same_content(old, new) and not (request.push_to and _same_lora(old, new)):
                 raise ConfigError(f"{old} exists already.", "Replace it with --overwrite, or name another --output.")
