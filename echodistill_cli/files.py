@@ -86,7 +86,7 @@ def atomically(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch(path: Path) -> Iterator[Path]:
-    """Context that yields an empty folder beside a path. It is deleted in the end or, after a kill, by `recover`."""
+    """Context that yields an empty folder beside a path; `recover` deletes it after a kill."""
     recover(path)
     temporary = _temporary(path)
     try:
@@ -162,6 +162,18 @@ def read_json_lines(path: Path) -> tuple[list[Any], int]:
         except (ValueError, RecursionError):
             damaged += 1
     return values, damaged
+
+
+_MOST_BYTES = 50_000_000  # of a text file; the largest are vocabularies and lists of a model's weights
+
+
+def read_small(path: Path) -> bytes:
+    """Return the content of a text file. Raises an `OSError` if it is larger than such files are."""
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -341,20 +353,6 @@ def remove(path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32)), *map(chr, range(127, 160))}  # on at least one system
-_LONGEST_NAME = 255  # bytes, on nearly every disk
-
-
-def is_file_name(text: str) -> bool:
-    """Return whether a text may be a file's name, or a part of it, on every system; no path is."""
-    return bool(text.strip(" .")) and not set(text) & _NOT_IN_NAMES
-
-
-def is_too_long(name: str) -> bool:
-    """Return whether a name is too long for a file while it is written."""
-    return len(os.fsencode(f".{name}.{10**7 - 1}-{host_mark()}.tmp")) > _LONGEST_NAME
 
 
 _SEPARATOR = re.compile(r"[/\\]")

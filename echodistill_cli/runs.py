@@ -30,6 +30,8 @@ from echodistill_cli.config.build import (
     config_from_dict,
     config_to_dict,
     config_to_toml,
+    is_file_name,
+    is_too_long,
     read_toml,
 )
 from echodistill_cli.config.families import FAMILIES
@@ -39,11 +41,10 @@ from echodistill_cli.files import (
     atomically,
     discard,
     explained,
-    is_file_name,
-    is_too_long,
     locked,
     make_folder,
     read_json_lines,
+    read_small,
     recover,
     recover_below,
     remove,
@@ -189,7 +190,7 @@ class Run:
         import torch
 
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads(read_small(folder / "manifest.json"))
             if sha256(folder / "state.pt") != manifest["sha256"]:
                 raise ValueError("its content does not match its checksum")
             state = dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True))
@@ -286,7 +287,7 @@ def _is_run(folder: Path) -> bool:
     if any(folder.glob("checkpoints/step-*/manifest.json")) or any(folder.glob(f"{SAMPLES}/step-*.png")):
         return True
     try:  # a run that was killed while it was created has its settings alone, as this program writes them
-        return config_file.read_text("utf-8") == config_to_toml(config_from_dict(read_toml(config_file)))
+        return read_small(config_file).decode() == config_to_toml(config_from_dict(read_toml(config_file)))
     except (OSError, ValueError, EchoDistillError):
         return False
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import tomllib
 import typing
@@ -23,7 +24,7 @@ import tomli_w
 from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
 from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import expanded
+from echodistill_cli.files import expanded, host_mark, read_small
 
 OFF = "off"
 _BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
@@ -159,7 +160,7 @@ def read_toml(path: Path) -> Tables:
         ConfigError: the file cannot be read, is not TOML, or has a setting outside of any section.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = tomllib.loads(read_small(path).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).") from error
     except RecursionError as error:
@@ -351,7 +352,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def absolute(value: Any) -> Any:
-    """Return a setting in which existing local files and folders have absolute paths; a list becomes a tuple."""
+    """Return a setting with absolute paths of existing files and folders; a list becomes a tuple."""
     if isinstance(value, (tuple, list)):
         return tuple(map(absolute, value))
     if not isinstance(value, str) or not value or value in _ENCODERS:
@@ -361,3 +362,17 @@ def absolute(value: Any) -> Any:
         return str(path.absolute()) if path.exists() else value
     except OSError:  # for example, too long for a file name
         return value
+
+
+_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32)), *map(chr, range(127, 160))}  # on at least one system
+_LONGEST_NAME = 255  # bytes, on nearly every disk
+
+
+def is_file_name(text: str) -> bool:
+    """Return whether a text may be a file's name, or a part of it, on every system; no path is."""
+    return bool(text.strip(" .")) and not set(text) & _NOT_IN_NAMES
+
+
+def is_too_long(name: str) -> bool:
+    """Return whether a name is too long for a file while it is written."""
+    return len(os.fsencode(f".{name}.{10**7 - 1}-{host_mark()}.tmp")) > _LONGEST_NAME
