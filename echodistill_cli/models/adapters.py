@@ -170,7 +170,7 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _SharedProduct:
-    """The LoRA products of all layers that read the text features, in one product per layer width and rank.
+    """The LoRA products of all layers that read the text features, one product per shape.
 
     Args:
         layers: keys and values of the cross-attentions of one UNet.
