@@ -9,8 +9,9 @@
       vae_decoder/model.onnx            latent_sample (unscaled) -> sample, an image in [-1, 1]
 
 Folders, inputs and outputs of SD's graphs are named as Hugging Face's optimum names them. SDXL's text encoders differ:
-they return the second to last hidden state, which optimum expects beside all others. A graph takes one image of one
-size, in float32, which CPUs compute fastest. torch's own exporter writes it and needs the packages onnx and onnxscript.
+they return the second to last hidden state, which optimum expects beside all others. optimum's own pipelines were not
+tried on this folder: they need transformers 4. A graph takes one image of one size, in float32, which CPUs compute
+fastest. torch's own exporter writes it and needs the packages onnx and onnxscript.
 """
 
 from __future__ import annotations
