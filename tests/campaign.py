@@ -12,6 +12,7 @@ gives other instants, values and damages. What must hold:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -310,7 +311,7 @@ def begin() -> None:
         parser.add_argument(f"--{name}", type=int, default=count)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):  # some commands write where they run
         campaign = Campaign(Path(home), options.seed)
         for name in ("inputs", "files", "kills"):
             getattr(campaign, name)(getattr(options, name))
