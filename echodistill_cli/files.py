@@ -1,7 +1,8 @@
 """Write files atomically, recover after a kill, lock, explain failed writes, and shorten shown paths.
 
-While `NAME` is written it is called `.NAME.PID.tmp`. A folder that it replaces is called `.NAME.PID.old.tmp` until the
-new one is in place. `recover` settles what a killed process left under these names.
+While `NAME` is written it is called `.NAME.PID-HOST.tmp`. A folder that it replaces is called `.NAME.PID-HOST.old.tmp`
+until the new one is in place. `recover` settles what a killed process left under these names. HOST tells hosts and
+containers apart that share a disk: the process IDs of another one say nothing here.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import filecmp
+import functools
 import hashlib
 import json
 import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -77,6 +80,19 @@ def atomically(path: Path) -> Iterator[Path]:
             yield temporary
             _finish(temporary)
             _put_in_place(temporary, path)
+    finally:
+        remove(temporary)
+
+
+@contextlib.contextmanager
+def scratch(path: Path) -> Iterator[Path]:
+    """Context that yields an empty folder beside a path; `recover` deletes it after a kill."""
+    recover(path)
+    temporary = _temporary(path)
+    try:
+        with explained(path):
+            temporary.mkdir()
+        yield temporary
     finally:
         remove(temporary)
 
@@ -148,6 +164,18 @@ def read_json_lines(path: Path) -> tuple[list[Any], int]:
     return values, damaged
 
 
+_MOST_BYTES = 50_000_000  # of a text file; the largest are vocabularies and lists of a model's weights
+
+
+def read_small(path: Path) -> bytes:
+    """Return the content of a text file. Raises an `OSError` if it is larger than such files are."""
+    with path.open("rb") as file:
+        content = file.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return content
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file atomically; raises the errors of `atomically`."""
     with atomically(path) as temporary:
@@ -203,15 +231,25 @@ def _put_in_place(temporary: Path, path: Path) -> None:
         old.replace(path)
         raise
     # Only a whole folder may have a name from which `recover` restores it.
-    old.replace(temporary)
+    with contextlib.suppress(FileNotFoundError):  # another host has settled it
+        old.replace(temporary)
     remove(temporary)
 
 
-_LEFTOVER = re.compile(r"\.(.+)\.(\d+)(\.old)?\.tmp")
+_LEFTOVER = re.compile(r"\.(.+)\.(\d{1,10})(?:-([0-9a-f]{6}))?(\.old)?\.tmp")  # without HOST in older versions
+_IDLE = 3600  # seconds without a change, after which the process of another host is taken for dead
 
 
 def _temporary(path: Path, suffix: str = "") -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}{suffix}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}-{host_mark()}{suffix}.tmp")
+
+
+@functools.cache
+def host_mark() -> str:
+    """Return six hexadecimal digits that stand for this host and, on Linux, for its container."""
+    container = Path("/proc/self/ns/pid")
+    text = f"{platform.node()} {container.readlink() if container.is_symlink() else ''}"
+    return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 
 def _leftovers(folder: Path) -> list[tuple[Path, Path, bool]]:
@@ -220,24 +258,21 @@ def _leftovers(folder: Path) -> list[tuple[Path, Path, bool]]:
     with contextlib.suppress(OSError):  # what writes there explains why it cannot be read
         for entry in os.scandir(folder):
             match = _LEFTOVER.fullmatch(entry.name)
-            if match and not entry.is_symlink() and _is_gone(int(match[2])):
-                leftovers.append((folder / entry.name, folder / match[1], bool(match[3])))
+            if match and not entry.is_symlink() and _is_abandoned(folder / entry.name, match):
+                leftovers.append((folder / entry.name, folder / match[1], bool(match[4])))
     return leftovers
 
 
-def _is_gone(process: int) -> bool:
-    """Return whether a process has ended. In containers, this process often has the ID of the one before."""
-    if process == os.getpid():
+def _is_abandoned(path: Path, match: re.Match[str]) -> bool:
+    """Return whether the process is gone that made a temporary file or folder of this name."""
+    if match[3] in (None, host_mark()):
+        import psutil
+
+        # In containers, this process often has the ID of the one before.
+        return int(match[2]) == os.getpid() or not psutil.pid_exists(int(match[2]))
+    if match[4]:  # whoever settles an old version first, nothing is lost
         return True
-    if os.name == "nt":  # os.kill would end it
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except OSError:  # another user's
-        return False
-    return False
+    return time.time() - max(entry.lstat().st_mtime for entry in (path, *path.rglob("*"))) > _IDLE
 
 
 def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
@@ -320,20 +355,6 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32)), *map(chr, range(127, 160))}  # on at least one system
-_LONGEST_NAME = 255  # bytes, on nearly every disk
-
-
-def is_file_name(text: str) -> bool:
-    """Return whether a text may be a file's name, or a part of it, on every system; no path is."""
-    return bool(text.strip(" .")) and not set(text) & _NOT_IN_NAMES
-
-
-def is_too_long(name: str) -> bool:
-    """Return whether a name is too long for a file while it is written."""
-    return len(os.fsencode(f".{name}.{10**7 - 1}.tmp")) > _LONGEST_NAME
-
-
 _SEPARATOR = re.compile(r"[/\\]")
 _RELATIVE = re.compile(r"\.\.?[/\\]")
 
@@ -341,15 +362,6 @@ _RELATIVE = re.compile(r"\.\.?[/\\]")
 def expanded(path: str | Path) -> Path:
     """Return a path with `~` and `~user` expanded. An unknown user stays as it is, where pathlib raises."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
-
-
-def absolute_if_local(source: str) -> str:
-    """Return the absolute path of an existing file or folder; other text, such as a hub id, is unchanged."""
-    path = expanded(source)
-    try:
-        return str(path.absolute()) if path.exists() else source
-    except OSError:  # for example, too long for a file name
-        return source
 
 
 def public_name(value: str) -> str:

@@ -69,8 +69,7 @@ _RESULTS = {
     "Benchmark": "evaluation.dreambench", "Diagnosis": "planning", "DownloadRequest": "models.downloads",
     "Downloaded": "models.downloads", "Evaluation": "evaluation.evaluate", "ExportResult": "outputs.export",
     "Inspection": "lora.inspect", "PhotoReport": "data.photos", "Plan": "planning", "Sample": "outputs.sample",
-    "TrainResult": "outputs.export",
-    "WrittenSamples": "outputs.sample",
+    "TrainResult": "outputs.export", "WrittenSamples": "outputs.sample",
 }  # fmt: skip
 
 
@@ -120,9 +119,9 @@ def train(
     if overwrite and not resume and config.output.is_dir():  # tell before anything is loaded that it is being trained
         with Run(config.output, config).locked():
             pass
-    from echodistill_cli.models.downloads import check_reachable
+    from echodistill_cli.models.downloads import check_reachable  # without torch
 
-    check_reachable(config)  # without torch
+    check_reachable(config)
     config = with_absolute_paths(config)
     for warning in warnings_before(config, report):
         on_message(warning)
@@ -303,7 +302,7 @@ def export(request: ExportRequest, *, on_message: OnMessage = _ignore) -> Export
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written or pushed.
     """
-    request.check_paths()
+    request.check_paths()  # without torch
     from echodistill_cli.outputs.export import export as write_export
 
     return write_export(request, on_message)
@@ -337,10 +336,10 @@ def benchmark(request: BenchmarkRequest, *, on_event: OnEvent = _ignore, on_mess
 
 
 def check(folder: Path, *, resolution: int = 512, masks: str = "auto", captions: bool = True) -> PhotoReport:
-    """Return a verdict on each file of a photo folder. Loads no model.
+    """Return a verdict on each file of a folder of photos. Loads no model.
 
     Args:
-        folder: with the photos.
+        folder: the photos.
         resolution: side of the training images, in pixels.
         masks: "off" ignores subject masks.
         captions: read the .txt files.
@@ -367,6 +366,7 @@ def inspect(file: Path) -> Inspection:
         ConfigError: the file does not exist, or the run is not finished.
         ModelError: the file is damaged or not a safetensors file.
     """
+    SampleRequest([], lora=file).check_paths()  # without torch
     from echodistill_cli.lora.inspect import inspect_file
     from echodistill_cli.outputs.artifact import find
 

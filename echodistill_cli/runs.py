@@ -25,20 +25,26 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.config.build import config_from_dict, config_to_dict, config_to_toml, read_toml
+from echodistill_cli.config.build import (
+    absolute,
+    config_from_dict,
+    config_to_dict,
+    config_to_toml,
+    is_file_name,
+    is_too_long,
+    read_toml,
+)
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import (
-    absolute_if_local,
     atomically,
     discard,
     explained,
-    is_file_name,
-    is_too_long,
     locked,
     make_folder,
     read_json_lines,
+    read_small,
     recover,
     recover_below,
     remove,
@@ -184,7 +190,7 @@ class Run:
         import torch
 
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = json.loads(read_small(folder / "manifest.json"))
             if sha256(folder / "state.pt") != manifest["sha256"]:
                 raise ValueError("its content does not match its checksum")
             state = dict(torch.load(folder / "state.pt", map_location="cpu", weights_only=True))
@@ -281,7 +287,7 @@ def _is_run(folder: Path) -> bool:
     if any(folder.glob("checkpoints/step-*/manifest.json")) or any(folder.glob(f"{SAMPLES}/step-*.png")):
         return True
     try:  # a run that was killed while it was created has its settings alone, as this program writes them
-        return config_file.read_text("utf-8") == config_to_toml(config_from_dict(read_toml(config_file)))
+        return read_small(config_file).decode() == config_to_toml(config_from_dict(read_toml(config_file)))
     except (OSError, ValueError, EchoDistillError):
         return False
 
@@ -386,13 +392,7 @@ def _result_settings(config: Config) -> dict[str, Any]:
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
     """Return the first setting that differs: its key and both values. Paths may be relative or absolute."""
     changes = ((key, before[key], now[key]) for key in before.keys() & now.keys())
-    return next((one for one in sorted(changes, key=str) if _absolute(one[1]) != _absolute(one[2])), None)
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_absolute(item) for item in value]
-    return absolute_if_local(value) if isinstance(value, str) else value
+    return next((one for one in sorted(changes, key=str) if absolute(one[1]) != absolute(one[2])), None)
 
 
 def _last_written(folder: Path) -> float:

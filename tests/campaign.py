@@ -12,17 +12,19 @@ gives other instants, values and damages. What must hold:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,13 +67,17 @@ class Ended:
         return None
 
 
-def run(*words: object, kill_after: float | None = None) -> Ended:
-    """Run a command in a child process, and kill it after some seconds if asked to."""
+def run(*words: object, kill_after: float | None = None, signals: Sequence[tuple[float, int]] = ()) -> Ended:
+    """Run a command in a child process; kill it after some seconds, or send it signals after such pauses."""
     with tempfile.TemporaryDirectory() as place:
         out, err = Path(place, "out"), Path(place, "err")
         child = FORK.Process(target=_in_child, args=([str(word) for word in words], out, err))
         started = time.monotonic()
         child.start()
+        for pause, number in signals:
+            child.join(pause)
+            if child.exitcode is None and child.pid:
+                os.kill(child.pid, number)
         child.join(SECONDS if kill_after is None else kill_after)
         code = child.exitcode
         child.kill()
@@ -89,7 +95,8 @@ def _in_child(words: list[str], out: Path, err: Path) -> None:
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ["HF_HUB_OFFLINE"] = "1"
         torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # nothing may depend on the global generator
-        main(words)
+        sys.argv = ["echodistill", *words]
+        main()
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
@@ -146,9 +153,9 @@ class Campaign:
 
     def kills(self, count: int) -> None:
         """Kill commands at random instants, do what a person would do next, and compare."""
-        kinds = (self.kill_training, self.kill_overwrite, self.kill_from_step, self.kill_writing)
+        kinds = (self.kill_training, self.kill_overwrite, self.kill_from_step, self.kill_writing, self.signal_anything)
         for index in range(count):
-            kinds[index % 4](f"run-{index}")
+            kinds[index % len(kinds)](f"run-{index}")
 
     def kill_training(self, name: str) -> None:
         """A run that is killed up to three times: in the head start, the joint steps, the carry back, or at the end."""
@@ -193,6 +200,22 @@ class Campaign:
         litter = [str(path) for path in self.home.joinpath(name).rglob("*.tmp")]
         fault = again.fault or (again.err if again.code else f"litter {litter}" if litter else None)
         self.note("kill writing", str(line), fault)
+
+    def signal_anything(self, name: str) -> None:
+        """A command that gets one or two signals: it ends with the code of one of them, and leaves no litter."""
+        folder = self.home / name
+        shutil.copytree(self.reference, folder)
+        train = ("train", self.photos, "--config", self.toml, "-o", folder)
+        line = self.random.choice([(*train, "--overwrite"), (*train, "--resume"), *self.writing(folder)])
+        first = (self.random.uniform(0.0, 1.0) * self.duration, self.random.choice(STOPS))
+        again = [(self.random.choice((0.0, 0.01, 0.3)), self.random.choice(STOPS))] * self.random.randrange(2)
+        ended = run(*line, signals=[first, *again])
+        # After the command the program has no handlers, and ends as any other.
+        expected = {0, *(code for _, number in (first, *again) for code in (128 + number, -number))}
+        litter = [str(path) for path in folder.rglob("*.tmp")] if not again else []
+        fault = ended.fault if ended.code not in expected or "Traceback" in ended.err else None
+        self.note("signal", f"{line} {first} {again}", fault or (f"litter {litter}" if litter else None))
+        shutil.rmtree(folder, ignore_errors=True)
 
     def writing(self, run_folder: Path) -> Iterator[tuple[object, ...]]:
         """Commands that write files from a finished run."""
@@ -275,6 +298,7 @@ class Campaign:
 
 _SHORT = """0 -1 1e999 nan 99999999999999999999 ключ a/b ../x {} [1] off none " ' true 1,2,,3 ~nobody/x /proc/self/mem
 C:\\a <lora:a:1> 2024-01-01 0x10 auto cuda:99 meta @ owner/name@main 🐸 \u202eabc 1_000 1e-400 -0 .inf"""
+STOPS = (signal.SIGINT, signal.SIGTERM)
 WORDS = (*_SHORT.split(), "", "a\nb", "--w 3", "x" * 300, "{" * 2000, "sks " * 200)
 SAMPLING = ("--size", "--steps", "--guidance", "--seed", "--lora-scale", "--role", "--model", "-n", "--width", "-o")
 
@@ -287,7 +311,7 @@ def begin() -> None:
         parser.add_argument(f"--{name}", type=int, default=count)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):  # some commands write where they run
         campaign = Campaign(Path(home), options.seed)
         for name in ("inputs", "files", "kills"):
             getattr(campaign, name)(getattr(options, name))

@@ -7,6 +7,9 @@ import os
 import platform
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +22,12 @@ from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import (
     atomically,
     explained,
+    host_mark,
     last_part,
     make_folder,
     public_name,
     recover_below,
+    scratch,
     sha256,
     write_bytes,
     write_text,
@@ -31,6 +36,7 @@ from echodistill_cli.pipeline import resumed_config
 from echodistill_cli.runs import (
     Run,
     check_name,
+    check_output,
     create_run,
     newest_run,
     open_run,
@@ -38,6 +44,8 @@ from echodistill_cli.runs import (
 )
 
 DEAD = 2**31 - 1  # no process has this ID
+OTHER_HOST = "0123ab"
+ROOT = Path(__file__).parents[1]
 
 
 def config_at(folder: Path, **changes: Any) -> Config:
@@ -484,6 +492,42 @@ def test_leftovers_of_a_killed_process_are_removed_and_nothing_else(run: Run) ->
     assert everything_in(run.folder) == before
 
 
+def test_what_a_live_process_of_another_host_writes_is_not_touched(run: Run) -> None:
+    # Its ID says nothing here: there is no such process, or it is another one.
+    writing = run.checkpoints / f".step-000010.{DEAD}-{OTHER_HOST}.tmp"
+    writing.mkdir(parents=True)
+    (writing / "state.pt").touch()
+    file = run.folder / f".config.toml.{DEAD}-{OTHER_HOST}.tmp"
+    file.touch()
+    recover_below(run.folder)
+    write_text(run.folder / "config.toml", (run.folder / "config.toml").read_text())
+    with pytest.raises(ConfigError, match="exists already"):
+        check_output(run.config, overwrite=False)
+    assert (writing / "state.pt").exists()
+    assert file.exists()
+
+
+def test_what_a_dead_process_of_another_host_left_is_settled_when_it_is_old(run: Run) -> None:
+    hours_ago = time.time() - 7200
+    left, growing = (run.folder / f".{name}.{DEAD}-{OTHER_HOST}.tmp" for name in ("left", "growing"))
+    for folder in (left, growing):
+        folder.mkdir()
+        (folder / "part").touch()
+    for path in (left / "part", left, growing):
+        os.utime(path, (hours_ago, hours_ago))
+    recover_below(run.folder)
+    assert not left.exists()
+    assert growing.exists()
+    run.folder.rename(run.folder.with_name(f".{run.folder.name}.{DEAD}-{OTHER_HOST}.old.tmp"))
+    assert open_run(run.folder).config == run.config, "an old version comes back at once"
+
+
+def test_processes_in_one_container_have_one_mark() -> None:
+    code = "from echodistill_cli.files import host_mark; print(host_mark())"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert other.stdout.strip() == host_mark()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -546,6 +590,17 @@ def test_while_it_is_written_a_file_has_another_name_in_the_same_folder(tmp_path
         assert temporary.parent == tmp_path
         assert temporary.name.startswith(".file.")
         assert not (tmp_path / "file").exists()
+
+
+def test_a_scratch_folder_of_a_killed_process_is_settled(tmp_path: Path) -> None:
+    with scratch(tmp_path / "a.safetensors") as folder:
+        (folder / "a.safetensors").touch()
+        left = folder.with_name(folder.name.replace(str(os.getpid()), str(DEAD)))
+        shutil.copytree(folder, left)
+    assert left.exists()
+    with scratch(tmp_path / "a.safetensors"):
+        assert not left.exists()
+    assert everything_in(tmp_path) == set()
 
 
 def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:

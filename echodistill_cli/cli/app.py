@@ -151,29 +151,40 @@ class Terminated(SystemExit):
     """SIGTERM as an exception, so that temporary files are removed on the way out."""
 
 
-@contextmanager
-def signals() -> Iterator[list[int]]:
-    """Context in which SIGTERM raises `Terminated`, SIGINT `KeyboardInterrupt`; yields what came.
+class _Signals:
+    """Context in which a signal ends a command: SIGINT as `KeyboardInterrupt`, SIGTERM as `Terminated`.
 
     Libraries that are being imported turn the exception into one of their own.
+
+    Args:
+        last: whether the process ends after the context. A signal then ends it at once, where Python would print a
+            traceback.
+
+    Attributes:
+        received: numbers of the signals that came.
+        raising: whether a signal raises. While a command's end is explained, no second signal may interrupt that.
     """
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
 
-    def end(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
+    def __init__(self, *, last: bool) -> None:
+        self.last, self.raising = last, False
+        self.received: list[int] = []
+        self._previous: dict[int, Any] = {}
 
-    previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, end)}
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in a background job
-        previous[signal.SIGINT] = signal.signal(signal.SIGINT, end)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._end)}
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else ignored, as in a background job
+                self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._end)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, signal.SIG_DFL if self.last else handler)
+
+    def _end(self, number: int, _frame: FrameType | None) -> None:
+        self.received.append(number)
+        if self.raising:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
 
 
 class _Stream:
@@ -226,32 +237,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     before = sys.stdout, sys.stderr
     out, err = _Stream(sys.stdout), _Stream(sys.stderr)
-    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
-    try:
-        code = _run(arguments)
-        out.flush()
-        if not code and out.error and out.error.errno != errno.EPIPE:  # a reader that is gone wanted no more
-            code = _fail(f"The result could not be printed ({out.error.strerror}).", 1)
-        err.flush()
-    finally:
-        sys.stdout, sys.stderr = before
+    with _Signals(last=argv is None) as signals:
+        sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, err)
+        try:
+            code = _run(arguments, signals)
+            out.flush()
+            if not code and out.error and out.error.errno != errno.EPIPE:  # a reader that is gone wanted no more
+                code = _fail(f"The result could not be printed ({out.error.strerror}).", 1)
+            err.flush()
+        finally:
+            sys.stdout, sys.stderr = before
     sys.exit(code)
 
 
-def _run(arguments: Sequence[str]) -> int:
+def _run(arguments: Sequence[str], signals: _Signals) -> int:
     """Run a command and return its exit code, after one line about any error."""
-    with signals() as received:
+    try:
         try:
+            signals.raising = True
             _check_surroundings(arguments)
             code = app(args=arguments or ["--help"], prog_name="echodistill", standalone_mode=False)
             if code == 130:  # Typer returns it after a KeyboardInterrupt
                 raise KeyboardInterrupt
             return int(code or 0)
-        except (Exception, KeyboardInterrupt, Terminated) as error:
-            code = _explain(error, arguments, received)
-            if code is None:
-                raise
-            return code
+        finally:
+            signals.raising = False
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        signals.raising = False  # a signal may have come before the line that says so
+        code = _explain(error, arguments, signals.received)
+        if code is None:
+            raise
+        return code
 
 
 def _check_surroundings(arguments: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from echodistill_cli.cli.options import Json, Quiet, bool_option, quiet_librarie
 from echodistill_cli.cli.progress import ImageProgress
 from echodistill_cli.cli.show import print_paths, stderr_console
 from echodistill_cli.cli.train import MODELS
+from echodistill_cli.config.families import read_small
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.pipeline import OnMessage
 
@@ -23,6 +24,7 @@ _PANEL = "Generation"
 # Options that kohya's trainers read behind a prompt: --n negative, --w width, --h height, --d seed, --s steps, --l CFG.
 _OPTION_IN_PROMPT = re.compile(r"(?:^|\s)(--(?:[A-Za-z]{1,2}(?=[\s=])|[A-Za-z]+(?=[\s=]+-?\d)))")
 _OUR_OPTION = {"w": "--width", "h": "--height", "d": "--seed", "s": "--steps", "l": "--guidance"}
+_LONGEST_PROMPT = 10_000  # characters; models read 77 tokens, and to count the tokens of a whole book takes minutes
 _ENCODINGS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 Seed = Annotated[
@@ -170,10 +172,12 @@ def check_prompt(name: str, prompt: str) -> None:
         prompt: to check.
 
     Raises:
-        ConfigError: it is empty, or holds an option such as "--w 512".
+        ConfigError: it is empty or endless, or holds an option such as "--w 512".
     """
     if not prompt.strip():
         raise ConfigError(f"{name} is empty.", 'Write one: --prompt "a photo of a sks dog on the beach"')
+    if len(prompt) > _LONGEST_PROMPT:
+        raise ConfigError(f"{name} has {len(prompt)} characters, more than any model reads.", "Shorten it.")
     if found := _OPTION_IN_PROMPT.search(prompt):
         own = _OUR_OPTION.get(found[1].lstrip("-"))
         instead = f" and use {own} for all prompts" if own else ""
@@ -191,7 +195,7 @@ def read_prompts(flag: str, file: Path) -> list[str]:
         ConfigError: the file cannot be read, or a prompt holds an option such as "--w 512".
     """
     try:
-        content = file.read_bytes()
+        content = read_small(file)
         encoding = next((name for mark, name in _ENCODINGS.items() if content.startswith(mark)), "utf-8")
         lines = [line.strip() for line in content.decode(encoding).splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import tomllib
 import typing
@@ -23,7 +24,7 @@ import tomli_w
 from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
 from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import absolute_if_local
+from echodistill_cli.files import expanded, host_mark, read_small
 
 OFF = "off"
 _BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
@@ -159,7 +160,7 @@ def read_toml(path: Path) -> Tables:
         ConfigError: the file cannot be read, is not TOML, or has a setting outside of any section.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        tables = tomllib.loads(read_small(path).decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}).") from error
     except RecursionError as error:
@@ -346,11 +347,32 @@ def with_absolute_paths(config: Config) -> Config:
     sections = {}
     for section, keys in _LOCAL.items():
         settings = getattr(config, section)
-        sections[section] = dataclasses.replace(settings, **{key: _absolute(getattr(settings, key)) for key in keys})
+        sections[section] = dataclasses.replace(settings, **{key: absolute(getattr(settings, key)) for key in keys})
     return dataclasses.replace(config, **sections)
 
 
-def _absolute(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_absolute, value))
-    return value if not value or value in _ENCODERS else absolute_if_local(value)
+def absolute(value: Any) -> Any:
+    """Return a setting with absolute paths of existing files and folders; a list becomes a tuple."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(absolute, value))
+    if not isinstance(value, str) or not value or value in _ENCODERS:
+        return value
+    path = expanded(value)
+    try:
+        return str(path.absolute()) if path.exists() else value
+    except OSError:  # for example, too long for a file name
+        return value
+
+
+_NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32)), *map(chr, range(127, 160))}  # on at least one system
+_LONGEST_NAME = 255  # bytes, on nearly every disk
+
+
+def is_file_name(text: str) -> bool:
+    """Return whether a text may be a file's name, or a part of it, on every system; no path is."""
+    return bool(text.strip(" .")) and not set(text) & _NOT_IN_NAMES
+
+
+def is_too_long(name: str) -> bool:
+    """Return whether a name is too long for a file while it is written."""
+    return len(os.fsencode(f".{name}.{10**7 - 1}-{host_mark()}.tmp")) > _LONGEST_NAME

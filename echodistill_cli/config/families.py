@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from echodistill_cli.errors import EchoDistillError, ModelError, is_out_of_memory
 from echodistill_cli.files import expanded
+from echodistill_cli.files import read_small as read_small
 
 FamilyName = Literal["sd", "sdxl"]
 _PIXELS_PER_LATENT = 8  # along one side, in every published model of both families
@@ -168,7 +169,7 @@ def _unet_settings(source: str | Path) -> dict[str, Any] | None:
         path = expanded(source)
         folder = path if path.is_dir() else None if path.is_file() else _cached_folder(str(source))
         file = folder / "unet" / "config.json" if folder else None
-        settings = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else None
+        settings = json.loads(read_small(file)) if file and file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
@@ -292,7 +293,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     with reading(path):
         check_regular_files(path.parent)
-        content = path.read_bytes()
+        content = read_small(path)
         if not content.strip():
             raise ModelError(f"{path} is empty.", _REPLACE)
         try:

@@ -1,11 +1,14 @@
-"""Warnings about a valid configuration: settings without effect, toys that do not know the subject."""
+"""Warnings about a valid configuration: settings without effect, unsuitable toys. Also two checks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.util
+import re
+from collections.abc import Iterator, Sequence
 
 from echodistill_cli.config.build import PRESETS
-from echodistill_cli.config.schema import Config, TrainConfig
+from echodistill_cli.config.schema import Config, TrainConfig, nearest
+from echodistill_cli.errors import ConfigError, ModelError
 
 
 def warnings(config: Config) -> Iterator[str]:
@@ -58,3 +61,58 @@ def toy_warning(config: Config, longest_side: int) -> str | None:
     what = "no class name was given" if name is None else f"{name!r} is {'' if is_known else 'not '}among them"
     known = ", ".join(toy.nouns)
     return f"The toy model knows {len(toy.nouns)} nouns: {known}; {what}. Photos become {side}-pixel drawings."
+
+
+# Of accelerate's trackers, those that start without an account, and Weights & Biases, which can (WANDB_MODE=offline).
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "aim")
+_NEED_ACCOUNTS = ("comet_ml", "clearml", "swanlab", "dvclive")
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that every tracker is known and installed, before models are loaded.
+
+    Args:
+        names: as in `run.report_to`.
+
+    Raises:
+        ConfigError: a tracker is unknown or its package is missing.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            near = nearest(name, TRACKERS)
+            raise ConfigError(
+                f"--report-to {name} is {_why_not(name)}; choose from {', '.join(TRACKERS)}.",
+                f"Did you mean {near}?" if near else None,
+            )
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"--report-to {name} needs the package {name}.", f"Install it: pip install {name}")
+
+
+def _why_not(name: str) -> str:
+    return "not supported, as it needs an account or a repository" if name in _NEED_ACCOUNTS else "unknown"
+
+
+def check_vram(student: str, text: str) -> bool:
+    """Return True after a check of what --vram names, as far as that needs no device.
+
+    Raises:
+        ConfigError: it is neither a number nor "auto".
+        ModelError: the student is embedded, so there is no plan for it.
+    """
+    parse_gib(text)
+    if student.startswith("mini:"):
+        raise ModelError(f"The memory that {student} needs is small.", "Omit --vram.")
+    return True
+
+
+def parse_gib(text: str) -> float | None:
+    """Return the amount of memory that --vram names in GiB; None for "auto".
+
+    Raises:
+        ConfigError: it is neither a number nor "auto".
+    """
+    if text == "auto":
+        return None
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    raise ConfigError(f"--vram {text} is not a number.", "Use GiB, such as 8, 12, 16 or 24, or auto.")

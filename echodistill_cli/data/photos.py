@@ -19,12 +19,14 @@ from PIL import Image
 
 from echodistill_cli.data.images import Notes, UnusableError, read_image
 from echodistill_cli.errors import PhotoError
+from echodistill_cli.files import read_small
 
 MIN_SIDE = 16  # pixels; smaller images are icons
 SHARPNESS = 250.0  # the reference photos have at least 1100; blurred with sigma 3 at 768 px, at most 92
 COPY_CORRELATION = 0.95  # different photos of one subject have at most 0.73; a strongly re-encoded copy has 0.99
 MIN_CONTRAST = 4.0  # standard deviation of gray values 0…255
 PANORAMA = 2.2  # aspect ratio
+_LONGEST_CAPTION = 10_000  # characters; models read 77 tokens
 MAX_CUT = 0.4  # fraction of the image outside its square crop: 16:9 is reported, 3:2 is not
 MAX_MASK_CUT = 0.1  # fraction of the subject outside the square crop
 _IGNORED = {".txt", ".json", ".md"}
@@ -259,12 +261,15 @@ def _caption(path: Path, notes: Notes) -> str | None:
         if not file.is_file():  # a pipe would block
             notes.warnings += [f"{file.name} is ignored: it is not a regular file"] * file.exists()
             return None
-        lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.strip() for line in read_small(file).decode("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         notes.warnings.append(f"{file.name} is ignored: it cannot be read as UTF-8 text ({type(error).__name__})")
         return None
     if not lines:
         notes.warnings.append(f"{file.name} is ignored: it is empty")
+        return None
+    if len(lines[0]) > _LONGEST_CAPTION:
+        notes.warnings.append(f"{file.name} is ignored: {len(lines[0])} characters are too many for a caption")
         return None
     if more := len(lines) - 1:
         notes.warnings.append(f"only the first line of {file.name} is the caption; {more} more with text not read")

@@ -228,6 +228,9 @@ def _generate(
             save_png(home / _file_name(one.prompt, one.seed), one.image, one.texts)
             if number % max(1, total // 10) == 0:
                 on_message(f"image {number}/{total}")
+    for prompt, row in rows.items():
+        if prompt not in missing and (unread := _open(row[0]).info.get("cut_off")):  # `sample` reports the missing ones
+            on_message(f"The prompt {prompt!r} is too long. The model did not read {unread!r}.")
     # A request may leave steps and guidance open; the image's metadata has them.
     texts = _open(rows[prompts[0]][0]).info
     recorded: dict[str, Any] = {key: str(texts[key]) for key in ("steps", "guidance_scale") if key in texts}

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import make_folder
+from echodistill_cli.files import host_mark, make_folder
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_STRENGTH, MOST_SEED, STEPS = 2.0, 2**32 - 1, (1, 2, 4)
@@ -159,9 +159,10 @@ def private_folder(output: Path) -> Path:
     Args:
         output: folder of the runs.
     """
-    folder = output.absolute() / ".live" / f"tmp-{os.getpid()}"
-    for old in folder.parent.glob("tmp-*"):
-        process = old.name.removeprefix("tmp-")
+    here = f"tmp-{host_mark()}-"  # the disk may be shared with other hosts
+    folder = output.absolute() / ".live" / f"{here}{os.getpid()}"
+    for old in folder.parent.glob(f"{here}*"):
+        process = old.name.removeprefix(here)
         if process.isdecimal() and not psutil.pid_exists(int(process)):  # its page was killed
             shutil.rmtree(old, ignore_errors=True)
     make_folder(folder).chmod(0o700)

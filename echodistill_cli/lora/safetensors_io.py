@@ -1,14 +1,12 @@
 """Read and write safetensors files: reproducible bytes, atomic writes and precise errors.
 
-Format: 8 bytes little-endian header length, the header as JSON, then the tensors' bytes, called the *body*.
-Source: https://github.com/huggingface/safetensors#format.
+The format is that of `lora.frame`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,12 @@ from torch import Tensor
 
 from echodistill_cli.errors import EchoDistillError, ModelError
 from echodistill_cli.files import atomically
+from echodistill_cli.lora.frame import LENGTH_BYTES, body_start, check_frame
 
 # Dtype ("F16") and shape of every tensor of a file, by key.
 Table = dict[str, tuple[str, tuple[int, ...]]]
-LENGTH_BYTES = 8
 MAX_TENSORS = 100_000  # the largest published models have some thousands
 _LONGEST_KEY = 1000
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
-_FOREIGN_FILES = (
-    (b"PK\x03\x04", "is a zip archive or a PyTorch .ckpt under another name", "Convert it to safetensors first."),
-    (b"\x80", "is a Python pickle, which can run code when opened", "Convert it to safetensors first."),
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file itself", "Fetch the file with `git lfs pull`."),
-    (b"<", "is a web page, not a model", "Log in or use another address, then download it again."),
-)
 
 
 def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -60,7 +51,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
         for name, tensor in tensors.items()
     }
     content: bytes = save(plain, dict(metadata))
-    start = _body_start(content)
+    start = body_start(content)
     # The library writes the metadata in hash order, which differs between processes. Sorting it makes the bytes
     # reproducible. The offsets are relative to the body, so they stay valid.
     header = json.dumps(json.loads(content[LENGTH_BYTES:start]), sort_keys=True, separators=(",", ":")).encode()
@@ -71,7 +62,7 @@ def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 def body_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the body that `serialize` writes, in hex: kohya's and A1111's hash of a model."""
     content = serialize(tensors, {})
-    return hashlib.sha256(memoryview(content)[_body_start(content) :]).hexdigest()
+    return hashlib.sha256(memoryview(content)[body_start(content) :]).hexdigest()
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -124,7 +115,7 @@ def read_header(path: Path) -> tuple[dict[str, str], Table]:
     Raises:
         ModelError: the file is missing, empty, truncated, damaged or not a safetensors file.
     """
-    _check_frame(path)
+    check_frame(path)
     try:
         with safe_open(path, framework="pt") as file:
             keys = file.keys()
@@ -180,7 +171,7 @@ def is_finite(tensor: Tensor) -> bool:
 def _sort_header(path: Path) -> None:
     """Make the bytes reproducible, as `serialize` does, but in place: the body may have gigabytes."""
     with path.open("rb+") as file:
-        length = _body_start(file.read(LENGTH_BYTES)) - LENGTH_BYTES
+        length = body_start(file.read(LENGTH_BYTES)) - LENGTH_BYTES
         header = json.dumps(json.loads(file.read(length)), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         content = header.encode()
         if len(content) <= length:
@@ -203,42 +194,8 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(*bits)
 
 
-def _check_frame(path: Path) -> None:
-    """Raise a ModelError that says what the file is if it cannot be a safetensors file."""
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise ModelError(f"{path} is a folder.", "Give the .safetensors file in it.")
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe or a device could wait forever
-            raise ModelError(f"{path} is not a regular file.", "Give a .safetensors file.")
-        size = status.st_size
-        with path.open("rb") as file:
-            start = file.read(64)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist.") from error
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error.strerror}).") from error
-    if size == 0:
-        raise ModelError(f"{path} is empty (0 bytes).", "Download or export it again.")
-    body_start = _body_start(start)
-    if start[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{" and body_start <= size:
-        return
-    for signature, what, remedy in _FOREIGN_FILES:
-        if start.lstrip().startswith(signature):
-            raise ModelError(f"{path} {what}.", remedy)
-    length = body_start - LENGTH_BYTES
-    if size < LENGTH_BYTES or (length <= MAX_HEADER_BYTES and body_start > size):
-        raise ModelError(f"{path} is truncated in its header ({size} bytes).", "Download or export it again.")
-    raise ModelError(f"{path} is not a safetensors file: it claims a header of {length} bytes.")
-
-
 def _damaged(path: Path, error: SafetensorError) -> ModelError:
     return ModelError(f"{path} is truncated or damaged ({error}).", "Download or export it again.")
-
-
-def _body_start(content: bytes) -> int:
-    """Return the offset of the body, from a file's first bytes."""
-    return LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from echodistill_cli.config.schema import Config
-from echodistill_cli.config.warnings import toy_warning, warnings
+from echodistill_cli.config.warnings import check_trackers, toy_warning, warnings
 from echodistill_cli.runs import CONFIG_FILE, check_name, resume_run
 
 if TYPE_CHECKING:
@@ -25,10 +25,7 @@ def check_before(config: Config) -> PhotoReport:
     from echodistill_cli.data.photos import load_photos
 
     check_name(config)
-    if config.run.report_to:
-        from echodistill_cli.training.loop import check_trackers
-
-        check_trackers(config.run.report_to)
+    check_trackers(config.run.report_to)
     return load_photos(
         Path(config.concept.photos),
         min_photos=config.concept.min_photos,

@@ -20,7 +20,7 @@ from typing import Any
 
 from echodistill_cli.config.schema import Config, nearest
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import expanded
+from echodistill_cli.files import expanded, read_small
 
 COLUMNS = {
     "photos": "concept.photos",
@@ -129,7 +129,7 @@ def read_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if reader is None:
         raise ConfigError(f"{file} is no manifest: its name ends in none of {', '.join(FORMS)}.")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_small(file).decode("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{file} cannot be read ({error.strerror}).") from error
     except ValueError as error:

@@ -170,17 +170,17 @@ def _product_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _SharedProduct:
-    """The LoRA products of all layers that read the text features, in one product per layer width.
+    """The LoRA products of all layers that read the text features, one product per shape.
 
     Args:
         layers: keys and values of the cross-attentions of one UNet.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        widths: dict[int, list[Any]] = {}
-        for layer in layers:
-            widths.setdefault(layer.base_layer.out_features, []).append(layer)
-        self.groups = list(widths.values())
+        shapes: dict[tuple[int, int], list[Any]] = {}
+        for layer in layers:  # in a file of another tool, each layer may have a rank of its own
+            shapes.setdefault((layer.base_layer.out_features, layer.r[ADAPTER]), []).append(layer)
+        self.groups = list(shapes.values())
         self.layers = [layer for group in self.groups for layer in group]
 
     def compute(self, unet: Any, _inputs: tuple[Any, ...], options: dict[str, Any]) -> None:

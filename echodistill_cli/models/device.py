@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from echodistill_cli.config.build import PRESETS
 from echodistill_cli.config.families import FAMILIES, Family, Size, family_of_width, read_json
 from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.config.warnings import parse_gib
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.downloads import backbones
@@ -292,19 +292,13 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Me
             f"The memory that {config.model.student} needs is not known.",
             "Omit --vram, which supports models of the size of SD-Turbo and SDXL-Turbo.",
         )
-    budget = None if vram == "auto" else _gib(vram)
+    budget = parse_gib(vram)
     device = pick_device(config.model.device)
     precision = PRECISIONS[pick_dtype("auto", device)]
     # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
     if device.type == "cpu" or (budget is not None and precision == "fp32"):
         precision = "bf16"
     return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision)
-
-
-def _gib(text: str) -> float:
-    if re.fullmatch(r"\d+(\.\d+)?", text):
-        return float(text)
-    raise ConfigError(f"--vram {text} is not a number.", "Use GiB, such as 8, 12, 16 or 24, or auto.")
 
 
 def memory_lines(plan: MemoryPlan) -> Iterator[str]:

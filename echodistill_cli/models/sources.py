@@ -14,6 +14,7 @@ from typing import Any
 from echodistill_cli.config.families import first_line, read_json, reading
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import expanded
+from echodistill_cli.lora.frame import check_frame
 
 WEIGHT_NAMES = ("diffusion_pytorch_model", "model")
 
@@ -98,6 +99,7 @@ def is_variant(name: str, variant: str | None) -> bool:
 def _checked_file(path: Path) -> Path:
     if path.suffix != ".safetensors":
         raise ModelError(f"{path.name}: only .safetensors files are read, never pickles.", "Convert it first.")
+    check_frame(path)
     return path
 
 
@@ -307,9 +309,10 @@ def missing_parts(source: str, parts: Sequence[str], revision: str | None = None
         revision: git revision on the hub.
 
     Raises:
-        ModelError: the source is neither a folder, nor a file, nor a hub id.
+        ModelError: the source is neither a folder, nor a file, nor a hub id; or one on this machine is incomplete.
     """
     if is_embedded(source) or expanded(source).exists():
+        resolve(source, parts)
         return []
     source, revision = _split_revision(source, revision)
     _check_id(source)

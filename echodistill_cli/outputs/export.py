@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from PIL import Image
@@ -27,7 +26,7 @@ from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.diffusion.text import has_token, insert_token
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.files import make_folder, same_content, write_text
+from echodistill_cli.files import make_folder, same_content, scratch, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
 from echodistill_cli.lora.safetensors_io import read_header, write_safetensors
 from echodistill_cli.lora.tensors import (
@@ -47,7 +46,7 @@ from echodistill_cli.outputs.apply import (
 )
 from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run
 from echodistill_cli.outputs.card import merged_card, model_card, write_workflow
-from echodistill_cli.outputs.hub import check_repository, exported_files, push, run_files
+from echodistill_cli.outputs.hub import exported_files, push, run_files
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
 from echodistill_cli.outputs.requests import ExportRequest
 from echodistill_cli.runs import OnMessage, Run
@@ -103,6 +102,7 @@ def export(request: ExportRequest, on_message: OnMessage = lambda _line: None) -
         ModelError: a model is missing, or the LoRA does not fit it.
         EchoDistillError: a file cannot be written, or the hub refuses.
     """
+    request.check_paths()
     artifact = find(request.source, step=request.step).load()
     items, token_file = _plan(artifact, request)
     files = (*(item.path for item in items), *([token_file] if token_file else []))
@@ -168,9 +168,9 @@ def _write_once(
     if request.overwrite or not any(path.exists() for path in paths):
         write(first)
         return
-    with TemporaryDirectory(dir=first.parent, prefix=".", suffix=".tmp") as folder:
-        write(Path(folder) / first.name)
-        pairs = [(Path(folder) / path.name, path) for path in paths if (Path(folder) / path.name).exists()]
+    with scratch(first) as folder:
+        write(folder / first.name)
+        pairs = [(folder / path.name, path) for path in paths if (folder / path.name).exists()]
         for new, old in pairs:
             if old.exists() and not same_content(old, new) and not (request.push_to and _same_lora(old, new)):
                 raise ConfigError(f"{old} exists already.", "Replace it with --overwrite, or name another --output.")
@@ -190,22 +190,14 @@ def _same_lora(left: Path, right: Path) -> bool:
 
 def _check_request(artifact: Artifact, request: ExportRequest) -> None:
     """Check that an artifact can be exported as requested."""
-    layouts, is_file = set(request.layouts), artifact.file is not None
+    layouts = set(request.layouts)
     if request.bundle_embedding and (artifact.token is None or layouts != {"kohya"}):
         raise ConfigError(
             "--bundle-embedding needs a learned token and the kohya layout.",
             "Use it for a run with --text token, with --format kohya.",
         )
-    if is_file and len(request.roles) > 1 and layouts & set(_LORA_LAYOUTS):
-        raise ConfigError(f"{request.source} is one LoRA, and --role both asks for two.", "Omit --role.")
     if "onnx" in layouts:
         check_onnx("onnx", "onnxscript")
-        if "teacher" in request.roles:
-            raise ConfigError("--format onnx writes the one-step student only.", "Omit --role.")
-    if request.push_to is not None:
-        check_repository(request.push_to)
-        if is_file:
-            raise ConfigError("--push-to-hub sends a run with its card.", "Name a run folder instead of a file.")
 
 
 def _file_name(artifact: Artifact, role: Role, layout: str, request: ExportRequest) -> str:

@@ -23,7 +23,6 @@ from echodistill_cli.outputs.artifact import from_run
 from echodistill_cli.runs import CONFIG_FILE, SAMPLES, Run
 
 _IMAGE_LINK = re.compile(r"!\[[^\]]*\]\(([^)\s]+)\)")
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 Content = Path | bytes
 
 
@@ -78,18 +77,6 @@ def _inside(folder: Path) -> list[Path]:
     return [f for f in folder.rglob("*") if f.is_file() and f.resolve().is_relative_to(folder.resolve())]
 
 
-def check_repository(repository: str) -> None:
-    """Check the form of a repository's id.
-
-    Raises:
-        ConfigError: it is not OWNER/NAME.
-    """
-    if not _REPOSITORY.fullmatch(repository):
-        raise ConfigError(
-            f"--push-to-hub {repository!r} is not of the form OWNER/NAME.", "Example: --push-to-hub me/sks-dog"
-        )
-
-
 def push(repository: str, files: Mapping[str, Content], *, private: bool | None = None) -> str:
     """Create the repository if it does not exist, and send all files in one commit. Returns its address.
 
@@ -104,7 +91,6 @@ def push(repository: str, files: Mapping[str, Content], *, private: bool | None 
     from httpx2 import HTTPError, InvalidURL
     from huggingface_hub import CommitOperationAdd, HfApi, constants
 
-    check_repository(repository)
     if constants.HF_HUB_OFFLINE:
         raise EchoDistillError(
             f"{repository} was not sent: this machine is set to offline.", "Omit --offline and unset HF_HUB_OFFLINE."

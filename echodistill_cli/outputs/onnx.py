@@ -9,8 +9,9 @@
       vae_decoder/model.onnx            latent_sample (unscaled) -> sample, an image in [-1, 1]
 
 Folders, inputs and outputs of SD's graphs are named as Hugging Face's optimum names them. SDXL's text encoders differ:
-they return the second to last hidden state, which optimum expects beside all others. A graph takes one image of one
-size, in float32, which CPUs compute fastest. torch's own exporter writes it and needs the packages onnx and onnxscript.
+they return the second to last hidden state, which optimum expects beside all others. optimum's own pipelines were not
+tried on this folder: they need transformers 4. A graph takes one image of one size, in float32, which CPUs compute
+fastest. torch's own exporter writes it and needs the packages onnx and onnxscript.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from echodistill_cli import __version__
+from echodistill_cli.config.families import read_json, reading
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec, ModelPair
 from echodistill_cli.diffusion.schedule import NoiseSchedule
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
@@ -39,6 +41,11 @@ from echodistill_cli.outputs.hub import make_portable
 
 SETTINGS_FILE = "echodistill.json"
 GRAPH = "model.onnx"
+_FIELDS: dict[str, Any] = {  # of the settings, that must be there
+    "family": str, "size": int, "scaling_factor": float, "latent_channels": int, "pixels_per_latent": int,
+    "token_count": int, "zero_null": bool, "time_ids": list | None,
+}  # fmt: skip
+_AGAIN = "Export it again: echodistill export RUN --format onnx --overwrite"
 _OUTPUTS = {
     "text_encoder": ("last_hidden_state",),
     "text_encoder_2": ("last_hidden_state", "text_embeds"),
@@ -225,20 +232,21 @@ def load_onnx(folder: Path, *, threads: int | None = None) -> ModelPair:
     check_onnx("onnxruntime")
     settings = read_settings(folder)
     time_ids = settings["time_ids"]
-    return ModelPair(
-        family=settings["family"],
-        encoder=_Encoder(folder, settings, threads),
-        codec=_Codec(_Graph(folder / "vae_decoder", threads), settings),
-        student=_Student(
-            _Graph(folder / "unet", threads),
-            load_schedule(folder / "scheduler"),
-            None if time_ids is None else tuple(time_ids),
-            settings.get("student_timestep"),
-        ),
-        loaded_teacher=None,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    with reading(folder, _AGAIN):
+        return ModelPair(
+            family=settings["family"],
+            encoder=_Encoder(folder, settings, threads),
+            codec=_Codec(_Graph(folder / "vae_decoder", threads), settings),
+            student=_Student(
+                _Graph(folder / "unet", threads),
+                load_schedule(folder / "scheduler"),
+                None if time_ids is None else tuple(time_ids),
+                settings.get("student_timestep"),
+            ),
+            loaded_teacher=None,
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -247,10 +255,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
     Raises:
         ModelError: the folder is not an ONNX model of echodistill, or is damaged.
     """
-    try:
-        settings: dict[str, Any] = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no ONNX model.", "Write one: echodistill export RUN --format onnx") from error
+    file = folder / SETTINGS_FILE
+    if not file.is_file():
+        raise ModelError(f"{folder} holds no ONNX model.", "Write one: echodistill export RUN --format onnx")
+    settings = read_json(file)
+    if wrong := next((name for name, kind in _FIELDS.items() if not isinstance(settings.get(name), kind)), None):
+        raise ModelError(f"{file}: {wrong} is missing, or of a wrong type.", _AGAIN)
     return settings
 
 
@@ -261,7 +271,8 @@ class _Graph:
         import onnxruntime
 
         if not (folder / GRAPH).is_file():
-            raise ModelError(f"{folder / GRAPH} is missing.", "Export the model again.")
+            raise ModelError(f"{folder / GRAPH} is missing.", _AGAIN)
+        self.file = folder / GRAPH
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = threads or 0
@@ -270,15 +281,14 @@ class _Graph:
                 str(folder / GRAPH), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the classes of onnxruntime's errors have no other common base
-            raise ModelError(
-                f"{folder / GRAPH} is damaged ({str(error).splitlines()[0]}).", "Export it again."
-            ) from error
+            raise ModelError(f"{folder / GRAPH} is damaged ({str(error).splitlines()[0]}).", _AGAIN) from error
 
     def __call__(self, **inputs: Tensor) -> list[Tensor]:
-        rows = [
-            self.session.run(None, {name: value[index : index + 1].numpy() for name, value in inputs.items()})
-            for index in range(len(next(iter(inputs.values()))))
-        ]
+        with reading(self.file, _AGAIN):  # a graph of another model takes other inputs
+            rows = [
+                self.session.run(None, {name: value[index : index + 1].numpy() for name, value in inputs.items()})
+                for index in range(len(next(iter(inputs.values()))))
+            ]
         return [torch.cat([torch.from_numpy(output) for output in outputs]) for outputs in zip(*rows, strict=True)]
 
 

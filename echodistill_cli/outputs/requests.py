@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.lora.frame import check_frame
 from echodistill_cli.runs import newest_run, open_run
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 LOCAL, RAY = "local", "ray"
 _SEEDS = 2**64  # torch takes seeds below it
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
 _FAR_FROM_TRAINING = 1.5  # factor between the sizes above which images usually break
 # Weights and tags that user interfaces read; here they are words.
 _UI_SYNTAX = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>|[(\[][^()\[\]]+:\d*\.?\d+[)\]]")
@@ -95,8 +97,16 @@ class SampleRequest:
         Raises:
             ConfigError: there is no such run or file, or the folder is a file.
         """
-        for lora in (self.lora, *(lora for lora, _ in self.more_loras)) if self.backend == "torch" else ():
-            _check_paths(lora, folder)
+        if self.backend == "onnx" and (
+            self.role == "teacher" or self.compare or self.lora_scale != 1 or self.more_loras
+        ):
+            raise ConfigError(
+                "An ONNX model is the student with the LoRA at scale 1.",
+                "Omit --role, --compare, --lora-scale and a second --lora.",
+            )
+        if self.backend == "torch" or self.model is None:
+            for lora in (self.lora, *(lora for lora, _ in self.more_loras)):
+                check_paths(lora, folder)
 
 
 @dataclass(frozen=True)
@@ -136,12 +146,25 @@ class ExportRequest:
     dry_run: bool = False
 
     def check_paths(self) -> None:
-        """Check, without torch, that there is a source, and that `output` can be a folder.
+        """Check, without torch, all that can be wrong without a look into the source, and that there is one.
 
         Raises:
-            ConfigError: there is no such run or file, or `output` is a file.
+            ConfigError: there is no such run or file, `output` is a file, or the request contradicts itself.
+            ModelError: the source is no safetensors file.
         """
-        _check_paths(self.source, self.output)
+        is_file = self.source is not None and self.source.is_file()
+        if is_file and self.step is not None:
+            raise ConfigError(f"{self.source} is a file, which has no --step.", "Name its run folder.")
+        if is_file and len(self.roles) > 1 and {"kohya", "diffusers"} & set(self.layouts):
+            raise ConfigError(f"{self.source} is one LoRA, and --role both asks for two.", "Omit --role.")
+        if "onnx" in self.layouts and "teacher" in self.roles:
+            raise ConfigError("--format onnx writes the one-step student only.", "Omit --role.")
+        if self.push_to is not None and not _REPOSITORY.fullmatch(self.push_to):
+            example = "Example: --push-to-hub me/sks-dog"
+            raise ConfigError(f"--push-to-hub {self.push_to!r} is not of the form OWNER/NAME.", example)
+        if self.push_to is not None and is_file:
+            raise ConfigError("--push-to-hub sends a run with its card.", "Name a run folder instead of a file.")
+        check_paths(self.source, self.output)
 
 
 @dataclass(frozen=True)
@@ -260,7 +283,7 @@ class BenchmarkRequest:
     store: str = ""
 
 
-def _check_paths(source: Path | None, folder: Path | None = None) -> None:
+def check_paths(source: Path | None, folder: Path | None = None) -> None:
     """Check, without torch, that there is a run or LoRA file, and that a folder to write to can be one.
 
     Args:
@@ -269,15 +292,18 @@ def _check_paths(source: Path | None, folder: Path | None = None) -> None:
 
     Raises:
         ConfigError: there is no such run or file, or the folder is a file.
+        ModelError: the source is no safetensors file.
     """
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--output {folder} is a file.", "Name a folder with --output.")
     if source is None:
         newest_run()
     elif source.is_dir():
         open_run(source)
     elif not source.is_file():
         raise ConfigError(f"{source}: no such run folder or LoRA file.", "Name one, or train one first.")
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file.", "Name a folder with --output.")
+    else:
+        check_frame(source)
 
 
 @dataclass(frozen=True)

@@ -167,11 +167,7 @@ def load_models(
 
 def load_graphs(request: SampleRequest, on_message: OnMessage) -> Generator:
     """Load an ONNX model, whose weights include the LoRA and the token: the named one, or that of a run."""
-    if request.role == "teacher" or request.compare or request.lora_scale != 1 or request.more_loras:
-        raise ConfigError(
-            "An ONNX model is the student with the LoRA at scale 1.",
-            "Omit --role, --compare, --lora-scale and a second --lora.",
-        )
+    request.check_paths()
     run = None
     if request.model is not None:
         folder, source = Path(request.model), request.model
@@ -263,9 +259,10 @@ def _fold(pair: ModelPair, request: SampleRequest, lora: Path, scale: float) -> 
 
 def texts_of(generator: Generator, prompt: str, seed: int) -> dict[str, str]:
     """Return the metadata of one image file; it holds only the last part of a path."""
-    settings = generator.settings
+    settings, unread = generator.settings, generator.pair.encoder.cut_off(prompt)
     return {
         "prompt": prompt,
+        **({"cut_off": unread} if unread else {}),
         "seed": str(seed),
         "model": public_name(generator.source),
         "lora": ", ".join(lora.name for lora, _ in generator.loras),

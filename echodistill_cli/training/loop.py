@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import queue
 import signal
 import sys
@@ -16,7 +15,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from echodistill_cli.config.build import config_to_dict
-from echodistill_cli.config.schema import Config, nearest
+from echodistill_cli.config.schema import Config
+from echodistill_cli.config.warnings import check_trackers
 from echodistill_cli.data.images import grid, save_png, to_image
 from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
@@ -287,34 +287,7 @@ def preview(state: TrainingState, run: Run) -> None:
     save_png(run.samples / f"step-{state.step:06d}.png", sheet, metadata)
 
 
-# Of accelerate's trackers, those that start without an account, and Weights & Biases, which can (WANDB_MODE=offline).
-TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "aim")
-_NEED_ACCOUNTS = ("comet_ml", "clearml", "swanlab", "dvclive")
 Track = Callable[[Mapping[str, float]], None]
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Check that every tracker is known and installed, before models are loaded.
-
-    Args:
-        names: as in `run.report_to`.
-
-    Raises:
-        ConfigError: a tracker is unknown or its package is missing.
-    """
-    for name in names:
-        if name not in TRACKERS:
-            near = nearest(name, TRACKERS)
-            raise ConfigError(
-                f"--report-to {name} is {_why_not(name)}; choose from {', '.join(TRACKERS)}.",
-                f"Did you mean {near}?" if near else None,
-            )
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"--report-to {name} needs the package {name}.", f"Install it: pip install {name}")
-
-
-def _why_not(name: str) -> str:
-    return "not supported, as it needs an account or a repository" if name in _NEED_ACCOUNTS else "unknown"
 
 
 @contextmanager

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,55 @@ def test_a_bad_configuration_file_ends_with_2(text: str, words: str, tmp_path: P
     assert words in done.err
 
 
+# --- what is wrong without torch is told without torch ----------------------------------------------------------------
+
+_WITHOUT_TORCH = """
+import json, sys
+from echodistill_cli.cli.app import main
+for line in json.loads(sys.argv[1]):
+    try:
+        main(line)
+    except SystemExit as ended:
+        print(ended.code, "torch" in sys.modules, *line)
+"""
+
+
+def test_what_needs_no_torch_is_told_before_it_is_imported(tmp_path: Path, photo_folder: Path) -> None:
+    (tmp_path / "text.safetensors").write_text("hello, this is a text")
+    (tmp_path / "sparse.txt").touch()
+    os.truncate(tmp_path / "sparse.txt", 2**40)
+    (tmp_path / "long.txt").write_text("x" * 10_001)
+    (tmp_path / "photos").symlink_to(photo_folder)
+    lines = """
+        2 train photos --vram 12GB
+        4 train photos --vram 12 --model mini
+        2 train photos --report-to nonsense
+        2 train photos --model mini --set model.student=x.safetensors
+        4 train photos --model mini:nothing
+        4 train photos --model text.safetensors --teacher mini:teacher
+        4 train photos --model weights.safetensors
+        2 train photos --config sparse.txt
+        2 sample --prompt-file sparse.txt
+        2 sample --prompt-file long.txt
+        2 sample x --backend onnx --role teacher
+        2 sample x --backend onnx
+        4 sample x --lora text.safetensors
+        4 inspect text.safetensors
+        2 inspect nowhere
+        4 export text.safetensors
+        2 export text.safetensors --step 3
+        2 export text.safetensors --role both
+        2 export text.safetensors --format onnx --role teacher
+        2 export text.safetensors --push-to-hub nobody
+        4 evaluate text.safetensors
+    """
+    expected = [line.split() for line in lines.strip().splitlines()]
+    words = json.dumps([line[1:] for line in expected])
+    done = echodistill(words, program=("-c", _WITHOUT_TORCH), cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+    assert done.stdout.splitlines() == [" ".join((code, "False", *line)) for code, *line in expected], done.stderr
+    assert done.stderr.count("error: ") == len(expected)
+
+
 # --- signals outside of a training loop -------------------------------------------------------------------------------
 
 
@@ -153,10 +204,33 @@ def test_a_signal_ends_any_command_with_its_code_and_one_line(
     assert signal.getsignal(number) is before
 
 
-def echodistill(*arguments: str | bytes, **more: Any) -> subprocess.CompletedProcess[str]:
+def test_a_signal_does_not_interrupt_the_line_about_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    program = sys.modules["echodistill_cli.cli.app"]
+    printed = program.print_error
+
+    def interrupted(message: str, label: str = "error: ") -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        printed(message, label)
+
+    monkeypatch.setattr(program, "print_error", interrupted)
+    done = command("sample", "x", "--seed", "x")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_a_command_ends_the_program_without_a_traceback(number: signal.Signals) -> None:
+    code = f"import atexit, os; atexit.register(os.kill, os.getpid(), {int(number)})\nimport echodistill_cli.__main__"
+    done = echodistill(program=("-c", code))
+    assert (done.returncode, done.stderr) == (-number, "")
+
+
+def echodistill(
+    *arguments: str | bytes, program: Sequence[str] = ("-m", "echodistill_cli"), **more: Any
+) -> subprocess.CompletedProcess[str]:
     """Run the program in a process of its own, with streams or surroundings that a test chooses."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more.pop("env", {})
-    line = [sys.executable, "-W", "ignore", "-m", "echodistill_cli", *arguments]
+    line = [sys.executable, "-W", "ignore", *program, *arguments]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | more
     return subprocess.run(line, text=True, check=False, env=environment, timeout=120, **streams)
 

@@ -559,7 +559,9 @@ def test_the_caption_is_the_first_line_with_text(tmp_path: Path) -> None:
     assert only(tmp_path, captions=False)[1].caption is None
 
 
-@pytest.mark.parametrize(("content", "reason"), [(b"\n \n", "it is empty"), (b"\xff\xfe\x00\xd8", "UTF-8")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"\n \n", "it is empty"), (b"\xff\xfe\x00\xd8", "UTF-8"), (b"x" * 10_001, "too many")]
+)
 def test_a_useless_caption_file_is_told(tmp_path: Path, content: bytes, reason: str) -> None:
     noise().save(tmp_path / "a.jpg")
     (tmp_path / "a.txt").write_bytes(content)
@@ -567,6 +569,15 @@ def test_a_useless_caption_file_is_told(tmp_path: Path, content: bytes, reason: 
     assert photo.caption is None
     assert file.verdict == "warning"
     assert reason in file.notes[0]
+
+
+def test_a_caption_file_that_pretends_to_be_huge_is_not_read(tmp_path: Path) -> None:
+    noise().save(tmp_path / "a.jpg")
+    with (tmp_path / "a.txt").open("wb") as file:
+        file.truncate(2**40)  # a sparse file takes no room on the disk
+    file_report, photo = only(tmp_path)
+    assert photo.caption is None
+    assert "cannot be read" in file_report.notes[0]
 
 
 def test_files_come_in_natural_order_and_companions_are_left_out(tmp_path: Path) -> None:

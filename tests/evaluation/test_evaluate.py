@@ -155,6 +155,17 @@ def test_the_scores_are_those_of_a_plain_loop_over_the_pictures(
     assert first["clip_t"] == pytest.approx(sum(asked) / 2, abs=1e-5)
 
 
+def test_prompts_that_were_cut_off_are_reported_for_images_that_exist_too(flags: list[object], tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(f"a photo of a {{}} {'in deep snow ' * 40}beyond\n")
+    line = overriding(flags, "--prompts", tmp_path / "long.txt")
+    first, second = (command("evaluate", *line) for _ in range(2))
+    assert (first.code, second.code) == (0, 0), second.err
+    assert "images exist already" in second.err
+    for done in (first, second):
+        assert "is too long" in done.err
+        assert "beyond" in done.err
+
+
 def test_pictures_are_reused_and_only_what_is_missing_is_drawn(flags: list[object], tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = command("evaluate", *flags, "--json")

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import host_mark
 from echodistill_cli.live import guard
 from echodistill_cli.live.guard import HostGuard, check_host, private_folder
+
+OTHER_HOST = "0123ab"
 
 
 def passes(
@@ -96,12 +99,15 @@ def test_temporary_files_of_a_dead_page_are_deleted_and_those_of_a_living_one_ar
 ) -> None:
     for name in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED", "GRADIO_SHARE", "HF_HUB_DISABLE_TELEMETRY"):
         monkeypatch.setenv(name, "")
-    dead, living = tmp_path / ".live" / f"tmp-{2**31 - 1}", tmp_path / ".live" / f"tmp-{os.getppid()}"
-    dead.mkdir(parents=True)
-    living.mkdir()
+    here = tmp_path / ".live" / f"tmp-{host_mark()}"
+    dead, living = here.with_name(f"{here.name}-{2**31 - 1}"), here.with_name(f"{here.name}-{os.getppid()}")
+    elsewhere = here.with_name(f"tmp-{OTHER_HOST}-{2**31 - 1}")
+    for page in (dead, living, elsewhere):
+        page.mkdir(parents=True)
     folder = private_folder(tmp_path)
     assert not dead.exists()
     assert living.exists()
+    assert elsewhere.exists(), "process IDs of another host say nothing here"
     assert folder.stat().st_mode & 0o077 == 0, "others on the machine cannot read uploaded photos"
     assert os.environ["GRADIO_TEMP_DIR"] == str(folder)
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

@@ -18,6 +18,7 @@ from echodistill_cli.models.adapters import (
     TEXT_LAYERS,
     UNET_LAYERS,
     add_lora,
+    add_trained_lora,
     at_strength,
     folded,
     load_lora_tensors,
@@ -231,6 +232,26 @@ def test_a_step_of_the_cross_attentions_has_one_product_per_width(small_pair: tu
     product_by_layer(pair.student.unet)
     torch.testing.assert_close(together, passes(pair), rtol=1e-4, atol=1e-6)
     assert all(layer.delta is None for layer in lora_layers(pair.student.unet))
+
+
+def test_layers_of_different_ranks_compute_what_those_of_peft_compute(
+    small_pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = lora_tensors(with_random_lora(small_pair, "cross-kv").student.unet)
+    narrow = {name.rpartition(".lora_")[0] for name in trained if "to_k" in name}
+    mixed = {
+        name: (value[:1] if "lora_A" in name else value[:, :1]) if name.rpartition(".lora_")[0] in narrow else value
+        for name, value in trained.items()
+    }
+
+    def output() -> Tensor:
+        pair = load_pair(model_config(*small_pair))
+        add_trained_lora(pair.student.unet, mixed, 0.5)
+        return passes(pair)[0]
+
+    lean = output()
+    monkeypatch.setattr("echodistill_cli.models.adapters._run_lean", lambda _module: None)
+    torch.testing.assert_close(lean, output(), rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.downloads import Source, downloads
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.single_file import find_vocabulary, vocabulary_in
-from echodistill_cli.models.sources import hub_error, resolve, wanted_files, weight_variant
+from echodistill_cli.models.sources import hub_error, missing_parts, resolve, wanted_files, weight_variant
 from tests.helpers.commands import command, missing_flags
 from tests.helpers.models import model_config
 from tests.helpers.original_layout import build_sd2_pair, build_sdxl
@@ -151,8 +151,19 @@ def test_a_single_pickled_file_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_a_single_safetensors_file_is_taken(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     assert resolve(str(tmp_path / "model.safetensors"), PARTS) == tmp_path / "model.safetensors"
+    (tmp_path / "model.safetensors").write_bytes(b"<html>" * 9)
+    with pytest.raises(ModelError, match="is a web page"):
+        resolve(str(tmp_path / "model.safetensors"), PARTS)
+
+
+def test_what_is_wrong_on_this_machine_comes_before_what_must_be_downloaded(folder: Path) -> None:
+    with pytest.raises(ModelError, match="no model of this name"):
+        missing_parts("mini:nothing", PARTS)
+    shutil.rmtree(folder / "unet")
+    with pytest.raises(ModelError, match="model/unet: this part is missing"):
+        missing_parts(str(folder), PARTS)
 
 
 def test_a_model_of_which_one_shard_is_missing_is_incomplete(folder: Path) -> None:

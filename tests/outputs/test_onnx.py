@@ -20,6 +20,7 @@ from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import Run, create_run
 from echodistill_cli.training.state import build_state
+from tests.helpers.commands import command
 from tests.helpers.runs import export_files, small_config, small_photos, write_loras
 
 pytest.importorskip("onnxscript", reason="the extra onnx is not installed")
@@ -99,6 +100,34 @@ def test_a_folder_without_graphs_and_a_damaged_graph_are_named(run: Run, tmp_pat
     (broken / "unet" / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ModelError, match=r"unet/model.onnx is damaged"):
         list(sample(SampleRequest(PROMPTS, model=str(broken), backend="onnx")))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("echodistill.json", b"[]"),
+        ("echodistill.json", b"{}"),
+        ("echodistill.json", b"{" * 5000),
+        ("tokenizer/tokenizer.json", b"{}"),
+        ("tokenizer/tokenizer_config.json", b"null"),
+        ("scheduler/scheduler_config.json", b"{}"),
+        ("vae_decoder/model.onnx", b""),
+    ],
+)
+def test_a_damaged_file_of_the_folder_is_one_line(run: Run, tmp_path: Path, file: str, content: bytes) -> None:
+    broken = Path(shutil.copytree(run.folder / "export" / f"{run.config.name}-onnx", tmp_path / "broken"))
+    (broken / file).write_bytes(content)
+    done = command("sample", PROMPTS[0], "--backend", "onnx", "--model", broken, "-o", tmp_path / "images")
+    assert (done.code, done.out) == (4, ""), done.err
+    assert done.error.startswith(f"error: {broken}")
+
+
+def test_a_graph_of_another_model_is_one_line(run: Run, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(run.folder / "export" / f"{run.config.name}-onnx", tmp_path / "broken"))
+    shutil.copyfile(broken / "text_encoder" / "model.onnx", broken / "unet" / "model.onnx")
+    done = command("sample", PROMPTS[0], "--backend", "onnx", "--model", broken, "-o", tmp_path / "images")
+    assert (done.code, done.out) == (4, ""), done.err
+    assert "unet/model.onnx cannot be read" in done.error
 
 
 def test_the_teacher_has_no_graphs(run: Run, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from echodistill_cli.config.build import build_config
+from echodistill_cli.config.warnings import TRACKERS, check_trackers
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.training.loop import TRACKERS, check_trackers, tracking
+from echodistill_cli.training.loop import tracking
 from tests.helpers.commands import command, small_toml
 
 
