@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from torch import Tensor
 
 from echodistill_cli.config.schema import ModelConfig
-from echodistill_cli.diffusion.pair import Denoiser, ModelPair
+from echodistill_cli.diffusion.pair import Denoiser, ModelPair, Sampler
 from echodistill_cli.diffusion.sampling import (
     SamplingSettings,
     generate,
@@ -38,6 +38,11 @@ SEEDS = (11, 12, 13, 14, 15)
 def pair(small_pair: tuple[Path, Path]) -> ModelPair:
     student, teacher = map(str, small_pair)
     return load_pair(ModelConfig(student=student, teacher=teacher, resolution=64, device="cpu", offline=True))
+
+
+def starting_at(pair: ModelPair, *timesteps: int, sampler: Sampler = "ddim") -> Denoiser:
+    """The student with timesteps of its own."""
+    return replace(pair.student, timesteps=timesteps, sampler=sampler)
 
 
 def draw(pair: ModelPair, **settings: Any) -> np.ndarray:
@@ -69,7 +74,7 @@ def test_the_student_with_several_steps_is_diffusers_too(pair: ModelPair, small_
 
 
 def test_a_student_that_starts_earlier_is_given_unit_noise_and_its_own_timestep(pair: ModelPair) -> None:
-    early, conditioning = replace(pair.student, timestep=399), pair.encoder.encode(["a dog"])
+    early, conditioning = starting_at(pair, 399), pair.encoder.encode(["a dog"])
     noise, timesteps = seeded_noise([3], (4, 8, 8)), torch.tensor([399])
     alpha_bar = early.schedule.alphas_cumprod[399]
     with torch.no_grad():
@@ -96,12 +101,12 @@ def test_one_step_at_an_earlier_timestep_is_that_of_diffusers_lcm_scheduler(
     noise = seeded_noise(SEEDS, (4, 8, 8))
     settings = {"timesteps": [399], "guidance_scale": 0.0, "height": 64, "width": 64, "output_type": "np"}
     expected = (np.asarray(pipeline(list(PROMPTS), latents=noise, **settings).images) * 255).round().astype(int)
-    assert np.abs(draw(replace(pair, student=replace(pair.student, timestep=399))) - expected).max() <= 1
+    assert np.abs(draw(replace(pair, student=starting_at(pair, 399))) - expected).max() <= 1
 
 
 def test_a_timestep_after_the_last_one_is_refused(pair: ModelPair) -> None:
-    with pytest.raises(ConfigError, match=r"--student-timestep 1000 is after the last timestep, 999"):
-        replace(pair.student, timestep=1000)
+    with pytest.raises(ConfigError, match=r"--student-timesteps 1000 is after the last timestep, 999"):
+        starting_at(pair, 1000)
 
 
 def test_the_guided_teacher_in_several_steps_is_diffusers(pair: ModelPair, small_pair: tuple[Path, Path]) -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.outputs.card import comfyui_workflow, merged_card, model_card
+from echodistill_cli.outputs.card import merged_card, model_card
+from echodistill_cli.outputs.workflow import comfyui_workflow
 
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
 
@@ -234,9 +235,9 @@ def test_a_whole_model_of_a_lora_that_says_nothing_has_a_card_without_its_words(
 EXAMPLE = Path(__file__).parents[2] / "examples" / "comfyui-workflow.json"
 
 
-def workflow(model: str = "sd-turbo", *, velocity: bool = False, **overrides: Any) -> Any:
+def workflow(model: str = "sd-turbo", prediction: str = "epsilon", **overrides: Any) -> Any:
     config = build_config(model, overrides={"concept.class_name": "dog"} | overrides)
-    return comfyui_workflow(config, "sks-dog.safetensors", velocity=velocity)
+    return comfyui_workflow(config, "sks-dog.safetensors", prediction)
 
 
 def by_class(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def test_a_comfyui_workflow_is_that_of_the_example_with_the_runs_own_names() -> 
 
 def test_a_comfyui_workflow_loads_a_distillation_lora_first_and_says_what_the_model_predicts() -> None:
     base = "stabilityai/stable-diffusion-xl-base-1.0"
-    nodes = workflow(base, velocity=True, **{"model.student_lora": "/private/hyper.safetensors", "text.form": "token"})
+    nodes = workflow(base, "v", **{"model.student_lora": "/private/hyper.safetensors", "text.form": "token"})
     loras = [node["inputs"] for node in nodes.values() if node["class_type"] == "LoraLoader"]
     assert [lora["lora_name"] for lora in loras] == ["hyper.safetensors", "sks-dog.safetensors"]
     assert loras[1]["model"] == ["2", 0]
@@ -271,4 +272,5 @@ def test_a_comfyui_workflow_loads_a_distillation_lora_first_and_says_what_the_mo
 
 def test_students_that_comfyui_cannot_sample_have_no_workflow() -> None:
     assert workflow("mini") is None
-    assert workflow(**{"model.student_timestep": 399}) is None
+    assert workflow(**{"model.student_timesteps": [399]}) is None
+    assert workflow(**{"model.student_timesteps": [999, 759, 499, 259]}) is None
