@@ -196,11 +196,9 @@ def _at_timesteps(card: str, model: ModelConfig) -> str:
         (', timestep_spacing="trailing"', to_zero or ("" if exact else ', timestep_spacing="trailing"')),
         ('"num_inference_steps": 1', f'"timesteps": {times}' if exact else f'"num_inference_steps": {len(times)}'),
         ("sampler Euler, 1 step,", f"sampler {name}, {at}, {steps},"),
-        ("**one step**", f"**{steps}**"),
-        ("one-step", "one-step" if len(times) == 1 else "few-step"),
     ):
         card = card.replace(before, after)
-    return card
+    return card if len(times) == 1 else card.replace("**one step**", f"**{steps}**").replace("one-step", "few-step")
 
 
 def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
