@@ -1,4 +1,4 @@
-"""Distilled students: their steps and samplers, and what the names of published files say of them. No torch."""
+"""Distilled students: their steps and samplers, and what published files need. No torch."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def sampling_in_words(model: ModelConfig) -> str:
 
 
 def settings_in_header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the keys of `[model]` on the student's steps that the header of a LoRA file states; may be empty.
+    """Return the keys of `[model]` on the student's steps that a LoRA file's header states.
 
     Args:
         metadata: of the file; older ones state one timestep.

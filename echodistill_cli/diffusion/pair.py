@@ -143,7 +143,7 @@ class Denoiser:
         return max(1, len(self.timesteps))
 
     def spaced_timesteps(self, steps: int) -> list[int]:
-        """Return the timesteps of an image in a number of steps, in trailing spacing where they are not its own."""
+        """Return the timesteps of so many steps: those of the model, or others in trailing spacing."""
         if steps == len(self.timesteps):
             return list(self.timesteps)
         return trailing_timesteps(self.schedule, steps, self.first_timestep)

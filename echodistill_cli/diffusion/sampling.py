@@ -52,7 +52,9 @@ class SamplingSettings:
 
 
 def student_x0(student: Denoiser, latents: Tensor, conditioning: Conditioning, places: Sequence[int] = ()) -> Tensor:
-    """Return the student's x0 in one of its steps, [B, C, h, w], differentiable; in the only one, its image.
+    """Return the student's x0 in one of its steps, [B, C, h, w], differentiable.
+
+    In the last step, or the only one, that is its image.
 
     Args:
         student: the distilled model.
@@ -110,7 +112,7 @@ def student_start(
 
 
 def student_sample(student: Denoiser, noise: Tensor, conditioning: Conditioning, fresh: FreshNoise) -> Tensor:
-    """Return the student's images after all of its steps, [B, C, h, w]; arguments are those of `student_start`."""
+    """Return the student's images after all of its steps; see `student_start` for the arguments."""
     start = student_start(student, noise, conditioning, student.steps - 1, fresh)
     return student_x0(student, start.latents, conditioning, start.places)
 
@@ -146,7 +148,7 @@ def teacher_x0(
 
 
 def seeded_noises(seeds: Sequence[int], shape: Sequence[int]) -> Iterator[Tensor]:
-    """Yield standard normal noise [len(seeds), *shape] on the CPU again and again, from one generator per seed."""
+    """Yield standard normal noise [len(seeds), *shape] on the CPU forever, one generator per seed."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
         yield torch.stack([torch.randn(*shape, generator=generator) for generator in generators])

@@ -146,7 +146,7 @@ def student_pass(state: TrainingState) -> StudentPass:
 
 
 def _up_to(state: TrainingState, start: StudentStart, timesteps: Tensor) -> Tensor:
-    """Scale random timesteps down to those of a later step; more noise would hide what its input already shows."""
+    """Scale random timesteps down to a later step: more noise would hide what its input shows."""
     if not start.place:
         return timesteps
     schedule = state.pair.teacher.schedule
@@ -253,7 +253,7 @@ def real_batch(state: TrainingState, fakes: ImageBatch) -> RealBatch:
 
 @torch.no_grad()
 def echo_candidates(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
-    """Generate images in all of the student's steps, with the features that selection and discriminators need."""
+    """Generate images in all steps, with the features that selection and discriminators need."""
     encoder, photos = state.identity_encoder, state.photos.identity
     assert encoder is not None
     assert photos is not None
