@@ -78,7 +78,8 @@ FLAGS: tuple[Flag, ...] = (
     Flag("text.form", "--text", TRAINING),
     Flag("model.teacher", "--teacher", MODELS_AND_MEMORY),
     Flag("model.student_lora", "--student-lora", MODELS_AND_MEMORY),
-    Flag("model.student_timestep", "--student-timestep", MODELS_AND_MEMORY),
+    Flag("model.student_timesteps", "--student-timesteps", MODELS_AND_MEMORY),
+    Flag("model.student_sampler", "--student-sampler", MODELS_AND_MEMORY),
     Flag("model.vae", "--vae", MODELS_AND_MEMORY),
     Flag("model.resolution", "--resolution", MODELS_AND_MEMORY),
     Flag("model.precision", "--precision", MODELS_AND_MEMORY),
@@ -112,6 +113,7 @@ ALIASES: Mapping[str, str] = {
     "--network-alpha": "--alpha",
     "--mixed-precision": "--precision",
     "--prior-loss-weight": "--prior-weight",
+    "--student-timestep": "--student-timesteps",
 }
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -195,7 +197,7 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any] | None, str]:
     if hint is bool:
         return None, ""
     if typing.get_origin(hint) is tuple:
-        return _parse_list, "A,B,..."
+        return (_parse_integers, "N,N,...") if int in kinds else (_parse_list, "A,B,...")
     if int in kinds:
         return _number(int, "an integer"), "N"
     return (_number(float, "a number"), "X") if float in kinds else (None, "TEXT")
@@ -213,6 +215,10 @@ def _number(kind: type[int] | type[float], name: str) -> Callable[[str], Any]:
 
 def _parse_list(text: str) -> tuple[str, ...]:
     return () if text in ("none", OFF) else tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _parse_integers(text: str) -> tuple[int, ...]:
+    return tuple(_number(int, "an integer")(part) for part in _parse_list(text))
 
 
 def with_settings(flags: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
@@ -272,6 +278,8 @@ def _setting_value(key: str, text: str) -> Any:
     hint = known_settings()[key][0] if key in known_settings() else None
     if hint is bool and value in ("on", OFF):
         return value == "on"
+    if typing.get_origin(hint) is tuple and int in typing.get_args(hint) and not isinstance(value, list):
+        return () if value in ("none", OFF) else _toml_value(f"[{text}]")
     if typing.get_origin(hint) is tuple and isinstance(value, str):
         is_list = any(flag.key == key and not flag.repeated for flag in FLAGS)  # a prompt may hold commas
         return _parse_list(value) if is_list or value in ("none", OFF) else value

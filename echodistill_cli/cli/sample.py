@@ -36,7 +36,8 @@ Role = Annotated[
     value_option("NAME", "model that generates: student (one step) or teacher", panel=_PANEL),
 ]
 Steps = Annotated[
-    int | None, value_option("N", "denoising steps [dim]\\[student 1, teacher 25][/dim]", panel=_PANEL, min=1)
+    int | None,
+    value_option("N", "denoising steps [dim]\\[student's own, teacher 25][/dim]", panel=_PANEL, min=1),
 ]
 Guidance = Annotated[
     float | None,

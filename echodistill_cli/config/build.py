@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import tomli_w
 
+from echodistill_cli.config.distilled import known_settings
 from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
 from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
@@ -45,7 +46,12 @@ RETIRED: Mapping[str, Any] = {
 }
 # Keys that came after the first hashes, with the value at which each does nothing. `config_hash` leaves a key out at
 # that value, so that adding a setting does not change the hash of a run that does not use it.
-ADDED: Mapping[str, Any] = {"model.student_timestep": None, "loss.paired": 0.0, "train.compile": "off"}
+ADDED: Mapping[str, Any] = {
+    "model.student_timesteps": (),
+    "model.student_sampler": "auto",
+    "loss.paired": 0.0,
+    "train.compile": "off",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def build_config(
         file_model = {key: value for key, value in file_model.items() if key != "student"}
     elif student:
         student_lora = (overrides or {}).get("model.student_lora", file_model.get("student_lora"))
-        _merge(tables, {"model": _family_settings(student, is_base=student_lora not in (None, OFF))})
+        _merge(tables, {"model": _family_settings(student, student_lora)})
         _merge(tables, {"model": {"student": student}})
     preset_model = dict(tables.get("model", {}))
     _merge_dotted(tables, fitted or {})
@@ -135,12 +141,12 @@ def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, i
             del model["teacher_revision"]
 
 
-def _family_settings(student: Any, *, is_base: bool) -> dict[str, Any]:
-    """Return the teacher and sizes that suit a student that was named without a preset.
+def _family_settings(student: Any, student_lora: Any) -> dict[str, Any]:
+    """Return the teacher, sizes and steps that suit a student that was named without a preset.
 
     Args:
         student: as typed; a value that is no string is refused later.
-        is_base: whether it is a base model that a distillation LoRA turns into the student.
+        student_lora: the distillation LoRA that makes the student of a base model; None or "off" for none.
     """
     if not isinstance(student, str):
         return {}
@@ -148,6 +154,8 @@ def _family_settings(student: Any, *, is_base: bool) -> dict[str, Any]:
     by_name = (name for name, model in models.items() if student in (model["student"], model["teacher"]))
     model = models[next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)]
     settings = {key: value for key, value in model.items() if key != "student_revision"}
+    is_base = student_lora not in (None, OFF)
+    settings |= known_settings(str(student_lora) if is_base else student)
     # A base model generates at the resolution that it was trained at, not at that of the family's one-step model.
     side = native_resolution(student) if is_base else None
     return settings if side is None else settings | {"resolution": side}
@@ -237,7 +245,7 @@ _JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 def _key_schema(hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     kinds = [kind for kind in typing.get_args(hint) if kind is not type(None)]
     is_list, is_optional = typing.get_origin(hint) is tuple, type(None) in typing.get_args(hint)
-    kind = str if is_list else kinds[0] if is_optional else hint
+    kind = kinds[0] if is_list or is_optional else hint
     schema: dict[str, Any] = {"type": _JSON_TYPES[kind]}
     schema |= {bound: metadata[bound] for bound in ("minimum", "maximum") if metadata[bound] is not None}
     if metadata["choices"]:
@@ -254,6 +262,10 @@ def config_hash(config: Config) -> str:
     tables = config_to_dict(config)
     tables["run"] = {"seed": config.run.seed}
     del tables["concept"]["photos"]
+    model = tables["model"]
+    if len(model["student_timesteps"]) == 1:  # under the name that it had when there could be only one
+        (model["student_timestep"],) = model["student_timesteps"]
+        model["student_timesteps"] = []
     for key, neutral in ADDED.items():
         section, _, name = key.partition(".")
         if tables[section][name] == _to_plain(neutral):
@@ -264,7 +276,7 @@ def config_hash(config: Config) -> str:
 
 def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
-    table = _without_retired(section, table)
+    table = _renamed(section, _without_retired(section, table))
     for key in table:
         if key not in hints:
             near = nearest(key, list(hints))
@@ -300,6 +312,15 @@ def _without_retired(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
                 f"Remove it: every run does what {_to_plain(RETIRED[name])!r} did.",
             )
     return settings
+
+
+def _renamed(section: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the table with the one timestep of older versions as a list."""
+    if section != "model" or "student_timestep" not in table:
+        return dict(table)
+    value = table["student_timestep"]
+    old = {} if value in (None, OFF) else {"student_timesteps": [value]}
+    return {key: value for key, value in table.items() if key != "student_timestep"} | old
 
 
 def _from_plain(value: Any, hint: Any) -> Any:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import itertools
 import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -73,7 +74,7 @@ def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
         near = nearest(value, choices)
         remedy = f"Did you mean {near!r}?" if near else None
         raise ConfigError(f"{name} = {shown(value)} is not one of {', '.join(choices)} ({about}).", remedy)
-    if minimum is not None and value < minimum:
+    if minimum is not None and any(one < minimum for one in (value if isinstance(value, tuple) else (value,))):
         raise ConfigError(f"{name} = {value!r} is below {minimum:g} ({about}).")
     if maximum is not None and value > maximum:
         raise ConfigError(f"{name} = {value!r} is above {maximum:g} ({about}).")
@@ -90,7 +91,7 @@ def shown(value: Any) -> str:
 
 def _is_a(kind: Any, value: Any) -> bool:
     if typing.get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+        return isinstance(value, tuple) and all(_is_a(typing.get_args(kind)[0], item) for item in value)
     if isinstance(value, bool):  # which Python counts as an integer
         return kind is bool
     if isinstance(value, (int, float)) and kind in (int, float):  # neither infinite nor NaN, and of 64 bits
@@ -99,7 +100,8 @@ def _is_a(kind: Any, value: Any) -> bool:
 
 
 _NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a string", type(None): '"off"'}
-_OUTPUTS = ("auto", "epsilon", "v_prediction")
+_NAMES[tuple[int, ...]] = "a list of integers such as [999, 499]"
+_OUTPUTS = ("auto", "epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,17 @@ class ModelConfig:
     tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's own or one in the cache")
     variant: str | None = setting("fp16", "preferred file variant of a model, if its repository has it")
     student_lora: str | None = setting(None, "distillation LoRA that turns a base model into the one-step student")
-    student_timestep: int | None = setting(None, "timestep at which the student starts; unset: the last one", minimum=1)
+    student_timesteps: tuple[int, ...] = setting((), "timesteps of the student's steps; unset: the last one", minimum=1)
+    student_sampler: str = choice(
+        ("auto", "euler", "ddim", "lcm"),
+        "student's sampler: euler, ddim, lcm, or auto = euler; ddim with one of student_timesteps, lcm with several",
+    )
     student_revision: str | None = setting(None, "git revision of the student on the hub")
     teacher_revision: str | None = setting(None, "git revision of the teacher on the hub")
     single_file_config: str | None = setting(None, "folder or hub id with the configuration of a single-file student")
     teacher_single_file_config: str | None = setting(None, "folder or hub id with that of a single-file teacher")
-    student_prediction: str = choice(_OUTPUTS, "student's output: epsilon, v_prediction, or auto = by its files")
-    teacher_prediction: str = choice(_OUTPUTS, "teacher's output: epsilon, v_prediction, or auto = by its files")
+    student_prediction: str = choice(_OUTPUTS, "student's output: epsilon, v_prediction, sample; auto = by its files")
+    teacher_prediction: str = choice(_OUTPUTS, "teacher's output: epsilon, v_prediction, sample; auto = by its files")
     # SDXL's UNets are conditioned on the original size of an image. Unset means the training resolution.
     teacher_original_size: int | None = setting(None, "SDXL: original size that the teacher is given", minimum=1)
     offload: bool = setting(False, "keep only the active UNet on the device: less memory, slower steps")
@@ -384,6 +390,11 @@ _CONTRADICTIONS: tuple[tuple[Callable[[Config], Any], str, str], ...] = (
         lambda c: len({Path(name).name for name in c.critic.discriminators}) < len(c.critic.discriminators),
         "critic.discriminators lists the same name twice.",
         "Remove one of the two.",
+    ),
+    (
+        lambda c: any(a <= b for a, b in itertools.pairwise(c.model.student_timesteps)),
+        "model.student_timesteps does not fall from step to step.",
+        "Write the noisiest timestep first, such as --student-timesteps 999,749,499,249.",
     ),
     (lambda c: c.critic.swd_patch > c.model.resolution, "critic.swd_patch exceeds model.resolution.", "Lower it."),
 )

@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from echodistill_cli.diffusion.schedule import NoiseSchedule, pure_noise, send
+from echodistill_cli.diffusion.schedule import NoiseSchedule, pure_noise, send, trailing_timesteps
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 
 Family = Literal["sd", "sdxl"]
 Role = Literal["student", "teacher"]
+Sampler = Literal["euler", "ddim", "lcm"]
 _LEVELS = {True: "block_out_channels", False: "encoder_block_out_channels"}
 
 
@@ -32,7 +33,11 @@ class Denoiser:
         unet: a UNet2DConditionModel, or a module with the same call.
         schedule: its ᾱ_t and prediction type.
         time_ids: SDXL's (original height, width, crop top, left, target height, width) in pixels; None for SD.
-        timestep: where a one-step model starts, from unit noise; None for the last timestep, from its noise level.
+        timesteps: at which a distilled model was trained, from the first to the last step; empty for the last timestep
+            of the schedule alone.
+        sampler: what happens between two steps, and the noise that the first one starts from. "euler" and "ddim" keep
+            the noise that the model predicts, "lcm" draws new noise. "euler" starts at the noise level of the
+            timestep, the others from unit noise, as their models were trained.
 
     Raises:
         ConfigError: the schedule has no such timestep.
@@ -41,13 +46,14 @@ class Denoiser:
     unet: Any
     schedule: NoiseSchedule
     time_ids: tuple[int, ...] | None = None
-    timestep: int | None = None
+    timesteps: tuple[int, ...] = ()
+    sampler: Sampler = "euler"
 
     def __post_init__(self) -> None:
-        if self.timestep is not None and self.timestep > self.schedule.last_timestep:
+        if self.first_timestep > self.schedule.last_timestep:
             raise ConfigError(
-                f"--student-timestep {self.timestep} is after the last timestep, {self.schedule.last_timestep}.",
-                "Use the timestep that the one-step model was trained at, such as 399.",
+                f"--student-timesteps {self.first_timestep} is after the last timestep, {self.schedule.last_timestep}.",
+                "Use the timesteps that the model was distilled at, such as 399 or 999,749,499,249.",
             )
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -87,14 +93,27 @@ class Denoiser:
     def pure_noise(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Return the UNet's input at the first timestep, and that timestep repeated: [B, C, h, w] and [B].
 
-        One-step models that start before the last timestep (DMD2's at 399) were trained on unit noise.
-
         Args:
             noise: [B, C, h, w], standard normal.
         """
         timesteps = torch.full((len(noise),), self.first_timestep, device=noise.device)
-        noisy = pure_noise(self.schedule, noise) if self.timestep is None else noise.float()
+        is_euler = self.sampler == "euler"
+        noisy = pure_noise(self.schedule, noise, self.first_timestep) if is_euler else noise.float()
         return self.rounded(noisy), timesteps
+
+    def start(self, latents: Tensor, places: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Return the UNet's input and its timesteps for steps at any place: [B, C, h, w] and [B].
+
+        Args:
+            latents: [B, C, h, w], standard normal noise for a first step, z_t for a later one.
+            places: of each row in `timesteps`; empty for first steps.
+        """
+        if not any(places):
+            return self.pure_noise(latents)
+        is_first = send(torch.tensor([place == 0 for place in places]), latents.device).view(-1, 1, 1, 1)
+        timesteps = torch.tensor([self.timesteps[place] for place in places])
+        noisy = torch.where(is_first, self.pure_noise(latents)[0], latents.float())
+        return self.rounded(noisy), send(timesteps, latents.device)
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -116,7 +135,18 @@ class Denoiser:
     @property
     def first_timestep(self) -> int:
         """The timestep at which sampling starts."""
-        return self.schedule.last_timestep if self.timestep is None else self.timestep
+        return self.timesteps[0] if self.timesteps else self.schedule.last_timestep
+
+    @property
+    def steps(self) -> int:
+        """How many steps a distilled model was trained for."""
+        return max(1, len(self.timesteps))
+
+    def spaced_timesteps(self, steps: int) -> list[int]:
+        """Return the timesteps of so many steps: those of the model, or others in trailing spacing."""
+        if steps == len(self.timesteps):
+            return list(self.timesteps)
+        return trailing_timesteps(self.schedule, steps, self.first_timestep)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PredictionType = Literal["epsilon", "v_prediction"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class NoiseSchedule:
 
     Attributes:
         alphas_cumprod: float32 [T], ᾱ_t for t = 0 … T-1, decreasing from near 1 to near 0.
-        prediction_type: the meaning of the model's output: ε, or v = √ᾱ ε - √(1-ᾱ) z (Salimans & Ho 2022).
+        prediction_type: the meaning of the model's output: ε, v = √ᾱ ε - √(1-ᾱ) z (Salimans & Ho 2022), or z itself.
         tables: ᾱ, √ᾱ and √(1-ᾱ), each [T], by the device on which they have been looked up.
     """
 
@@ -90,9 +90,11 @@ def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps
 
 
 def prediction_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the model is trained to output at z_t, ε or v. Arguments are those of `add_noise`."""
+    """Return what the model is trained to output at z_t: ε, v or z. Arguments are those of `add_noise`."""
     if schedule.prediction_type == "epsilon":
         return noise.float()
+    if schedule.prediction_type == "sample":
+        return latents.float()
     alpha, sigma = scales(schedule, timesteps)
     return alpha * noise.float() - sigma * latents.float()
 
@@ -102,10 +104,12 @@ def predict_x0(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps
 
     Args:
         schedule: of the model.
-        output: [B, C, h, w], ε or v.
+        output: [B, C, h, w], ε, v or z.
         noisy: [B, C, h, w], z_t.
         timesteps: [B].
     """
+    if schedule.prediction_type == "sample":
+        return output.float()
     alpha, sigma = scales(schedule, timesteps)
     if schedule.prediction_type == "epsilon":
         return (noisy.float() - sigma * output.float()) / alpha
@@ -118,17 +122,18 @@ def noise_from_x0(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, timesteps:
     return (noisy.float() - alpha * x0.float()) / sigma
 
 
-def pure_noise(schedule: NoiseSchedule, noise: Tensor) -> Tensor:
-    """Return the one-step model's input √(1-ᾱ_T) ε.
+def pure_noise(schedule: NoiseSchedule, noise: Tensor, timestep: int = -1) -> Tensor:
+    """Return the input √(1-ᾱ_t) ε of a model that starts at a timestep, by default the last one.
 
     diffusers' Euler scheduler passes the same tensor to the UNet after `scale_model_input`, with trailing spacing.
 
     Args:
         schedule: of the model.
         noise: [B, C, h, w], standard normal.
+        timestep: t.
     """
     # The table is on the CPU, so that reading a number from it does not wait for a device.
-    return float((1 - schedule.alphas_cumprod[-1]).sqrt()) * noise.float()
+    return float((1 - schedule.alphas_cumprod[timestep]).sqrt()) * noise.float()
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
@@ -151,7 +156,7 @@ def trailing_timesteps(schedule: NoiseSchedule, steps: int, first: int | None = 
     return [round(total - index * total / steps) - 1 for index in range(steps)]
 
 
-def ddim_step(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, t: int, t_next: int | None) -> Tensor:
+def ddim_step(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, t: int, t_next: int) -> Tensor:
     """Take one deterministic DDIM step (η = 0) from z_t; it equals an Euler step on the σ scale.
 
     Args:
@@ -159,10 +164,8 @@ def ddim_step(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, t: int, t_next
         x0: [B, C, h, w], the model's prediction at z_t.
         noisy: [B, C, h, w], z_t.
         t: the timestep of `noisy`.
-        t_next: the timestep to step to; None for the clean latent.
+        t_next: the timestep to step to.
     """
-    if t_next is None:
-        return x0
     timesteps = torch.full((len(noisy),), t, device=noisy.device)
     noise = noise_from_x0(schedule, x0, noisy, timesteps)
     return add_noise(schedule, x0, noise, torch.full_like(timesteps, t_next))

@@ -103,7 +103,8 @@ class GenerateTab:
                 min_width=110,
                 elem_id="seed",
             )
-            self.steps = gr.Radio(list(STEPS), value=1, label="Steps", scale=3, min_width=200, elem_id="steps")
+            choices = [(str(count or "auto"), count) for count in STEPS]
+            self.steps = gr.Radio(choices, value=STEPS[0], label="Steps", scale=3, min_width=200, elem_id="steps")
         self.beside = gr.Checkbox(True, label="Base model beside it, same seed", elem_id="beside")
         with gr.Row():
             self.dice = gr.Button("\N{DIE FACE-5} New seed", size="md", min_width=110, elem_id="dice")

@@ -22,7 +22,7 @@ from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import host_mark, make_folder
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MOST_STRENGTH, MOST_SEED, STEPS = 2.0, 2**32 - 1, (1, 2, 4)
+MOST_STRENGTH, MOST_SEED, STEPS = 2.0, 2**32 - 1, (0, 1, 2, 4)
 MOST_LETTERS = 1000
 MOST_PHOTOS, MOST_UPLOAD = 30, 50 * 2**20  # files, bytes each
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

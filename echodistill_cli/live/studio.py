@@ -55,14 +55,14 @@ class Wish:
         prompt: what it shows.
         strength: scale of the LoRA, 0 to 2; 0 is the base model.
         seed: of the noise.
-        steps: denoising steps.
+        steps: denoising steps; 0 for those that the student was distilled for.
     """
 
     lora: Path | None
     prompt: str
     strength: float = 1.0
     seed: int = 0
-    steps: int = 1
+    steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Studio:
         generator = self._generator(wish)
         started = time.perf_counter()
         seeds = [wish.seed + index for index in range(count)]
-        settings = replace(generator.settings, steps=wish.steps)
+        settings = replace(generator.settings, steps=wish.steps or generator.pair.student.steps)
         pixels = list(generate(generator.pair, [wish.prompt] * count, seeds, settings))
         seconds = time.perf_counter() - started
         texts = [texts_of(replace(generator, settings=settings), wish.prompt, seed) for seed in seeds]

@@ -41,8 +41,8 @@ class LoraHeader:
         steps: training steps done.
         seed: seed of the run.
         photos: number of photos trained on.
-        role: "student" (one step) or "teacher".
-        prediction_type: "epsilon" or "v_prediction", of the base model.
+        role: "student" (few steps) or "teacher".
+        prediction_type: "epsilon", "v_prediction" or "sample", of the base model.
         usage: one line on how to generate with it, such as "1 step, guidance 0, 512x512".
         config_sha256: hash of the run's settings.
         version: version of echodistill.
@@ -50,7 +50,8 @@ class LoraHeader:
         finished_at: end of training in seconds since the epoch; None omits it.
         cover: a PNG of at most 1 MiB; viewers expect 256 x 256 pixels.
         toy: whether the base model is the embedded toy pair, which no other tool has.
-        timestep: where the one-step student starts; None for the last timestep.
+        timesteps: of the student's steps; empty for the last timestep.
+        sampler: of the student: "euler", "ddim" or "lcm".
     """
 
     name: str
@@ -74,7 +75,8 @@ class LoraHeader:
     finished_at: float | None = None
     cover: bytes | None = None
     toy: bool = False
-    timestep: int | None = None
+    timesteps: tuple[int, ...] = ()
+    sampler: str = "euler"
 
 
 def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
@@ -153,7 +155,7 @@ def _modelspec(lora: LoraHeader, digest: str) -> dict[str, str]:
         "resolution": f"{lora.resolution}x{lora.resolution}",
         "usage_hint": lora.usage,
         "trigger_phrase": lora.trigger,
-        "prediction_type": "v" if velocity else "epsilon",
+        "prediction_type": "v" if velocity else lora.prediction_type,
         "hash_sha256": f"0x{digest}",
     }
     if lora.class_name:
@@ -173,8 +175,8 @@ def _echodistill(lora: LoraHeader) -> dict[str, str]:
         "seed": str(lora.seed),
         "config_sha256": lora.config_sha256,
     }
-    if lora.timestep is not None:
-        fields["student_timestep"] = str(lora.timestep)
+    if lora.timesteps:
+        fields |= {"student_timesteps": ",".join(map(str, lora.timesteps)), "student_sampler": lora.sampler}
     return {f"echodistill.{key}": value for key, value in fields.items()}
 
 

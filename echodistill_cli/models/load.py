@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from echodistill_cli.config.distilled import student_sampler
 from echodistill_cli.config.families import (
     Family,
     check_unet,
@@ -63,7 +64,9 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
     loader.check(teacher=teacher)
-    student = replace(loader.denoiser(loader.student), timestep=config.student_timestep)
+    student = replace(
+        loader.denoiser(loader.student), timesteps=config.student_timesteps, sampler=student_sampler(config)
+    )
     family = family_of_unet(student.unet.config)
     base = share_weights(student, loader.teacher.sizes) if config.student_lora and teacher else None
     if config.student_lora:

@@ -68,7 +68,7 @@ def load_schedule(folder: Path, prediction: str = "auto", *, zero_snr: bool = Fa
 
     Raises:
         ModelError: the file is damaged, or the schedule has no betas.
-        ModelError: the prediction type is neither ε nor v, or it is ε at zero terminal SNR.
+        ModelError: the prediction type is neither ε, v nor z, or it is ε at zero terminal SNR.
     """
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
@@ -81,7 +81,7 @@ def load_schedule(folder: Path, prediction: str = "auto", *, zero_snr: bool = Fa
     if not has_betas or kind.startswith(("EDM", "FlowMatch")) or settings.get("use_flow_sigmas"):
         raise ModelError(f"{file}: a noise schedule without betas ({kind}) is not supported.", remedy)
     prediction_type = str(settings.get("prediction_type", "epsilon") if prediction == "auto" else prediction)
-    if prediction_type not in ("epsilon", "v_prediction"):
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(f"{folder.parent.name}: models that predict {prediction_type!r} are not supported.", remedy)
     with reading(file):
         scheduler = DDPMScheduler(**present | {"rescale_betas_zero_snr": zero_snr or settings.get(keys[-1], False)})

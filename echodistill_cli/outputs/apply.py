@@ -87,22 +87,26 @@ def plain_pipeline(pair: ModelPair, role: Role) -> Any:
 
 
 def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
-    """Return the diffusers scheduler that matches our sampler: Euler with trailing timesteps.
+    """Return the diffusers scheduler that matches our sampler: Euler, DDIM or LCM with trailing timesteps.
 
-    For a student that starts before the last timestep it is DDIM with a schedule that ends there: diffusers then starts
-    at that timestep, from unit noise.
+    For a student that starts before the last timestep, the schedule of DDIM or LCM ends there: diffusers then starts at
+    that timestep, from unit noise.
     """
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
     from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_lcm import LCMScheduler
 
-    schedule, first = pair.role(role).schedule, pair.role(role).timestep
+    denoiser, schedule = pair.role(role), pair.role(role).schedule
     alphas = schedule.alphas_cumprod.cpu()
-    settings = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing", "steps_offset": 1}
-    if first is not None:
-        betas = _betas(alphas[: first + 1])
-        return DDIMScheduler(first + 1, trained_betas=betas, clip_sample=False, set_alpha_to_one=True, **settings)
+    settings: dict[str, Any] = {"prediction_type": schedule.prediction_type, "timestep_spacing": "trailing"}
+    settings["steps_offset"] = 1
+    if denoiser.sampler != "euler":
+        count = denoiser.first_timestep + 1
+        settings |= {"trained_betas": _betas(alphas[:count]), "clip_sample": False, "set_alpha_to_one": True}
+        if denoiser.sampler == "lcm":
+            return LCMScheduler(count, original_inference_steps=denoiser.steps, **settings)
+        return DDIMScheduler(count, **settings)
     zero_snr = {"rescale_betas_zero_snr": True} if has_zero_snr(pair, role) else {}
-    count = {"num_train_timesteps": len(alphas)}
     scheduler = EulerDiscreteScheduler(**_SCHEDULE, **settings, **zero_snr)
     # Where ᾱ is 0, diffusers has a tiny number instead, because its σ would be infinite.
     same_length = len(alphas) == len(scheduler.alphas_cumprod)
@@ -111,7 +115,7 @@ def trailing_scheduler(pair: ModelPair, role: Role) -> Any:
     if zero_snr:
         # Rescaling to zero SNR changes nothing in a schedule that has it, and makes diffusers keep σ finite.
         alphas = torch.cat((alphas[:-1], alphas[-1:].clamp(max=0)))
-    return EulerDiscreteScheduler(trained_betas=_betas(alphas), **count, **settings, **zero_snr)
+    return EulerDiscreteScheduler(len(alphas), trained_betas=_betas(alphas), **settings, **zero_snr)
 
 
 def has_zero_snr(pair: ModelPair, role: Role) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import build_config, config_hash, read_toml
+from echodistill_cli.config.distilled import sampling_in_words, settings_in_header, student_sampler
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig, check_section
 from echodistill_cli.diffusion.pair import Role
@@ -252,8 +252,7 @@ class Artifact:
         if model is not None:
             # A single file has no vocabulary, so the run's is used.
             tokenizer = self.config.model.tokenizer if self.config and Path(model).is_file() else None
-            kept = {"tokenizer": tokenizer, "student_timestep": self._student_timestep()}
-            kept = {key: value for key, value in kept.items() if value is not None}
+            kept = ({"tokenizer": tokenizer} if tokenizer else {}) | self._student_steps()
             return changed_models(build_config(model).model, kept | dict(changes or {}), size)
         if self.config is None:
             raise ConfigError(
@@ -262,12 +261,12 @@ class Artifact:
             )
         return changed_models(self.config.model, changes or {}, size)
 
-    def _student_timestep(self) -> int | None:
-        """Return where the student was trained to start: as the run says, or the header of the LoRA file."""
-        if self.config:
-            return self.config.model.student_timestep
-        text = self.file.metadata.get("echodistill.student_timestep", "") if self.file else ""
-        return int(text) if re.fullmatch(r"[1-9]\d{0,5}", text) else None
+    def _student_steps(self) -> dict[str, Any]:
+        """Return the steps that the student was trained for: as the run says, or the header of the LoRA file."""
+        if self.config is None:
+            return settings_in_header(self.file.metadata) if self.file else {}
+        steps = {key: getattr(self.config.model, key) for key in ("student_timesteps", "student_sampler")}
+        return steps if steps["student_timesteps"] else {}
 
     def teacher_guidance(self, model: str | None = None) -> float:
         """Return the guidance scale of the teacher: the run's, or the one that the preset of `model` has."""
@@ -288,12 +287,10 @@ class Artifact:
         record, side = self.record or self._read_record(), config.model.resolution
         student_lora = config.model.student_lora
         together = f"together with {last_part(student_lora)}, " if student_lora else ""
-        first = config.model.student_timestep
-        timesteps = "trailing timesteps" if first is None else f"timestep {first} with unit noise (LCM sampler)"
         if toy := is_embedded(config.model.student):
             together = "in echodistill only, "
         usage = {
-            "student": f"{together}1 step, guidance 0 (CFG 1), {timesteps}, {side}x{side}",
+            "student": f"{together}{sampling_in_words(config.model)}, {side}x{side}",
             "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
         }
         return LoraHeader(
@@ -318,7 +315,8 @@ class Artifact:
             finished_at=record.finished_at,
             cover=record.cover,
             toy=toy,
-            timestep=first,
+            timesteps=config.model.student_timesteps,
+            sampler=student_sampler(config.model),
         )
 
     def _read_record(self) -> TrainingRecord:

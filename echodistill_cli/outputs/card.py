@@ -10,11 +10,11 @@ from typing import Any
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import config_hash
+from echodistill_cli.config.distilled import is_trailing, steps_in_words, student_sampler
 from echodistill_cli.config.families import FAMILIES
-from echodistill_cli.config.schema import Config
+from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.files import is_path, last_part, public_name, write_text
-from echodistill_cli.lora.header import sidecar_paths
+from echodistill_cli.files import is_path, last_part, public_name
 from echodistill_cli.models.sources import is_embedded
 
 # Signs that a shell reads between double quotes.
@@ -175,92 +175,30 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         echo=_echo(config, state),
         digest=config_hash(config)[:16],
     )
-    return card if config.model.student_timestep is None else _at_timestep(card, config.model.student_timestep)
+    return _at_timesteps(card, config.model) if config.model.student_timesteps else card
 
 
-# The files in which the published models are offered for user interfaces.
-_CHECKPOINTS = {"sd-turbo": "sd_turbo", "sdxl-turbo": "sd_xl_turbo_1.0_fp16"}
-
-
-def write_workflow(config: Config, lora: Path, header: Mapping[str, str]) -> None:
-    """Write a workflow for ComfyUI beside a student's LoRA file, if ComfyUI can sample the student.
-
-    Args:
-        config: of the run.
-        lora: path of the LoRA file.
-        header: of the LoRA file.
-
-    Raises:
-        EchoDistillError: the file cannot be written.
-    """
-    velocity = header.get("modelspec.prediction_type") == "v"
-    if workflow := comfyui_workflow(config, lora.name, velocity=velocity):
-        write_text(sidecar_paths(lora)[2], json.dumps(workflow, indent=2) + "\n")
-
-
-def comfyui_workflow(config: Config, lora: str, *, velocity: bool = False) -> dict[str, Any] | None:
-    """Return a workflow for ComfyUI, in its API format, that generates one image with a student's LoRA.
-
-    Args:
-        config: of the run.
-        lora: name of the LoRA file.
-        velocity: whether the student predicts v.
-
-    Returns:
-        None for a student that ComfyUI's nodes do not sample: the toy, or one that starts before the last timestep.
-    """
-    if is_embedded(config.model.student) or config.model.student_timestep is not None:
-        return None
-    name = last_part(config.model.student).removesuffix(".safetensors")
-    token, subject = config.concept.token, config.subject
-    if config.text.form == "token":
-        subject = subject.replace(token, f"embedding:{token}", 1)
-    nodes: dict[str, tuple[str, Mapping[str, Any]]] = {
-        "1": ("CheckpointLoaderSimple", {"ckpt_name": f"{_CHECKPOINTS.get(name, name)}.safetensors"})
-    }
-    model: list[str | int] = ["1", 0]
-    clip: list[str | int] = ["1", 1]
-    for file in filter(None, (config.model.student_lora, lora)):
-        inputs = {"model": model, "clip": clip, "lora_name": last_part(file)}
-        number = str(len(nodes) + 1)
-        nodes[number] = ("LoraLoader", inputs | {"strength_model": 1.0, "strength_clip": 1.0})
-        model, clip = [number, 0], [number, 1]
-    if velocity:
-        number = str(len(nodes) + 1)
-        nodes[number] = ("ModelSamplingDiscrete", {"model": model, "sampling": "v_prediction", "zsnr": False})
-        model = [number, 0]
-    nodes |= _sampling_nodes(model, clip, f"a photo of a {subject} on the beach", config.model.resolution, lora)
-    return {number: {"class_type": kind, "inputs": inputs} for number, (kind, inputs) in nodes.items()}
-
-
-def _sampling_nodes(
-    model: list[str | int], clip: list[str | int], prompt: str, side: int, lora: str
-) -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Return the nodes behind the loaders: prompts, one step of Euler, and the image."""
-    links = {"positive": ["10", 0], "negative": ["11", 0], "sampler": ["14", 0], "sigmas": ["13", 0]}
-    sampler = {"model": model, "add_noise": True, "noise_seed": 0, "cfg": 1.0, "latent_image": ["12", 0], **links}
-    return {
-        "10": ("CLIPTextEncode", {"clip": clip, "text": prompt}),
-        "11": ("CLIPTextEncode", {"clip": clip, "text": ""}),
-        "12": ("EmptyLatentImage", {"width": side, "height": side, "batch_size": 1}),
-        "13": ("SDTurboScheduler", {"model": model, "steps": 1, "denoise": 1.0}),
-        "14": ("KSamplerSelect", {"sampler_name": "euler"}),
-        "15": ("SamplerCustom", sampler),
-        "16": ("VAEDecode", {"samples": ["15", 0], "vae": ["1", 2]}),
-        "17": ("SaveImage", {"images": ["16", 0], "filename_prefix": Path(lora).stem}),
-    }
-
-
-def _at_timestep(card: str, timestep: int) -> str:
-    """Adapt a card to an LCM-style student, which starts from unit noise before the last timestep."""
+def _at_timesteps(card: str, model: ModelConfig) -> str:
+    """Adapt a card to a student with timesteps of its own."""
+    times, steps = list(model.student_timesteps), steps_in_words(model)
+    # At one step DDIM and LCM are the same, and LCM takes a timestep.
+    sampler = "lcm" if len(times) == 1 else student_sampler(model)
+    scheduler, name = {
+        "euler": ("EulerDiscreteScheduler", "Euler"),
+        "ddim": ("DDIMScheduler", "DDIM"),
+        "lcm": ("LCMScheduler", "LCM"),
+    }[sampler]
+    exact = sampler == "lcm" or not is_trailing(model)
+    at = "schedule SGM Uniform" if is_trailing(model) else f"timesteps {', '.join(map(str, times))}"
+    to_zero = ', set_alpha_to_one=True, timestep_spacing="trailing"' if sampler == "ddim" else None
     for before, after in (
-        ("EulerDiscreteScheduler", "LCMScheduler"),
-        (', timestep_spacing="trailing")', ")"),
-        ('"num_inference_steps": 1', f'"timesteps": [{timestep}]'),
-        ("; 1 step, CFG 1,", f"; 1 step of LCM from timestep {timestep}, CFG 1,"),
+        ("EulerDiscreteScheduler", scheduler),
+        (', timestep_spacing="trailing"', to_zero or ("" if exact else ', timestep_spacing="trailing"')),
+        ('"num_inference_steps": 1', f'"timesteps": {times}' if exact else f'"num_inference_steps": {len(times)}'),
+        ("sampler Euler, 1 step,", f"sampler {name}, {at}, {steps},"),
     ):
         card = card.replace(before, after)
-    return card
+    return card if len(times) == 1 else card.replace("**one step**", f"**{steps}**").replace("one-step", "few-step")
 
 
 def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
@@ -277,14 +215,25 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
     student = role == "student"
     return _MERGED.format(
         base_model=f"base_model: {base}\n" if (base := _hub_id(model)) else "",
-        kind="one-step" if student else "multi-step",
+        kind=("few-step" if "," in header.get("echodistill.student_timesteps", "") else "one-step")
+        if student
+        else "multi-step",
         name=name,
         linked_model=_linked(model),
         version=__version__,
         facts="".join(["\n", *facts]) if facts else "",
         prompt=_python_prompt(header.get("modelspec.trigger_phrase", "...")),
-        settings=", num_inference_steps=1, guidance_scale=0.0" if student else ", num_inference_steps=25",
+        settings=_merged_settings(header) if student else ", num_inference_steps=25",
     )
+
+
+def _merged_settings(header: Mapping[str, str]) -> str:
+    """Return the arguments of a merged student's pipeline."""
+    timesteps = header.get("echodistill.student_timesteps", "").split(",")
+    # diffusers' DDIM takes no timesteps; the folder's own scheduler has them.
+    exact = len(timesteps) > 1 and header.get("echodistill.student_sampler") != "ddim"
+    steps = f"timesteps=[{', '.join(timesteps)}]" if exact else f"num_inference_steps={len(timesteps)}"
+    return f", {steps}, guidance_scale=0.0"
 
 
 def _use_toy(config: Config, file: str) -> str:

@@ -45,10 +45,11 @@ from echodistill_cli.outputs.apply import (
     save_pipeline,
 )
 from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run
-from echodistill_cli.outputs.card import merged_card, model_card, write_workflow
+from echodistill_cli.outputs.card import merged_card, model_card
 from echodistill_cli.outputs.hub import exported_files, push, run_files
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
 from echodistill_cli.outputs.requests import ExportRequest
+from echodistill_cli.outputs.workflow import write_workflow
 from echodistill_cli.runs import OnMessage, Run
 
 _LORA_LAYOUTS = ("kohya", "diffusers")

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from echodistill_cli import __version__
 from echodistill_cli.config.families import read_json, reading
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec, ModelPair
-from echodistill_cli.diffusion.schedule import NoiseSchedule
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import atomically
@@ -113,7 +112,8 @@ def _graph_settings(pair: ModelPair, size: int) -> dict[str, Any]:
         "token_count": pair.encoder.tokenizers[0].model_max_length,
         "zero_null": pair.encoder.zero_null,
         "time_ids": pair.student.time_ids,
-        "student_timestep": pair.student.timestep,
+        "student_timesteps": pair.student.timesteps,
+        "student_sampler": pair.student.sampler,
     }
 
 
@@ -231,7 +231,7 @@ def load_onnx(folder: Path, *, threads: int | None = None) -> ModelPair:
     """
     check_onnx("onnxruntime")
     settings = read_settings(folder)
-    time_ids = settings["time_ids"]
+    time_ids, old = settings["time_ids"], settings.get("student_timestep")  # of older versions: None or one timestep
     with reading(folder, _AGAIN):
         return ModelPair(
             family=settings["family"],
@@ -241,7 +241,8 @@ def load_onnx(folder: Path, *, threads: int | None = None) -> ModelPair:
                 _Graph(folder / "unet", threads),
                 load_schedule(folder / "scheduler"),
                 None if time_ids is None else tuple(time_ids),
-                settings.get("student_timestep"),
+                tuple(settings.get("student_timesteps", [old] if old else [])),
+                settings.get("student_sampler", "ddim" if old else "euler"),
             ),
             loaded_teacher=None,
             device=torch.device("cpu"),
@@ -315,11 +316,6 @@ class _Encoder(PromptEncoder):
 
 
 class _Student(Denoiser):
-    def __init__(
-        self, graph: _Graph, schedule: NoiseSchedule, time_ids: tuple[int, ...] | None, timestep: int | None
-    ) -> None:
-        super().__init__(graph, schedule, time_ids, timestep)
-
     @property
     def input_dtype(self) -> torch.dtype:
         """The graphs read float32."""

@@ -41,7 +41,7 @@ class SampleRequest:
         lora: LoRA file or run folder; None for the newest run.
         lora_scale: scale of the LoRA; 1 as trained, 0 for the base model.
         role: which model generates.
-        steps: denoising steps; None for 1 (student) or 25 (teacher).
+        steps: denoising steps; None for those that the student was distilled for, or for 25 (teacher).
         guidance_scale: classifier-free guidance; None for 0 (student) or the run's (teacher).
         size: side of the images in pixels; None for the run's resolution.
         batch_size: images per forward pass; changes the speed only.
@@ -339,7 +339,9 @@ class LiveRequest:
     offline: bool = False
 
 
-def setting_notes(request: SampleRequest, steps: int, guidance: float, trained: int | None) -> Iterator[str]:
+def setting_notes(
+    request: SampleRequest, steps: int, guidance: float, trained: int | None, student_steps: int
+) -> Iterator[str]:
     """Yield a line for each setting that usually makes the images worse.
 
     Args:
@@ -347,10 +349,11 @@ def setting_notes(request: SampleRequest, steps: int, guidance: float, trained: 
         steps: denoising steps, resolved for the role.
         guidance: guidance scale, resolved for the role.
         trained: side in pixels of the images in training; None if it is not known.
+        student_steps: that the student was distilled for.
     """
-    if request.role == "student" and (steps > 1 or guidance > 1):
+    if request.role == "student" and (steps != student_steps or guidance > 1):
         yield (
-            "The student was trained for 1 step without guidance. "
+            f"The student was trained for {student_steps} step{'s' * (student_steps > 1)} without guidance. "
             f"--steps {steps} and --guidance {guidance:g} may make the images worse."
         )
     for flag, side in {"--size": request.size, "--width": request.width, "--height": request.height}.items():

@@ -16,6 +16,7 @@ from PIL import Image
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config
+from echodistill_cli.config.distilled import student_steps
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.data.images import a1111_text, grid, save_new_png, save_png, to_image
 from echodistill_cli.diffusion.pair import ModelPair, Role
@@ -147,11 +148,12 @@ def load_models(
     loras = [(artifact.lora(request.role), scale) for artifact, scale in artifacts]
     models = first.models(request.model, request.model_overrides, request.size)
     source = models.student if request.role == "student" else models.teacher
-    settings = _settings(request, models.resolution, first.teacher_guidance(request.model))
+    steps = student_steps(models)
+    settings = _settings(request, models.resolution, first.teacher_guidance(request.model), steps)
     known = request.model is None or request.model in PRESETS
     trained = (first.config if request.model is None else build_config(request.model)) if known else None
     resolution = trained.model.resolution if trained else None
-    for line in setting_notes(request, settings.steps, settings.guidance_scale, resolution):
+    for line in setting_notes(request, settings.steps, settings.guidance_scale, resolution, steps):
         on_message(line)
     on_message(f"Loading {source}")
     try:
@@ -176,7 +178,8 @@ def load_graphs(request: SampleRequest, on_message: OnMessage) -> Generator:
         if request.lora is None:
             on_message(f"Using the newest run, {run.folder}")
         folder, source = run.folder / "export" / f"{run.config.name}-onnx", run.config.model.student
-    size = int(read_settings(folder)["size"])
+    graphs = read_settings(folder)
+    size = int(graphs["size"])
     for flag in ("size", "width", "height"):
         if getattr(request, flag) not in (None, size):
             raise ConfigError(
@@ -184,16 +187,16 @@ def load_graphs(request: SampleRequest, on_message: OnMessage) -> Generator:
             )
     on_message(f"Loading {source}")
     token = run.config.concept.token if run else None
-    settings = _settings(request, size, 0.0)
+    settings = _settings(request, size, 0.0, len(graphs.get("student_timesteps") or [0]))
     return Generator(load_onnx(folder), [(folder, 1.0)], source, settings, [], run.folder if run else None, token)
 
 
-def _settings(request: SampleRequest, size: int, teacher_guidance: float) -> SamplingSettings:
+def _settings(request: SampleRequest, size: int, teacher_guidance: float, distilled: int) -> SamplingSettings:
     """Return the sampler's settings; what a request leaves open depends on the role."""
     guidance = 0.0 if request.role == "student" else teacher_guidance
     return SamplingSettings(
         role=request.role,
-        steps=request.steps or (1 if request.role == "student" else 25),
+        steps=request.steps or (distilled if request.role == "student" else 25),
         guidance_scale=guidance if request.guidance_scale is None else request.guidance_scale,
         size=size,
         batch_size=request.batch_size,
@@ -279,7 +282,7 @@ def _parameters(generator: Generator, prompt: str, seed: int) -> str:
     settings = generator.settings
     fields = {
         "Steps": settings.steps,
-        "Sampler": "Euler" if generator.pair.role(settings.role).timestep is None else "LCM",
+        "Sampler": {"euler": "Euler", "ddim": "DDIM", "lcm": "LCM"}[generator.pair.role(settings.role).sampler],
         "Schedule type": "SGM Uniform",  # trailing timesteps
         "CFG scale": f"{max(settings.guidance_scale, 1.0):g}",
         "Seed": seed,

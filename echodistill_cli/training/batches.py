@@ -11,7 +11,7 @@ from torch import Tensor
 
 from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.data.views import prompt_for
-from echodistill_cli.diffusion.sampling import student_x0, teacher_x0
+from echodistill_cli.diffusion.sampling import StudentStart, student_sample, student_x0, teacher_x0
 from echodistill_cli.diffusion.schedule import add_noise, send
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.vision import ImageBackbone
@@ -19,7 +19,7 @@ from echodistill_cli.training.critics import Discriminator, ImageBatch, features
 from echodistill_cli.training.losses import identity_scores
 from echodistill_cli.training.pools import EchoPool
 from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.targets import multi_step_target
+from echodistill_cli.training.targets import draw_start, multi_step_target
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TeacherBatch:
 
 @dataclass(frozen=True)
 class StudentPass:
-    """B one-step images of the student and what its losses compare them with.
+    """B images of one of the student's steps, and what its losses compare them with.
 
     Args:
         images: the student's, with gradient.
@@ -123,32 +123,41 @@ def teacher_batch(state: TrainingState, *, echo: bool = True) -> TeacherBatch:
 
 
 def student_pass(state: TrainingState) -> StudentPass:
-    """Generate B one-step images of the subject, and the teacher's guided x0 of each."""
+    """Generate B images of the subject in one of the student's steps, and the teacher's guided x0 of each."""
     pair, settings = state.pair, state.config.train
     prompts = _student_prompts(state, state.step)
     trainable, null = _encode_for_pass(state, prompts)
     conditioning = trainable.detach()
-    noise = _unit_noise(state, len(prompts))
+    start = draw_start(state, _unit_noise(state, len(prompts)), conditioning)
     with torch.set_grad_enabled(not pair.alternating):
-        x0 = student_x0(pair.student, noise, trainable)
-    renoise, timesteps = state.randn_like(noise), random_timesteps(state, len(prompts))
+        x0 = student_x0(pair.student, start.latents, trainable, start.places)
+    renoise, timesteps = state.randn_like(start.noise), random_timesteps(state, len(prompts))
     if settings.target_steps > 1:
-        target = multi_step_target(state, x0.detach(), noise, prompts, conditioning, null)
+        target = multi_step_target(state, x0.detach(), start, prompts, conditioning, null)
         alpha_bar = torch.ones(len(prompts), device=target.device)
     else:
-        target = _one_step_target(state, x0.detach(), noise, timesteps, conditioning, null)
-        alpha_bar = pair.teacher.schedule.alpha_bar(timesteps)
+        at = _up_to(state, start, timesteps)
+        target = _one_step_target(state, x0.detach(), start, at, conditioning, null)
+        alpha_bar = pair.teacher.schedule.alpha_bar(at)
     if pair.alternating:  # the graph through the student is built only now, when the teacher has left the device
-        x0 = student_x0(pair.student, noise, trainable)
+        x0 = student_x0(pair.student, start.latents, trainable, start.places)
     images = ImageBatch(x0, pair.codec, renoise, timesteps, conditioning)
     return StudentPass(images, replace(images, latents=target), alpha_bar, settings.photo_prompts(state.step))
+
+
+def _up_to(state: TrainingState, start: StudentStart, timesteps: Tensor) -> Tensor:
+    """Scale random timesteps down to a later step: more noise would hide what its input shows."""
+    if not start.place:
+        return timesteps
+    schedule = state.pair.teacher.schedule
+    return timesteps * (state.pair.student.timesteps[start.place] + 1) // (schedule.last_timestep + 1)
 
 
 @torch.no_grad()
 def _one_step_target(
     state: TrainingState,
     x0: Tensor,
-    noise: Tensor,
+    start: StudentStart,
     timesteps: Tensor,
     conditioning: Conditioning,
     null: Conditioning,
@@ -159,7 +168,7 @@ def _one_step_target(
     mean.
     """
     teacher = state.pair.teacher
-    noisy = add_noise(teacher.schedule, x0, noise, timesteps)
+    noisy = add_noise(teacher.schedule, x0, start.noise, timesteps)
     return teacher_x0(teacher, noisy, timesteps, conditioning, null, state.config.train.guidance_scale)
 
 
@@ -168,8 +177,9 @@ def add_first_targets(state: TrainingState, number: int) -> None:
     """Add batch `number` of targets to the replay buffer, as a student pass would, and train nothing."""
     prompts = _student_prompts(state, number)
     conditioning, null = state.pair.encoder.encode_with_null(prompts)
-    noise = _unit_noise(state, len(prompts))
-    multi_step_target(state, student_x0(state.pair.student, noise, conditioning), noise, prompts, conditioning, null)
+    start = draw_start(state, _unit_noise(state, len(prompts)), conditioning)
+    x0 = student_x0(state.pair.student, start.latents, conditioning, start.places)
+    multi_step_target(state, x0, start, prompts, conditioning, null)
 
 
 def critic_features(state: TrainingState, generated: StudentPass, critic: Discriminator) -> list[Tensor]:
@@ -243,13 +253,14 @@ def real_batch(state: TrainingState, fakes: ImageBatch) -> RealBatch:
 
 @torch.no_grad()
 def echo_candidates(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
-    """Generate one-step images with the features that selection and discriminators need."""
+    """Generate images in all steps, with the features that selection and discriminators need."""
     encoder, photos = state.identity_encoder, state.photos.identity
     assert encoder is not None
     assert photos is not None
     noise = _unit_noise(state, len(prompts))
     with state.at_export_scale():
-        latents = student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts))
+        conditioning = state.pair.encoder.encode(prompts)
+        latents = student_sample(state.pair.student, noise, conditioning, lambda: state.randn_like(noise))
     image = state.pair.codec.decode(latents)
     features = encoder.features(image)[0][:, 0]
     backbones = {c.name: c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)}

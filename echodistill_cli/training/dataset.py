@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from echodistill_cli.data.photos import Photo
 from echodistill_cli.data.prompts import class_prompts, with_subject
 from echodistill_cli.data.views import View, latent_masks, prompt_for, real_views, teacher_views
 from echodistill_cli.diffusion.pair import LatentCodec, ModelPair
-from echodistill_cli.diffusion.sampling import student_x0
+from echodistill_cli.diffusion.sampling import student_start, student_x0
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.critics import Discriminator
@@ -157,15 +158,17 @@ class Prior:
 
     Args:
         prompts: K texts.
-        noise: [K, C, h, w], what the student started from.
+        noise: [K, C, h, w], what the student started from: noise, or z_t for a later step.
         latents: [K, C, h, w].
         conditioning: of the prompts, by the base text encoder.
+        places: of each image's step among those of the student.
     """
 
     prompts: Sequence[str]
     noise: Tensor
     latents: Tensor
     conditioning: Conditioning
+    places: Sequence[int]
 
 
 @torch.no_grad()
@@ -182,5 +185,15 @@ def build_prior(config: Config, pair: ModelPair, generator: torch.Generator) -> 
     conditioning = pair.encoder.encode(prompts)
     batch = config.train.batch_size
     parts = [list(range(start, min(start + batch, len(prompts)))) for start in range(0, len(prompts), batch)]
-    latents = torch.cat([student_x0(pair.student, noise[rows], conditioning.take(rows)) for rows in parts])
-    return Prior(prompts, noise, latents, conditioning)
+    latents, places = list[Tensor](), list[int]()
+    for number, rows in enumerate(parts):
+        fresh = functools.partial(_noise_like, noise[rows], generator)
+        start = student_start(pair.student, noise[rows], conditioning.take(rows), number % pair.student.steps, fresh)
+        noise[rows] = start.latents
+        places += start.places
+        latents.append(student_x0(pair.student, start.latents, conditioning.take(rows), start.places))
+    return Prior(prompts, noise, torch.cat(latents), conditioning, places)
+
+
+def _noise_like(other: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(other.shape, generator=generator).to(other.device)

@@ -279,7 +279,9 @@ def preview(state: TrainingState, run: Run) -> None:
         state.pair,
         labels,
         seeds * len(texts),
-        SamplingSettings(size=config.model.resolution, batch_size=config.train.batch_size),
+        SamplingSettings(
+            size=config.model.resolution, batch_size=config.train.batch_size, steps=state.pair.student.steps
+        ),
     )
     with state.at_export_scale():
         sheet = grid([to_image(image) for image in images], columns=2 * len(seeds), labels=labels)

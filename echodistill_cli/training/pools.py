@@ -142,25 +142,30 @@ class ReplayBuffer:
     """Targets of earlier steps, up to `REPLAY_CAPACITY`, the newest last.
 
     Args:
-        noise: [N, C, h, w], what the student started from.
+        noise: [N, C, h, w], what the student started from: noise, or z_t for a later step.
         latents: [N, C, h, w], what the teacher made of it.
         base: [N, C, h, w], what the base student made of the same noise and the class; None without `pair_share`.
         prompts: N texts.
+        places: of the N steps among those of the student.
     """
 
     noise: Tensor | None = None
     latents: Tensor | None = None
     base: Tensor | None = None
     prompts: list[str] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def add(self, noise: Tensor, latents: Tensor, prompts: Sequence[str], base: Tensor | None = None) -> None:
-        """Add a batch; the oldest targets are dropped."""
+    def add(
+        self, noise: Tensor, latents: Tensor, prompts: Sequence[str], base: Tensor | None = None, place: int = 0
+    ) -> None:
+        """Add a batch of one step of the student; the oldest targets are dropped."""
         self.noise, self.latents = _newest(self.noise, noise), _newest(self.latents, latents)
         self.base = None if base is None else _newest(self.base, base)
         self.prompts = [*self.prompts, *prompts][-REPLAY_CAPACITY:]
+        self.places = [*self.places, *[place] * len(prompts)][-REPLAY_CAPACITY:]
 
     def take(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, list[str]]:
         """Return noise, targets and prompts of some rows."""
@@ -170,7 +175,8 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values for a checkpoint, by the keys of its format."""
-        return {"noise": self.noise, "latents": self.latents, "untouched": self.base, "prompts": self.prompts}
+        tensors = {"noise": self.noise, "latents": self.latents, "untouched": self.base}
+        return tensors | {"prompts": self.prompts, "places": self.places}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Load `state_dict`, with its tensors on `device`."""
@@ -178,6 +184,7 @@ class ReplayBuffer:
             None if state[key] is None else state[key].to(device) for key in ("noise", "latents", "untouched")
         )
         self.prompts = list(state["prompts"])
+        self.places = list(state.get("places", [0] * len(self.prompts)))  # older checkpoints have none
 
 
 def _newest(stored: Tensor | None, batch: Tensor) -> Tensor:

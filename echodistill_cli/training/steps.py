@@ -187,7 +187,7 @@ def replay_step(state: TrainingState) -> Metrics:
     Class images, for example in other colors, keep the meaning of words that the photos contradict.
     """
     batch = replay_batch(state)
-    x0 = student_x0(state.pair.student, batch.noise, encode_for_student(state, batch.prompts))
+    x0 = student_x0(state.pair.student, batch.noise, encode_for_student(state, batch.prompts), batch.places)
     loss = losses.latent_alignment(x0, batch.target).mean()
     metrics: Metrics = {"replay": loss.detach()}
     total = state.config.loss.latent * loss
@@ -244,11 +244,14 @@ def _blurred(state: TrainingState, latents: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _replayed_images(state: TrainingState) -> Tensor:
-    """Return the student's images of every stored noise, [N, C, h, w]."""
+    """Return the student's images of everything that it started from in the buffer, [N, C, h, w]."""
     buffer, size = state.replay_buffer, state.config.train.batch_size
-    parts = [buffer.take(range(start, min(start + size, len(buffer)))) for start in range(0, len(buffer), size)]
-    encode, student = state.pair.encoder.encode, state.pair.student
-    return torch.cat([student_x0(student, noise, encode(prompts)) for noise, _, prompts in parts])
+    images = []
+    for rows in (range(start, min(start + size, len(buffer))) for start in range(0, len(buffer), size)):
+        noise, _, prompts = buffer.take(rows)
+        places = [buffer.places[row] for row in rows]
+        images.append(student_x0(state.pair.student, noise, state.pair.encoder.encode(prompts), places))
+    return torch.cat(images)
 
 
 def _teach_paired_critic(state: TrainingState, critic: PairedCritic) -> None:
@@ -328,7 +331,8 @@ def _student_prior(state: TrainingState, _generated: StudentPass) -> Tensor:
     assert state.prior is not None
     rows = prior_rows(state, state.prior)
     conditioning = encode_for_student(state, [state.prior.prompts[row] for row in rows])
-    x0 = student_x0(state.pair.student, state.prior.noise[rows], conditioning)
+    places = [state.prior.places[row] for row in rows]
+    x0 = student_x0(state.pair.student, state.prior.noise[rows], conditioning, places)
     return losses.latent_alignment(x0, state.prior.latents[rows])
 
 

@@ -199,7 +199,9 @@ def test_the_hash_tells_what_decides_the_result_and_nothing_else() -> None:
         {"concept": {"photos": "moved"}},
     ]
     other = [{"train": {"lr": 2e-4}}, {"run": {"seed": 1}}, {"loss": {"latent": 0.5}}, {"echo": {"start": "off"}}]
-    other.append({"model": {"student_timestep": 399}})
+    other.append({"model": {"student_timesteps": [399]}})
+    other.append({"model": {"student_timesteps": [999, 499]}})
+    other.append({"model": {"student_timesteps": [999, 499], "student_sampler": "euler"}})
     reference = config_hash(Config())
     assert {config_hash(config_from_dict(tables)) for tables in same} == {reference}
     assert len({reference} | {config_hash(config_from_dict(tables)) for tables in other}) == len(other) + 1
@@ -301,7 +303,8 @@ def test_the_json_schema_has_every_setting_with_its_bounds_and_default() -> None
     assert (train["steps"]["type"], train["steps"]["minimum"]) == ("integer", 1)
     assert (train["scene_share"]["type"], train["scene_share"]["maximum"]) == ("number", 1)
     assert model["precision"]["enum"] == ["auto", "bf16", "fp16", "fp32"]
-    assert model["student_timestep"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"const": "off"}]
+    assert model["student_timesteps"]["items"] == {"type": "integer", "minimum": 1}
+    assert model["teacher_original_size"]["anyOf"] == [{"type": "integer", "minimum": 1}, {"const": "off"}]
     assert model["vae"]["type"] == "string"
     assert schema["properties"]["run"]["properties"]["report_to"]["items"] == {"type": "string"}
 

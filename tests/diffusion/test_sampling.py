@@ -10,21 +10,26 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_lcm import LCMScheduler
 from torch import Tensor
 
 from echodistill_cli.config.schema import ModelConfig
-from echodistill_cli.diffusion.pair import Denoiser, ModelPair
+from echodistill_cli.diffusion.pair import Denoiser, ModelPair, Sampler
 from echodistill_cli.diffusion.sampling import (
     SamplingSettings,
+    StudentStart,
     generate,
     seeded_noise,
+    seeded_noises,
+    student_sample,
+    student_start,
     student_x0,
     teacher_x0,
     to_uint8,
 )
-from echodistill_cli.diffusion.schedule import add_noise, guide, predict_x0
+from echodistill_cli.diffusion.schedule import PredictionType, add_noise, guide, predict_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.models.load import load_pair
@@ -32,12 +37,18 @@ from tests.helpers.commands import missing_flags
 
 PROMPTS = ("a photo of a dog", "a cat in the snow", "a teapot on the beach", "", "a very small toy")
 SEEDS = (11, 12, 13, 14, 15)
+FOUR = (999, 749, 499, 249)
 
 
 @pytest.fixture(scope="module")
 def pair(small_pair: tuple[Path, Path]) -> ModelPair:
     student, teacher = map(str, small_pair)
     return load_pair(ModelConfig(student=student, teacher=teacher, resolution=64, device="cpu", offline=True))
+
+
+def starting_at(pair: ModelPair, *timesteps: int, sampler: Sampler = "ddim") -> Denoiser:
+    """The student with timesteps of its own."""
+    return replace(pair.student, timesteps=timesteps, sampler=sampler)
 
 
 def draw(pair: ModelPair, **settings: Any) -> np.ndarray:
@@ -69,7 +80,7 @@ def test_the_student_with_several_steps_is_diffusers_too(pair: ModelPair, small_
 
 
 def test_a_student_that_starts_earlier_is_given_unit_noise_and_its_own_timestep(pair: ModelPair) -> None:
-    early, conditioning = replace(pair.student, timestep=399), pair.encoder.encode(["a dog"])
+    early, conditioning = starting_at(pair, 399), pair.encoder.encode(["a dog"])
     noise, timesteps = seeded_noise([3], (4, 8, 8)), torch.tensor([399])
     alpha_bar = early.schedule.alphas_cumprod[399]
     with torch.no_grad():
@@ -96,12 +107,80 @@ def test_one_step_at_an_earlier_timestep_is_that_of_diffusers_lcm_scheduler(
     noise = seeded_noise(SEEDS, (4, 8, 8))
     settings = {"timesteps": [399], "guidance_scale": 0.0, "height": 64, "width": 64, "output_type": "np"}
     expected = (np.asarray(pipeline(list(PROMPTS), latents=noise, **settings).images) * 255).round().astype(int)
-    assert np.abs(draw(replace(pair, student=replace(pair.student, timestep=399))) - expected).max() <= 1
+    assert np.abs(draw(replace(pair, student=starting_at(pair, 399))) - expected).max() <= 1
+
+
+SCHEDULERS = {
+    "euler": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
+    "ddim": (DDIMScheduler, {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}),
+    "lcm": (LCMScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("sampler", sorted(SCHEDULERS))
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_few_steps_give_the_latents_of_diffusers_from_the_same_seeds(
+    pair: ModelPair, small_pair: tuple[Path, Path], sampler: Sampler, prediction: PredictionType
+) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(small_pair[0], safety_checker=None, feature_extractor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    kind, settings = SCHEDULERS[sampler]
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, prediction_type=prediction, **settings)
+    steps = {"timesteps": list(FOUR)} if sampler == "lcm" else {"num_inference_steps": 4}
+    generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    common = {"guidance_scale": 0.0, "height": 64, "width": 64, "output_type": "latent"}
+    expected = pipeline(list(PROMPTS), generator=generators, **common, **steps).images
+
+    student = starting_at(pair, *FOUR, sampler=sampler)
+    student = replace(student, schedule=replace(student.schedule, prediction_type=prediction))
+    noises, conditioning = seeded_noises(SEEDS, (4, 8, 8)), pair.encoder.encode(PROMPTS)
+    with torch.no_grad():
+        latents = student_sample(student, next(noises), conditioning, noises.__next__)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_in_few_steps_is_where_the_last_step_ends(pair: ModelPair) -> None:
+    student = starting_at(pair, *FOUR, sampler="lcm")
+    few = replace(pair, student=student)
+    noises, conditioning = seeded_noises(SEEDS, (4, 8, 8)), pair.encoder.encode(PROMPTS)
+    with torch.no_grad():
+        latents = student_sample(student, next(noises), conditioning, noises.__next__)
+    assert np.array_equal(draw(few, steps=4), to_uint8(pair.codec.decode(latents)).numpy().astype(int))
+    one = draw(few, steps=1)  # of the first timestep
+    assert np.abs(draw(few, steps=4) - one).mean() > 1
+    assert np.array_equal(one, draw(replace(pair, student=starting_at(pair, 999)), steps=1))
+
+
+@torch.no_grad()
+def test_each_step_starts_where_the_sampler_is_by_then_and_knows_the_noise_in_it(pair: ModelPair) -> None:
+    conditioning, noise = pair.encoder.encode(PROMPTS[:2]), seeded_noise(SEEDS[:2], (4, 8, 8))
+    fresh = seeded_noise(SEEDS[2:4], (4, 8, 8))
+    for sampler in SCHEDULERS:
+        student = starting_at(pair, *FOUR, sampler=sampler)  # type: ignore[arg-type]
+        assert student_start(student, noise, conditioning, 0, lambda: fresh) == StudentStart(noise, noise)
+        first = student_x0(student, noise, conditioning)
+        start = student_start(student, noise, conditioning, 1, lambda: fresh)
+        at = torch.tensor([749, 749])
+        torch.testing.assert_close(add_noise(student.schedule, first, start.noise, at), start.latents)
+        assert torch.allclose(start.noise, fresh, atol=1e-3) == (sampler == "lcm")
+        assert not torch.allclose(start.noise, noise, atol=1e-3)
+        assert start.places == [1, 1]
+
+
+@torch.no_grad()
+def test_steps_at_different_places_share_a_batch(pair: ModelPair) -> None:
+    student, conditioning = starting_at(pair, *FOUR, sampler="euler"), pair.encoder.encode(PROMPTS[:3])
+    latents = seeded_noise(SEEDS[:3], (4, 8, 8))
+    together = student_x0(student, latents, conditioning, [0, 3, 1])
+    for row, place in enumerate((0, 3, 1)):
+        alone = student_x0(student, latents[[row]], conditioning.take([row]), [place])
+        torch.testing.assert_close(together[[row]], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(together[0], student_x0(starting_at(pair, 999), latents, conditioning)[0])  # unit noise
 
 
 def test_a_timestep_after_the_last_one_is_refused(pair: ModelPair) -> None:
-    with pytest.raises(ConfigError, match=r"--student-timestep 1000 is after the last timestep, 999"):
-        replace(pair.student, timestep=1000)
+    with pytest.raises(ConfigError, match=r"--student-timesteps 1000 is after the last timestep, 999"):
+        starting_at(pair, 1000)
 
 
 def test_the_guided_teacher_in_several_steps_is_diffusers(pair: ModelPair, small_pair: tuple[Path, Path]) -> None:

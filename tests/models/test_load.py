@@ -372,9 +372,12 @@ def test_a_rescaled_schedule_ends_at_pure_noise(copied: Pair) -> None:
     assert float(load_schedule(copied[1] / "scheduler").alphas_cumprod[-1]) < 1e-6
 
 
-def test_a_model_that_predicts_the_sample_is_refused(copied: Pair) -> None:
-    change_json(copied[1] / "scheduler" / "scheduler_config.json", prediction_type="sample")
-    with pytest.raises(ModelError, match="predict 'sample' are not supported"):
+def test_what_a_schedule_says_that_the_model_predicts_is_known_or_refused(copied: Pair) -> None:
+    file = copied[1] / "scheduler" / "scheduler_config.json"
+    change_json(file, prediction_type="sample")
+    assert load_schedule(file.parent).prediction_type == "sample"
+    change_json(file, prediction_type="trajectory")
+    with pytest.raises(ModelError, match="predict 'trajectory' are not supported"):
         load_pair(settings(copied))
 
 

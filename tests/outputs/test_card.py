@@ -13,7 +13,8 @@ import pytest
 
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.outputs.card import comfyui_workflow, merged_card, model_card
+from echodistill_cli.outputs.card import merged_card, model_card
+from echodistill_cli.outputs.workflow import comfyui_workflow
 
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
 
@@ -231,12 +232,53 @@ def test_a_whole_model_of_a_lora_that_says_nothing_has_a_card_without_its_words(
     assert "Use with" not in text
 
 
+FOUR = [999, 749, 499, 249]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "timesteps", "scheduler", "steps", "table"),
+    [
+        ("euler", FOUR, "EulerDiscreteScheduler", '"num_inference_steps": 4', "sampler Euler, schedule SGM Uniform, 4"),
+        ("lcm", FOUR, "LCMScheduler", f'"timesteps": {FOUR}', "sampler LCM, schedule SGM Uniform, 4 steps, CFG 1"),
+        ("ddim", FOUR, "DDIMScheduler", '"num_inference_steps": 4', "sampler DDIM, schedule SGM Uniform, 4 steps"),
+        ("auto", [399], "LCMScheduler", '"timesteps": [399]', "sampler LCM, timesteps 399, 1 step, CFG 1"),
+        ("lcm", [999, 759], "LCMScheduler", '"timesteps": [999, 759]', "sampler LCM, timesteps 999, 759, 2 steps"),
+    ],
+)
+def test_a_card_samples_the_student_in_its_own_steps(
+    sampler: str, timesteps: list[int], scheduler: str, steps: str, table: str
+) -> None:
+    lora = {"model": "someone/base", "family": "sdxl", "model__student_lora": "/home/me/dmd2.safetensors"}
+    text = card(**lora, model__student_timesteps=timesteps, model__student_sampler=sampler)
+    code = python_lines(text)
+    assert f"import AutoPipelineForText2Image, {scheduler}" in code
+    assert f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config" in code
+    assert steps in code
+    assert table in text
+    assert ('timestep_spacing="trailing"' in code) == ("num_inference_steps" in steps)
+    assert ("in **one step**" in text) == (len(timesteps) == 1)
+    few = len(timesteps) > 1
+    assert front_matter(text)["tags"] == f"[text-to-image, lora, {'few' if few else 'one'}-step, echodistill]"
+    ast.parse(code)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "settings"), [("lcm", "timesteps=[999, 499]"), ("ddim", "num_inference_steps=2"), (None, "steps=1")]
+)
+def test_a_merged_students_card_samples_it_in_its_own_steps(sampler: str | None, settings: str, tmp_path: Path) -> None:
+    header = {"echodistill.student_timesteps": "999,499", "echodistill.student_sampler": sampler} if sampler else {}
+    text = merged_card("x", "student", str(tmp_path), header)
+    assert f"{settings}, guidance_scale=0.0" in python_lines(text)
+    assert ("few-step" in front_matter(text)["tags"]) == bool(sampler)
+    assert "num_inference_steps=25" in merged_card("x", "teacher", str(tmp_path), header)
+
+
 EXAMPLE = Path(__file__).parents[2] / "examples" / "comfyui-workflow.json"
 
 
-def workflow(model: str = "sd-turbo", *, velocity: bool = False, **overrides: Any) -> Any:
+def workflow(model: str = "sd-turbo", prediction: str = "epsilon", **overrides: Any) -> Any:
     config = build_config(model, overrides={"concept.class_name": "dog"} | overrides)
-    return comfyui_workflow(config, "sks-dog.safetensors", velocity=velocity)
+    return comfyui_workflow(config, "sks-dog.safetensors", prediction)
 
 
 def by_class(nodes: dict[str, Any]) -> dict[str, Any]:
@@ -256,7 +298,7 @@ def test_a_comfyui_workflow_is_that_of_the_example_with_the_runs_own_names() -> 
 
 def test_a_comfyui_workflow_loads_a_distillation_lora_first_and_says_what_the_model_predicts() -> None:
     base = "stabilityai/stable-diffusion-xl-base-1.0"
-    nodes = workflow(base, velocity=True, **{"model.student_lora": "/private/hyper.safetensors", "text.form": "token"})
+    nodes = workflow(base, "v", **{"model.student_lora": "/private/hyper.safetensors", "text.form": "token"})
     loras = [node["inputs"] for node in nodes.values() if node["class_type"] == "LoraLoader"]
     assert [lora["lora_name"] for lora in loras] == ["hyper.safetensors", "sks-dog.safetensors"]
     assert loras[1]["model"] == ["2", 0]
@@ -269,6 +311,18 @@ def test_a_comfyui_workflow_loads_a_distillation_lora_first_and_says_what_the_mo
     assert all(source in nodes for source, _ in links)
 
 
+@pytest.mark.parametrize(("sampler", "name"), [("lcm", "lcm"), ("euler", "euler"), ("ddim", "euler")])
+def test_a_comfyui_workflow_takes_the_students_own_steps(sampler: str, name: str) -> None:
+    settings = {"model.student_timesteps": FOUR, "model.student_sampler": sampler}
+    nodes = by_class(workflow("someone/base", "sample", **settings, **{"model.student_lora": "lora.safetensors"}))
+    assert "SDTurboScheduler" not in nodes
+    schedule = {key: nodes["BasicScheduler"][key] for key in ("scheduler", "steps", "denoise")}
+    assert schedule == {"scheduler": "sgm_uniform", "steps": 4, "denoise": 1.0}
+    assert nodes["KSamplerSelect"] == {"sampler_name": name}
+    assert nodes["ModelSamplingDiscrete"]["sampling"] == "x0"
+
+
 def test_students_that_comfyui_cannot_sample_have_no_workflow() -> None:
     assert workflow("mini") is None
-    assert workflow(**{"model.student_timestep": 399}) is None
+    assert workflow(**{"model.student_timesteps": [399]}) is None
+    assert workflow(**{"model.student_timesteps": [999, 759, 499, 259]}) is None

@@ -242,20 +242,20 @@ def test_a_student_that_starts_early_starts_there_in_diffusers_and_from_its_lora
     case = make_case("sd")
     config = case.run.config
     output = str(tmp_path / "early")
-    model = dataclasses.replace(config.model, student_timestep=399)
+    model = dataclasses.replace(config.model, student_timesteps=(399,))
     config = dataclasses.replace(config, model=model, run=dataclasses.replace(config.run, output=output))
     run = create_run(config, overwrite=False)
     run.save_checkpoint(3, case.state.state_dict())
     lora, folder = export_files(run.folder, layouts=("kohya", "pipeline"), output=tmp_path / "out", dtype="fp32")
-    pair = load(folder, student_timestep=399)
+    pair = load(folder, student_timesteps=(399,))
     ours = draw(pair, case.prompt)
     assert np.abs(ours - case.picture()).mean() > 0.01
     merged = StableDiffusionPipeline.from_pretrained(folder)
     assert np.abs(draw_stock(merged, case.prompt) - ours).max() < CLOSE
     merged.scheduler.set_timesteps(3)
     assert merged.scheduler.timesteps.tolist() == trailing_timesteps(pair.student.schedule, 3, 399)
-    assert find(lora).models(str(case.pair[0])).student_timestep == 399
-    assert find(lora).models(str(case.pair[0]), {"student_timestep": None}).student_timestep is None
+    assert find(lora).models(str(case.pair[0])).student_timesteps == (399,)
+    assert find(lora).models(str(case.pair[0]), {"student_timesteps": ()}).student_timesteps == ()
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from echodistill_cli.cli.app import app
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.outputs.onnx import load_onnx
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.runs import Run, create_run
@@ -142,3 +143,23 @@ def test_the_command_draws_with_the_graphs(run: Run, tmp_path: Path) -> None:
     (file,) = map(Path, result.stdout.split())
     assert file.parent == tmp_path
     assert Image.open(file).text["lora"].endswith("-onnx")  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("settings", "timesteps", "sampler"),
+    [
+        ({"student_timesteps": [999, 499], "student_sampler": "lcm"}, (999, 499), "lcm"),
+        ({"student_timestep": 399}, (399,), "ddim"),  # of older versions, as is the next one
+        ({"student_timestep": None}, (), "euler"),
+    ],
+)
+def test_the_students_steps_are_those_of_the_export(
+    run: Run, tmp_path: Path, settings: dict[str, object], timesteps: tuple[int, ...], sampler: str
+) -> None:
+    folder = shutil.copytree(run.folder / "export" / f"{run.config.name}-onnx", tmp_path / "onnx")
+    file = folder / "echodistill.json"
+    plain = json.loads(file.read_text())
+    assert (plain.pop("student_timesteps"), plain.pop("student_sampler")) == ([], "euler")
+    file.write_text(json.dumps(plain | settings))
+    student = load_onnx(folder).student
+    assert (student.timesteps, student.sampler) == (timesteps, sampler)
