@@ -325,7 +325,8 @@ _REMEDIES = {
 
 
 def _command(arguments: Sequence[str]) -> str:
-    names = {command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands}
+    functions = (command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands)
+    names = {name.replace("_", "-") for name in functions}  # as Typer names a command after its function
     return next((f"{argument} " for argument in arguments if argument in names), "")
 
 

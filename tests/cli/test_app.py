@@ -108,6 +108,7 @@ def test_shell_completion_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
         ("export", "There is no run under runs/"),
         ("check", "Missing argument 'PHOTOS'"),
         ("inspect", "Missing argument 'FILE'"),
+        ("train-many", "Missing argument 'MANIFEST'. Help: echodistill train-many --help"),
     ],
 )
 def test_a_bad_line_ends_with_2_and_one_line_that_helps(
