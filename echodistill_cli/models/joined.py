@@ -17,7 +17,7 @@ from torch import Tensor, nn
 _INPUTS = ("q_proj", "k_proj", "v_proj")
 
 
-def joined(tensors: Sequence[nn.Parameter]) -> Tensor:
+def joined(tensors: Sequence[Tensor]) -> Tensor:
     """Return frozen weights as one tensor, of which they become views; no memory is added.
 
     Args:

@@ -80,7 +80,7 @@ class _Projections:
         flat: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
             x.flatten(0, -2), self.weight, self.bias, down, up
         )
-        return flat.unflatten(0, x.shape[:-1])
+        return flat.view(*x.shape[:-1], -1)
 
 
 class _TextProjections:
@@ -165,7 +165,7 @@ class _Attention:
             parts = (self.inputs(hidden_states), *(self.unet.text.outputs[each] for each in (attn.to_k, attn.to_v)))
         else:
             parts = self.inputs(hidden_states).chunk(3, dim=-1)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in parts)
+        query, key, value = (part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in parts)
         return self.output(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
@@ -286,7 +286,8 @@ class LeanUNet:
         for each in adapted:
             by_input.setdefault(each.frozen.shape[1], []).append(each)
             by_output.setdefault((len(each.layers), len(each.frozen)), []).append(each)
-        downs, ups = {}, {}
+        downs: dict[_Projections, Tensor] = {}
+        ups: dict[_Projections, Tensor] = {}
         for group in by_input.values():
             layers = [layer for each in group for layer in each.layers]
             ranks = [len(each.layers) * each.layers[0].r[ADAPTER] for each in group]
@@ -326,7 +327,7 @@ def _block_diagonal(matrices: Tensor, count: int) -> Tensor:
     """
     if count == 1:
         return matrices
-    diagonal = torch.diag_embed(matrices.unflatten(0, (-1, count)).permute(0, 2, 3, 1))
+    diagonal = torch.diag_embed(matrices.view(-1, count, *matrices.shape[1:]).permute(0, 2, 3, 1))
     return diagonal.permute(0, 3, 1, 4, 2).flatten(3, 4).flatten(1, 2)
 
 

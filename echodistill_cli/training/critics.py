@@ -147,7 +147,7 @@ class Discriminator(nn.Module):
         return [head(tap).squeeze(-1) for head, tap in zip(self.heads, features, strict=True)]
 
     def judge(self, reals: Sequence[Tensor], fakes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the logits of R real and B fake images per tap, [R, N] and [B, N], from one pass through the heads.
+        """Return the logits of R real and B fake images, [R, N] and [B, N] per tap, from one pass.
 
         Args:
             reals: [R, N, D] per tap.

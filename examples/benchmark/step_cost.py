@@ -50,8 +50,10 @@ from examples.benchmark.true_size import GIB, configuration, prepared
 FAMILIES: tuple[Family, ...] = ("sd", "sdxl")
 Recipe = Literal["paper", "preset"]
 RECIPES: tuple[Recipe, ...] = ("paper", "preset")
-# A preset's step has many replays, all alike but for their prompts and whether the paired critic judges them.
-_COUNTED_REPLAYS = 2
+# A preset's replays differ in their prompts. The one that is counted shows the subject, so that the
+# paired critic, a fortieth of a replay, judges it; it leaves out those of the class.
+_COUNTED_REPLAYS = 1
+_REPLAYED = ("replays", "paired critic")
 PRESET_REPLAYS = TrainConfig().replays
 # Without class images of the prior, which would have to be generated first. They would only change the prompts.
 _PRESET_SETTINGS = {"train__replays": _COUNTED_REPLAYS, "train__class_share": 0.0}
@@ -60,6 +62,7 @@ PARTS = {
     "teacher_step": "teacher",
     "student_step": "student",
     "replay_step": "replays",
+    "paired_critic_step": "paired critic",
     "discriminator_step": "critics",
     "add_first_targets": "target",
     "_one_step_target": "target",
@@ -160,7 +163,7 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             name, file = frame.f_code.co_name, frame.f_code.co_filename
             if name in self.functions and "echodistill_cli" in file:
                 part = self.functions[name]
-                return "optimizers" if in_optimizer and not in_backward and part != "replays" else part
+                return "optimizers" if in_optimizer and not in_backward and part not in _REPLAYED else part
             in_optimizer = in_optimizer or file.endswith("optimizers.py")
             in_backward = in_backward or (name == "backward" and file.endswith("_tensor.py"))
             frame = frame.f_back
@@ -262,8 +265,8 @@ def count(state: TrainingState, step: Callable[[TrainingState], Any] = training_
         for tensor in persistent(state):
             counter.watch(tensor)
         step(state)
-    if "replays" in counter.parts:
-        counter.parts["replays"] = counter.parts["replays"].times(PRESET_REPLAYS // _COUNTED_REPLAYS)
+    for part in counter.parts.keys() & _REPLAYED:
+        counter.parts[part] = counter.parts[part].times(PRESET_REPLAYS // _COUNTED_REPLAYS)
     return counter
 
 
