@@ -51,7 +51,7 @@ FAMILIES: tuple[Family, ...] = ("sd", "sdxl")
 Recipe = Literal["paper", "preset"]
 RECIPES: tuple[Recipe, ...] = ("paper", "preset")
 # A preset's replays differ in their prompts. The one that is counted shows the subject, so that the
-# paired critic, a fortieth of a replay, judges it; it leaves out those of the class.
+# paired critic, a thirtieth of a replay, judges it; it leaves out those of the class.
 _COUNTED_REPLAYS = 1
 _REPLAYED = ("replays", "paired critic")
 PRESET_REPLAYS = TrainConfig().replays
