@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -94,21 +94,6 @@ def _run_lean(module: Any) -> None:
     layers = {layer for layer in lora_layers(module) if type(layer) in (*lean, *lean.values())}
     for layer in layers:
         layer.__class__ = lean.get(type(layer), type(layer))
-    names = ("attn2.to_k", "attn2.to_v")
-    readers = [layer for name, layer in module.named_modules() if layer in layers and name.endswith(names)]
-    readers = [layer for layer in readers if layer.base_layer.in_features == module.config.cross_attention_dim]
-    readers = [layer for layer in readers if layer.base_layer.bias is None]
-    if readers and module.config.encoder_hid_dim is None and module.config.cross_attention_norm is None:
-        product_by_layer(module)  # a LoRA that was removed may have left its hooks
-        product = _SharedProduct(readers)
-        before = module.register_forward_pre_hook(product.compute, with_kwargs=True)
-        module._shared_product_hooks = (before, module.register_forward_hook(product.forget, always_call=True))
-
-
-def product_by_layer(module: Any) -> None:
-    """Let each LoRA layer compute its own product again; inside a compiled block that costs nothing."""
-    for hook in getattr(module, "_shared_product_hooks", ()):
-        hook.remove()
 
 
 class _LeanLinear(Linear):  # type: ignore[misc]
@@ -116,22 +101,17 @@ class _LeanLinear(Linear):  # type: ignore[misc]
 
     Attributes:
         folded: the weight with the LoRA added, for passes without gradient; None outside the context `folded`.
-        delta: the LoRA's product in the current pass, if `_SharedProduct` has computed it.
     """
 
     folded: Tensor | None = None
-    delta: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         if not _runs_lean(self):
             return torch.as_tensor(super().forward(x, *args, **kwargs))
-        if self.delta is not None:
-            flat = torch.addmm(self.delta.flatten(0, -2), x.flatten(0, -2), base.weight.t())
-            return flat.view(self.delta.shape)
         if self.folded is not None and not torch.is_grad_enabled():
             return F.linear(x, self.folded, base.bias)
-        output, dtype = base(x), _product_dtype(x.dtype)
+        output, dtype = base(x), product_dtype(x.dtype)
         low = F.linear(x.to(dtype), self.lora_A[ADAPTER].weight.to(dtype))
         up, scale = self.lora_B[ADAPTER].weight.to(dtype), self.scaling[ADAPTER]
         if output.dtype != dtype:
@@ -154,7 +134,7 @@ class _LeanConv2d(Conv2d):  # type: ignore[misc]
             return torch.as_tensor(super().forward(x, *args, **kwargs))
         if self.folded is not None and not torch.is_grad_enabled():
             return torch.as_tensor(base._conv_forward(x, self.folded, base.bias))
-        output, dtype, down = base(x), _product_dtype(x.dtype), self.lora_A[ADAPTER]
+        output, dtype, down = base(x), product_dtype(x.dtype), self.lora_A[ADAPTER]
         low = down._conv_forward(x.to(dtype), down.weight.to(dtype), None)
         product = F.conv2d(low, self.lora_B[ADAPTER].weight.to(dtype))
         return torch.add(output, product, alpha=self.scaling[ADAPTER]).to(output.dtype)
@@ -164,52 +144,10 @@ def _runs_lean(layer: Any) -> bool:
     return not layer.disable_adapters and not layer.merged and list(layer.active_adapters) == [ADAPTER]
 
 
-def _product_dtype(dtype: torch.dtype) -> torch.dtype:
+def product_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision of a LoRA's products over weights of `dtype`."""
     # In fp16 the gradients of these products would underflow.
     return dtype if dtype is torch.bfloat16 else torch.float32
-
-
-class _SharedProduct:
-    """The LoRA products of all layers that read the text features, one product per shape.
-
-    Args:
-        layers: keys and values of the cross-attentions of one UNet.
-    """
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        shapes: dict[tuple[int, int], list[Any]] = {}
-        for layer in layers:  # in a file of another tool, each layer may have a rank of its own
-            shapes.setdefault((layer.base_layer.out_features, layer.r[ADAPTER]), []).append(layer)
-        self.groups = list(shapes.values())
-        self.layers = [layer for group in self.groups for layer in group]
-
-    def compute(self, unet: Any, _inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
-        """Before a forward pass: compute each layer's product with the text features of this pass."""
-        text, first = options.get("encoder_hidden_states"), self.layers[0]
-        # Checkpointing runs the layers again in the backward pass, perhaps after another forward pass.
-        if text is None or not unet._hf_peft_config_loaded or unet.is_gradient_checkpointing:
-            return
-        if not _runs_lean(first):
-            return
-        dtype, out_dtype = _product_dtype(text.dtype), first.base_layer.weight.dtype
-        down = torch.cat([layer.lora_A[ADAPTER].weight for layer in self.layers]).to(dtype)
-        low = F.linear(text.to(dtype), down).flatten(0, 1)
-        start = 0
-        for group in self.groups:
-            up = torch.stack([layer.lora_B[ADAPTER].weight for layer in group]).to(dtype)
-            part = low[:, start : start + len(group) * up.shape[2]].view(len(low), len(group), up.shape[2])
-            start += len(group) * up.shape[2]
-            products = torch.bmm(part.transpose(0, 1), up.transpose(1, 2))
-            if group[0].scaling[ADAPTER] != 1.0:
-                products = products * group[0].scaling[ADAPTER]
-            products = products.to(out_dtype).view(len(group), *text.shape[:2], up.shape[1])
-            for layer, product in zip(group, products.unbind(), strict=True):
-                layer.delta = product
-
-    def forget(self, *_: Any) -> None:
-        """After a forward pass: let the products go."""
-        for layer in self.layers:
-            layer.delta = None
 
 
 @contextmanager
@@ -219,13 +157,16 @@ def folded(module: Any) -> Iterator[None]:
     Several passes in a row are faster this way. In half precision it does nothing: added to a weight of 8 bits, the
     small updates of early training would be lost in rounding.
     """
-    layers = [layer for layer in lora_layers(module) if isinstance(layer, _LeanLinear | _LeanConv2d)]
+    lean = getattr(module, "lean", None)
+    kinds = _LeanConv2d if lean else _LeanLinear | _LeanConv2d
+    layers = [layer for layer in lora_layers(module) if isinstance(layer, kinds)]
+    layers = [layer for layer in layers if layer.base_layer.weight.dtype is torch.float32]
     for layer in layers:
-        if layer.base_layer.weight.dtype is torch.float32:
-            with torch.no_grad():
-                layer.folded = layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
+        with torch.no_grad():
+            layer.folded = layer.base_layer.weight + layer.get_delta_weight(ADAPTER)
     try:
-        yield
+        with lean.folding() if lean and lean.time_weight.dtype is torch.float32 else nullcontext():
+            yield
     finally:
         for layer in layers:
             layer.folded = None

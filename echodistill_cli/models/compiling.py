@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from echodistill_cli.models.adapters import product_by_layer
+from echodistill_cli.models.joined import separate_inputs
+from echodistill_cli.models.lean import run_plain
 
 # What `train.compile` says, as torch.compile's mode.
 MODES = {"default": None, "auto": None, "max": "max-autotune-no-cudagraphs"}
@@ -73,7 +74,8 @@ def compile_blocks(modules: Iterable[nn.Module], setting: str = "default", backe
         options["mode"] = MODES[setting]
     modules = list(modules)
     for module in modules:
-        product_by_layer(module)
+        run_plain(module)
+        separate_inputs(module)
     blocks = {block for module in modules for block in module.modules() if type(block).__name__ in _BLOCKS}
     for block in blocks:
         block.compile(**options)

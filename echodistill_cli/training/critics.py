@@ -146,6 +146,17 @@ class Discriminator(nn.Module):
         """Return the logits [B, N] of each tap from the backbone's features; above 0 means "a photo"."""
         return [head(tap).squeeze(-1) for head, tap in zip(self.heads, features, strict=True)]
 
+    def judge(self, reals: Sequence[Tensor], fakes: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the logits of R real and B fake images, [R, N] and [B, N] per tap, from one pass.
+
+        Args:
+            reals: [R, N, D] per tap.
+            fakes: [B, N, D] per tap.
+        """
+        logits = self.logits([torch.cat(taps) for taps in zip(reals, fakes, strict=True)])
+        halves = [scores.split([len(reals[0]), len(fakes[0])]) for scores in logits]  # type: ignore[no-untyped-call]
+        return [real for real, _ in halves], [fake for _, fake in halves]
+
 
 class PairedCritic(nn.Module):
     """Five convolutions on latents. It compares the student's image with the target of the same noise.

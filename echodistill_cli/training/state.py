@@ -30,6 +30,7 @@ from echodistill_cli.models.adapters import (
     lora_tensors,
     trainable_parameters,
 )
+from echodistill_cli.models.lean import run_lean
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.vision import ImageBackbone, load_image_backbone
 from echodistill_cli.training.critics import Discriminator, PairedCritic, build_discriminators
@@ -303,9 +304,9 @@ def build_state(
     seed = seed_for(config, Stream.HEADS)
     names = config.critic.discriminators if config.loss.adversarial else ()
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
-    for critic in critics:
-        critic.to(pair.device)
+    critics = [critic.to(pair.device) for critic in critics]
     paired_critic = _paired_critic(config, pair)
+    run_lean(pair, filter(None, [*(critic.backbone for critic in critics), identity]))
     return TrainingState(
         config=config,
         pair=pair,
@@ -323,10 +324,7 @@ def build_state(
 
 
 def _generators(config: Config) -> ViewGenerators:
-    return ViewGenerators(
-        views=generator_for(config, Stream.VIEWS),
-        masks=generator_for(config, Stream.MASKS),
-    )
+    return ViewGenerators(views=generator_for(config, Stream.VIEWS), masks=generator_for(config, Stream.MASKS))
 
 
 def _paired_critic(config: Config, pair: ModelPair) -> PairedCritic | None:

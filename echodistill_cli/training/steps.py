@@ -123,8 +123,8 @@ def discriminator_step(state: TrainingState, generated: StudentPass) -> Metrics:
     total = torch.zeros((), device=state.pair.device)
     metrics: Metrics = {}
     for critic in state.critics:
-        real_logits = critic.logits(reals.features(critic))
-        fake_logits = critic.logits([tap.detach() for tap in critic_features(state, generated, critic)])
+        fakes = [tap.detach() for tap in critic_features(state, generated, critic)]
+        real_logits, fake_logits = critic.judge(reals.features(critic), fakes)
         loss = losses.adversarial_discriminator(real_logits, fake_logits, reals.weights)
         metrics[f"discriminator_{critic.name}"] = loss.detach()
         total = total + loss
@@ -217,10 +217,11 @@ def paired_pull(state: TrainingState, critic: PairedCritic, x0: Tensor, images: 
     with frozen([critic]):
         values = losses.paired_adversarial(critic(_blurred(state, images)), critic(_blurred(state, targets)))
         loss = values.sum() / len(x0)
-        pull: Tensor = torch.autograd.grad(loss, x0, retain_graph=True)[0].norm()
+        (pull,) = torch.autograd.grad(loss, x0)
     regression = (images - targets).detach().norm() / x0.numel()  # the gradient of `losses.latent_alignment`
-    scale: Tensor = state.config.loss.latent * regression / pull.clamp(min=1e-12)
-    return scale * loss
+    scale: Tensor = state.config.loss.latent * regression / pull.norm().clamp(min=1e-12)
+    # The loss with its gradient, which is known now: the backward pass need not go through the critic again.
+    return scale * (loss.detach() + (pull * (x0 - x0.detach())).sum())
 
 
 def paired_critic_step(state: TrainingState, critic: PairedCritic, images: Tensor, targets: Tensor) -> Metrics:
@@ -232,7 +233,8 @@ def paired_critic_step(state: TrainingState, critic: PairedCritic, images: Tenso
         images: [K, C, h, w], the student's, without gradient.
         targets: [K, C, h, w].
     """
-    loss = losses.paired_adversarial(critic(_blurred(state, targets)), critic(_blurred(state, images))).mean()
+    both = torch.cat((_blurred(state, targets), _blurred(state, images)))
+    loss = losses.paired_adversarial(*critic(both).chunk(2)).mean()
     state.optimizers.step(loss, ["paired"])
     return {"discriminator_paired": loss.detach()}
 

@@ -1,7 +1,8 @@
 """`python -m examples.benchmark.step_cost`: what one training step asks of a GPU, counted on any CPU.
 
 SD-Turbo's and SDXL-Turbo's pairs are built at their true size on torch's meta device, which computes shapes but no
-values. Their step is the project's own code. It takes seconds and no memory, and its counts have no noise:
+values. Their step is the project's own code, once with the paper's settings and once with those of the preset, which
+users run. It takes seconds and no memory, and its counts have no noise:
 
 - *operations*: what torch dispatches, each of which costs the host time
 - *kernels*: those operations that launch work on a GPU. Views, allocations and CPU tensors do not count; an operation
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -29,7 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -39,17 +41,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from echodistill_cli.config.schema import TrainConfig
 from echodistill_cli.diffusion.pair import Family
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.steps import training_step
 from examples.benchmark.true_size import GIB, configuration, prepared
 
 FAMILIES: tuple[Family, ...] = ("sd", "sdxl")
+Recipe = Literal["paper", "preset"]
+RECIPES: tuple[Recipe, ...] = ("paper", "preset")
+# A preset's replays differ in their prompts. The one that is counted shows the subject, so that the
+# paired critic, a thirtieth of a replay, judges it; it leaves out those of the class.
+_COUNTED_REPLAYS = 1
+_REPLAYED = ("replays", "paired critic")
+PRESET_REPLAYS = TrainConfig().replays
+# Without class images of the prior, which would have to be generated first. They would only change the prompts.
+_PRESET_SETTINGS = {"train__replays": _COUNTED_REPLAYS, "train__class_share": 0.0}
 # The innermost of these functions that is running decides to which part of the step an operation belongs.
 PARTS = {
     "teacher_step": "teacher",
     "student_step": "student",
     "replay_step": "replays",
+    "paired_critic_step": "paired critic",
     "discriminator_step": "critics",
     "add_first_targets": "target",
     "_one_step_target": "target",
@@ -77,6 +90,10 @@ class Cost:
         """Add the counts of another part."""
         for field in dataclasses.fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+
+    def times(self, factor: int) -> Cost:
+        """Return the counts of as many parts like this one."""
+        return Cost(*(factor * getattr(self, field.name) for field in dataclasses.fields(self)))
 
 
 class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -145,7 +162,8 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         while frame is not None:
             name, file = frame.f_code.co_name, frame.f_code.co_filename
             if name in self.functions and "echodistill_cli" in file:
-                return "optimizers" if in_optimizer and not in_backward else self.functions[name]
+                part = self.functions[name]
+                return "optimizers" if in_optimizer and not in_backward and part not in _REPLAYED else part
             in_optimizer = in_optimizer or file.endswith("optimizers.py")
             in_backward = in_backward or (name == "backward" and file.endswith("_tensor.py"))
             frame = frame.f_back
@@ -215,7 +233,9 @@ def counting(device: torch.device) -> Iterator[StepCounter]:
         yield stack.enter_context(StepCounter(device))
 
 
-def prepare(family: Family, folder: Path, *, side: int, batch: int, **settings: Any) -> TrainingState:
+def prepare(
+    family: Family, folder: Path, *, side: int, batch: int, recipe: Recipe = "paper", **settings: Any
+) -> TrainingState:
     """Return a run of the true architectures on the meta device, after its first step.
 
     Args:
@@ -223,15 +243,17 @@ def prepare(family: Family, folder: Path, *, side: int, batch: int, **settings: 
         folder: for the photos.
         side: of the images, in pixels.
         batch: images per step.
+        recipe: whose settings.
         settings: of the step, by section and name, such as train__target_steps.
     """
-    config = configuration(family, "lean", side, batch, "meta")
-    for key, value in settings.items():
+    config = configuration(family, "lean", side, batch, "meta", paper=recipe == "paper")
+    for key, value in ((_PRESET_SETTINGS if recipe == "preset" else {}) | settings).items():
         section, _, name = key.partition("__")
         changed = dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{section: changed})
-    with counting(torch.device("meta")), ANY_DEVICE:
+    with FusedAttention(), ANY_DEVICE:
         state = prepared(config, family, folder)
+        state.step = 1  # step 0 would begin with the teacher's head start and the first targets
         training_step(state)
     return state
 
@@ -243,6 +265,8 @@ def count(state: TrainingState, step: Callable[[TrainingState], Any] = training_
         for tensor in persistent(state):
             counter.watch(tensor)
         step(state)
+    for part in counter.parts.keys() & _REPLAYED:
+        counter.parts[part] = counter.parts[part].times(PRESET_REPLAYS // _COUNTED_REPLAYS)
     return counter
 
 
@@ -251,6 +275,7 @@ def persistent(state: TrainingState) -> Iterator[Tensor]:
     pair = state.pair
     modules = [pair.student.unet, pair.teacher.unet, *pair.encoder.encoders, pair.codec.encoder, pair.codec.decoder]
     modules += [critic.backbone for critic in state.critics] + [critic.heads for critic in state.critics]
+    modules += [state.paired_critic] if state.paired_critic else []
     for module in (*modules, *([state.identity_encoder] if state.identity_encoder else [])):
         yield from (*module.parameters(), *module.buffers())
     for optimizer in state.optimizers.values():
@@ -276,23 +301,27 @@ def record(counter: StepCounter) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Print a table per family, or one JSON object."""
+    """Print a table per family and recipe, or one JSON object."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.benchmark.step_cost", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=FAMILIES)
+    parser.add_argument("--recipe", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--side", type=int, default=512, help="pixels")
     parser.add_argument("--top", type=int, default=0, help="also list so many operations by their kernels")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    records = {}
-    for family in options.family:
+    records: dict[str, dict[str, Any]] = {family: {} for family in options.family}
+    for family, recipe in itertools.product(options.family, options.recipe):
         with tempfile.TemporaryDirectory() as folder:
-            counter = count(prepare(family, Path(folder), side=options.side, batch=options.batch))
-        records[family] = record(counter)
+            state = prepare(family, Path(folder), side=options.side, batch=options.batch, recipe=recipe)
+            counter = count(state)
+        records[family][recipe] = record(counter)
         if not options.json:
-            print(f"{family}, {options.side} px, batch {options.batch}", *lines(counter), sep="\n", flush=True)
+            print(
+                f"{family}, {recipe}, {options.side} px, batch {options.batch}", *lines(counter), sep="\n", flush=True
+            )
             print(*(f"{kernels:8,} {name}" for name, kernels in counter.names.most_common(options.top)), sep="\n")
     if options.json:
         print(json.dumps(records, indent=1))

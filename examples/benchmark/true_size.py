@@ -132,17 +132,23 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 8192) -> f
 # --- the two designs --------------------------------------------------------------------------------------------------
 
 
-def configuration(family: Family, design: str, side: int, batch: int, device: str) -> Config:
-    """Return the paper's settings for a design: lean, compiled (lean in compiled blocks) or reference.
+def configuration(family: Family, design: str, side: int, batch: int, device: str, *, paper: bool = True) -> Config:
+    """Return the settings for a design: lean, compiled (lean in compiled blocks) or reference.
 
-    The recipe's steps differ in what they repeat (targets of several steps, replays), not in their parts.
+    Args:
+        family: sd or sdxl.
+        design: its name.
+        side: of the images, in pixels.
+        batch: images per step.
+        device: as in `model.device`.
+        paper: the paper's settings; otherwise those of the preset, whose steps repeat the same parts more often.
     """
     lean = design != "reference"
     small_machine = device == "cpu" and family == "sdxl"
     names = ("dino", "dinov2", "clip" if lean else "clip-h")
     return build_config(
         f"{family}-turbo",
-        PAPER,
+        PAPER if paper else None,
         overrides={
             "concept.class_name": "dog",
             "concept.views": 4,

@@ -11,7 +11,6 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
@@ -24,12 +23,12 @@ from echodistill_cli.models.adapters import (
     load_lora_tensors,
     lora_layers,
     lora_tensors,
-    product_by_layer,
     trainable_parameters,
     without_lora,
 )
 from echodistill_cli.models.load import load_pair
 from tests.helpers.models import model_config
+from tests.helpers.passes import passes, with_random_lora
 
 Part = tuple[Any, tuple[str, ...]]
 
@@ -198,25 +197,6 @@ def test_at_strength_the_trained_lora_counts_as_many_times_and_then_as_before(pa
 # --- fewer operations -------------------------------------------------------------------------------------------------
 
 
-def with_random_lora(small_pair: tuple[Path, Path], targets: str) -> ModelPair:
-    pair = load_pair(model_config(*small_pair))
-    add_lora(pair.student.unet, UNET_LAYERS[targets], 2, 4, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in trainable_parameters(pair.student.unet):
-        parameter.data.normal_(std=0.1, generator=generator)
-    return pair
-
-
-def passes(pair: ModelPair) -> list[Tensor]:
-    """The student's output and the gradients of its LoRA."""
-    generator = torch.Generator().manual_seed(2)
-    noisy, timesteps = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([999, 10])
-    with torch.no_grad():
-        conditioning = pair.encoder.encode(["a dog", "a cat"])
-    output = pair.student(noisy, timesteps, conditioning)
-    return [output, *torch.autograd.grad(output.square().mean(), trainable_parameters(pair.student.unet))]
-
-
 @pytest.mark.parametrize("targets", ["cross-kv", "attention-conv"])
 def test_lean_layers_compute_what_those_of_peft_compute(
     small_pair: tuple[Path, Path], targets: str, monkeypatch: pytest.MonkeyPatch
@@ -224,14 +204,6 @@ def test_lean_layers_compute_what_those_of_peft_compute(
     lean = passes(with_random_lora(small_pair, targets))
     monkeypatch.setattr("echodistill_cli.models.adapters._run_lean", lambda _module: None)
     torch.testing.assert_close(lean, passes(with_random_lora(small_pair, targets)), rtol=1e-4, atol=1e-6)
-
-
-def test_a_step_of_the_cross_attentions_has_one_product_per_width(small_pair: tuple[Path, Path]) -> None:
-    pair = with_random_lora(small_pair, "cross-kv")
-    together = passes(pair)
-    product_by_layer(pair.student.unet)
-    torch.testing.assert_close(together, passes(pair), rtol=1e-4, atol=1e-6)
-    assert all(layer.delta is None for layer in lora_layers(pair.student.unet))
 
 
 def test_layers_of_different_ranks_compute_what_those_of_peft_compute(

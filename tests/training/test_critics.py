@@ -311,3 +311,9 @@ def test_pixels_beyond_the_range_are_seen_and_pulled_at(small_backbones: dict[st
     features.square().sum().backward()
     assert saturated.grad is not None
     assert (saturated.grad[saturated.detach().abs() > 1] != 0).float().mean() > 0.99
+
+
+def test_real_and_fake_images_judged_at_once_get_the_logits_of_each(small_backbones: dict[str, Path]) -> None:
+    critic = Discriminator("dino", load(small_backbones["dino"]), head_width=8)
+    reals, fakes = ([torch.randn(count, 1, width) for width in critic.backbone.widths] for count in (3, 2))
+    torch.testing.assert_close(critic.judge(reals, fakes), (critic.logits(reals), critic.logits(fakes)))

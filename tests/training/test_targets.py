@@ -11,8 +11,15 @@ import torch
 from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.models.adapters import lora_tensors
 from echodistill_cli.training.batches import student_pass
-from echodistill_cli.training.losses import latent_alignment
-from echodistill_cli.training.steps import begin, paired_critic_step, paired_pull, replay_step, training_step
+from echodistill_cli.training.losses import latent_alignment, paired_adversarial
+from echodistill_cli.training.steps import (
+    INSTANCE_NOISE,
+    begin,
+    paired_critic_step,
+    paired_pull,
+    replay_step,
+    training_step,
+)
 from echodistill_cli.training.targets import base_x0, replay_batch
 from tests.helpers.runs import NewState, checkpoint_of, moved, seeded, student_pass_at, take_steps, trained
 
@@ -134,8 +141,15 @@ def test_the_pull_of_the_paired_critic_is_that_of_the_latent_loss(new_state: New
     x0 = torch.randn(4, *shape, generator=seeded(1)).requires_grad_()
     target = torch.randn(4, *shape, generator=seeded(2))
     rows = [0, 2]
+    state.generator.manual_seed(3)
     pull = paired_pull(state, critic, x0, x0[rows], target[rows])
     (gradient,) = torch.autograd.grad(pull, x0)
+    state.generator.manual_seed(3)
+    noisy, compared = (latents + INSTANCE_NOISE * state.randn_like(latents) for latents in (x0[rows], target[rows]))
+    plain = paired_adversarial(critic(noisy), critic(compared)).sum() / len(x0)
+    (direction,) = torch.autograd.grad(plain, x0)
+    torch.testing.assert_close(gradient / gradient.norm(), direction / direction.norm(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(pull / plain, gradient.norm() / direction.norm(), rtol=1e-4, atol=1e-6)
     latent = 3.0 * latent_alignment(x0[rows], target[rows]).sum() / len(x0)
     (expected,) = torch.autograd.grad(latent, x0)
     assert float(gradient.norm()) == pytest.approx(float(expected.norm()), rel=1e-4)

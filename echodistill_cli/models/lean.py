@@ -1,0 +1,390 @@
+"""UNets in training with fewer operations: layers that read the same input are computed as one.
+
+A step of small batches does not wait for arithmetic but for operations to be dispatched. Here the queries, keys and
+values of a self-attention are one product, and so are the keys and values of all cross-attentions and the time shifts
+of all ResNet blocks. A LoRA adds two products to each of them, however many layers it covers.
+
+Names, weights and LoRA tensors stay those of diffusers and peft. Wherever a pass is not the usual one (gradient
+checkpointing, merged or other adapters), their own code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from echodistill_cli.diffusion.pair import ModelPair
+from echodistill_cli.models.adapters import ADAPTER, is_distilled, product_dtype
+from echodistill_cli.models.joined import joined, share_inputs
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x Wᵀ + b + (x Aᵀ) Bᵀ for frozen W and b, in three operations less than autograd needs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+        """Arguments are [N, in], W [out, in], b [out], A [r, in] and B [out, r], of one precision."""
+        low = x @ down.t()
+        ctx.save_for_backward(x, low, weight, down, up)
+        return F.linear(x, weight, bias).addmm_(low, up.t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
+        """Return the gradients of x, A and B."""
+        x, low, weight, down, up = ctx.saved_tensors
+        of_low = gradient @ up
+        of_x = (gradient @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
+        return of_x, None, None, of_low.t() @ x, gradient.t() @ low
+
+
+class _Projections:
+    """Linear layers that read the same input, as one layer; or a single layer.
+
+    Args:
+        layers: of equal shape, with or without LoRA.
+
+    Attributes:
+        is_adapted: whether the layers have the LoRA.
+        folded: the weight with the LoRA added; None outside of the context `folding`.
+        weight: of the current pass, [out, in].
+        lora: A [r, in] and B [out, r] of the current pass; None if the LoRA is off or folded.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.layers = list(layers)
+        self.is_adapted = all(ADAPTER in getattr(layer, "lora_A", ()) for layer in layers)
+        bases = [getattr(layer, "base_layer", layer) for layer in layers]
+        self.frozen = joined([base.weight for base in bases])
+        self.bias = None if bases[0].bias is None else joined([base.bias for base in bases])
+        self.folded: Tensor | None = None
+        self.weight = self.frozen
+        self.lora: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [B, N, out] of [B, N, in]."""
+        if self.lora is None:
+            return F.linear(x, self.weight, self.bias)
+        down, up = self.lora
+        if down.dtype != x.dtype:
+            low = F.linear(x.to(down.dtype), down)
+            return (F.linear(x, self.weight, self.bias) + F.linear(low, up)).to(x.dtype)
+        flat: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
+            x.flatten(0, -2), self.weight, self.bias, down, up
+        )
+        return flat.view(*x.shape[:-1], -1)
+
+
+class _TextProjections:
+    """The keys and values of all cross-attentions: the layers that read the text features.
+
+    Args:
+        layers: sorted by width.
+
+    Attributes:
+        outputs: of the current pass, [B, L, width] by layer.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.all = _Projections(layers)
+        self.widths: dict[int, list[Any]] = {}
+        for layer in layers:
+            self.widths.setdefault(layer.out_features, []).append(layer)
+        self.outputs: dict[Any, Tensor] = {}
+
+    def compute(self, text: Tensor, lora: tuple[Tensor, Sequence[Tensor]] | None) -> None:
+        """Compute all layers' outputs.
+
+        Args:
+            text: [B, L, in].
+            lora: A of all layers, [layers · r, in], and B [layers, width, r] per width; None if off or folded.
+        """
+        outputs = F.linear(text, self.all.weight).flatten(0, 1)
+        parts = outputs.split([width * len(layers) for width, layers in self.widths.items()], dim=1)  # type: ignore[no-untyped-call]
+        products = [None] * len(parts) if lora is None else self._products(text, *lora)
+        for layers, part, product in zip(self.widths.values(), parts, products, strict=True):
+            each = part.unflatten(1, (len(layers), -1)).transpose(0, 1)
+            if product is not None:
+                low, up = product
+                same = low.dtype == each.dtype
+                each = torch.baddbmm(each, low, up) if same else (each + torch.bmm(low, up)).to(each.dtype)
+            for layer, output in zip(layers, each.unbind(), strict=True):
+                self.outputs[layer] = output.unflatten(0, text.shape[:2])
+
+    def _products(self, text: Tensor, down: Tensor, ups: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return (x Aᵀ, Bᵀ) per width, [layers, B · L, r] and [layers, r, width]."""
+        low = F.linear(text.to(down.dtype), down).flatten(0, 1)
+        lows = low.split([len(up) * up.shape[2] for up in ups], dim=1)  # type: ignore[no-untyped-call]
+        return [
+            (part.unflatten(1, (len(up), -1)).transpose(0, 1), up.transpose(1, 2))
+            for part, up in zip(lows, ups, strict=True)
+        ]
+
+    def fold(self, down: Tensor, ups: Sequence[Tensor]) -> Tensor:
+        """Return the weight of all layers with the LoRA added; arguments as in `compute`."""
+        sizes = [len(up) * up.shape[2] for up in ups]
+        products = [
+            torch.bmm(up, part.unflatten(0, (len(up), -1))).flatten(0, 1)
+            for up, part in zip(ups, down.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        ]
+        return self.all.frozen + torch.cat(products)
+
+
+class _Attention:
+    """A processor of diffusers' with one product for queries, keys and values.
+
+    Those of a cross-attention have been computed with all others.
+    """
+
+    def __init__(self, unet: LeanUNet, attention: Any) -> None:
+        self.unet, self.plain = unet, attention.processor
+        readers = () if attention.is_cross_attention else (attention.to_k, attention.to_v)
+        self.inputs = _Projections([attention.to_q, *readers])
+        self.output = _Projections([attention.to_out[0]])
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """Return the attention's output, [B, N, D]; arguments are diffusers'."""
+        if not self.unet.is_active:
+            return torch.as_tensor(self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
+        if attn.is_cross_attention:
+            parts = (self.inputs(hidden_states), *(self.unet.text.outputs[each] for each in (attn.to_k, attn.to_v)))
+        else:
+            parts = self.inputs(hidden_states).chunk(3, dim=-1)
+        query, key, value = (part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in parts)
+        return self.output(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
+    """A ResNet block whose time shift is computed with all others, and without a division by 1."""
+
+    unet: LeanUNet
+
+    def forward(self, input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return [B, C, h, w]; arguments are diffusers'."""
+        if not self.unet.is_active:
+            return torch.as_tensor(super().forward(input_tensor, temb, *args, **kwargs))
+        shift = self.unet.time_shift(self, temb)
+        hidden = self.conv1(F.silu(self.norm1(input_tensor))) + shift[:, :, None, None]
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        if self.conv_shortcut is not None:
+            input_tensor = self.conv_shortcut(input_tensor)
+        return torch.as_tensor(input_tensor + hidden)
+
+
+class LeanUNet:
+    """What a UNet's passes compute for many layers at once.
+
+    Args:
+        unet: of SD's or SDXL's kind (`suits`), with frozen weights.
+
+    Attributes:
+        is_active: a pass is running in the usual state.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        self.is_active = False
+        blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+        readers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
+        self.text = _TextProjections(sorted(readers, key=lambda layer: int(layer.out_features)))
+        self.attentions = [attention for block in blocks for attention in (block.attn1, block.attn2)]
+        for attention in self.attentions:
+            attention.set_processor(_Attention(self, attention))
+        processors = [attention.processor for attention in self.attentions]
+        self.projections = [each for processor in processors for each in (processor.inputs, processor.output)]
+        self.resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+        self.time_weight = joined([resnet.time_emb_proj.weight for resnet in self.resnets])
+        self.time_bias = joined([resnet.time_emb_proj.bias for resnet in self.resnets])
+        self._shifts: dict[Any, Tensor] = {}
+        for resnet in self.resnets:
+            resnet.__class__, resnet.unet = _LeanResnet, self
+        self._hooks = (
+            unet.register_forward_pre_hook(self._begin, with_kwargs=True),
+            unet.register_forward_hook(self._end, always_call=True),
+        )
+
+    def remove(self) -> None:
+        """Give diffusers' own code back to the UNet."""
+        for hook in self._hooks:
+            hook.remove()
+        for attention in self.attentions:
+            attention.set_processor(attention.processor.plain)
+        for resnet in self.resnets:
+            resnet.__class__ = ResnetBlock2D
+            del resnet.unet
+
+    def time_shift(self, resnet: Any, embedding: Tensor) -> Tensor:
+        """Return what a ResNet block adds to its channels, [B, C], from the time embedding [B, D]."""
+        if not self._shifts:
+            widths = [len(block.time_emb_proj.weight) for block in self.resnets]
+            every = F.linear(F.silu(embedding), self.time_weight, self.time_bias)
+            self._shifts = dict(zip(self.resnets, every.split(widths, dim=1), strict=True))  # type: ignore[no-untyped-call]
+        return self._shifts[resnet]
+
+    @contextmanager
+    def folding(self) -> Iterator[None]:
+        """Context in which passes without gradient use weights with the LoRA added to them."""
+        with torch.no_grad():
+            text = self._gather()
+            for each in self.projections:
+                each.folded = None if each.lora is None else torch.addmm(each.frozen, each.lora[1], each.lora[0])
+                each.lora = None
+            self.text.all.folded = None if text is None else self.text.fold(*text)
+        try:
+            yield
+        finally:
+            for each in (*self.projections, self.text.all):
+                each.folded = None
+
+    def _begin(self, unet: Any, _inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Before a pass: compute what all blocks need, unless the pass is not a usual one."""
+        text, is_on = options.get("encoder_hidden_states"), self._lora_is_on()
+        # Checkpointing runs the blocks again in the backward pass, when this is forgotten.
+        if text is None or is_on is None or unet.is_gradient_checkpointing:
+            return
+        is_folded = is_on and not torch.is_grad_enabled() and self.text.all.folded is not None
+        lora = self._gather() if is_on and not is_folded else None
+        for each in (*self.projections, self.text.all):
+            each.weight = each.folded if is_folded and each.folded is not None else each.frozen
+        self.text.compute(text, lora)
+        self.is_active = True
+
+    def _end(self, *_: Any) -> None:
+        """After a pass: let everything go."""
+        self.is_active = False
+        self._shifts.clear()
+        self.text.outputs.clear()
+        for each in self.projections:
+            each.lora = None
+
+    def _lora_is_on(self) -> bool | None:
+        """Whether passes use the LoRA; None if other adapters are active or it has been merged."""
+        layer = next((each.layers[0] for each in (*self.projections, self.text.all) if each.is_adapted), None)
+        if layer is None or layer.disable_adapters:
+            return False
+        return True if not layer.merged and list(layer.active_adapters) == [ADAPTER] else None
+
+    def _gather(self) -> tuple[Tensor, list[Tensor]] | None:
+        """Set A and B of all projections, with one conversion per shape; return those of the text projections."""
+        adapted = [each for each in self.projections if each.is_adapted]
+        by_input: dict[int, list[_Projections]] = {}
+        by_output: dict[tuple[int, int], list[_Projections]] = {}
+        for each in adapted:
+            by_input.setdefault(each.frozen.shape[1], []).append(each)
+            by_output.setdefault((len(each.layers), len(each.frozen)), []).append(each)
+        downs: dict[_Projections, Tensor] = {}
+        ups: dict[_Projections, Tensor] = {}
+        for group in by_input.values():
+            layers = [layer for each in group for layer in each.layers]
+            ranks = [len(each.layers) * each.layers[0].r[ADAPTER] for each in group]
+            downs |= dict(zip(group, self._downs(layers).split(ranks), strict=True))  # type: ignore[no-untyped-call]
+        for (count, _), group in by_output.items():
+            stacked = self._ups([layer for each in group for layer in each.layers])
+            ups |= dict(zip(group, _block_diagonal(stacked, count).unbind(), strict=True))
+        for each in adapted:
+            each.lora = downs[each], ups[each]
+        if not self.text.all.is_adapted:
+            return None
+        return self._downs(self.text.all.layers), [self._ups(layers) for layers in self.text.widths.values()]
+
+    def _downs(self, layers: Sequence[Any]) -> Tensor:
+        """Return A of several layers, [layers · r, in]."""
+        whole = torch.cat([layer.lora_A[ADAPTER].weight for layer in layers])
+        return whole.to(product_dtype(layers[0].base_layer.weight.dtype))
+
+    def _ups(self, layers: Sequence[Any]) -> Tensor:
+        """Return B of several layers times the LoRA's scale, [layers, out, r]."""
+        whole, scale = torch.stack([layer.lora_B[ADAPTER].weight for layer in layers]), layers[0].scaling
+        whole = whole if scale[ADAPTER] == 1.0 else whole * scale[ADAPTER]
+        return whole.to(product_dtype(layers[0].base_layer.weight.dtype))
+
+
+def _block_diagonal(matrices: Tensor, count: int) -> Tensor:
+    """Put each `count` matrices on the diagonal of one.
+
+    One product then serves all layers that share an input.
+
+    Args:
+        matrices: [n · count, out, r].
+        count: of the layers.
+
+    Returns:
+        [n, count · out, count · r].
+    """
+    if count == 1:
+        return matrices
+    diagonal = torch.diag_embed(matrices.view(-1, count, *matrices.shape[1:]).permute(0, 2, 3, 1))
+    return diagonal.permute(0, 3, 1, 4, 2).flatten(3, 4).flatten(1, 2)
+
+
+def run_lean(pair: ModelPair, encoders: Iterable[nn.Module]) -> None:
+    """Let frozen models compute at once what several of their layers share.
+
+    Args:
+        pair: with its LoRA. With `model.offload` its UNets stay as they are, since their weights move.
+        encoders: of images.
+    """
+    for denoiser in () if pair.alternating else (pair.student, pair.loaded_teacher):
+        if denoiser is not None:
+            make_lean(denoiser.unet)
+    for encoder in (*pair.encoder.encoders, *encoders):
+        share_inputs(encoder)
+
+
+def make_lean(unet: Any) -> None:
+    """Let a UNet compute what several layers share at once, if it is of SD's or SDXL's kind.
+
+    Args:
+        unet: with frozen weights, which stay on their device, and a LoRA or none.
+    """
+    if _suits(unet) and not is_distilled(unet) and not unet.is_gradient_checkpointing:
+        unet.lean = LeanUNet(unet)
+
+
+def run_plain(module: Any) -> None:
+    """Give a UNet its own code back; inside a compiled block that costs nothing."""
+    if getattr(module, "lean", None) is not None:
+        module.lean.remove()
+        module.lean = None
+
+
+def _suits(unet: Any) -> bool:
+    """Return whether a UNet's attentions and ResNet blocks are all of the kind that this module computes."""
+    config = unet.config
+    if config.encoder_hid_dim or config.cross_attention_norm or unet.training:
+        return False
+    blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+    resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+    return bool(blocks) and all(map(_suits_attention, blocks)) and all(map(_suits_resnet, resnets))
+
+
+def _suits_attention(block: Any) -> bool:
+    if block.norm_type != "layer_norm" or block.only_cross_attention or block.attn2 is None:
+        return False
+    extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj", "residual_connection")
+    for attention in (block.attn1, block.attn2):
+        if any(getattr(attention, name, None) for name in extras) or attention.rescale_output_factor != 1.0:
+            return False
+        if attention.to_q.bias is not None or attention.is_cross_attention is not (attention is block.attn2):
+            return False
+    return True
+
+
+def _suits_resnet(resnet: Any) -> bool:
+    plain = resnet.upsample is resnet.downsample is None and resnet.time_emb_proj is not None
+    kind = (resnet.time_embedding_norm, resnet.output_scale_factor, resnet.skip_time_act)
+    return plain and kind == ("default", 1.0, False) and isinstance(resnet.nonlinearity, nn.SiLU)
