@@ -248,7 +248,7 @@ FOUR = [999, 749, 499, 249]
 def test_a_card_samples_the_student_in_its_own_steps(
     sampler: str, timesteps: list[int], scheduler: str, steps: str, table: str
 ) -> None:
-    lora = {"model": "someone/base", "family": "sdxl", "model__student_lora": "/home/me/dmd2.safetensors"}
+    lora: dict[str, Any] = {"model": "someone/base", "family": "sdxl", "model__student_lora": "/x/dmd2.safetensors"}
     text = card(**lora, model__student_timesteps=timesteps, model__student_sampler=sampler)
     code = python_lines(text)
     assert f"import AutoPipelineForText2Image, {scheduler}" in code
@@ -313,8 +313,9 @@ def test_a_comfyui_workflow_loads_a_distillation_lora_first_and_says_what_the_mo
 
 @pytest.mark.parametrize(("sampler", "name"), [("lcm", "lcm"), ("euler", "euler"), ("ddim", "euler")])
 def test_a_comfyui_workflow_takes_the_students_own_steps(sampler: str, name: str) -> None:
-    settings = {"model.student_timesteps": FOUR, "model.student_sampler": sampler}
-    nodes = by_class(workflow("someone/base", "sample", **settings, **{"model.student_lora": "lora.safetensors"}))
+    settings: dict[str, Any] = {"model.student_timesteps": FOUR, "model.student_sampler": sampler}
+    settings["model.student_lora"] = "lora.safetensors"
+    nodes = by_class(workflow("someone/base", "sample", **settings))
     assert "SDTurboScheduler" not in nodes
     schedule = {key: nodes["BasicScheduler"][key] for key in ("scheduler", "steps", "denoise")}
     assert schedule == {"scheduler": "sgm_uniform", "steps": 4, "denoise": 1.0}
