@@ -123,6 +123,12 @@ def test_a_single_file_is_opened_as_one_and_as_what_it_predicts(
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(("prediction", "node"), [("sample", "`x0`"), ("v_prediction", "`v_prediction`")])
+def test_a_card_says_what_the_student_predicts_where_a_tool_has_to_be_told(prediction: str, node: str) -> None:
+    assert f"put `ModelSamplingDiscrete` with {node} after the" in card(prediction=prediction)
+    assert "ModelSamplingDiscrete" not in card()
+
+
 def test_a_folder_is_opened_by_its_path_and_keeps_its_own_prediction_type(tmp_path: Path) -> None:
     folder = tmp_path / "my-turbo"
     folder.mkdir()
