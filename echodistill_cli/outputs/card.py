@@ -89,7 +89,8 @@ _VELOCITY_ROW = """\
 loader; A1111 and Forge read it from a `.yaml` file beside the model |
 """
 _SAMPLE_ROW = """\
-| if these show noise | the model predicts the image: in ComfyUI put `ModelSamplingDiscrete` with `x0` after the loader |
+| if these show noise | the model predicts the image: in ComfyUI put `ModelSamplingDiscrete` with `x0` after \
+the loader |
 """
 _LORA_LINES = """\
 pipe.load_lora_weights(".", weight_name="{file}")
