@@ -17,10 +17,12 @@ import psutil
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
+from echodistill_cli.config.distilled import sampling_in_words
+from echodistill_cli.config.families import check_index
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.text import check_token
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import expanded
+from echodistill_cli.files import expanded, last_part
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import (
     Estimate,
@@ -118,6 +120,8 @@ def check_settings(config: Config) -> None:
     concept, is_learned = config.concept, config.text.form == "token"
     pick_device(config.model.device)
     _check_writable(config.output)
+    for source in (config.model.student, config.model.teacher):
+        check_index(source)
     if config.model.student_lora:
         read_header(Path(config.model.student_lora))
     local = replace(config.model, offline=True)
@@ -141,7 +145,9 @@ def _check_writable(folder: Path) -> None:
 
 
 def assumptions(model: ModelConfig) -> Iterator[str]:
-    """Yield what a run assumes about its models: which are toys, and what single files do not say."""
+    """Yield what a run assumes about its models: toys, the student's steps, what single files do not say."""
+    if model.student_timesteps:
+        yield f"{last_part(model.student_lora or model.student)}: {sampling_in_words(model)}"
     for preset in PRESETS.values():
         if is_embedded(model.student) and preset.settings["model"]["student"] == model.student:
             yield f"{model.student}: {preset.about}"

@@ -79,7 +79,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag("model.teacher", "--teacher", MODELS_AND_MEMORY),
     Flag("model.student_lora", "--student-lora", MODELS_AND_MEMORY),
     Flag("model.student_timesteps", "--student-timesteps", MODELS_AND_MEMORY),
-    Flag("model.student_sampler", "--student-sampler", MODELS_AND_MEMORY),
     Flag("model.vae", "--vae", MODELS_AND_MEMORY),
     Flag("model.resolution", "--resolution", MODELS_AND_MEMORY),
     Flag("model.precision", "--precision", MODELS_AND_MEMORY),
@@ -93,7 +92,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("critic.identity", "--identity", LOSSES_AND_ECHO),
     Flag("echo.start", "--echo-start", LOSSES_AND_ECHO),
 )
-# What users of kohya's scripts, diffusers' scripts and other trainers type.
+# What users of kohya's scripts, diffusers' scripts, other trainers and older versions type.
 ALIASES: Mapping[str, str] = {
     "--pretrained-model-name-or-path": "--model",
     "--trigger-word": "--token",
@@ -197,7 +196,7 @@ def _parser(hint: Any) -> tuple[Callable[[str], Any] | None, str]:
     if hint is bool:
         return None, ""
     if typing.get_origin(hint) is tuple:
-        return (_parse_integers, "N,N,...") if int in kinds else (_parse_list, "A,B,...")
+        return (_parse_integers, "N,N") if int in kinds else (_parse_list, "A,B,...")
     if int in kinds:
         return _number(int, "an integer"), "N"
     return (_number(float, "a number"), "X") if float in kinds else (None, "TEXT")

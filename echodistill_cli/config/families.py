@@ -166,20 +166,39 @@ def family_of_unet(settings: Mapping[str, Any]) -> Family:
 def _unet_settings(source: str | Path) -> dict[str, Any] | None:
     """Return the UNet configuration of a model folder or a cached hub id; None if there is none."""
     try:
-        path = expanded(source)
-        folder = path if path.is_dir() else None if path.is_file() else _cached_folder(str(source))
-        file = folder / "unet" / "config.json" if folder else None
+        file = _file_of(source, "unet/config.json")
         settings = json.loads(read_small(file)) if file and file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
     return settings if isinstance(settings, dict) else None
 
 
-def _cached_folder(source: str) -> Path | None:
+def _file_of(source: str | Path, name: str) -> Path | None:
+    """Return a file of a model folder or of a cached hub id, which need not exist; None for other sources."""
+    path = expanded(source)
+    if path.is_dir() or path.is_file():
+        return path / name if path.is_dir() else None
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(source.partition("@")[0], "unet/config.json")
-    return Path(file).parent.parent if isinstance(file, str) else None
+    file = try_to_load_from_cache(str(source).partition("@")[0], name)
+    return Path(file) if isinstance(file, str) else None
+
+
+def check_index(source: str) -> None:
+    """Check that a model on this machine has a UNet, if its `model_index.json` says of what it is made.
+
+    Raises:
+        ModelError: it has none, as flow-matching transformers; or the file is damaged.
+    """
+    try:
+        file = _file_of(source, "model_index.json")
+    except (OSError, ValueError):  # no hub id either, which is said where the model is needed
+        return
+    if file and file.is_file() and "unet" not in (index := read_json(file)):
+        raise ModelError(
+            f"{source} is a {index.get('_class_name', 'model')}, which has no UNet and is not supported.",
+            "Use a text-to-image model of the SD 2.1 or SDXL family.",
+        )
 
 
 def native_resolution(source: str | Path) -> int | None:

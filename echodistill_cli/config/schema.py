@@ -140,7 +140,7 @@ class ModelConfig:
     vae: str | None = setting(None, "hub id or folder of a VAE that replaces the student's own")
     tokenizer: str | None = setting(None, "folder with CLIP's vocabulary; unset: the student's own or one in the cache")
     variant: str | None = setting("fp16", "preferred file variant of a model, if its repository has it")
-    student_lora: str | None = setting(None, "distillation LoRA that turns a base model into the one-step student")
+    student_lora: str | None = setting(None, "distillation LoRA that turns a base model into the student")
     student_timesteps: tuple[int, ...] = setting((), "timesteps of the student's steps; unset: the last one", minimum=1)
     student_sampler: str = choice(
         ("auto", "euler", "ddim", "lcm"),

@@ -16,6 +16,7 @@ import torch
 from echodistill_cli.config.distilled import student_sampler
 from echodistill_cli.config.families import (
     Family,
+    check_index,
     check_unet,
     family_of_unet,
     read_json,
@@ -59,6 +60,8 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
         ModelError: a part is missing or damaged, a model is not supported, or the families differ.
         ConfigError: the device does not exist, or the resolution does not suit the UNet.
     """
+    for source in (config.student, config.teacher) if teacher else (config.student,):
+        check_index(source)
     fetch_pair(config, teacher=teacher)
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)

@@ -88,6 +88,10 @@ _VELOCITY_ROW = """\
 | if these show noise | the model predicts v: in ComfyUI put `ModelSamplingDiscrete` with `v_prediction` after the \
 loader; A1111 and Forge read it from a `.yaml` file beside the model |
 """
+_SAMPLE_ROW = """\
+| if these show noise | the model predicts the image: in ComfyUI put `ModelSamplingDiscrete` with `x0` after \
+the loader |
+"""
 _LORA_LINES = """\
 pipe.load_lora_weights(".", weight_name="{file}")
 """
@@ -263,7 +267,7 @@ def _use(config: Config, state: Mapping[str, Any], file: str) -> str:
         sample=_sample_command(config, file),
         file=file,
         side=config.model.resolution,
-        rows=rows + (_VELOCITY_ROW if prediction == "v_prediction" else ""),
+        rows=rows + {"v_prediction": _VELOCITY_ROW, "sample": _SAMPLE_ROW}.get(prediction, ""),
         classes=f"{pipeline}, EulerDiscreteScheduler",
         pipe=pipe,
         scheduler=f'{scheduler}, prediction_type="{prediction}"' if fixed else scheduler,

@@ -110,7 +110,7 @@ def test_one_step_at_an_earlier_timestep_is_that_of_diffusers_lcm_scheduler(
     assert np.abs(draw(replace(pair, student=starting_at(pair, 399))) - expected).max() <= 1
 
 
-SCHEDULERS = {
+SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "euler": (EulerDiscreteScheduler, {"timestep_spacing": "trailing"}),
     "ddim": (DDIMScheduler, {"timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}),
     "lcm": (LCMScheduler, {}),
@@ -126,9 +126,9 @@ def test_few_steps_give_the_latents_of_diffusers_from_the_same_seeds(
     pipeline.set_progress_bar_config(disable=True)
     kind, settings = SCHEDULERS[sampler]
     pipeline.scheduler = kind.from_config(pipeline.scheduler.config, prediction_type=prediction, **settings)
-    steps = {"timesteps": list(FOUR)} if sampler == "lcm" else {"num_inference_steps": 4}
+    steps: dict[str, Any] = {"timesteps": list(FOUR)} if sampler == "lcm" else {"num_inference_steps": 4}
     generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-    common = {"guidance_scale": 0.0, "height": 64, "width": 64, "output_type": "latent"}
+    common: dict[str, Any] = {"guidance_scale": 0.0, "height": 64, "width": 64, "output_type": "latent"}
     expected = pipeline(list(PROMPTS), generator=generators, **common, **steps).images
 
     student = starting_at(pair, *FOUR, sampler=sampler)

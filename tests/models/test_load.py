@@ -43,6 +43,7 @@ from echodistill_cli.models.vision import DinoScorer
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import train
+from echodistill_cli.planning import check_settings
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import training_step
 from echodistill_cli.training.targets import base_x0
@@ -266,6 +267,17 @@ def test_a_teacher_of_another_family_is_refused_with_both_names(copied: Pair) ->
     assert str(student) in caught.value.message
     assert str(teacher) in caught.value.message
     assert "--teacher" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("role", [0, 1])
+def test_a_model_without_a_unet_is_refused_by_its_kind_before_anything_else(copied: Pair, role: int) -> None:
+    index = {"_class_name": "SanaSprintPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    (copied[role] / "model_index.json").write_text(json.dumps(index))
+    (copied[1] / "unet" / "config.json").unlink()
+    with pytest.raises(ModelError, match="is a SanaSprintPipeline, which has no UNet and is not supported"):
+        load_pair(settings(copied))
+    with pytest.raises(ModelError, match=f"{copied[role].name} is a SanaSprintPipeline"):
+        check_settings(small_config(copied, {"dino": Path("dino"), "clip": Path("clip")}))
 
 
 def test_a_folder_of_stable_diffusion_1_is_refused_by_name_before_its_weights_are_read(copied: Pair) -> None:

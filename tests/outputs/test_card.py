@@ -123,6 +123,12 @@ def test_a_single_file_is_opened_as_one_and_as_what_it_predicts(
     assert str(tmp_path) not in text
 
 
+@pytest.mark.parametrize(("prediction", "node"), [("sample", "`x0`"), ("v_prediction", "`v_prediction`")])
+def test_a_card_says_what_the_student_predicts_where_a_tool_has_to_be_told(prediction: str, node: str) -> None:
+    assert f"put `ModelSamplingDiscrete` with {node} after the" in card(prediction=prediction)
+    assert "ModelSamplingDiscrete" not in card()
+
+
 def test_a_folder_is_opened_by_its_path_and_keeps_its_own_prediction_type(tmp_path: Path) -> None:
     folder = tmp_path / "my-turbo"
     folder.mkdir()
@@ -248,7 +254,7 @@ FOUR = [999, 749, 499, 249]
 def test_a_card_samples_the_student_in_its_own_steps(
     sampler: str, timesteps: list[int], scheduler: str, steps: str, table: str
 ) -> None:
-    lora = {"model": "someone/base", "family": "sdxl", "model__student_lora": "/home/me/dmd2.safetensors"}
+    lora: dict[str, Any] = {"model": "someone/base", "family": "sdxl", "model__student_lora": "/x/dmd2.safetensors"}
     text = card(**lora, model__student_timesteps=timesteps, model__student_sampler=sampler)
     code = python_lines(text)
     assert f"import AutoPipelineForText2Image, {scheduler}" in code
@@ -313,8 +319,9 @@ def test_a_comfyui_workflow_loads_a_distillation_lora_first_and_says_what_the_mo
 
 @pytest.mark.parametrize(("sampler", "name"), [("lcm", "lcm"), ("euler", "euler"), ("ddim", "euler")])
 def test_a_comfyui_workflow_takes_the_students_own_steps(sampler: str, name: str) -> None:
-    settings = {"model.student_timesteps": FOUR, "model.student_sampler": sampler}
-    nodes = by_class(workflow("someone/base", "sample", **settings, **{"model.student_lora": "lora.safetensors"}))
+    settings: dict[str, Any] = {"model.student_timesteps": FOUR, "model.student_sampler": sampler}
+    settings["model.student_lora"] = "lora.safetensors"
+    nodes = by_class(workflow("someone/base", "sample", **settings))
     assert "SDTurboScheduler" not in nodes
     schedule = {key: nodes["BasicScheduler"][key] for key in ("scheduler", "steps", "denoise")}
     assert schedule == {"scheduler": "sgm_uniform", "steps": 4, "denoise": 1.0}
@@ -324,5 +331,6 @@ def test_a_comfyui_workflow_takes_the_students_own_steps(sampler: str, name: str
 
 def test_students_that_comfyui_cannot_sample_have_no_workflow() -> None:
     assert workflow("mini") is None
-    assert workflow(**{"model.student_timesteps": [399]}) is None
-    assert workflow(**{"model.student_timesteps": [999, 759, 499, 259]}) is None
+    for timesteps in ([399], [999, 759, 499, 259]):
+        settings: dict[str, Any] = {"model.student_timesteps": timesteps}
+        assert workflow(**settings) is None

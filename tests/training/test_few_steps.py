@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from echodistill_cli.outputs.artifact import find
 from echodistill_cli.outputs.requests import SampleRequest
 from echodistill_cli.outputs.sample import sample
 from echodistill_cli.pipeline import train
+from echodistill_cli.planning import assumptions
 from echodistill_cli.training import batches
 from echodistill_cli.training.batches import student_pass
 from echodistill_cli.training.state import TrainingState
@@ -163,7 +165,7 @@ def test_replays_repeat_the_step_that_each_target_is_of(new_state: NewState) -> 
         metrics = replay_step(state)
     assert calls == [([FOUR[place] for place in batch.places], True)]
     assert moved(before, state) == {"student"}
-    assert metrics["replay"].isfinite()
+    assert math.isfinite(float(metrics["replay"]))
 
 
 def test_the_echo_looks_at_finished_images(new_state: NewState) -> None:
@@ -198,6 +200,8 @@ def test_sdxl_base_with_a_published_four_step_lora_is_a_student_of_four_steps(
     overrides |= {"train.steps": 1, "train.lr": 0.1, "run.output": str(tmp_path / "run"), "text.form": "frozen"}
     config = build_config(str(base), overrides=overrides)
     assert config.model.student_timesteps == FOUR
+    (line,) = assumptions(config.model)
+    assert line.startswith("dmd2_sdxl_4step_lora.safetensors: 4 steps, guidance 0 (CFG 1), timesteps 999, 749")
     result = train(config)
     assert "together with dmd2_sdxl_4step_lora.safetensors, 4 steps" in str(inspect_file(result.lora).usage)
     assert "**4 steps**" in (result.run / "README.md").read_text(encoding="utf-8")
