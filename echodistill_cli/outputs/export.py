@@ -336,6 +336,7 @@ class TrainResult:
         token: the learned token's file; None if none was learned.
         steps: training steps done.
         seconds: duration of the last session.
+        report: the page with photos, previews and curves.
     """
 
     run: Path
@@ -344,6 +345,7 @@ class TrainResult:
     token: Path | None
     steps: int
     seconds: float
+    report: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
