@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import echodistill_cli
-from echodistill_cli import __all__, __version__
+from echodistill_cli import __all__
+from echodistill_cli import __version__ as __version__
 
 if TYPE_CHECKING:
     from echodistill_cli import *  # noqa: F403
