@@ -48,8 +48,8 @@ PYTHON
 
 # Let an environment see the libraries of PYTHON's.
 borrow() {
-  local libraries=(-c 'import site; print(site.getsitepackages()[0])')
-  "$python" "${libraries[@]}" > "$("$1/python" "${libraries[@]}")/borrowed.pth"
+  local libraries='import sys; print(*(path for path in sys.path if path.endswith("site-packages")), sep="\n")'
+  "$python" -c "$libraries" > "$("$1/python" -c "import site; print(site.getsitepackages()[0])")/borrowed.pth"
 }
 
 "$python" -m venv "$work/pip"

@@ -183,7 +183,9 @@ def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainRes
     session.on_message(f"Training in {run.folder}, {start}")
     train_to_end(state, run, session.on_step, session.on_message, session.stop)
     result = write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
-    return replace(result, report=report_of_run(run, session.photos))
+    report = report_of_run(run, session.photos)
+    session.on_message(f"Photos, previews and losses on one page: {report}")
+    return replace(result, report=report)
 
 
 def train_many(request: ManyRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Many:

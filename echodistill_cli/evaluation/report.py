@@ -246,7 +246,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
     for entry in metrics:
         for name, value in entry.items():
             if not _NOT_LOSSES.fullmatch(name) and type(value) in (int, float) and math.isfinite(value):
-                curves.setdefault(name, []).append((entry["step"], float(value)))
+                curves.setdefault(name.replace("_", " "), []).append((entry["step"], float(value)))
     return {name: points for name, points in curves.items() if len(points) > 1}
 
 

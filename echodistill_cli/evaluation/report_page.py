@@ -31,7 +31,8 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1rem; ma
 figure { margin: 0; } figcaption { padding: .3rem .1rem 0; line-height: 1.35; }
 img { display: block; width: 100%; height: auto; border-radius: .5rem; background: var(--card); }
 .tiles { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); align-items: end; }
-.pairs { display: grid; gap: 1.4rem 2rem; grid-template-columns: repeat(auto-fill, minmax(300px, 1fr)); }
+.pairs { display: grid; gap: 1.2rem 1.6rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--tiles) * 118px)), 1fr)); align-items: end; }
 .row { display: grid; gap: .5rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); align-items: end; }
 .strip { display: flex; gap: .5rem; overflow-x: auto; padding-bottom: .4rem; } .strip figure { flex: 0 0 132px; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
@@ -46,7 +47,7 @@ pre { background: var(--card); border-radius: .6rem; padding: .8rem; overflow-x:
 code { background: var(--card); border-radius: .3rem; padding: .1rem .3rem; font-size: .9em; }
 pre code { padding: 0; } summary { cursor: pointer; }
 @media (max-width: 480px) { body { padding: 1rem .8rem 3rem; } .tiles { grid-template-columns: 1fr 1fr; }
-  .pairs { grid-template-columns: 1fr; } th, td { padding: .4rem .45rem; } }
+  th, td { padding: .4rem .45rem; } }
 @media print { details { display: none; } figure, .row { break-inside: avoid; } }
 """
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -160,7 +161,9 @@ def _head(report: Report) -> str:
 def _comparisons(report: Report) -> str:
     pairs = (f"<div><h3>{escape(p)}</h3>{_figures('row', tiles)}</div>" for p, tiles in report.comparisons.items())
     note = f'<p class="soft">{escape(report.comparison_note)}</p>'
-    return _section("Before and after", note, f'<div class="pairs">{"".join(pairs)}</div>', report.comparisons)
+    widest = max(map(len, report.comparisons.values()), default=1)
+    grid = f'<div class="pairs" style="--tiles: {widest}">{"".join(pairs)}</div>'
+    return _section("Before and after", note, grid, report.comparisons)
 
 
 def _scores(report: Report) -> str:
@@ -225,10 +228,10 @@ def _plot(name: str, points: Sequence[tuple[int, float]]) -> str:
     thinned = _thinned(points)
     steps, values = [step for step, _ in thinned], [value for _, value in thinned]
     low, high = min(values), max(values)
-    left, bottom, top = 4, _HEIGHT - 16, 14
+    left, bottom, top = 46, _HEIGHT - 18, 8
 
     def x(step: float) -> float:
-        return left + (step - steps[0]) / max(steps[-1] - steps[0], 1e-9) * (_WIDTH - 2 * left)
+        return left + (step - steps[0]) / max(steps[-1] - steps[0], 1e-9) * (_WIDTH - left - 4)
 
     def y(value: float) -> float:
         return bottom - (value - low) / max(high - low, 1e-12) * (bottom - top)
@@ -241,10 +244,11 @@ def _plot(name: str, points: Sequence[tuple[int, float]]) -> str:
     )
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(words)}">'
-        f'<line class="axis" x1="0" y1="{bottom}" x2="{_WIDTH}" y2="{bottom}"/>{lines}'
-        f'<text x="2" y="10">{high:.3g}</text><text x="2" y="{bottom - 3}">{low:.3g}</text>'
-        f'<text x="2" y="{_HEIGHT - 4}">step {points[0][0]}</text>'
-        f'<text x="{_WIDTH - 2}" y="{_HEIGHT - 4}" text-anchor="end">{points[-1][0]}</text></svg>'
+        f'<path class="axis" d="M{left} {top - 4}V{bottom + 4}H{_WIDTH}" fill="none"/>{lines}'
+        f'<text x="{left - 5}" y="{top + 4}" text-anchor="end">{high:.3g}</text>'
+        f'<text x="{left - 5}" y="{bottom + 3}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{left}" y="{_HEIGHT - 3}">step {points[0][0]}</text>'
+        f'<text x="{_WIDTH - 2}" y="{_HEIGHT - 3}" text-anchor="end">{points[-1][0]}</text></svg>'
         f"<figcaption><b>{escape(name)}</b> {means[-1]:.3g} at the end</figcaption></figure>"
     )
 
