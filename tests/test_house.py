@@ -204,6 +204,12 @@ def test_the_package_shows_few_names_at_its_top() -> None:
     assert len(MODULES) <= MOST_MODULES
 
 
+def test_the_rules_for_contributors_are_these() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert f"| a module | {FEWEST_LINES} to {MOST_LINES} lines |" in text
+    assert f"a package imports only from those before it: {', '.join(PACKAGES)} |" in text
+
+
 @every_module
 def test_a_module_is_neither_a_splinter_nor_a_hall(module: str) -> None:
     lines = len(source(module).splitlines())

@@ -245,8 +245,8 @@ def _plot(name: str, points: Sequence[tuple[int, float]]) -> str:
     return (
         f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(words)}">'
         f'<path class="axis" d="M{left} {top - 4}V{bottom + 4}H{_WIDTH}" fill="none"/>{lines}'
-        f'<text x="{left - 5}" y="{top + 4}" text-anchor="end">{high:.3g}</text>'
-        f'<text x="{left - 5}" y="{bottom + 3}" text-anchor="end">{low:.3g}</text>'
+        f'<text x="{left - 5}" y="{top + 4}" text-anchor="end">{high:.2g}</text>'
+        f'<text x="{left - 5}" y="{bottom + 3}" text-anchor="end">{low:.2g}</text>'
         f'<text x="{left}" y="{_HEIGHT - 3}">step {points[0][0]}</text>'
         f'<text x="{_WIDTH - 2}" y="{_HEIGHT - 3}" text-anchor="end">{points[-1][0]}</text></svg>'
         f"<figcaption><b>{escape(name)}</b> {means[-1]:.3g} at the end</figcaption></figure>"
