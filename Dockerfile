@@ -5,7 +5,8 @@
 # The user is 1000:1000; for another, add: --user "$(id -u):$(id -g)"
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
 
-# Python 3.12 is this system's own.
+# Python 3.12 is this system's own, at whatever patch it has.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -20,6 +21,8 @@ ENV VIRTUAL_ENV=/opt/echodistill \
 # torch comes first, in a layer of its own: it is most of the image and changes least.
 ARG TORCH=torch==2.11.0
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cu128
+# The version stands in TORCH.
+# hadolint ignore=DL3013
 RUN python3 -m venv "$VIRTUAL_ENV" \
     && pip install --no-cache-dir --index-url "$TORCH_INDEX" "$TORCH"
 

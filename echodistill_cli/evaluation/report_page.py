@@ -1,4 +1,4 @@
-"""The HTML of a report: photos, images, curves and scores on one page, which loads nothing and runs no script.
+"""The HTML of a report: photos, images, curves and scores on a page without scripts or requests.
 
 Every text is escaped, and the page's own policy forbids scripts and the network, whatever a text holds.
 """

@@ -156,7 +156,7 @@ class Store:
         return f"{self.root}/{name}" if name != "." else str(self.root)
 
     def _local_files(self) -> dict[str, Path]:
-        """Return the files of the run by their relative paths; not locks, temporary files, the result or the report."""
+        """Return the files to send by their relative paths: no locks, temporary files, result or report."""
         files = (path for path in self.folder.rglob("*") if path.is_file())
         names = {path.relative_to(self.folder).as_posix(): path for path in files}
         hidden = {name for name in names if any(part.startswith(".") for part in PurePosixPath(name).parts)}
