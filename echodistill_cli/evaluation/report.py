@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -267,10 +268,11 @@ def _facts(run: Run) -> dict[str, str]:
 
 
 def _commands(run: Run, scored: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return what to do next, with its command."""
-    folder = f"runs/{public_name(str(run.folder))}"
+    """Return what to do next, with its command; of an absolute path it has the last part alone."""
+    folder = shlex.quote(public_name(str(run.folder)) if run.folder.is_absolute() else str(run.folder))
+    prompt = shlex.quote(f"a photo of a {run.config.subject} on the beach")
     commands = {
-        "Generate images": f'echodistill sample --lora {folder} --prompt "a photo of a {run.config.subject} ..."',
+        "Generate images": f"echodistill sample --lora {folder} --prompt {prompt}",
         "Files for other tools": f"echodistill export {folder}",
     }
     if "student" not in scored:

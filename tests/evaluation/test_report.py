@@ -102,7 +102,7 @@ def test_training_ends_with_a_page_of_photos_previews_and_curves(finished: Path)
     # Four photos; two prompts and their classes, twice before and after and three times by step.
     assert len(shown.images()) == 4 + 4 * 2 + 4 * 3
     assert len([tag for tag, _ in shown.elements if tag == "svg"]) >= 3
-    assert "evaluate runs/" in shown.text
+    assert "echodistill evaluate first --html" in shown.text
     assert str(finished.parent) not in html
     assert "secret-place" not in html
 
