@@ -269,7 +269,8 @@ def _facts(run: Run) -> dict[str, str]:
 
 def _commands(run: Run, scored: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """Return what to do next, with its command; of an absolute path it has the last part alone."""
-    folder = shlex.quote(public_name(str(run.folder)) if run.folder.is_absolute() else str(run.folder))
+    is_private = run.folder.is_absolute() or ".." in run.folder.parts
+    folder = shlex.quote(run.folder.name if is_private else str(run.folder))
     prompt = shlex.quote(f"a photo of a {run.config.subject} on the beach")
     commands = {
         "Generate images": f"echodistill sample --lora {folder} --prompt {prompt}",
