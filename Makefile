@@ -41,10 +41,10 @@ test: $(STAMP)
 campaign: $(STAMP)
 	$(BIN)/python -m tests.campaign --seed $(or $(SEED),0)
 
-# The page of `echodistill live` in an installed Chromium. Gradio wants an older Pillow than the other tests run with.
+# The page of `echodistill live`, and reports, in an installed Chromium. Gradio wants an older Pillow than the other tests run with.
 test-browser: $(STAMP)
 	$(PIP) install --quiet --group browser --editable ".[live]"
-	$(BIN)/python -m pytest -q -m browser tests/live
+	$(BIN)/python -m pytest -q -m browser tests/live tests/evaluation
 
 # train-many on Ray, and on S3 as a server on this machine plays it.
 test-extras-many: $(STAMP)

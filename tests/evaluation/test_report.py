@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import importlib.util
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from echodistill_cli.many.store import Store
 from echodistill_cli.outputs.artifact import find
 from echodistill_cli.outputs.hub import run_files
 from echodistill_cli.runs import REPORT, Run, open_run
+from examples.live_browser import browser, chromium
 from tests.helpers.commands import command, files_below, overriding, trained_run
 from tests.helpers.random_models import build_score_encoders
 
@@ -259,3 +261,27 @@ def test_the_page_is_for_one_evaluation_only() -> None:
     done = command("evaluate", "--dreambench", "DIR", "--html")
     assert done.code == 2
     assert "--html cannot be combined with --dreambench" in done.error
+
+
+MISSING = [] if importlib.util.find_spec("playwright") else ["playwright"]
+MISSING += [] if chromium() else ["Chromium"]
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: run make test-browser")
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_a_browser_shows_all_of_the_page_and_asks_for_nothing(finished: Path, width: int, scheme: str) -> None:
+    with browser() as started:
+        view = started.new_context(viewport={"width": width, "height": 844}, color_scheme=scheme).new_page()
+        requests, complaints = list[str](), list[str]()
+        view.on("request", lambda request: requests.append(request.url))
+        view.on("console", lambda line: complaints.append(line.text))
+        view.goto((finished / REPORT).as_uri())
+        asked = [url for url in requests if not url.startswith("data:")]
+        assert asked == [(finished / REPORT).as_uri()]
+        assert complaints == []
+        assert view.evaluate("[...document.images].every(image => image.naturalWidth > 0)")
+        assert view.evaluate("document.documentElement.scrollWidth") == width
+        assert view.evaluate("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(255, 255, 255)" if scheme == "light" else "rgb(19, 20, 24)"
+        )
