@@ -42,7 +42,7 @@ def pipeline() -> Any:
 
     device = "cuda" if torch.cuda.is_available() or "SPACES_ZERO_GPU" in os.environ else "cpu"
     dtype = torch.float16 if device == "cuda" else torch.float32
-    pipe = AutoPipelineForText2Image.from_pretrained(BASE, torch_dtype=dtype, use_safetensors=True)
+    pipe = AutoPipelineForText2Image.from_pretrained(BASE, dtype=dtype, use_safetensors=True)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     if LORA:
         folder, options = lora_source(LORA)
