@@ -49,13 +49,13 @@ def write_report(
         artifact: what was trained.
         photos: of the subject.
         subject: token and class name.
-        evaluation: folder of an evaluation; None for that of the run.
+        evaluation: folder of an evaluation that is not beside its LoRA file; None if there is none.
 
     Raises:
         EchoDistillError: the page cannot be written.
     """
     run = artifact.run
-    scored = known_scores(evaluation or folder / "evaluation", artifact)
+    scored = known_scores(artifact, evaluation)
     strips = _previews(run) if run else {}
     comparisons, note = _compared(scored), "Same prompt and seed. Training saw the photos, and none of these images."
     if not comparisons:
@@ -88,22 +88,23 @@ def _keep_private(folder: Path) -> None:
         write_text(file, f"{before.rstrip()}\n# It contains photos.\n{line}\n".lstrip())
 
 
-def known_scores(folder: Path, artifact: Artifact) -> dict[str, Mapping[str, Any]]:
+def known_scores(artifact: Artifact, evaluation: Path | None = None) -> dict[str, Mapping[str, Any]]:
     """Return the newest comparable scores of "base", "student" and "teacher", as far as they are known.
 
     Scores are comparable if photos, prompts, seeds and encoders are the same. Those of another training are ignored.
 
     Args:
-        folder: of the evaluation.
-        artifact: what was trained.
+        artifact: what was trained; evaluations beside its LoRA files are looked through.
+        evaluation: folder of one more; None if there is none.
 
     Returns:
         the content of `scores.json`, with the images' folder as "folder".
     """
     found: dict[str, Mapping[str, Any]] = {}
-    files = sorted(folder.glob(f"pictures/*/{SCORES_FILE}"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
     digests = dict(_digests(artifact))
-    for file in files:
+    folders = {artifact.lora(role).parent / "evaluation" for role in digests} | ({evaluation} if evaluation else set())
+    files = [file for folder in folders for file in folder.glob(f"pictures/*/{SCORES_FILE}")]
+    for file in sorted(files, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         scores = _read_scores(file)
         name = _name_of(scores, digests) if scores else None
         if scores and name and name not in found and _same_question([*found.values(), scores]):
