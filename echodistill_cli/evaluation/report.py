@@ -30,7 +30,7 @@ from echodistill_cli.runs import REPORT, Run
 SCORES_FILE = "scores.json"  # of one model, beside its images; see `evaluate`
 _PHOTO, _TILE = 480, 320  # pixels at most
 _MOST_PHOTOS, _MOST_STEPS, _MOST_PROMPTS = 24, 8, 24
-_COLUMNS: Mapping[str, str] = {"base": "base model", "student": "student, one step", "teacher": "teacher"}
+_COLUMNS: Mapping[str, str] = {"base": "base model", "student": "student", "teacher": "teacher"}
 _NOT_LOSSES = re.compile(r"step|.*_step|lr_.*|grad_norm_.*|step_seconds|peak_memory_mib")
 _GAP = 2  # pixels between the tiles of a preview
 _SCORE_NOTE = (

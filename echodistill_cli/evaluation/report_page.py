@@ -33,7 +33,7 @@ img { display: block; width: 100%; height: auto; border-radius: .5rem; backgroun
 .tiles { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); align-items: end; }
 .pairs { display: grid; gap: 1.2rem 1.6rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, calc(var(--tiles) * 118px)), 1fr)); align-items: end; }
-.row { display: grid; gap: .5rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); align-items: end; }
+.row { display: grid; gap: .5rem; grid-auto-flow: column; grid-auto-columns: minmax(0, 1fr); align-items: start; }
 .strip { display: flex; gap: .5rem; overflow-x: auto; padding-bottom: .4rem; } .strip figure { flex: 0 0 132px; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(260px, 1fr)); }
 .plots figure { background: var(--card); border-radius: .6rem; padding: .7rem; }

@@ -241,7 +241,7 @@ def test_an_evaluation_sets_base_student_and_teacher_side_by_side(
     assert rows["base"] != rows["student"]
     assert [str(one["alt"]) for one in images_of(html)][:2] == [
         "a sks dog on the beach (base model)",
-        "a sks dog on the beach (student, one step)",
+        "a sks dog on the beach (student)",
     ]
     assert "a sks dog <b>in snow</b>" in Page(html).text
     assert str(tmp_path) not in html
