@@ -12,10 +12,10 @@ CUDA ?= $(shell command -v nvidia-smi)
 PIP := $(BIN)/python -m pip
 INSTALL_TORCH := $(PIP) install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 
-.PHONY: help setup test test-browser test-extras-many campaign lint type bench bench-many gpu bench-proof demo mini-world clean
+.PHONY: help setup test test-browser test-extras-many campaign lint type bench bench-many gpu bench-proof demo mini-world docs release-check clean
 help:
 	@echo "make setup | test | test-browser | test-extras-many | campaign | lint | type | demo"
-	@echo "make bench | bench-many | gpu | bench-proof | mini-world | clean"
+	@echo "make bench | bench-many | gpu | bench-proof | mini-world | docs | release-check | clean"
 
 setup: $(STAMP)
 
@@ -41,10 +41,10 @@ test: $(STAMP)
 campaign: $(STAMP)
 	$(BIN)/python -m tests.campaign --seed $(or $(SEED),0)
 
-# The page of `echodistill live` in an installed Chromium. Gradio wants an older Pillow than the other tests run with.
+# The page of `echodistill live`, and reports, in an installed Chromium. Gradio wants an older Pillow than the other tests run with.
 test-browser: $(STAMP)
 	$(PIP) install --quiet --group browser --editable ".[live]"
-	$(BIN)/python -m pytest -q -m browser tests/live
+	$(BIN)/python -m pytest -q -m browser tests/live tests/evaluation
 
 # train-many on Ray, on S3 as a server on this machine plays it, and through submitit. The packages only add to .venv.
 # These tests wait for processes of several programs; the limits are for what hangs, and a busy machine is ten times slow.
@@ -87,6 +87,17 @@ bench-proof: $(STAMP)
 mini-world: $(STAMP)
 	$(PIP) install --quiet --group mini-world
 	PYTHON=$(BIN)/python bash examples/mini_world/train_all.sh
+
+# The pages of docs/ as a site, in build/site.
+docs: $(STAMP)
+	$(PIP) install --quiet --group docs
+	$(BIN)/mkdocs build --strict --site-dir build/site
+
+# Wheel and sdist, installed by pip and by uv into fresh environments, and tried there. They use the libraries of .venv;
+# with FULL=1 they download all of their own.
+release-check: $(STAMP)
+	$(PIP) install --quiet --group release
+	FULL=$(FULL) bash .ci/release_check.sh $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

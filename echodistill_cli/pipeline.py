@@ -10,16 +10,11 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from echodistill_cli.config.build import (
-    build_config,
-    config_from_dict,
-    config_to_dict,
-    with_absolute_paths,
-)
+from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, with_absolute_paths
 from echodistill_cli.config.schema import Config
 from echodistill_cli.many import batch
 from echodistill_cli.many.batch import Many, PlannedSubject
@@ -179,13 +174,17 @@ def _loaded_state(config: Config, session: _Session) -> TrainingState:
 
 
 def _train_to_end(state: TrainingState, run: Run, session: _Session) -> TrainResult:
+    from echodistill_cli.evaluation.report import report_of_run
     from echodistill_cli.outputs.export import write_results
     from echodistill_cli.training.loop import train_to_end
 
     start = f"continuing after {state.place}" if state.step or state.head_start_step else "from the start"
     session.on_message(f"Training in {run.folder}, {start}")
     train_to_end(state, run, session.on_step, session.on_message, session.stop)
-    return write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
+    result = write_results(state.pair, state.state_dict(), run, session.started, session.on_message)
+    report = report_of_run(run, session.photos)
+    session.on_message(f"Photos, previews and losses on one page: {report}")
+    return replace(result, report=report)
 
 
 def train_many(request: ManyRequest, *, on_event: OnEvent = _ignore, on_message: OnMessage = _ignore) -> Many:

@@ -57,6 +57,7 @@ OnStep = Callable[[Mapping[str, float]], None]
 OnMessage = Callable[[str], None]
 CONFIG_FILE = "config.toml"
 SAMPLES = "samples"
+REPORT = "report.html"  # contains the photos: never sent
 # Settings that may change when a run is resumed: its length, its device, and what the hints suggest to a run that
 # diverged or ran out of memory. The steps before stay valid; those after use the new value.
 _FREE_TO_CHANGE = {

@@ -61,6 +61,21 @@ def test_importing_the_package_imports_no_torch() -> None:
     assert done.stdout == "set()\n"
 
 
+def test_the_projects_own_name_gives_the_same_names_without_torch() -> None:
+    import echodistill
+
+    assert echodistill.__all__ == ed.__all__
+    assert dir(echodistill) == dir(ed)
+    assert all(getattr(echodistill, name) is getattr(ed, name) for name in ed.__all__)
+    with pytest.raises(AttributeError, match="'echodistill' has no attribute 'trian'"):
+        _ = echodistill.trian
+    program = (
+        "import sys, echodistill as ed; ed.build_config, ed.__version__; print({'torch', 'PIL'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "set()\n"
+
+
 def test_the_example_of_a_notebook_runs(
     small_pair: tuple[Path, Path],
     small_backbones: dict[str, Path],

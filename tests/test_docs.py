@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import pytest
 from typer.main import get_command
 
 from echodistill_cli.cli.app import app
-from echodistill_cli.config.build import build_config, config_from_dict
+from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict
+from echodistill_cli.config.schema import Config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -26,6 +28,8 @@ DOCUMENTS = [
     *sorted(ROOT.glob("docs/**/*.md")),
     *sorted(ROOT.glob("examples/**/*.md")),
     *sorted(ROOT.glob("examples/**/*.sh")),
+    *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "space/README.md")),
+    *(ROOT / "examples" / "ci" / name for name in ("action.yml", ".pre-commit-config.yaml")),
 ]
 README = ROOT / "README.md"
 PACKAGE = ROOT / "echodistill_cli"
@@ -92,14 +96,19 @@ def test_an_example_configuration_is_valid_and_its_commented_keys_exist(file: Pa
     config_from_dict(tables)
 
 
-def test_every_flag_that_the_documents_name_exists() -> None:
+GUIDES = [README, ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
+guides = pytest.mark.parametrize("file", GUIDES, ids=lambda file: str(file.relative_to(ROOT)))
+
+
+@guides
+def test_every_flag_that_the_documents_name_exists(file: Path) -> None:
     group: Any = get_command(app)
-    known = {"--index-url"}  # of pip
+    known = {"--index-url", "--user"}  # of pip and docker
     known |= {"--network-dim", "--learning-rate", "--max-train-steps"}  # said to be understood
     for command in group.commands.values():
         known |= {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     known |= {name for option in group.params for name in option.opts} | {"--help"}
-    text = (README).read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
     ours = re.findall(r"`(--[a-z][\w-]*)", text)
     assert {flag.replace("_", "-") for flag in ours} <= known
 
@@ -203,10 +212,61 @@ def test_nobody_is_told_to_install_a_package_of_this_name_from_an_index(file: Pa
     assert not re.search(r"pip install [^\n`]*echodistill", file.read_text(encoding="utf-8"))
 
 
-def test_every_setting_that_the_readme_names_exists() -> None:
-    settings = re.findall(r"--set ([a-z_.]+)=([\d.]+)", README.read_text(encoding="utf-8"))
-    assert settings
+@guides
+def test_every_setting_that_a_page_names_exists(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    settings = re.findall(r"--set ([a-z_.]+)=([\d.]+)", text)
+    assert settings or file != README
     build_config("mini", overrides={key: tomllib.loads(f"value = {value}")["value"] for key, value in settings})
+    tables = config_to_dict(build_config("mini"))
+    sections = "|".join(tables)
+    known = {f"{section}.{key}" for section, table in tables.items() for key in table}
+    assert set(re.findall(rf"`((?:{sections})\.[a-z_]+)`", text)) <= known
+
+
+def test_the_memory_of_each_card_is_what_the_plan_says() -> None:
+    from echodistill_cli.models.device import fit_to_memory
+
+    words = {
+        ("model.decoder", "tiny"): "tiny decoder",
+        ("model.decoder", "full"): "full decoder",
+        ("critic.discriminators", ("dino", "clip")): "without DINOv2",
+        ("train.gradient_checkpointing", True): "checkpointing",
+        ("model.offload", True): "one UNet at a time on the card",
+    }
+    rows = [row for row in table_rows(ROOT / "docs" / "memory.md") if len(row) == 4 and row[0].endswith(" GB")]
+    assert len(rows) == 7
+    for card, model, settings, memory in rows:
+        build = functools.partial(_build, model)
+        plan = fit_to_memory(build, card.removesuffix(" GB"))
+        saved = [words[one] for one in plan.settings.items() if one in words]
+        batch = f"batch {plan.settings['train.batch_size']}"
+        assert set(settings.split(", ")) == {*saved, batch}
+        assert memory == f"{plan.estimate.total:.1f} GiB"
+
+
+def _build(model: str, settings: Mapping[str, Any]) -> Config:
+    return build_config(model, overrides={**settings, "concept.class_name": "dog"})
+
+
+def test_the_python_page_runs_and_names_the_public_functions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for example in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        exec(compile(example, "python.md", "exec"), names)
+    assert "nowhere does not exist" in capsys.readouterr().out
+    functions = set(re.findall(r"`([a-z_]+)\(", text)) - {"to_dict"}
+    assert {"train", "sample", "export", "evaluate"} <= functions <= set(names["ed"].__all__)
+
+
+def test_the_python_of_every_page_compiles() -> None:
+    for file in GUIDES:
+        for example in re.findall(r"^```python\n(.*?)^```", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            compile(example, str(file), "exec")
 
 
 def table_rows(file: Path) -> list[list[str]]:

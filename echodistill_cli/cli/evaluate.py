@@ -64,6 +64,9 @@ def evaluate(
     offline: Annotated[
         bool | None, bool_option("--offline/--no-offline", "do not use the network; unset: as in training")
     ] = None,
+    html: Annotated[
+        bool, bool_option("--html", "write a page, report.html, with photos, images and scores; score the base too")
+    ] = False,
     seeds: Annotated[int, value_option("N", "images per prompt", panel="Generation", min=1)] = 4,
     seed: Seed = "0",
     lora_scale: LoraScale = 1.0,
@@ -112,7 +115,7 @@ def evaluate(
     """Score subject and prompt of generated images: [bold]echodistill evaluate --photos ./photos[/bold]"""
     _check_options(
         dreambench,
-        evaluation_only={"RUN|LORA": source, "--photos": photos, "--class-name": class_name},
+        evaluation_only={"RUN|LORA": source, "--photos": photos, "--class-name": class_name, "--html": html},
         benchmark_only={
             **{"--subject": subject, "--config": config_file, "--train-steps": train_steps, "--on": on},
             **{"--workers": workers, "--gpus-per-subject": gpus_per_subject, "--store": store},
@@ -145,7 +148,7 @@ def evaluate(
         )
         _run_benchmark(benchmark, as_json=as_json, quiet=quiet)
     else:
-        evaluation = pipeline.EvaluationRequest(photos, sampling, token, class_name, clip, dino, output)
+        evaluation = pipeline.EvaluationRequest(photos, sampling, token, class_name, clip, dino, output, html)
         _run_evaluation(evaluation, as_json=as_json, quiet=quiet)
 
 
@@ -171,7 +174,8 @@ def _training_config(
 
 def _run_evaluation(request: pipeline.EvaluationRequest, *, as_json: bool, quiet: bool) -> None:
     result = pipeline.evaluate(request, on_message=say_to(stderr_console(), quiet=quiet))
-    print_table({"file": str(result.file), **result.to_dict()}, evaluation_table(result), as_json=as_json)
+    files = {"file": str(result.file)} | ({"report": str(result.report)} if result.report else {})
+    print_table({**files, **result.to_dict()}, evaluation_table(result), as_json=as_json)
 
 
 def _run_benchmark(request: pipeline.BenchmarkRequest, *, as_json: bool, quiet: bool) -> None:

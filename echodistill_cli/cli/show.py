@@ -192,7 +192,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
     _add(table, f"all {evaluation.pictures} images", scores.clip_i, scores.dino, scores.clip_t)
     photos = f"for comparison, no upper limit: the {evaluation.photos} photos among themselves"
     _add(table, photos, evaluation.photos_clip_i, evaluation.photos_dino, None)
-    return Group(table, Text(), Text(str(evaluation.file)))
+    return Group(table, Text(), Text("\n".join(map(str, filter(None, (evaluation.file, evaluation.report))))))
 
 
 def benchmark_table(benchmark: Benchmark) -> RenderableType:

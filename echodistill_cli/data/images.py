@@ -5,6 +5,7 @@ An alpha channel that cuts out a subject is returned separately.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -356,6 +357,14 @@ def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None, level:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=chunks, compress_level=level)
     return buffer.getvalue()
+
+
+def data_uri(image: Image.Image, side: int) -> str:
+    """Return an image as the address that embeds it in a page: a JPEG that fits a square of `side` pixels."""
+    small, buffer = image.convert("RGB"), io.BytesIO()
+    small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    small.save(buffer, "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def save_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> None:

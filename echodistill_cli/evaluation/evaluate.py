@@ -6,6 +6,7 @@ that a second evaluation with the same settings reuses them.
 FOLDER/
   evaluation.json             scores, in total and per prompt, and the settings that they depend on
   pictures/3f9a…/             one PNG per prompt and seed; one folder per LoRA and sampling settings
+  pictures/3f9a…/scores.json  the last scores of these images, from which a report compares models
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from torch import Tensor
 from echodistill_cli import __version__
 from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.data.images import Notes, UnusableError, read_image, save_png
-from echodistill_cli.data.photos import load_photos
+from echodistill_cli.data.photos import Photo, load_photos
 from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
 from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.evaluation.report import SCORES_FILE, write_report
 from echodistill_cli.files import make_folder, public_name, sha256, write_text
 from echodistill_cli.models.device import pick_device
 from echodistill_cli.models.downloads import CLIP, DINO, fetch_pair
@@ -84,6 +86,7 @@ class Evaluation:
         per_prompt: scores of each prompt.
         settings: that the scores depend on.
         versions: of the libraries.
+        report: the page `report.html`; None unless the request asks for it.
     """
 
     file: Path
@@ -96,9 +99,10 @@ class Evaluation:
     per_prompt: tuple[PromptScores, ...]
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
+    report: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, without the path of the file."""
+        """Return plain values for JSON, without the paths of the files."""
         return {
             "subject": self.subject,
             "photos": self.photos,
@@ -147,10 +151,8 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
     if sampling.lora is None and artifact.run:
         on_message(f"Using the newest run, {artifact.run.folder}")
         sampling = dataclasses.replace(sampling, lora=artifact.run.folder)
-    lora, models = (
-        artifact.lora(sampling.role),
-        artifact.models(sampling.model, sampling.model_overrides, sampling.size),
-    )
+    lora = artifact.lora(sampling.role)
+    models = artifact.models(sampling.model, sampling.model_overrides, sampling.size)
     token, class_name = _subject(request, artifact)
     # Unlike for training, photos keep their size: the encoders' own preprocessing resizes them.
     photos = load_photos(
@@ -161,18 +163,51 @@ def evaluate(request: EvaluationRequest, on_message: OnMessage = lambda _line: N
     fetch_pair(models, teacher=sampling.role == "teacher", scores=names)
     encoders = find_score_encoders(*names, offline=models.offline)
     folder = request.output or lora.parent / (f"{lora.stem}-evaluation" if artifact.file else "evaluation")
-    settings = _image_settings(sampling, artifact, models)
-    images = _generate(sampling, settings, f"{token} {class_name}", class_name, folder, on_message)
-    on_message(f"Scoring {len(images.files)} images against {len(photos)} photos")
-    evaluation = dataclasses.replace(
-        _score(images, [photo.path for photo in photos], encoders, pick_device(models.device), sampling.batch_size),
-        file=folder / "evaluation.json",
-        subject=f"{token} {class_name}",
-    )
+    job = _Job(artifact, models, photos, encoders, f"{token} {class_name}", class_name, folder, on_message)
+    if request.html and sampling.role == "student" and sampling.lora_scale:
+        job.score(dataclasses.replace(sampling, lora_scale=0.0))
+    evaluation = job.score(sampling)
     if evaluation.file.exists():
         on_message(f"Replacing the earlier {evaluation.file}")
-    write_text(evaluation.file, json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False) + "\n")
-    return evaluation
+    write_text(evaluation.file, _json(evaluation.to_dict()))
+    if not request.html:
+        return evaluation
+    home = artifact.run.folder if artifact.run and not artifact.file else folder
+    report = write_report(request.output or home, artifact, photos, evaluation.subject, folder)
+    return dataclasses.replace(evaluation, report=report)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the images of one evaluation share, whatever the model is that generates them."""
+
+    artifact: Artifact
+    models: ModelConfig
+    photos: Sequence[Photo]
+    encoders: ScoreEncoders
+    subject: str
+    class_name: str
+    folder: Path
+    on_message: OnMessage
+
+    def score(self, sampling: SampleRequest) -> Evaluation:
+        """Generate the images that are missing, score all of them, and write the scores beside them."""
+        settings = _image_settings(sampling, self.artifact, self.models)
+        images = _generate(sampling, settings, self.subject, self.class_name, self.folder, self.on_message)
+        self.on_message(f"Scoring {len(images.files)} images against {len(self.photos)} photos")
+        files, device = [photo.path for photo in self.photos], pick_device(self.models.device)
+        scores = _score(images, files, self.encoders, device, sampling.batch_size)
+        scores = dataclasses.replace(scores, file=self.folder / "evaluation.json", subject=self.subject)
+        beside = {
+            "photos_sha256": sorted(map(sha256, files)),
+            "images": [file.name for file in images.files[:: images.count]],
+        }
+        write_text(images.files[0].parent / SCORES_FILE, _json(scores.to_dict() | beside))
+        return scores
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def score_encoder_names(clip: str, dino: str, students: Sequence[str]) -> tuple[str, str]:

@@ -6,14 +6,13 @@ Images are embedded in the page. So a picture is one answer of the server, and n
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
 from PIL import Image
 
-from echodistill_cli.data.images import png_bytes
+from echodistill_cli.data.images import data_uri, png_bytes
 from echodistill_cli.data.photos import PhotoReport
 from echodistill_cli.live.desk import Waiting
 from echodistill_cli.live.studio import Drawing
@@ -108,7 +107,7 @@ def verdicts(report: PhotoReport) -> str:
     used = {photo.path.name: photo.image for photo in report.photos}
     cards = []
     for file in report.files:
-        image = f'<img alt="" src="{_jpeg(used[file.name], _THUMBNAIL)}">' if file.name in used else ""
+        image = f'<img alt="" src="{data_uri(used[file.name], _THUMBNAIL)}">' if file.name in used else ""
         cards.append(
             f'<li class="ed-card">{image}<div><span class="ed-badge ed-{file.verdict}">{file.verdict}</span> '
             f"{escape(file.name)}<br>{escape('; '.join(file.notes))}</div></li>"
@@ -136,7 +135,7 @@ def preview(file: Path | None) -> str:
     if file is None:
         return ""
     with Image.open(file) as sheet:
-        source = _jpeg(sheet.convert("RGB"), _PREVIEW)
+        source = data_uri(sheet, _PREVIEW)
     step = int(file.stem.rpartition("-")[2])
     words = f"Preview at step {step}: the subject on the left, its class on the right"
     image = f'<img alt="{words}" src="{source}">'
@@ -152,11 +151,3 @@ def tools(away: TakeAway) -> str:
 def loss_rows(losses: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[tuple[float, float, str]]:
     """Return (step, value, loss) of each known value, for a plot."""
     return [(one["step"], one[name], name) for one in losses for name in names if one.get(name) is not None]
-
-
-def _jpeg(image: Image.Image, side: int) -> str:
-    small = image.copy()
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import atomically, make_folder, remove, sha256
+from echodistill_cli.runs import REPORT
 
 _RESULT, _INDEX, _CHECKPOINTS = "result.json", ".files.json", "checkpoints"
 
@@ -155,11 +156,11 @@ class Store:
         return f"{self.root}/{name}" if name != "." else str(self.root)
 
     def _local_files(self) -> dict[str, Path]:
-        """Return the files of the run by their relative paths, without locks, temporary files and the result."""
+        """Return the files to send by their relative paths: no locks, temporary files, result or report."""
         files = (path for path in self.folder.rglob("*") if path.is_file())
         names = {path.relative_to(self.folder).as_posix(): path for path in files}
         hidden = {name for name in names if any(part.startswith(".") for part in PurePosixPath(name).parts)}
-        return {name: path for name, path in sorted(names.items()) if name not in {*hidden, _RESULT}}
+        return {name: path for name, path in sorted(names.items()) if name not in {*hidden, _RESULT, REPORT}}
 
 
 def _newest(files: dict[str, Any]) -> str:

@@ -335,11 +335,13 @@ def run_lean(pair: ModelPair, encoders: Iterable[nn.Module]) -> None:
     """Let frozen models compute at once what several of their layers share.
 
     Args:
-        pair: with its LoRA. With `model.offload` its UNets stay as they are, since their weights move.
+        pair: with its LoRA. Its UNets stay as they are with `model.offload`, where weights move, and with a distillation
+            LoRA, where both share the layers of one base model.
         encoders: of images.
     """
-    for denoiser in () if pair.alternating else (pair.student, pair.loaded_teacher):
-        if denoiser is not None:
+    denoisers = [denoiser for denoiser in (pair.student, pair.loaded_teacher) if denoiser is not None]
+    if not pair.alternating and not any(is_distilled(denoiser.unet) for denoiser in denoisers):
+        for denoiser in denoisers:
             make_lean(denoiser.unet)
     for encoder in (*pair.encoder.encoders, *encoders):
         share_inputs(encoder)
@@ -351,7 +353,7 @@ def make_lean(unet: Any) -> None:
     Args:
         unet: with frozen weights, which stay on their device, and a LoRA or none.
     """
-    if _suits(unet) and not is_distilled(unet) and not unet.is_gradient_checkpointing:
+    if _suits(unet) and not unet.is_gradient_checkpointing:
         unet.lean = LeanUNet(unet)
 
 

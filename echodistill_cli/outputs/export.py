@@ -329,6 +329,7 @@ class TrainResult:
         token: the learned token's file; None if none was learned.
         steps: training steps done.
         seconds: duration of the last session.
+        report: the page with photos, previews and curves.
     """
 
     run: Path
@@ -337,6 +338,7 @@ class TrainResult:
     token: Path | None
     steps: int
     seconds: float
+    report: Path | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""

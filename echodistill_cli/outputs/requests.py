@@ -180,6 +180,7 @@ class EvaluationRequest:
         clip: hub id or folder of the CLIP model; "auto" for the paper's, or the embedded one for an embedded student.
         dino: hub id or folder of the ViT; "auto" for the paper's, or the embedded one for an embedded student.
         output: folder of the results; None for one beside the LoRA file.
+        html: whether to score the base model too, and to write the page `report.html`.
     """
 
     photos: Path | None
@@ -189,6 +190,7 @@ class EvaluationRequest:
     clip: str = AUTO
     dino: str = AUTO
     output: Path | None = None
+    html: bool = False
 
 
 @dataclass(frozen=True)

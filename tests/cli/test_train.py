@@ -485,7 +485,14 @@ def test_offline_opens_no_socket(photo_folder: Path, small_line: tuple[object, .
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{tmp_path}/run/sks-dog.safetensors\n"
     # No line of another library reaches the user.
-    starts = ("Loading ", "Training in ", "step 1/1", "Reading the files back", "Done in ")
+    starts = (
+        "Loading ",
+        "Training in ",
+        "step 1/1",
+        "Reading the files back",
+        "Photos, previews and losses",
+        "Done in ",
+    )
     assert [line for line in done.stderr.splitlines() if not line.startswith(starts)] == []
 
 

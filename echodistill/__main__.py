@@ -1,0 +1,5 @@
+"""`python -m echodistill`."""
+
+from echodistill_cli.cli.app import main
+
+main()
