@@ -335,8 +335,8 @@ def run_lean(pair: ModelPair, encoders: Iterable[nn.Module]) -> None:
     """Let frozen models compute at once what several of their layers share.
 
     Args:
-        pair: with its LoRA. Its UNets stay as they are with `model.offload`, where weights move, and with a distillation
-            LoRA, where both share the layers of one base model.
+        pair: with its LoRA. Its UNets stay as they are with `model.offload`, where weights move, and with a
+            distillation LoRA, where both share the layers of one base model.
         encoders: of images.
     """
     denoisers = [denoiser for denoiser in (pair.student, pair.loaded_teacher) if denoiser is not None]

@@ -36,6 +36,7 @@ from echodistill_cli.models.adapters import (
     lora_layers,
     trainable_parameters,
 )
+from echodistill_cli.models.lean import run_plain
 from echodistill_cli.models.parts import quiet_libraries
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
 from echodistill_cli.outputs.hub import make_portable
@@ -209,6 +210,7 @@ def _attach_with_diffusers(pair: ModelPair, role: Role, file: Path) -> None:
 def detach_lora(pair: ModelPair, role: Role) -> None:
     """Remove the trained LoRA from one role's UNet and the text encoders. A distillation LoRA stays."""
     unet = pair.role(role).unet
+    run_plain(unet)  # what training computes at once knows the layers of the LoRA
     if is_distilled(unet):
         unet.delete_adapters(ADAPTER)
     elif lora_layers(unet):
