@@ -36,6 +36,7 @@ from echodistill_cli.models.adapters import (
     lora_layers,
     trainable_parameters,
 )
+from echodistill_cli.models.lean import run_plain
 from echodistill_cli.models.parts import quiet_libraries
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
 from echodistill_cli.outputs.hub import make_portable
@@ -244,6 +245,7 @@ def check_same_images(
             parameter.data = parameter.data.half().to(pair.dtype).float()
     with at_strength(pair.role(role).unet, strength):
         before = list(generate(pair, prompts, seeds, settings))
+    run_plain(pair.role(role).unet)  # it holds the layers of the adapter that is about to go
     detach_lora(pair, role)
     _attach_with_diffusers(pair, role, file)
     after = list(generate(pair, prompts, seeds, settings))
