@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import struct
 import warnings
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from echodistill_cli.files import explained, write_bytes
+from echodistill_cli.files import explained, scratch, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -364,21 +365,28 @@ def save_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = N
 
 
 def save_new_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> bool:
-    """Write a PNG unless the name is taken, even by a concurrent process; return whether it was written.
+    """Write a PNG whole, unless the name is taken, even by a concurrent process; return whether it was written.
 
     Raises:
         EchoDistillError: the file cannot be written.
     """
-    with explained(path):
+    if os.path.lexists(path):
+        return False
+    with scratch(path) as folder, explained(path):
+        new = folder / path.name
+        with new.open("wb") as file:
+            file.write(png_bytes(image, texts))
+            os.fsync(file.fileno())
         try:
-            path.touch(exist_ok=False)
+            try:
+                os.link(new, path)
+            except FileExistsError:
+                raise
+            except OSError:  # a disk without hard links
+                path.touch(exist_ok=False)
+                new.replace(path)
         except FileExistsError:
             return False
-    try:
-        save_png(path, image, texts)
-    except BaseException:
-        path.unlink(missing_ok=True)  # the empty file that held the name
-        raise
     return True
 
 
