@@ -55,8 +55,7 @@ from echodistill_cli.lora.keys import RESERVED_NAMES
 
 OnStep = Callable[[Mapping[str, float]], None]
 OnMessage = Callable[[str], None]
-CONFIG_FILE = "config.toml"
-SAMPLES = "samples"
+CONFIG_FILE, SAMPLES, LOCK = "config.toml", "samples", ".lock"
 # Settings that may change when a run is resumed: its length, its device, and what the hints suggest to a run that
 # diverged or ran out of memory. The steps before stay valid; those after use the new value.
 _FREE_TO_CHANGE = {
@@ -65,7 +64,6 @@ _FREE_TO_CHANGE = {
     *("train.gradient_checkpointing", "train.compile"),
 }
 _CHECKPOINT = re.compile(r"step-(\d+)(?:-(?:head|back)-(\d+))?")
-LOCK = ".lock"
 # What reading a damaged or forged checkpoint raises.
 _READING = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError)
 
@@ -169,9 +167,7 @@ class Run:
         checkpoints = self.list_checkpoints()
         if not checkpoints:
             raise ConfigError(f"{self.folder} has no checkpoint yet.", "Start again with train --overwrite.")
-        matching = (
-            [path for path in checkpoints if _place_of(path)[0] == step] if step is not None else checkpoints[-1:]
-        )
+        matching = checkpoints[-1:] if step is None else [path for path in checkpoints if _place_of(path)[0] == step]
         if not matching:
             steps = ", ".join(str(number) for number in sorted({_place_of(path)[0] for path in checkpoints}))
             raise ConfigError(f"{self.folder} has no checkpoint of step {step}.", f"Choose one of {steps}.")
@@ -247,8 +243,7 @@ def check_output(config: Config, *, overwrite: bool) -> None:
         overwrite: allow an old run there.
 
     Raises:
-        ConfigError: the folder exists and `overwrite` is off, or it is not a run folder, or it holds the photos or the
-            working directory.
+        ConfigError: `overwrite` is off, or the folder is no run or holds the photos or the working directory.
         EchoDistillError: another process trains there.
     """
     folder = config.output
@@ -340,7 +335,8 @@ def open_run(folder: Path) -> Run:
     """Open an existing run folder.
 
     Raises:
-        ConfigError: it is not a run folder, its settings cannot be read, or a name in them is no file name.
+        ConfigError: it is not a run folder, its settings cannot be read, a name in them is no file name, or a folder in
+            it is a link that leads out of it.
     """
     if not (folder / CONFIG_FILE).is_file():
         recover(Path(os.path.realpath(folder)))
@@ -348,6 +344,9 @@ def open_run(folder: Path) -> Run:
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.")
     config = config_from_dict(read_toml(folder / CONFIG_FILE))
     check_name(config)  # a stranger's run must not lead an export out of its folder
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{path} is a link that leads out of the run.", "Put a folder in its place.")
     return Run(folder, config)
 
 
