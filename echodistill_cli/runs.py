@@ -193,12 +193,14 @@ class Run:
             if type(state["step"]) is not int or state.get("family", "sd") not in FAMILIES:
                 raise ValueError("its content is not a run's state")
         except _READING as error:
+            is_code = isinstance(error, pickle.UnpicklingError)  # torch's text tells how to run it
+            reason = "it holds more than plain tensors, perhaps code" if is_code else error
             earlier = [path for path in self.list_checkpoints() if _place_of(path) < _place_of(folder)]
             remedy = "Start again with train --overwrite."
             if earlier:
                 number = _place_of(earlier[-1])[0]
                 remedy = f"Use the one before it: train --resume --from-step {number}, or export --step {number}."
-            raise EchoDistillError(f"Checkpoint {folder} is damaged ({error}).", remedy) from error
+            raise EchoDistillError(f"Checkpoint {folder} is damaged ({reason}).", remedy) from error
         return state
 
 

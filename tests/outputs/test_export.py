@@ -542,6 +542,17 @@ def test_what_is_said_of_a_bundled_word_is_what_inspect_finds(tmp_path: Path) ->
     }
 
 
+def test_a_bundled_token_that_is_a_path_names_no_file_elsewhere(tmp_path: Path) -> None:
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    halves = {f"{module}.lora_A.weight": torch.randn(2, 1024), f"{module}.lora_B.weight": torch.randn(320, 2)}
+    tensors = kohya_tensors([LoraWeights("unet", halves, 2, 2.0)], "sd", torch.float16)
+    tensors[f"bundle_emb.{tmp_path / 'escaped'}.string_to_param.*"] = torch.randn(1, 1024)
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="cannot be used as a file name"):
+        export_files(tmp_path / "a.safetensors", output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
 # the lines in a run's card
 
 
