@@ -338,6 +338,18 @@ def test_a_checkpoint_says_what_it_is_and_has_equal_bytes_each_time(
     assert read_lora(bare).metadata == {"format": "pt"}
 
 
+def test_a_single_file_is_exported_with_the_vocabulary_of_the_runs_model(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    case = make_case("sd")
+    (first,) = export_files(case.run.folder, layouts=("checkpoint",), output=tmp_path / "one", dtype="fp32")
+    assert find(case.run.folder).models(str(first)).tokenizer == str(case.pair[0])
+    shape = {"single_file_config": str(case.pair[0]), "offline": True}
+    options = {"layouts": ("checkpoint",), "model": str(first), "model_overrides": shape, "dtype": "fp32"}
+    (second,) = export_files(case.run.folder, output=tmp_path / "two", **options)
+    assert load_file(second).keys() == load_file(first).keys()
+
+
 def test_a_model_without_a_place_in_the_original_layout_is_refused_and_leaves_nothing(
     small_pair: Pair, small_backbones: dict[str, Path], tmp_path: Path
 ) -> None:
