@@ -347,9 +347,9 @@ def _finish(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder if it exists; failures are ignored."""
+    """Delete a file, folder or link if it exists; failures are ignored."""
     with contextlib.suppress(OSError):  # for example, the name is too long
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -55,9 +55,7 @@ from echodistill_cli.lora.keys import RESERVED_NAMES
 
 OnStep = Callable[[Mapping[str, float]], None]
 OnMessage = Callable[[str], None]
-CONFIG_FILE = "config.toml"
-SAMPLES = "samples"
-REPORT = "report.html"  # contains the photos: never sent
+CONFIG_FILE, SAMPLES, LOCK, REPORT = "config.toml", "samples", ".lock", "report.html"  # the report is never sent
 # Settings that may change when a run is resumed: its length, its device, and what the hints suggest to a run that
 # diverged or ran out of memory. The steps before stay valid; those after use the new value.
 _FREE_TO_CHANGE = {
@@ -66,7 +64,6 @@ _FREE_TO_CHANGE = {
     *("train.gradient_checkpointing", "train.compile"),
 }
 _CHECKPOINT = re.compile(r"step-(\d+)(?:-(?:head|back)-(\d+))?")
-LOCK = ".lock"
 # What reading a damaged or forged checkpoint raises.
 _READING = (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, pickle.UnpicklingError)
 
@@ -170,9 +167,7 @@ class Run:
         checkpoints = self.list_checkpoints()
         if not checkpoints:
             raise ConfigError(f"{self.folder} has no checkpoint yet.", "Start again with train --overwrite.")
-        matching = (
-            [path for path in checkpoints if _place_of(path)[0] == step] if step is not None else checkpoints[-1:]
-        )
+        matching = checkpoints[-1:] if step is None else [path for path in checkpoints if _place_of(path)[0] == step]
         if not matching:
             steps = ", ".join(str(number) for number in sorted({_place_of(path)[0] for path in checkpoints}))
             raise ConfigError(f"{self.folder} has no checkpoint of step {step}.", f"Choose one of {steps}.")
@@ -198,12 +193,14 @@ class Run:
             if type(state["step"]) is not int or state.get("family", "sd") not in FAMILIES:
                 raise ValueError("its content is not a run's state")
         except _READING as error:
+            is_code = isinstance(error, pickle.UnpicklingError)  # torch's text tells how to run it
+            reason = "it holds more than plain tensors, perhaps code" if is_code else error
             earlier = [path for path in self.list_checkpoints() if _place_of(path) < _place_of(folder)]
             remedy = "Start again with train --overwrite."
             if earlier:
                 number = _place_of(earlier[-1])[0]
                 remedy = f"Use the one before it: train --resume --from-step {number}, or export --step {number}."
-            raise EchoDistillError(f"Checkpoint {folder} is damaged ({error}).", remedy) from error
+            raise EchoDistillError(f"Checkpoint {folder} is damaged ({reason}).", remedy) from error
         return state
 
 
@@ -248,8 +245,7 @@ def check_output(config: Config, *, overwrite: bool) -> None:
         overwrite: allow an old run there.
 
     Raises:
-        ConfigError: the folder exists and `overwrite` is off, or it is not a run folder, or it holds the photos or the
-            working directory.
+        ConfigError: `overwrite` is off, or the folder is no run or holds the photos or the working directory.
         EchoDistillError: another process trains there.
     """
     folder = config.output
@@ -341,7 +337,8 @@ def open_run(folder: Path) -> Run:
     """Open an existing run folder.
 
     Raises:
-        ConfigError: it is not a run folder, its settings cannot be read, or a name in them is no file name.
+        ConfigError: it is not a run folder, its settings cannot be read, a name in them is no file name, or a folder in
+            it is a link that leads out of it.
     """
     if not (folder / CONFIG_FILE).is_file():
         recover(Path(os.path.realpath(folder)))
@@ -349,6 +346,9 @@ def open_run(folder: Path) -> Run:
         raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.")
     config = config_from_dict(read_toml(folder / CONFIG_FILE))
     check_name(config)  # a stranger's run must not lead an export out of its folder
+    for path in folder.rglob("*"):
+        if path.is_symlink() and path.is_dir() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"{path} is a link that leads out of the run.", "Put a folder in its place.")
     return Run(folder, config)
 
 

@@ -1,18 +1,21 @@
-"""Attack echodistill: kills at random instants, wrong input and damaged files. `make campaign`.
+"""Attack echodistill: kills at random instants, wrong input, damaged and hostile files. `make campaign`.
 
-    python -m tests.campaign [--seed 0] [--kills 40] [--inputs 80] [--files 80]
+    python -m tests.campaign [--seed 0] [--kills 40] [--inputs 80] [--files 80] [--attacks 23] [--offline 1]
 
 Every command runs in a child that is forked after the libraries are imported, so a kill is a real SIGKILL. Another seed
 gives other instants, values and damages. What must hold:
 
 - a killed run continues to the same weights, bit for bit, loses nothing, and leaves no temporary files;
-- whatever comes in, a command ends in time, with a documented exit code, one line, and without a traceback.
+- whatever comes in, a command ends in time, with a documented exit code, one line, and without a traceback;
+- a stranger's files run no code, write nothing elsewhere and pass on no secrets (`tests/attacks.py`);
+- no command reaches the network.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import multiprocessing
 import os
@@ -35,6 +38,7 @@ from echodistill_cli.cli.app import main
 from echodistill_cli.cli.options import FLAGS
 from echodistill_cli.config.build import config_to_dict
 from echodistill_cli.config.schema import Config
+from tests.attacks import ATTACKS, Stranger, offline
 from tests.helpers.commands import small_toml
 from tests.helpers.random_models import build_score_encoders, build_small_backbones, build_small_pair
 from tests.helpers.runs import small_photos
@@ -46,11 +50,12 @@ CODES = {0, 1, 2, 3, 4, 5, 130, 143}
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code, None after a kill or a hang, and what it printed."""
+    """How a command ended: its exit code, None after a kill or a hang, what it printed, and where it connected to."""
 
     code: int | None
     out: str
     err: str
+    network: str
     seconds: float
 
     @property
@@ -58,6 +63,8 @@ class Ended:
         """What no input may cause; None if all is well."""
         if self.code is None:
             return "hangs"
+        if self.network:
+            return f"reaches the network: {self.network}"
         if "Traceback" in self.err + self.out:
             return f"traceback: {self.err.strip().splitlines()[-1]}"
         if self.code not in CODES:
@@ -70,8 +77,8 @@ class Ended:
 def run(*words: object, kill_after: float | None = None, signals: Sequence[tuple[float, int]] = ()) -> Ended:
     """Run a command in a child process; kill it after some seconds, or send it signals after such pauses."""
     with tempfile.TemporaryDirectory() as place:
-        out, err = Path(place, "out"), Path(place, "err")
-        child = FORK.Process(target=_in_child, args=([str(word) for word in words], out, err))
+        files = [Path(place, name) for name in ("out", "err", "network")]
+        child = FORK.Process(target=_in_child, args=([str(word) for word in words], *files))
         started = time.monotonic()
         child.start()
         for pause, number in signals:
@@ -83,13 +90,14 @@ def run(*words: object, kill_after: float | None = None, signals: Sequence[tuple
         child.kill()
         child.join()
         seconds = time.monotonic() - started
-        texts = (file.read_text("utf-8", "replace") if file.exists() else "" for file in (out, err))
+        texts = (file.read_text("utf-8", "replace") if file.exists() else "" for file in files)
         return Ended(code, *texts, seconds)
 
 
-def _in_child(words: list[str], out: Path, err: Path) -> None:
+def _in_child(words: list[str], out: Path, err: Path, network: Path) -> None:
     code = 1
     try:
+        sys.addaudithook(functools.partial(_note_network, network))
         for number, file in ((1, out), (2, err)):
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
@@ -105,6 +113,14 @@ def _in_child(words: list[str], out: Path, err: Path) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _note_network(file: Path, event: str, arguments: tuple[object, ...]) -> None:
+    """Note each attempt to resolve a name or to connect; a socket's path is no network."""
+    is_local = event == "socket.connect" and isinstance(arguments[1], (str, bytes))
+    if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.connect") and not is_local:
+        with file.open("a") as opened:
+            opened.write(f"{event} {arguments[-5:]}\n")
 
 
 class Campaign:
@@ -295,6 +311,28 @@ class Campaign:
             line = self.random.choice(lines)
             self.note("file", f"{line[0]} {self.damaged}", run(*line).fault)
 
+    def attacks(self, count: int) -> None:
+        """Run what a person would run on a stranger's files, and look for harm."""
+        models = {"student": self.pair[0], "teacher": self.pair[1], "clip": self.clip, "dino": self.dino}
+        for index, attack in enumerate(ATTACKS[:count]):
+            place = Stranger(self.home / f"attack-{index}", self.reference, models, self.photos, self.toml)
+            lines = attack(place)
+            before, fault = place.snapshot(), None
+            for line in lines:
+                ended = run(*line)
+                if found := ended.fault or place.harm(before, ended.out + ended.err):
+                    fault = f"{line}: {found}"
+            self.note("attack", attack.__name__, fault)
+            shutil.rmtree(place.home)
+
+    def offline(self, count: int) -> None:
+        """Run every command of the embedded pair with --offline in a process of its own."""
+        for index in range(count):
+            home = self.home / f"offline-{index}"
+            home.mkdir()
+            for name, fault in offline(home, self.photos):
+                self.note("offline", name, fault)
+
 
 _SHORT = """0 -1 1e999 nan 99999999999999999999 ключ a/b ../x {} [1] off none " ' true 1,2,,3 ~nobody/x /proc/self/mem
 C:\\a <lora:a:1> 2024-01-01 0x10 auto cuda:99 meta @ owner/name@main 🐸 \u202eabc 1_000 1e-400 -0 .inf"""
@@ -307,13 +345,13 @@ def begin() -> None:
     """Run the campaign of the command line; exit with 1 if there was a fault."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    for name, count in {"kills": 40, "inputs": 80, "files": 80}.items():
+    for name, count in {"kills": 40, "inputs": 80, "files": 80, "attacks": len(ATTACKS), "offline": 1}.items():
         parser.add_argument(f"--{name}", type=int, default=count)
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):  # some commands write where they run
         campaign = Campaign(Path(home), options.seed)
-        for name in ("inputs", "files", "kills"):
+        for name in ("attacks", "offline", "inputs", "files", "kills"):
             getattr(campaign, name)(getattr(options, name))
     print(f"tried {campaign.tried}: {len(campaign.faults)} faults")
     sys.exit(1 if campaign.faults else 0)

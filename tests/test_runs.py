@@ -27,6 +27,7 @@ from echodistill_cli.files import (
     make_folder,
     public_name,
     recover_below,
+    remove,
     scratch,
     sha256,
     write_bytes,
@@ -678,3 +679,26 @@ def test_an_existing_relative_path_is_a_path(tmp_path: Path, monkeypatch: pytest
 def test_the_hash_of_a_file_is_that_of_its_content(tmp_path: Path) -> None:
     write_bytes(tmp_path / "file", b"abc")
     assert sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "export", "samples/inner", "logs"])
+def test_a_run_with_a_link_out_of_it_is_refused(tmp_path: Path, name: str) -> None:
+    run = create_run(config_at(tmp_path / "run"), overwrite=False)
+    (tmp_path / "elsewhere").mkdir()
+    (run.folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="leads out of the run"):
+        open_run(run.folder)
+
+
+def test_a_run_below_a_link_and_links_inside_it_are_fine(tmp_path: Path) -> None:
+    run = create_run(config_at(tmp_path / "disk" / "run"), overwrite=False)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    (run.folder / "newest").symlink_to("samples")
+    assert open_run(tmp_path / "runs" / "run").config == run.config
+
+
+def test_a_link_is_removed_without_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "link").symlink_to("private")
+    remove(tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["private"]

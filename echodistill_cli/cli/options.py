@@ -321,7 +321,7 @@ def quiet_libraries(*, offline: bool, quiet: bool) -> None:
     """Set the environment of other libraries before they are imported.
 
     Args:
-        offline: let the hub's library open no connection.
+        offline: let the hub's library and trackers open no connection.
         quiet: show no download progress.
     """
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -332,5 +332,7 @@ def quiet_libraries(*, offline: bool, quiet: bool) -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
+        # Trackers of settings that somebody else wrote: Weights & Biases then writes files, MLflow reports no usage.
+        os.environ |= {"WANDB_MODE": "offline", "MLFLOW_DISABLE_TELEMETRY": "true", "GRADIO_ANALYTICS_ENABLED": "False"}
     if quiet or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

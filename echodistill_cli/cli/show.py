@@ -13,6 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from echodistill_cli.config.families import about
 from echodistill_cli.pipeline import OnMessage
 
 if TYPE_CHECKING:  # importing a result type imports torch
@@ -99,7 +100,7 @@ def _downloads(files: Mapping[str, int | None]) -> str:
     """A line per file to download, and the sum of the known sizes."""
     if not files:
         return "none"
-    lines = [f"{file} ({'size unknown' if size is None else _bytes(size)})" for file, size in files.items()]
+    lines = [f"{file} ({about(file) if size is None else _bytes(size)})" for file, size in files.items()]
     known = [size for size in files.values() if size is not None]
     return "\n".join([*lines, *([f"{_bytes(sum(known))} in total"] if len(known) > 1 else [])])
 

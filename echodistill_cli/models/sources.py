@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from echodistill_cli.config.families import first_line, read_json, reading
+from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.lora.frame import check_frame
@@ -83,6 +84,13 @@ def where(source: str) -> str:
     if expanded(source).exists():
         return "on this disk"
     return "in the cache" if is_cached(source) else "to be downloaded"
+
+
+def vocabulary_of(model: ModelConfig) -> str | None:
+    """Return the folder with the vocabulary of a student, if settings or a folder say where; None otherwise."""
+    folder = expanded(model.student)
+    is_there = holds_vocabulary(folder) or holds_vocabulary(folder / "tokenizer")
+    return model.tokenizer or (model.student if folder.is_dir() and is_there else None)
 
 
 def weight_variant(folder: Path, variant: str | None) -> str | None:

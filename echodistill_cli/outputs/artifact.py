@@ -19,13 +19,13 @@ from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig, check_section
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.errors import ConfigError, ModelError
-from echodistill_cli.files import last_part
+from echodistill_cli.files import expanded, last_part
 from echodistill_cli.lora.header import LoraHeader, cover_of, header
 from echodistill_cli.lora.keys import TEXT_ENCODER, TEXT_ENCODER_2
 from echodistill_cli.lora.read import LoraFile, read_lora, read_token_file
 from echodistill_cli.lora.safetensors_io import body_sha256, read_header
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, LoraWeights
-from echodistill_cli.models.sources import is_embedded
+from echodistill_cli.models.sources import is_embedded, vocabulary_of
 from echodistill_cli.runs import CONFIG_FILE, Run, check_name, newest_run, open_run
 
 # The family of each architecture that a LoRA file can name.
@@ -251,7 +251,7 @@ class Artifact:
         """
         if model is not None:
             # A single file has no vocabulary, so the run's is used.
-            tokenizer = self.config.model.tokenizer if self.config and Path(model).is_file() else None
+            tokenizer = vocabulary_of(self.config.model) if self.config and expanded(model).is_file() else None
             kept = ({"tokenizer": tokenizer} if tokenizer else {}) | self._student_steps()
             return changed_models(build_config(model).model, kept | dict(changes or {}), size)
         if self.config is None:

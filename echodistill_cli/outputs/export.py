@@ -21,11 +21,12 @@ from typing import Any
 
 from PIL import Image
 
+from echodistill_cli.config.build import is_file_name
 from echodistill_cli.data.images import png_bytes
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.diffusion.text import has_token, insert_token
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import make_folder, same_content, scratch, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
 from echodistill_cli.lora.safetensors_io import read_header, write_safetensors
@@ -147,7 +148,10 @@ def _plan(artifact: Artifact, request: ExportRequest) -> tuple[list[ExportItem],
         for role in request.roles
         for layout in request.layouts
     ]
-    token_file = folder / f"{artifact.token}.safetensors" if _writes_token(artifact, request) else None
+    writes_token = _writes_token(artifact, request)
+    if writes_token and not is_file_name(str(artifact.token)):  # a stranger's file must not choose the folder
+        raise ModelError(f"The LoRA's token {artifact.token!r} cannot be used as a file name.", "Use another LoRA.")
+    token_file = folder / f"{artifact.token}.safetensors" if writes_token else None
     return items, token_file
 
 

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
     from echodistill_cli.diffusion.pair import Role
     from echodistill_cli.diffusion.text import PromptEncoder
 
-AUTO = "auto"
-LOCAL, RAY = "local", "ray"
-_SEEDS = 2**64  # torch takes seeds below it
+AUTO, LOCAL, RAY = "auto", "local", "ray"
+_SEEDS, _MOST_IMAGES = 2**64, 100_000  # torch takes seeds below it; the list of all images is kept in memory
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # on the hub
 _FAR_FROM_TRAINING = 1.5  # factor between the sizes above which images usually break
 # Weights and tags that user interfaces read; here they are words.
@@ -54,9 +53,8 @@ class SampleRequest:
         height: of the images in pixels; None for `size`.
 
     Raises:
-        ConfigError: a prompt is empty.
-        ConfigError: a scale is infinite or not a number.
-        ConfigError: a seed is negative or too large.
+        ConfigError: a prompt is empty, or a scale is infinite or not a number.
+        ConfigError: a seed is negative or too large, or there are too many images for one call.
     """
 
     prompts: Sequence[str]
@@ -87,6 +85,8 @@ class SampleRequest:
                 raise ConfigError(f"{flag} {number} is not a finite number.", f"Use a finite number for {flag}.")
         if not 0 <= self.seed <= _SEEDS - self.count:
             raise ConfigError(f"--seed {self.seed} is out of range.", "Use a --seed of 0 or more, below 2^64.")
+        if (total := len(self.prompts) * self.count) > _MOST_IMAGES:
+            raise ConfigError(f"{total} images are too many for one call.", f"At most {_MOST_IMAGES}: lower --num.")
 
     def check_paths(self, folder: Path | None = None) -> None:
         """Check, without torch, that there are LoRA files, and that a folder to write to can be one.

@@ -213,6 +213,13 @@ def test_a_name_that_another_process_takes_meanwhile_is_left_alone(
     assert told(tmp_path / "0001_s0.png")["prompt"] == "a cat"
 
 
+def test_more_images_than_a_list_holds_are_refused_at_once(run: Path, tmp_path: Path) -> None:
+    done = sample(tmp_path / "many", "--lora", run, "-p", PROMPT, "-n", 1_000_000_000)
+    assert done.code == 2
+    assert done.error == "error: 1000000000 images are too many for one call. At most 100000: lower --num."
+    assert not (tmp_path / "many").exists()
+
+
 def test_a_grid_has_a_limit_and_its_tiles_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echodistill_cli.outputs.sample._MOST_TILES", 4)
     monkeypatch.setattr("echodistill_cli.outputs.sample._GRID_PIXELS", 4 * 32 * 32)

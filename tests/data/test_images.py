@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,20 @@ def test_a_new_file_takes_no_name_that_exists(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").read_bytes() == png_bytes(red)
     with pytest.raises(EchoDistillError, match="could not be written"):
         save_new_png(tmp_path / "none" / "a.png", red)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_new_file_has_its_name_only_when_it_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    file, seen = tmp_path / "a.png", list[bool]()
+    monkeypatch.setattr(os, "fsync", lambda _file: seen.append(file.exists()))
+    if not links:  # as on exFAT
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "not permitted")))
+    assert save_new_png(file, tiles(1)[0])
+    assert seen == [False]
+    assert file.read_bytes() == png_bytes(tiles(1)[0])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_values_with_commas_are_quoted_as_a1111_does() -> None:

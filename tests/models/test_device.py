@@ -270,7 +270,7 @@ def test_a_dry_run_of_sdxl_turbo_is_readable_offline(photo_folder: Path, tmp_pat
     assert "Plan for 16.0 GiB: model.precision = bf16, model.decoder = tiny" in done.stderr
     assert "About 14.8 GiB of device memory: UNets 9.6, text encoders 1.5" in done.stderr
     assert "stabilityai/sdxl-turbo (to be downloaded)" in done.stdout
-    assert "stabilityai/stable-diffusion-xl-base-1.0/unet (size unknown)" in done.stdout
+    assert "stabilityai/stable-diffusion-xl-base-1.0/unet (about 5.13 GB in half precision)" in done.stdout
     assert "about 14.8 GiB (UNets 9.6" in done.stdout
 
 

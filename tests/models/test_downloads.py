@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import pytest
 
 from echodistill_cli import pipeline
+from echodistill_cli.config import families
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, ModelError
@@ -66,6 +67,20 @@ def test_a_dry_run_without_a_network_asks_once_and_knows_no_sizes(photo_folder: 
     assert set(plan.downloads.values()) == {None}
     assert "facebook/dinov2-large" in plan.downloads
     assert len(requests) == 1
+
+
+def test_without_a_network_sizes_are_computed_from_parameters(requests: list[str]) -> None:
+    lines = list(pipeline.download(request("sdxl-turbo", dry_run=True)).lines())
+    assert "stabilityai/sdxl-turbo/unet  about 5.13 GB in half precision" in lines
+    assert "stabilityai/sdxl-turbo/vae  about 0.17 GB in half precision" in lines
+    assert "stabilityai/sdxl-turbo/tokenizer  size unknown" in lines
+    assert lines[-1].startswith("The hub did not answer. Sizes are computed")
+    assert len(requests) == 1
+
+
+def test_the_known_parts_of_the_text_encoders_are_all_of_them() -> None:
+    parts = [families._PARAMETERS[f"stabilityai/sdxl-turbo/{part}"] for part in ("text_encoder", "text_encoder_2")]
+    assert sum(parts) == families.FAMILIES["sdxl"].size.text
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])

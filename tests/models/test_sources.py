@@ -21,12 +21,20 @@ import pytest
 from httpx2 import InvalidURL
 from transformers import CLIPTokenizer
 
+from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.diffusion.text import RARE_WORDS, check_token
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.downloads import Source, downloads
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.models.single_file import find_vocabulary, vocabulary_in
-from echodistill_cli.models.sources import hub_error, missing_parts, resolve, wanted_files, weight_variant
+from echodistill_cli.models.sources import (
+    hub_error,
+    missing_parts,
+    resolve,
+    vocabulary_of,
+    wanted_files,
+    weight_variant,
+)
 from tests.helpers.commands import command, missing_flags
 from tests.helpers.models import model_config
 from tests.helpers.original_layout import build_sd2_pair, build_sdxl
@@ -529,3 +537,13 @@ def test_a_word_of_two_tokens_is_refused_with_a_suggestion(clip_tokenizer: CLIPT
     check_token(clip_tokenizer, "zwx", "dog", learned=True)
     with pytest.raises(ConfigError, match="already has a meaning"):
         check_token(clip_tokenizer, "backpack", "dog", learned=False)
+
+
+def test_the_vocabulary_of_a_student_is_that_of_its_settings_or_its_folder(
+    small_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    student = str(small_pair[0])
+    assert vocabulary_of(ModelConfig(student=student)) == student
+    assert vocabulary_of(ModelConfig(student=student, tokenizer="elsewhere")) == "elsewhere"
+    assert vocabulary_of(ModelConfig(student=str(tmp_path))) is None
+    assert vocabulary_of(ModelConfig(student="someone/model")) is None

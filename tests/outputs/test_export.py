@@ -338,6 +338,18 @@ def test_a_checkpoint_says_what_it_is_and_has_equal_bytes_each_time(
     assert read_lora(bare).metadata == {"format": "pt"}
 
 
+def test_a_single_file_is_exported_with_the_vocabulary_of_the_runs_model(
+    make_case: Callable[..., Case], tmp_path: Path
+) -> None:
+    case = make_case("sd")
+    (first,) = export_files(case.run.folder, layouts=("checkpoint",), output=tmp_path / "one", dtype="fp32")
+    assert find(case.run.folder).models(str(first)).tokenizer == str(case.pair[0])
+    shape = {"single_file_config": str(case.pair[0]), "offline": True}
+    options = {"layouts": ("checkpoint",), "model": str(first), "model_overrides": shape, "dtype": "fp32"}
+    (second,) = export_files(case.run.folder, output=tmp_path / "two", **options)
+    assert load_file(second).keys() == load_file(first).keys()
+
+
 def test_a_model_without_a_place_in_the_original_layout_is_refused_and_leaves_nothing(
     small_pair: Pair, small_backbones: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -540,6 +552,17 @@ def test_what_is_said_of_a_bundled_word_is_what_inspect_finds(tmp_path: Path) ->
         "SD.Next": "fully",
         "stable-diffusion.cpp": "partly",
     }
+
+
+def test_a_bundled_token_that_is_a_path_names_no_file_elsewhere(tmp_path: Path) -> None:
+    module = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    halves = {f"{module}.lora_A.weight": torch.randn(2, 1024), f"{module}.lora_B.weight": torch.randn(320, 2)}
+    tensors = kohya_tensors([LoraWeights("unet", halves, 2, 2.0)], "sd", torch.float16)
+    tensors[f"bundle_emb.{tmp_path / 'escaped'}.string_to_param.*"] = torch.randn(1, 1024)
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="cannot be used as a file name"):
+        export_files(tmp_path / "a.safetensors", output=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
 # the lines in a run's card
