@@ -372,7 +372,7 @@ def save_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = N
 
 
 def save_new_png(path: Path, image: Image.Image, texts: Mapping[str, str] | None = None) -> bool:
-    """Write a PNG whole, unless the name is taken, even by a concurrent process; return whether it was written.
+    """Write a PNG whole unless its name is taken, even by another process; return whether it was.
 
     Raises:
         EchoDistillError: the file cannot be written.
