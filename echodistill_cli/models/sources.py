@@ -87,7 +87,7 @@ def where(source: str) -> str:
 
 
 def vocabulary_of(model: ModelConfig) -> str | None:
-    """Return the folder with the vocabulary of a student, if settings or a folder say where; None otherwise."""
+    """Return the folder with a student's vocabulary, as settings or a folder say; None otherwise."""
     folder = expanded(model.student)
     is_there = holds_vocabulary(folder) or holds_vocabulary(folder / "tokenizer")
     return model.tokenizer or (model.student if folder.is_dir() and is_there else None)
