@@ -80,9 +80,9 @@ class Stranger:
         """Change settings in the run's config.toml."""
         text = (self.run / "config.toml").read_text()
         for key, value in values.items():
-            line = f"{key} = {json.dumps(value)}"
             assert re.search(rf"(?m)^{key} = .*$", text), key
-            text = re.sub(rf"(?m)^{key} = .*$", lambda _, line=line: line, text)
+            line = f"{key} = {json.dumps(value)}".replace("\\", r"\\")  # as a template
+            text = re.sub(rf"(?m)^{key} = .*$", line, text)
         (self.run / "config.toml").write_text(text)
 
     def pickle(self, file: Path) -> Path:
@@ -276,7 +276,8 @@ def names_that_climb(place: Stranger) -> Lines:
     for index, name in enumerate(("../escaped", str(place.private / "escaped"), "..", "a/../../../x", "C:\\x", "\0")):
         run = Path(shutil.copytree(place.run, place.theirs / f"run-{index}"))
         for key in ("name", "token", "class_name"):
-            changed = re.sub(rf'(?m)^{key} = ".*"$', lambda _, k=key, n=name: f"{k} = {json.dumps(n)}", original)
+            line = f"{key} = {json.dumps(name)}".replace("\\", r"\\")  # as a template
+            changed = re.sub(rf'(?m)^{key} = ".*"$', line, original)
             (run / "config.toml").write_text(changed)
             (place.theirs / f"{key}-{index}").mkdir()
             shutil.copytree(run, place.theirs / f"{key}-{index}" / "run")

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,8 +90,8 @@ def run(*words: object, kill_after: float | None = None, signals: Sequence[tuple
         child.kill()
         child.join()
         seconds = time.monotonic() - started
-        texts = (file.read_text("utf-8", "replace") if file.exists() else "" for file in files)
-        return Ended(code, *texts, seconds)
+        out, err, network = (file.read_text("utf-8", "replace") if file.exists() else "" for file in files)
+        return Ended(code, out, err, network, seconds)
 
 
 def _in_child(words: list[str], out: Path, err: Path, network: Path) -> None:
@@ -279,7 +279,8 @@ class Campaign:
             "json": self.random.choice((b"[]", b"null", b'{"a": ' * 3000, b"{}", b'{"hidden_size": "x"}')),
             "numbers": re.sub(rb"\d+", lambda _: self.random.choice((b"0", b"-1", b"99999999999", b"1e999")), content),
         }
-        others = {"fifo": os.mkfifo, "folder": os.mkdir, "loop": lambda path: path.symlink_to(path), "gone": str}
+        others: dict[str, Callable[[Path], object]] = {"fifo": os.mkfifo, "folder": os.mkdir, "gone": str}
+        others["loop"] = lambda path: path.symlink_to(path)
         kind = self.random.choice([*changed, *others])
         file.unlink()
         if kind in changed:

@@ -49,7 +49,7 @@ def test_a_file_that_diffusers_saves(tmp_path: Path, family: str, alpha: int | N
 def test_a_folder_that_peft_saves(tmp_path: Path, family: str) -> None:
     unet = UNet2DConditionModel(sample_size=8, **TINY[family])
     config = LoraConfig(r=2, lora_alpha=2, target_modules=["attn2.to_k", "attn2.to_v"])
-    get_peft_model(unet, config).save_pretrained(str(tmp_path))  # type: ignore[arg-type]
+    get_peft_model(unet, config).save_pretrained(str(tmp_path))
     found = inspect_file(tmp_path / "adapter_model.safetensors")
     assert (found.format, found.ranks) == ("peft", (2,))
     assert set(loads(found).values()) == {"no"}  # no tool reads the prefix base_model.model.
@@ -57,7 +57,7 @@ def test_a_folder_that_peft_saves(tmp_path: Path, family: str) -> None:
 
 @families
 def test_a_file_in_kohyas_keys_from_diffusers_converter(tmp_path: Path, family: str) -> None:
-    state = {}
+    state = dict[str, torch.Tensor]()
     for part in full_weights(family):
         state |= {f"{part.component}.{key}": value for key, value in part.tensors.items()}
     header = {"ss_network_dim": "1", "ss_tag_frequency": json.dumps({"1_dog": {"sks": 2}})}
