@@ -44,7 +44,7 @@ def training_step(state: TrainingState) -> Metrics:
     metrics |= student_metrics
     for _ in range(state.config.replays):  # extension: train.replays
         metrics |= replay_step(state)
-    if state.critics and generated.photo_prompts:
+    if state.critics:
         metrics |= discriminator_step(state, generated)
     state.finish_step()
     if state.echo_is_due:
@@ -118,7 +118,12 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
 
 
 def discriminator_step(state: TrainingState, generated: StudentPass) -> Metrics:
-    """Train each discriminator to tell photos, and weighted echo images, from the student's images."""
+    """Train each discriminator to tell photos, and weighted echo images, from the student's images.
+
+    It rests in a batch of scenes, which no photo shows.
+    """
+    if not generated.photo_prompts:
+        return {}
     reals = batches.real_batch(state, generated.photo_images)
     total = torch.zeros((), device=state.pair.device)
     metrics: Metrics = {}

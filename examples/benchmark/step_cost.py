@@ -55,8 +55,9 @@ RECIPES: tuple[Recipe, ...] = ("paper", "preset")
 _COUNTED_REPLAYS = 1
 _REPLAYED = ("replays", "paired critic")
 PRESET_REPLAYS = TrainConfig().replays
-# Without class images of the prior, which would have to be generated first. They would only change the prompts.
-_PRESET_SETTINGS = {"train__replays": _COUNTED_REPLAYS, "train__class_share": 0.0}
+# Without class images of the prior, which would have to be generated first. They would only change the prompts. With a
+# photo prompt in every batch: discriminators rest in a batch of scenes, and the counted step is one that costs most.
+_PRESET_SETTINGS = {"train__replays": _COUNTED_REPLAYS, "train__class_share": 0.0, "train__scene_share": 0.0}
 # The innermost of these functions that is running decides to which part of the step an operation belongs.
 PARTS = {
     "teacher_step": "teacher",

@@ -214,7 +214,7 @@ def test_a_name_that_another_process_takes_meanwhile_is_left_alone(
 
 
 def test_more_images_than_a_list_holds_are_refused_at_once(run: Path, tmp_path: Path) -> None:
-    done = sample(tmp_path / "many", "--lora", run, "-p", PROMPT, "-n", 1_000_000_000)
+    done = command("sample", "--lora", run, "-p", PROMPT, "-n", 1_000_000_000, "-o", tmp_path / "many")
     assert done.code == 2
     assert done.error == "error: 1000000000 images are too many for one call. At most 100000: lower --num."
     assert not (tmp_path / "many").exists()

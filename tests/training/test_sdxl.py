@@ -23,6 +23,7 @@ from echodistill_cli.data.photos import Photo
 from echodistill_cli.data.views import teacher_views
 from echodistill_cli.diffusion.pair import Denoiser, ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate, seeded_noise
+from echodistill_cli.diffusion.schedule import NoiseSchedule
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.lora.read import read_lora
@@ -139,8 +140,8 @@ def test_each_unet_is_conditioned_on_its_own_sizes_and_on_the_crops_of_samples(s
 
 def test_sd_is_not_conditioned_on_crops() -> None:
     conditioning = Conditioning(torch.zeros(1, 2, 3))
-    schedule = None
-    assert Denoiser(None, schedule).at_crops(conditioning, [(1, 2)]) is conditioning  # type: ignore[arg-type]
+    schedule = NoiseSchedule(torch.linspace(0.9, 0.1, 10), "epsilon")
+    assert Denoiser(None, schedule).at_crops(conditioning, [(1, 2)]) is conditioning
 
 
 def test_views_know_where_they_were_cropped() -> None:
