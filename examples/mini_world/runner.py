@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,15 +181,26 @@ def run_stage(stage: Stage, directory: Path, budget: Budget, seed: int) -> bool:
     progress = Progress(stage.network, optimizer, np.random.default_rng(seed), more)
     if checkpoint.exists():
         progress.load(checkpoint)
-    stop: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda received, _frame: stop.append(received))
     stage.network.train()
-    _loop(stage, progress, budget, directory, stop)
-    progress.save(checkpoint)
-    figures = _report(stage, progress, directory) if not stop else {}
+    with _signals() as stop:
+        _loop(stage, progress, budget, directory, stop)
+        progress.save(checkpoint)
+        figures = _report(stage, progress, directory) if not stop else {}
     _log(log, event="stopped" if stop else "done", samples=progress.samples, **figures)
     return not stop
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Context in which SIGTERM and SIGINT end nothing; yields the numbers of those that came."""
+    received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    previous = [signal.signal(number, lambda came, _frame: received.append(came)) for number in numbers]
+    try:
+        yield received
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
 
 
 def _loop(stage: Stage, progress: Progress, budget: Budget, directory: Path, stop: list[int]) -> None:

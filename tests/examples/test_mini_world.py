@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_a_students_run_that_was_stopped_ends_as_one_that_was_not(
     run_stage(stage_of(work), parted, Budget(samples=4), seed=5)
     shutil.copytree(parted, tmp_path / "half")
     run_stage(stage_of(work), parted, Budget(samples=4), seed=6)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     once, twice, half = (
         torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (whole, parted, tmp_path / "half")
     )
