@@ -55,6 +55,7 @@ def write_report(
         EchoDistillError: the page cannot be written.
     """
     run = artifact.run
+    metrics = run.read_metrics() if run else []
     scored = known_scores(artifact, evaluation)
     strips = _previews(run) if run else {}
     comparisons, note = _compared(scored), "Same prompt and seed. Training saw the photos, and none of these images."
@@ -64,14 +65,14 @@ def write_report(
         title=artifact.name,
         subject=subject,
         version=__version__,
-        facts=_facts(run) if run else {"LoRA": artifact.lora("student").name},
+        facts=_facts(run, metrics) if run else {"LoRA": artifact.lora("student").name},
         photos=[_photo(photo) for photo in photos[:_MOST_PHOTOS]],
         comparisons=comparisons,
         comparison_note=note,
         scores=_score_rows(scored),
         score_note=_SCORE_NOTE,
         strips=strips,
-        curves=_curves(run.read_metrics()) if run else {},
+        curves=_curves(metrics),
         settings=public_settings(run.config) if run else "",
         commands=_commands(run, scored) if run else {},
     )
@@ -252,9 +253,9 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, f
     return {name: points for name, points in curves.items() if len(points) > 1}
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: Run, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Return names and values for the head of the page."""
-    config, metrics = run.config, run.read_metrics()
+    config = run.config
     seconds = [entry["step_seconds"] for entry in metrics if type(entry.get("step_seconds")) in (int, float)]
     memory = [entry["peak_memory_mib"] for entry in metrics if type(entry.get("peak_memory_mib")) in (int, float)]
     facts = {
