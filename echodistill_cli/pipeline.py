@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, with_absolute_paths
 from echodistill_cli.config.schema import Config
+from echodistill_cli.config.warnings import check_vram
 from echodistill_cli.many import batch
 from echodistill_cli.many.batch import Many, PlannedSubject
 from echodistill_cli.many.checks import check_before, warnings_before
@@ -30,16 +31,7 @@ from echodistill_cli.outputs.requests import (
     ManyRequest,
     SampleRequest,
 )
-from echodistill_cli.runs import (
-    OnMessage,
-    OnStep,
-    Run,
-    check_output,
-    create_run,
-    newest_run,
-    open_run,
-    resume_run,
-)
+from echodistill_cli.runs import OnMessage, OnStep, Run, check_output, create_run, newest_run, open_run, resume_run
 
 if TYPE_CHECKING:  # these modules import torch; `__getattr__` imports them when a type is needed
     from echodistill_cli.data.photos import Photo, PhotoReport
@@ -248,6 +240,7 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str, on_me
         ConfigError: nothing fits, or `vram` is not a number.
         ModelError: the size of the model is not known.
     """
+    check_vram(build({}).model.student, vram)  # without torch
     from echodistill_cli.models import device
 
     memory_plan = device.fit_to_memory(build, vram)

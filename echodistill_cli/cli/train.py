@@ -29,7 +29,6 @@ from echodistill_cli.cli.options import (
 from echodistill_cli.cli.progress import TrainingProgress
 from echodistill_cli.cli.show import plan_table, print_paths, print_table, say_to, stderr_console
 from echodistill_cli.config.build import PRESETS, build_config, config_to_toml, json_schema
-from echodistill_cli.config.warnings import check_vram
 from echodistill_cli.errors import ConfigError
 
 MODELS = f"{', '.join(PRESETS)}, a hub id, a folder or a .safetensors file"
@@ -90,7 +89,7 @@ def train(
             "The folder of photos is missing.", "Run echodistill train PHOTOS --token sks --class-name dog."
         )
     quiet_libraries(offline=config.model.offline, quiet=quiet)
-    if vram is not None and not is_resumed and check_vram(config.model.student, vram):
+    if vram is not None and not is_resumed:
         on_message = say_to(stderr_console(), quiet=quiet)
         config = pipeline.fit_to_memory(functools.partial(build, overrides), vram, on_message)
     if dry_run:

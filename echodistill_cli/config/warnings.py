@@ -92,8 +92,8 @@ def _why_not(name: str) -> str:
     return "not supported, as it needs an account or a repository" if name in _NEED_ACCOUNTS else "unknown"
 
 
-def check_vram(student: str, text: str) -> bool:
-    """Return True after a check of what --vram names, as far as that needs no device.
+def check_vram(student: str, text: str) -> None:
+    """Check what --vram names, as far as that needs no device.
 
     Raises:
         ConfigError: it is neither a number nor "auto".
@@ -102,7 +102,6 @@ def check_vram(student: str, text: str) -> bool:
     parse_gib(text)
     if student.startswith("mini:"):
         raise ModelError(f"The memory that {student} needs is small.", "Omit --vram.")
-    return True
 
 
 def parse_gib(text: str) -> float | None:
