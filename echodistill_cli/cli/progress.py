@@ -27,6 +27,12 @@ _SHOWN = ("denoising", "latent", "identity", "adversarial", "paired", "echo_pool
 _TIMED_STEPS = 4
 
 
+def phase_of(metrics: Mapping[str, float]) -> tuple[str, int]:
+    """Return the phase of a step with these metrics, and the number of the step in that phase."""
+    counter = next(name for name in _PHASES if name in metrics)
+    return _PHASES[counter], int(metrics[counter])
+
+
 class TrainingProgress:
     """Context that shows the progress of one training run, or of several with the same number of steps.
 
@@ -38,11 +44,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console, config: Config, *, quiet: bool) -> None:
         self.console, self.quiet = console, quiet
-        self.lengths = {
-            "step": config.train.steps,
-            "head_start_step": config.train.head_start,
-            "carry_back_step": config.echo.carry_back,
-        }
+        self.work = work_of(config)
         self.phase, self.steps = "", config.train.steps
         self.on_message = say_to(console, quiet=quiet)
         self.bar: Progress | None = None
@@ -65,11 +67,10 @@ class TrainingProgress:
         """Show one finished step of any phase."""
         if self.quiet:
             return
-        counter = next(name for name in _PHASES if name in metrics)
-        step, phase = int(metrics[counter]), _PHASES[counter]
+        phase, step = phase_of(metrics)
         if self.phase != phase or step <= self.step:  # the next phase, or the next run of a benchmark
-            targets = self.first_targets and counter == "step" and step == 1
-            self._start(phase, self.lengths[counter], step, None if targets else metrics.get("step_seconds", 0.0))
+            targets = self.first_targets and phase == JOINT and step == 1
+            self._start(phase, self.work.lengths[phase], step, None if targets else metrics.get("step_seconds", 0.0))
         self.step = step
         self._estimate(metrics)
         self.latest |= {name: metrics[name] for name in _SHOWN if name in metrics}
@@ -83,10 +84,10 @@ class TrainingProgress:
             if step == self.steps:
                 self._stop()
         elif step % max(1, self.steps // _PLAIN_LINES) == 0 or step == self.steps:
-            name = "step" if counter == "step" else phase
+            name = "step" if phase == JOINT else phase
             parts = (f"{name} {step}/{self.steps}", self._remaining(step), self._losses())
             self.on_message("  ".join(filter(None, parts)))
-        if counter == "head_start_step" and step == self.steps and self.first_targets:
+        if phase == HEAD_START and step == self.steps and self.first_targets:
             self.on_message(f"Generating the first targets ({self.first_targets} batches)")
 
     def show_end(self, run: Path) -> None:
@@ -131,7 +132,7 @@ class TrainingProgress:
         self.timed.append(metrics["step_seconds"])
         if len(self.timed) > _TIMED_STEPS:
             seconds = sum(self.timed[1:]) / _TIMED_STEPS
-            left, self.timed = work_of(self.config).seconds_left(self.phase, self.step, seconds), None
+            left, self.timed = self.work.seconds_left(self.phase, self.step, seconds), None
             if left >= 60:
                 self.on_message(f"The whole training takes about {left / 60:.0f} min more")
 

@@ -31,9 +31,11 @@ from echodistill_cli.cli.options import (
     with_flags,
     with_settings,
 )
+from echodistill_cli.cli.progress import phase_of
 from echodistill_cli.cli.show import print_table, say_to, stderr_console
 from echodistill_cli.cli.train import MODELS, Vram
 from echodistill_cli.config.build import build_config
+from echodistill_cli.config.work import CARRY_BACK, HEAD_START, JOINT
 from echodistill_cli.errors import ConfigError
 
 ON = "where to train: local, ray (a cluster that runs here, or this machine), ray://HOST:PORT"
@@ -157,10 +159,9 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{number} {what}" for what, number in counts.items() if number) or "none"
 
 
-_PHASES = {"head_start_step": "head start", "carry_back_step": "carry back", "step": "training"}
 _QUARTERS = 4  # plain lines per phase of a subject, without a terminal
 _MANY = 50  # subjects above which their steps are not printed as lines
-_ORDER = ("head start", "training", "carry back", "starting", "failed", "died", "stopped", "waiting", "done")
+_ORDER = (HEAD_START, JOINT, CARRY_BACK, "starting", "failed", "died", "stopped", "waiting", "done")
 
 
 class _Shown:
@@ -182,11 +183,10 @@ class _Shown:
 
     def take(self, metrics: Mapping[str, float]) -> None:
         """Note a finished step of any phase."""
-        counter = next(name for name in _PHASES if name in metrics)
-        if (state := _PHASES[counter]) != self.state:
-            self.state, self.first_step = state, int(metrics[counter]) - 1
+        phase, self.step = phase_of(metrics)
+        if phase != self.state:
+            self.state, self.first_step = phase, self.step - 1
             self.began = time.monotonic() - metrics.get("step_seconds", 0.0)
-        self.step = int(metrics[counter])
 
     def left(self) -> str:
         """Return the time left of the phase; "" outside of one."""

@@ -45,6 +45,11 @@ class Work:
 
     phases: tuple[Phase, ...]
 
+    @property
+    def lengths(self) -> dict[str, int]:
+        """The number of steps of each phase, by its name."""
+        return {phase.name: phase.steps for phase in self.phases}
+
     def seconds_left(self, name: str, step: int, step_seconds: float) -> float:
         """Return how long a run still takes.
 
@@ -93,6 +98,11 @@ def _target(config: Config) -> float:
 
 def _echo(config: Config) -> float:
     """Return the passes of the echo, as a mean over joint steps; its images are decoded only."""
-    echo, steps = config.echo, config.train.steps
-    refreshes = 0 if echo.start is None else len(range(echo.start, steps + 1, echo.every))
-    return refreshes * echo.candidates * (1 + _DECODED[config.model.decoder] / 3) / steps
+    images = refreshes(config) * config.echo.candidates
+    return images * (1 + _DECODED[config.model.decoder] / 3) / config.train.steps
+
+
+def refreshes(config: Config) -> int:
+    """Return how often a run refreshes its echo pool."""
+    echo = config.echo
+    return 0 if echo.start is None else len(range(echo.start, config.train.steps + 1, echo.every))

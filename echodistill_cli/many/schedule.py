@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, Protocol
 
+from echodistill_cli.config.work import work_of
 from echodistill_cli.errors import EchoDistillError, Interrupted
 from echodistill_cli.files import explained, make_folder
 from echodistill_cli.many.local import LocalEngine
@@ -73,9 +74,7 @@ def run_all(
         Interrupted: SIGINT or SIGTERM came; what ran is saved, and the same call continues.
     """
     for subject in subjects:
-        train, echo = subject.config.train, subject.config.echo
-        lengths = {"head start": train.head_start, "training": train.steps, "carry back": echo.carry_back}
-        on_event(Event(subject.name, "waiting", lengths))
+        on_event(Event(subject.name, "waiting", work_of(subject.config).lengths))
     for name, outcome in finished.items():
         on_event(Event(name, "end", outcome.to_dict()))
     waiting = [subject for subject in subjects if subject.name not in finished]

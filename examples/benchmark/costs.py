@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 from echodistill_cli.config.build import build_config
+from echodistill_cli.config.work import refreshes
 from echodistill_cli.files import write_text
 from echodistill_cli.training.batches import add_first_targets
 from echodistill_cli.training.state import TrainingState
@@ -57,9 +58,8 @@ def cost_of_ours(costs: dict[str, float]) -> float:
     The carry back is not included: the student, which competes, is finished before it starts.
     """
     preset = build_config("mini")
-    joint, start = preset.train.steps, preset.echo.start
-    echoes = 0 if start is None else len(range(start, joint + 1, preset.echo.every))
-    return _before_the_first_step(costs, preset.train.head_start) + joint * costs["ours"] + echoes * costs["echo"]
+    steps, echoes = preset.train.steps * costs["ours"], refreshes(preset) * costs["echo"]
+    return _before_the_first_step(costs, preset.train.head_start) + steps + echoes
 
 
 def _before_the_first_step(costs: dict[str, float], head_start: int, scale: float = 1.0) -> float:
