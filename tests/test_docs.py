@@ -115,8 +115,8 @@ def test_every_flag_that_the_documents_name_exists(file: Path) -> None:
 
 def test_the_readme_is_short() -> None:
     text = README.read_text(encoding="utf-8")
-    assert len(text.split()) <= 2000
-    assert len(text.splitlines()) <= 200
+    assert len(text.split()) <= 1500
+    assert len(text.splitlines()) <= 150
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("docs/**/*.md")), ids=lambda file: file.name)
@@ -125,7 +125,7 @@ def test_a_page_of_the_documentation_fits_on_a_few_screens(file: Path) -> None:
 
 
 def test_the_code_map_names_every_folder_and_module_at_the_top_of_the_package() -> None:
-    named = re.findall(r"^[├└]── (\S+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"^[├└]── (\S+)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.MULTILINE)
     modules = [path.name for path in PACKAGE.glob("*.py")]
     folders = [f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")]
     assert sorted(named) == sorted(modules + folders)
@@ -135,15 +135,6 @@ def test_every_command_has_a_row_in_the_readme() -> None:
     group: Any = get_command(app)
     rows = re.findall(r"^\| `echodistill ([a-z-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(rows) >= set(group.commands)
-
-
-def test_the_python_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (example,) = re.findall(r"^```python\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    monkeypatch.chdir(tmp_path)
-    exec(compile(example, str(README), "exec"), {})
-    run = tmp_path / "runs" / "api"
-    assert {"0.png", "1.png", "sks-dog.safetensors", "export", "evaluation"} <= {path.name for path in run.iterdir()}
 
 
 LOG = ROOT / "examples" / "benchmark" / "LOG.md"
@@ -259,6 +250,8 @@ def test_the_python_page_runs_and_names_the_public_functions(
     for example in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
         exec(compile(example, "python.md", "exec"), names)
     assert "nowhere does not exist" in capsys.readouterr().out
+    made = {path.name for path in (tmp_path / "runs" / "api").iterdir()}
+    assert {"0.png", "1.png", "sks-dog.safetensors", "export", "evaluation"} <= made
     functions = set(re.findall(r"`([a-z_]+)\(", text)) - {"to_dict"}
     assert {"train", "sample", "export", "evaluate"} <= functions <= set(names["ed"].__all__)
 
