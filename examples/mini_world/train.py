@@ -16,7 +16,18 @@ from examples.mini_world.runner import Budget, Stage, run_stage
 from examples.mini_world.sprites import default_work_directory
 from examples.mini_world.world import open_world
 
-STAGES = ("vae", "latents", "teacher", "identity", "backbone-clip", "backbone-vit", "judge", "pairs", "student")
+STAGES = (
+    "vae",
+    "latents",
+    "teacher",
+    "identity",
+    "backbone-clip",
+    "backbone-vit",
+    "judge",
+    "pairs",
+    "student",
+    "matched",
+)
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -38,7 +49,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--regression-samples", type=int, default=93_000, help="student: samples before the critic joins"
     )
-    parser.add_argument("--start", type=Path, help="student, judge: exported folder of an earlier one to start from")
+    parser.add_argument("--start", type=Path, help="student, matched, judge: exported folder to start from")
     parser.add_argument("--judge-seed", type=int, default=1, help="judge: which judge, 1, 2, ...")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -64,6 +75,10 @@ def build_stage(options: argparse.Namespace) -> Stage:
 
         chosen |= {"regression_samples": options.regression_samples, "start": options.start}
         return StudentStage(options.work, options.nouns, options.device, **chosen)
+    if options.stage == "matched":
+        from examples.mini_world.matching import MatchedStage
+
+        return MatchedStage(options.work, options.nouns, options.device, start=options.start, **chosen)
     if options.stage == "judge":
         from examples.mini_world.judges import JudgeStage, judge_world
         from examples.mini_world.latents import load_vae
