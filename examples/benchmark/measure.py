@@ -97,7 +97,7 @@ class Ruler:
 @cache
 def embedded_vae() -> AutoencoderTiny:
     """Return the embedded pair's VAE, which teacher and student share."""
-    vae: AutoencoderTiny = AutoencoderTiny.from_pretrained(embedded_folder("mini:teacher") / "vae").float()
+    vae: AutoencoderTiny = AutoencoderTiny.from_pretrained(embedded_folder("mini:student") / "vae").float()
     return vae.eval().requires_grad_(False)
 
 

@@ -16,8 +16,9 @@ from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import teacher_x0
 from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.sources import embedded_folder
-from examples.mini_world import student
+from examples.mini_world import matching, student
 from examples.mini_world.augment import gaussian_blur
+from examples.mini_world.matching import MatchedStage
 from examples.mini_world.restore import restore
 from examples.mini_world.runner import Budget, run_stage
 from examples.mini_world.score import malformed_sheets
@@ -30,7 +31,7 @@ CAPTIONS = ["a photo of a dog in the snow", "a red frog", "a teapot on the beach
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A work directory with the embedded teacher and four pairs of noise and latents."""
     folder = tmp_path_factory.mktemp("work")
-    restore(embedded_folder("mini:teacher"), folder)
+    restore(embedded_folder("mini:student").parent, folder)
     from examples.mini_world.tokenizer import open_tokenizer
 
     ids = open_tokenizer(folder)(CAPTIONS, padding="max_length", truncation=True, return_tensors="np").input_ids
@@ -111,6 +112,55 @@ def test_a_students_run_that_was_stopped_ends_as_one_that_was_not(
     for kind in ("network", "average"):
         assert all(torch.equal(twice[kind][key], value) for key, value in once[kind].items())
     assert not torch.equal(once["network"]["critic.layers.0.weight"], half["network"]["critic.layers.0.weight"])
+
+
+def test_a_student_that_draws_as_its_teacher_does_is_not_moved(work: Path) -> None:
+    stage, rng = MatchedStage(work, 12, "cpu", batch_size=2, guidance=1.0), np.random.default_rng(0)
+    drawn = torch.randn(2, 4, 16, 16, requires_grad=True)
+    conditioning = stage.teacher.encode(stage.pairs.token_ids[:2])
+    loss, away = stage._matching(rng, drawn, conditioning)
+    assert float(loss.detach()) == away == 0
+
+
+def test_matching_moves_an_image_along_the_difference_of_both_scores(work: Path) -> None:
+    stage = MatchedStage(work, 12, "cpu", batch_size=2)
+    drawn = torch.randn(2, 4, 16, 16, requires_grad=True)
+    conditioning = stage.teacher.encode(stage.pairs.token_ids[:2])
+    torch.manual_seed(4)
+    loss, _ = stage._matching(np.random.default_rng(0), drawn, conditioning)
+    (gradient,) = torch.autograd.grad(loss, drawn)
+    # By hand: the same noise and timesteps, the teacher with and without guidance (the fake score begins unguided).
+    torch.manual_seed(4)
+    timesteps = stage._timesteps(np.random.default_rng(0))
+    alpha_bar = stage.teacher.schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    noisy = alpha_bar.sqrt() * drawn.detach() + (1 - alpha_bar).sqrt() * torch.randn_like(drawn)
+    x0 = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for text in (conditioning, stage.teacher.null.expand(2)):
+            velocity = stage.teacher.unet(noisy, timesteps, text.hidden).sample.float()
+            x0.append(alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * velocity)
+    likelier = x0[1] + student.GUIDANCE * (x0[0] - x0[1])
+    away = (drawn.detach() - likelier).abs().mean(dim=(1, 2, 3), keepdim=True)
+    by_hand = (x0[0] - likelier) / away / drawn.numel()
+    assert torch.nn.functional.cosine_similarity(gradient.flatten(), by_hand.flatten(), dim=0) > 0.99  # bfloat16
+    assert float(gradient.norm()) == pytest.approx(float(by_hand.norm()), rel=0.05)
+
+
+def test_the_fake_score_learns_the_students_images_ahead_of_it_and_alone(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matching, "FAKE_HEAD_START", 3)
+    stage, rng = MatchedStage(work, 12, "cpu", batch_size=2), np.random.default_rng(0)
+    before = [weight.detach().clone() for weight in stage.student.parameters()]
+    loss, figures = stage.loss(rng, samples=0)
+    assert int(stage.fake_updates) == 3 + matching.FAKE_UPDATES
+    loss.backward()
+    assert all(weight.grad is None for weight in (*stage.fake.parameters(), *stage.teacher.unet.parameters()))
+    assert any(weight.grad is not None for weight in stage.student.parameters())
+    assert all(map(torch.equal, before, stage.student.parameters()))
+    assert {"pairs", "matching", "fake", "critic"} <= set(figures)
+    stage.loss(rng, samples=2)
+    assert int(stage.fake_updates) == 3 + 2 * matching.FAKE_UPDATES
 
 
 def test_sheets_to_count_malformed_subjects_number_every_image(mini_pair: ModelPair, tmp_path: Path) -> None:
