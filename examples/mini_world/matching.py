@@ -4,7 +4,8 @@ Regression onto one sample per noise, as `student` trains, ends where samples of
 one image, a head between two heads. Here a second score network, `fake`, learns the student's own images, and the
 student moves where the guided teacher finds its image likelier than `fake` does. That gradient points to the nearest
 image of the teacher, not to the mean of several. The regression stays with a small weight, so that no seed collapses
-into another, and the paired critic keeps detail.
+into another. The critic compares the student's image with a render of the world of the same caption: the teacher's own
+samples are softer than its photos.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from echodistill_cli.diffusion.pair import Denoiser
 from echodistill_cli.diffusion.sampling import student_x0, teacher_x0
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
+from examples.mini_world.latents import open_latents
 from examples.mini_world.models import build_unet
 from examples.mini_world.student import GUIDANCE, StudentStage
 from examples.mini_world.teacher import quick_attention
@@ -47,6 +50,7 @@ class MatchedStage(StudentStage):
     ) -> None:
         super().__init__(work, nouns, device, batch_size, rate, regression_samples=0, start=start)
         self.guidance = guidance
+        self.renders, self.rows_of_pair = self._renders()
         self.fake = build_unet()
         self.fake.load_state_dict(self.teacher.unet.state_dict())
         self.fake_denoiser = Denoiser(self.fake, self.teacher.schedule)
@@ -63,27 +67,38 @@ class MatchedStage(StudentStage):
         for _ in range(head_start):
             self._teach_fake(*self._fresh(rng))
         fakes = [self._teach_fake(*self._fresh(rng)) for _ in range(FAKE_UPDATES - 1)]
-        noise, target, conditioning = self._rows(rng)
+        noise, target, conditioning, real = self._rows(rng)
         with torch.autocast(self.device, torch.bfloat16), quick_attention(self.device):
             drawn = student_x0(self.denoiser, noise, conditioning)
         drawn = drawn.float()
         fakes.append(self._teach_fake(drawn.detach(), conditioning))
         regression = (drawn - target).square().mean()
         matching, distance = self._matching(rng, drawn, conditioning)
-        adversarial, judged = self._adversarial(target, drawn, matching)
+        adversarial, judged = self._adversarial(real, drawn, matching)
         figures = {"pairs": float(regression.detach()), "matching": distance, "fake": float(np.mean(fakes)), **judged}
         return matching + PAIR_WEIGHT * regression + adversarial, figures
 
-    def _rows(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Conditioning]:
-        """A batch of noise, the teacher's samples from it and what they show."""
-        rows = torch.from_numpy(rng.integers(0, len(self.pairs.noise), self.batch_size))
+    def _renders(self) -> tuple[Tensor, list[NDArray[np.int64]]]:
+        """Latents of the world's renders, and for each pair which of them have its caption."""
+        scenes = open_latents(self.work, self.nouns, False, self.teacher.tokenizer)
+        both = torch.cat([scenes.token_ids, self.pairs.token_ids])
+        _, numbers = torch.unique(both, dim=0, return_inverse=True)
+        order = numbers[: len(scenes)].argsort(stable=True)
+        counts = torch.bincount(numbers[: len(scenes)], minlength=int(numbers.max()) + 1)
+        groups = np.split(order.numpy(), counts.cumsum(0).numpy()[:-1])
+        return scenes.latents, [groups[number] for number in numbers[len(scenes) :].tolist()]
+
+    def _rows(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Conditioning, Tensor]:
+        """A batch of noise, the teacher's samples from it, what they show, and renders of the same."""
+        rows = rng.integers(0, len(self.pairs.noise), self.batch_size)
         noise, target = (part[rows].float().to(self.device) for part in (self.pairs.noise, self.pairs.latents))
-        return noise, target, self.teacher.encode(self.pairs.token_ids[rows])
+        renders = self.renders[[rng.choice(self.rows_of_pair[row]) for row in rows]].float().to(self.device)
+        return noise, target, self.teacher.encode(self.pairs.token_ids[rows]), renders
 
     @torch.no_grad()
     def _fresh(self, rng: np.random.Generator) -> tuple[Tensor, Conditioning]:
         """The student's images of a batch, without a gradient."""
-        noise, _, conditioning = self._rows(rng)
+        noise, _, conditioning, _ = self._rows(rng)
         with torch.autocast(self.device, torch.bfloat16):
             return student_x0(self.denoiser, noise, conditioning).float(), conditioning
 
