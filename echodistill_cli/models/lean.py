@@ -16,14 +16,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.models.adapters import ADAPTER, is_distilled, product_dtype
 from echodistill_cli.models.joined import Projections, block_diagonal, fold_factors, joined, share_inputs
+
+
+class _Stack(torch.autograd.Function):
+    """`torch.stack` in another precision. Gradients are contiguous, so that autograd need not copy each of them."""
+
+    @staticmethod
+    def forward(_ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        """Return float32 tensors as one."""
+        return torch.stack(tensors).to(dtype)
+
+    @staticmethod
+    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return a view of one float32 tensor for each."""
+        whole = gradient.to(torch.float32, memory_format=torch.contiguous_format)
+        return (None, *whole.unbind())
 
 
 class _TextProjections:
@@ -102,6 +119,28 @@ class _Attention:
         return self.output(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
 
 
+class _GatedGelu(torch.autograd.Function):
+    """x GELU(gate) of a feed-forward layer, which keeps a third less for the backward pass than autograd."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        """Return [B, N, D] of x and gate [B, N, 2 D]."""
+        ctx.save_for_backward(both)
+        x, gate = both.chunk(2, dim=-1)
+        return F.gelu(gate).mul_(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the gradients of x and gate as one tensor."""
+        (both,) = ctx.saved_tensors
+        (x, gate), slopes = both.chunk(2, dim=-1), torch.empty_like(both)
+        of_x, of_gate = slopes.chunk(2, dim=-1)
+        torch.mul(gradient, F.gelu(gate), out=of_x)
+        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=of_gate)
+        return slopes
+
+
 class _LeanBlock(BasicTransformerBlock):  # type: ignore[misc]
     """A transformer block with such attentions, and without diffusers' many branches."""
 
@@ -115,7 +154,9 @@ class _LeanBlock(BasicTransformerBlock):  # type: ignore[misc]
         of_itself, of_text = self.attentions
         hidden_states = hidden_states + of_itself(self.norm1(hidden_states))
         hidden_states = hidden_states + of_text(self.norm2(hidden_states))
-        return hidden_states + torch.as_tensor(self.ff(self.norm3(hidden_states)))
+        gated, _, last = self.ff.net
+        inner: Tensor = _GatedGelu.apply(gated.proj(self.norm3(hidden_states)))  # type: ignore[no-untyped-call]
+        return hidden_states + torch.as_tensor(last(inner))
 
 
 class _LeanTransformer(Transformer2DModel):  # type: ignore[misc]
@@ -295,9 +336,11 @@ class LeanUNet:
 
     def _ups(self, layers: Sequence[Any]) -> Tensor:
         """Return B of several layers times the LoRA's scale, [layers, out, r]."""
-        whole, scale = torch.stack([layer.lora_B[ADAPTER].weight for layer in layers]), layers[0].scaling
-        whole = whole if scale[ADAPTER] == 1.0 else whole * scale[ADAPTER]
-        return whole.to(product_dtype(layers[0].base_layer.weight.dtype))
+        dtype = product_dtype(layers[0].base_layer.weight.dtype)
+        weights = [layer.lora_B[ADAPTER].weight for layer in layers]
+        whole: Tensor = _Stack.apply(dtype, *weights)  # type: ignore[no-untyped-call]
+        scale = layers[0].scaling[ADAPTER]
+        return whole if scale == 1.0 else whole * scale
 
 
 def run_lean(pair: ModelPair, encoders: Iterable[nn.Module]) -> None:
@@ -348,6 +391,8 @@ def _suits(unet: Any) -> bool:
 
 def _suits_attention(block: Any) -> bool:
     if block.norm_type != "layer_norm" or block.only_cross_attention or block.attn2 is None:
+        return False
+    if len(block.ff.net) != 3 or not isinstance(block.ff.net[0], GEGLU):
         return False
     extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj", "residual_connection")
     for attention in (block.attn1, block.attn2):
