@@ -21,26 +21,18 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.models.adapters import ADAPTER, is_distilled, product_dtype
-from echodistill_cli.models.joined import Projections, block_diagonal, fold_factors, joined, share_inputs
-
-
-class _Stack(torch.autograd.Function):
-    """`torch.stack` in another precision. Gradients are contiguous, so that autograd need not copy each of them."""
-
-    @staticmethod
-    def forward(_ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        """Return float32 tensors as one."""
-        return torch.stack(tensors).to(dtype)
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return a view of one float32 tensor for each."""
-        whole = gradient.to(torch.float32, memory_format=torch.contiguous_format)
-        return (None, *whole.unbind())
+from echodistill_cli.models.joined import (
+    GatedGelu,
+    Projections,
+    Stack,
+    block_diagonal,
+    fold_factors,
+    joined,
+    share_inputs,
+)
 
 
 class _TextProjections:
@@ -99,7 +91,10 @@ class _TextProjections:
 
 
 class _Attention:
-    """An attention with one product for queries, keys and values; those of a cross-attention are computed with all."""
+    """An attention with one product for queries, keys and values.
+
+    Those of a cross-attention have been computed with all others.
+    """
 
     def __init__(self, unet: LeanUNet, attention: Any) -> None:
         self.unet, self.attention = unet, attention
@@ -110,35 +105,11 @@ class _Attention:
     def __call__(self, x: Tensor) -> Tensor:
         """Return the attention's output, [B, N, D], of its normalized input."""
         attention = self.attention
-        if attention.is_cross_attention:
-            text = self.unet.text.outputs
-            parts = (self.inputs(x), text[attention.to_k], text[attention.to_v])
-        else:
-            parts = self.inputs(x).chunk(3, dim=-1)
+        text, inputs = self.unet.text.outputs, self.inputs(x)
+        is_cross = attention.is_cross_attention
+        parts = (inputs, text[attention.to_k], text[attention.to_v]) if is_cross else inputs.chunk(3, dim=-1)
         query, key, value = (part.view(*part.shape[:2], attention.heads, -1).transpose(1, 2) for part in parts)
         return self.output(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
-
-
-class _GatedGelu(torch.autograd.Function):
-    """x GELU(gate) of a feed-forward layer, which keeps a third less for the backward pass than autograd."""
-
-    @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        """Return [B, N, D] of x and gate [B, N, 2 D]."""
-        ctx.save_for_backward(both)
-        x, gate = both.chunk(2, dim=-1)
-        return F.gelu(gate).mul_(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Return the gradients of x and gate as one tensor."""
-        (both,) = ctx.saved_tensors
-        (x, gate), slopes = both.chunk(2, dim=-1), torch.empty_like(both)
-        of_x, of_gate = slopes.chunk(2, dim=-1)
-        torch.mul(gradient, F.gelu(gate), out=of_x)
-        torch.ops.aten.gelu_backward.grad_input(gradient * x, gate, grad_input=of_gate)
-        return slopes
 
 
 class _LeanBlock(BasicTransformerBlock):  # type: ignore[misc]
@@ -155,7 +126,7 @@ class _LeanBlock(BasicTransformerBlock):  # type: ignore[misc]
         hidden_states = hidden_states + of_itself(self.norm1(hidden_states))
         hidden_states = hidden_states + of_text(self.norm2(hidden_states))
         gated, _, last = self.ff.net
-        inner: Tensor = _GatedGelu.apply(gated.proj(self.norm3(hidden_states)))  # type: ignore[no-untyped-call]
+        inner: Tensor = GatedGelu.apply(gated.proj(self.norm3(hidden_states)))  # type: ignore[no-untyped-call]
         return hidden_states + torch.as_tensor(last(inner))
 
 
@@ -338,7 +309,7 @@ class LeanUNet:
         """Return B of several layers times the LoRA's scale, [layers, out, r]."""
         dtype = product_dtype(layers[0].base_layer.weight.dtype)
         weights = [layer.lora_B[ADAPTER].weight for layer in layers]
-        whole: Tensor = _Stack.apply(dtype, *weights)  # type: ignore[no-untyped-call]
+        whole: Tensor = Stack.apply(dtype, *weights)  # type: ignore[no-untyped-call]
         scale = layers[0].scaling[ADAPTER]
         return whole if scale == 1.0 else whole * scale
 

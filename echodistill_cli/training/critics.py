@@ -236,7 +236,13 @@ def features_of(images: ImageBatch, backbone: ImageBackbone | TeacherBackbone) -
 
 
 def run_together(first: ImageBatch, second: ImageBatch, backbone: ImageBackbone) -> None:
-    """Run a backbone on two batches in one pass, so that `features_of` finds its features; `second` has no gradient."""
+    """Run a backbone on two batches in one pass; `features_of` finds the features.
+
+    Args:
+        first: of images.
+        second: of images that get no gradient.
+        backbone: takes decoded images.
+    """
     taps = backbone.features(torch.cat((first.image, second.image)))
     count = len(first.latents)
     first.features[backbone] = [tap[:count] for tap in taps]

@@ -162,7 +162,7 @@ class _ProjectionDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, both: Tensor, kernels: Tensor) -> Tensor:
-        """Arguments are the images and then their targets [2 B, 3, H, W], in Lab, and the directions of this scale."""
+        """Arguments are images and then targets, [2 B, 3, H, W] in Lab, and directions of this scale."""
         batch, places = len(both) // 2, [side - kernels.shape[-1] + 1 for side in both.shape[2:]]
         totals, slope = [], torch.zeros_like(both)
         of_images = slope[:batch]
@@ -172,7 +172,7 @@ class _ProjectionDistance(torch.autograd.Function):
             totals.append(torch.linalg.vector_norm(difference, 1, dim=(1, 2)))
             if ctx.needs_input_grad[0]:
                 signs = torch.empty_like(difference).scatter_(-1, order[:batch], difference.sign_())
-                of_images += F.conv_transpose2d(signs.unflatten(2, places), some)
+                of_images += F.conv_transpose2d(signs.view(batch, -1, *places), some)
         count = len(kernels) * math.prod(places)
         ctx.save_for_backward(slope.div_(count))
         return torch.stack(totals).sum(dim=0) / count

@@ -142,8 +142,8 @@ def test_an_image_encoder_with_joined_attentions_gives_the_same_features_and_gra
     image = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     for module in backbone.modules():  # published scales are not 1
-        if hasattr(module, "lambda1"):
-            torch.nn.init.uniform_(module.lambda1, 0.5, 1.5)
+        if isinstance(scale := getattr(module, "lambda1", None), Tensor):
+            torch.nn.init.uniform_(scale, 0.5, 1.5)
 
     def passes() -> list[Tensor]:
         (features,) = backbone.features(image)
