@@ -16,71 +16,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.models.adapters import ADAPTER, is_distilled, product_dtype
-from echodistill_cli.models.joined import joined, share_inputs
-
-
-class _LoraProduct(torch.autograd.Function):
-    """x Wᵀ + b + (x Aᵀ) Bᵀ for frozen W and b, in three operations less than autograd needs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
-        """Arguments are [N, in], W [out, in], b [out], A [r, in] and B [out, r], of one precision."""
-        low = x @ down.t()
-        ctx.save_for_backward(x, low, weight, down, up)
-        return F.linear(x, weight, bias).addmm_(low, up.t())
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor]:
-        """Return the gradients of x, A and B."""
-        x, low, weight, down, up = ctx.saved_tensors
-        of_low = gradient @ up
-        of_x = (gradient @ weight).addmm_(of_low, down) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, of_low.t() @ x, gradient.t() @ low
-
-
-class _Projections:
-    """Linear layers that read the same input, as one layer; or a single layer.
-
-    Args:
-        layers: of equal shape, with or without LoRA.
-
-    Attributes:
-        is_adapted: whether the layers have the LoRA.
-        folded: the weight with the LoRA added; None outside of the context `folding`.
-        weight: of the current pass, [out, in].
-        lora: A [r, in] and B [out, r] of the current pass; None if the LoRA is off or folded.
-    """
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self.layers = list(layers)
-        self.is_adapted = all(ADAPTER in getattr(layer, "lora_A", ()) for layer in layers)
-        bases = [getattr(layer, "base_layer", layer) for layer in layers]
-        self.frozen = joined([base.weight for base in bases])
-        self.bias = None if bases[0].bias is None else joined([base.bias for base in bases])
-        self.folded: Tensor | None = None
-        self.weight = self.frozen
-        self.lora: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [B, N, out] of [B, N, in]."""
-        if self.lora is None:
-            return F.linear(x, self.weight, self.bias)
-        down, up = self.lora
-        if down.dtype != x.dtype:
-            low = F.linear(x.to(down.dtype), down)
-            return (F.linear(x, self.weight, self.bias) + F.linear(low, up)).to(x.dtype)
-        flat: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]
-            x.flatten(0, -2), self.weight, self.bias, down, up
-        )
-        return flat.view(*x.shape[:-1], -1)
+from echodistill_cli.models.joined import (
+    GatedGelu,
+    Projections,
+    Stack,
+    block_diagonal,
+    fold_factors,
+    joined,
+    share_inputs,
+)
 
 
 class _TextProjections:
@@ -94,7 +46,7 @@ class _TextProjections:
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:
-        self.all = _Projections(layers)
+        self.all = Projections(layers)
         self.widths: dict[int, list[Any]] = {}
         for layer in layers:
             self.widths.setdefault(layer.out_features, []).append(layer)
@@ -139,34 +91,65 @@ class _TextProjections:
 
 
 class _Attention:
-    """A processor of diffusers' with one product for queries, keys and values.
+    """An attention with one product for queries, keys and values.
 
     Those of a cross-attention have been computed with all others.
     """
 
     def __init__(self, unet: LeanUNet, attention: Any) -> None:
-        self.unet, self.plain = unet, attention.processor
+        self.unet, self.attention = unet, attention
         readers = () if attention.is_cross_attention else (attention.to_k, attention.to_v)
-        self.inputs = _Projections([attention.to_q, *readers])
-        self.output = _Projections([attention.to_out[0]])
+        self.inputs = Projections([attention.to_q, *readers])
+        self.output = Projections([attention.to_out[0]])
 
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """Return the attention's output, [B, N, D]; arguments are diffusers'."""
-        if not self.unet.is_active:
-            return torch.as_tensor(self.plain(attn, hidden_states, encoder_hidden_states, attention_mask, temb))
-        if attn.is_cross_attention:
-            parts = (self.inputs(hidden_states), *(self.unet.text.outputs[each] for each in (attn.to_k, attn.to_v)))
-        else:
-            parts = self.inputs(hidden_states).chunk(3, dim=-1)
-        query, key, value = (part.view(*part.shape[:2], attn.heads, -1).transpose(1, 2) for part in parts)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the attention's output, [B, N, D], of its normalized input."""
+        attention = self.attention
+        text, inputs = self.unet.text.outputs, self.inputs(x)
+        is_cross = attention.is_cross_attention
+        parts = (inputs, text[attention.to_k], text[attention.to_v]) if is_cross else inputs.chunk(3, dim=-1)
+        query, key, value = (part.view(*part.shape[:2], attention.heads, -1).transpose(1, 2) for part in parts)
         return self.output(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class _LeanBlock(BasicTransformerBlock):  # type: ignore[misc]
+    """A transformer block with such attentions, and without diffusers' many branches."""
+
+    unet: LeanUNet
+    attentions: tuple[_Attention, _Attention]
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return [B, N, D]; arguments are diffusers'."""
+        if not self.unet.is_active:
+            return torch.as_tensor(super().forward(hidden_states, *args, **kwargs))
+        of_itself, of_text = self.attentions
+        hidden_states = hidden_states + of_itself(self.norm1(hidden_states))
+        hidden_states = hidden_states + of_text(self.norm2(hidden_states))
+        gated, _, last = self.ff.net
+        inner: Tensor = GatedGelu.apply(gated.proj(self.norm3(hidden_states)))  # type: ignore[no-untyped-call]
+        return hidden_states + torch.as_tensor(last(inner))
+
+
+class _LeanTransformer(Transformer2DModel):  # type: ignore[misc]
+    """Transformer blocks on a feature map, which is read as tokens and added to without a copy."""
+
+    unet: LeanUNet
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return the map [B, C, h, w] in a tuple; arguments are diffusers'."""
+        if not self.unet.is_active:
+            return super().forward(hidden_states, *args, **kwargs)
+        is_linear, size = self.use_linear_projection, hidden_states.shape[2:]
+        x = self.norm(hidden_states) if is_linear else self.proj_in(self.norm(hidden_states))
+        tokens = x.flatten(2).transpose(1, 2)
+        if is_linear:
+            tokens = self.proj_in(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+        for block in self.transformer_blocks:
+            tokens = block(tokens)
+        if is_linear:
+            tokens = self.proj_out(tokens)
+        x = tokens.transpose(1, 2).unflatten(2, size)
+        return (hidden_states + (x if is_linear else self.proj_out(x)),)
 
 
 class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
@@ -186,6 +169,13 @@ class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
         return torch.as_tensor(input_tensor + hidden)
 
 
+_LEAN: dict[type[nn.Module], Any] = {
+    BasicTransformerBlock: _LeanBlock,
+    Transformer2DModel: _LeanTransformer,
+    ResnetBlock2D: _LeanResnet,
+}
+
+
 class LeanUNet:
     """What a UNet's passes compute for many layers at once.
 
@@ -198,20 +188,22 @@ class LeanUNet:
 
     def __init__(self, unet: Any) -> None:
         self.is_active = False
-        blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]
+        self._all = list(unet.modules())
+        blocks = self._of(BasicTransformerBlock)
         readers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
         self.text = _TextProjections(sorted(readers, key=lambda layer: int(layer.out_features)))
-        self.attentions = [attention for block in blocks for attention in (block.attn1, block.attn2)]
-        for attention in self.attentions:
-            attention.set_processor(_Attention(self, attention))
-        processors = [attention.processor for attention in self.attentions]
-        self.projections = [each for processor in processors for each in (processor.inputs, processor.output)]
-        self.resnets = [module for module in unet.modules() if isinstance(module, ResnetBlock2D)]
+        for block in blocks:
+            block.attentions = _Attention(self, block.attn1), _Attention(self, block.attn2)
+        attentions = [attention for block in blocks for attention in block.attentions]
+        self.projections = [each for attention in attentions for each in (attention.inputs, attention.output)]
+        self.resnets = self._of(ResnetBlock2D)
         self.time_weight = joined([resnet.time_emb_proj.weight for resnet in self.resnets])
         self.time_bias = joined([resnet.time_emb_proj.bias for resnet in self.resnets])
         self._shifts: dict[Any, Tensor] = {}
-        for resnet in self.resnets:
-            resnet.__class__, resnet.unet = _LeanResnet, self
+        self._checkpointed = [module for module in self._all if hasattr(module, "gradient_checkpointing")]
+        for plain, lean in _LEAN.items():
+            for module in self._of(plain):
+                module.__class__, module.unet = lean, self
         self._hooks = (
             unet.register_forward_pre_hook(self._begin, with_kwargs=True),
             unet.register_forward_hook(self._end, always_call=True),
@@ -221,11 +213,15 @@ class LeanUNet:
         """Give diffusers' own code back to the UNet."""
         for hook in self._hooks:
             hook.remove()
-        for attention in self.attentions:
-            attention.set_processor(attention.processor.plain)
-        for resnet in self.resnets:
-            resnet.__class__ = ResnetBlock2D
-            del resnet.unet
+        for plain, lean in _LEAN.items():
+            for module in self._of(lean):
+                module.__class__ = plain
+                del module.unet
+        for block in self._of(BasicTransformerBlock):
+            del block.attentions
+
+    def _of(self, kind: type[nn.Module]) -> list[Any]:
+        return [module for module in self._all if isinstance(module, kind)]
 
     def time_shift(self, resnet: Any, embedding: Tensor) -> Tensor:
         """Return what a ResNet block adds to its channels, [B, C], from the time embedding [B, D]."""
@@ -250,11 +246,11 @@ class LeanUNet:
             for each in (*self.projections, self.text.all):
                 each.folded = None
 
-    def _begin(self, unet: Any, _inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def _begin(self, _unet: Any, _inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Before a pass: compute what all blocks need, unless the pass is not a usual one."""
         text, is_on = options.get("encoder_hidden_states"), self._lora_is_on()
         # Checkpointing runs the blocks again in the backward pass, when this is forgotten.
-        if text is None or is_on is None or unet.is_gradient_checkpointing:
+        if text is None or is_on is None or self._is_checkpointing():
             return
         is_folded = is_on and not torch.is_grad_enabled() and self.text.all.folded is not None
         lora = self._gather() if is_on and not is_folded else None
@@ -271,6 +267,9 @@ class LeanUNet:
         for each in self.projections:
             each.lora = None
 
+    def _is_checkpointing(self) -> bool:
+        return any(module.gradient_checkpointing for module in self._checkpointed)
+
     def _lora_is_on(self) -> bool | None:
         """Whether passes use the LoRA; None if other adapters are active or it has been merged."""
         layer = next((each.layers[0] for each in (*self.projections, self.text.all) if each.is_adapted), None)
@@ -281,20 +280,20 @@ class LeanUNet:
     def _gather(self) -> tuple[Tensor, list[Tensor]] | None:
         """Set A and B of all projections, with one conversion per shape; return those of the text projections."""
         adapted = [each for each in self.projections if each.is_adapted]
-        by_input: dict[int, list[_Projections]] = {}
-        by_output: dict[tuple[int, int], list[_Projections]] = {}
+        by_input: dict[int, list[Projections]] = {}
+        by_output: dict[tuple[int, int], list[Projections]] = {}
         for each in adapted:
             by_input.setdefault(each.frozen.shape[1], []).append(each)
             by_output.setdefault((len(each.layers), len(each.frozen)), []).append(each)
-        downs: dict[_Projections, Tensor] = {}
-        ups: dict[_Projections, Tensor] = {}
+        downs: dict[Projections, Tensor] = {}
+        ups: dict[Projections, Tensor] = {}
         for group in by_input.values():
             layers = [layer for each in group for layer in each.layers]
             ranks = [len(each.layers) * each.layers[0].r[ADAPTER] for each in group]
             downs |= dict(zip(group, self._downs(layers).split(ranks), strict=True))  # type: ignore[no-untyped-call]
         for (count, _), group in by_output.items():
             stacked = self._ups([layer for each in group for layer in each.layers])
-            ups |= dict(zip(group, _block_diagonal(stacked, count).unbind(), strict=True))
+            ups |= dict(zip(group, block_diagonal(stacked, count).unbind(), strict=True))
         for each in adapted:
             each.lora = downs[each], ups[each]
         if not self.text.all.is_adapted:
@@ -308,27 +307,11 @@ class LeanUNet:
 
     def _ups(self, layers: Sequence[Any]) -> Tensor:
         """Return B of several layers times the LoRA's scale, [layers, out, r]."""
-        whole, scale = torch.stack([layer.lora_B[ADAPTER].weight for layer in layers]), layers[0].scaling
-        whole = whole if scale[ADAPTER] == 1.0 else whole * scale[ADAPTER]
-        return whole.to(product_dtype(layers[0].base_layer.weight.dtype))
-
-
-def _block_diagonal(matrices: Tensor, count: int) -> Tensor:
-    """Put each `count` matrices on the diagonal of one.
-
-    One product then serves all layers that share an input.
-
-    Args:
-        matrices: [n · count, out, r].
-        count: of the layers.
-
-    Returns:
-        [n, count · out, count · r].
-    """
-    if count == 1:
-        return matrices
-    diagonal = torch.diag_embed(matrices.view(-1, count, *matrices.shape[1:]).permute(0, 2, 3, 1))
-    return diagonal.permute(0, 3, 1, 4, 2).flatten(3, 4).flatten(1, 2)
+        dtype = product_dtype(layers[0].base_layer.weight.dtype)
+        weights = [layer.lora_B[ADAPTER].weight for layer in layers]
+        whole: Tensor = Stack.apply(dtype, *weights)  # type: ignore[no-untyped-call]
+        scale = layers[0].scaling[ADAPTER]
+        return whole if scale == 1.0 else whole * scale
 
 
 def run_lean(pair: ModelPair, encoders: Iterable[nn.Module]) -> None:
@@ -343,7 +326,10 @@ def run_lean(pair: ModelPair, encoders: Iterable[nn.Module]) -> None:
     if not pair.alternating and not any(is_distilled(denoiser.unet) for denoiser in denoisers):
         for denoiser in denoisers:
             make_lean(denoiser.unet)
-    for encoder in (*pair.encoder.encoders, *encoders):
+    images = list(encoders)
+    for encoder in images:
+        fold_factors(encoder)
+    for encoder in (*pair.encoder.encoders, *images):
         share_inputs(encoder)
 
 
@@ -376,6 +362,8 @@ def _suits(unet: Any) -> bool:
 
 def _suits_attention(block: Any) -> bool:
     if block.norm_type != "layer_norm" or block.only_cross_attention or block.attn2 is None:
+        return False
+    if len(block.ff.net) != 3 or not isinstance(block.ff.net[0], GEGLU):
         return False
     extras = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross", "add_k_proj", "residual_connection")
     for attention in (block.attn1, block.attn2):

@@ -45,14 +45,16 @@ class ImageBackbone(nn.Module):
         side: its input size in pixels.
     """
 
-    mean: Tensor
-    std: Tensor
+    factor: Tensor
+    offset: Tensor
 
     def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], side: int) -> None:
         super().__init__()
         self.model, self.side = model, side
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1))
+        # ((x + 1) / 2 - mean) / std, for images x in [-1, 1].
+        means, stds = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
+        self.register_buffer("factor", 0.5 / stds)
+        self.register_buffer("offset", (0.5 - means) / stds)
 
     @property
     def widths(self) -> list[int]:
@@ -73,7 +75,7 @@ class ImageBackbone(nn.Module):
         size = (self.side, self.side)
         resized = F.interpolate(images.float(), size, mode="bicubic", antialias=shrinks, align_corners=False)
         # Not clamped: the gradient has to reach pixels beyond the range and pull them back into it.
-        pixels = ((resized + 1) / 2 - self.mean) / self.std
+        pixels = torch.addcmul(self.offset, resized, self.factor)
         pixels = pixels.to(next(self.model.parameters()).dtype)
         if self._is_clip:
             return [self.model(pixel_values=pixels).image_embeds.float().unsqueeze(1)]

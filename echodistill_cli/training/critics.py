@@ -235,6 +235,20 @@ def features_of(images: ImageBatch, backbone: ImageBackbone | TeacherBackbone) -
     return images.features[backbone]
 
 
+def run_together(first: ImageBatch, second: ImageBatch, backbone: ImageBackbone) -> None:
+    """Run a backbone on two batches in one pass; `features_of` finds the features.
+
+    Args:
+        first: of images.
+        second: of images that get no gradient.
+        backbone: takes decoded images.
+    """
+    taps = backbone.features(torch.cat((first.image, second.image)))
+    count = len(first.latents)
+    first.features[backbone] = [tap[:count] for tap in taps]
+    second.features[backbone] = [tap[count:].detach() for tap in taps]
+
+
 @contextmanager
 def frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Context in which trained modules get no gradient of their own, but pass gradients on."""

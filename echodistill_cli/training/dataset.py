@@ -17,6 +17,7 @@ from echodistill_cli.data.views import View, latent_masks, prompt_for, real_view
 from echodistill_cli.diffusion.pair import LatentCodec, ModelPair
 from echodistill_cli.diffusion.sampling import student_start, student_x0
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
+from echodistill_cli.models.device import free_gib
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.critics import Discriminator
 
@@ -108,6 +109,7 @@ def encode_photos(
         generators: the random streams.
     """
     codec, device = pair.codec, pair.device
+    codec.encoder.to(device)
     generator = generators.views
     resolution, count = config.model.resolution, config.concept.views
     class_name = config.concept.class_name
@@ -118,6 +120,8 @@ def encode_photos(
     reals = real_views(photos, resolution=resolution, count=max(count, len(photos)), generator=generator)
     latents = _encode(codec, views, device)
     real_latents = _encode(codec, reals, device)
+    if free_gib(device) is not None and codec.decoder is not codec.encoder:
+        codec.encoder.to("cpu")  # nothing else is encoded, and the memory of a GPU is scarce
     masks = torch.stack([view.mask for view in views]).to(device)
     backbones = {c.name: c.backbone for c in critics if isinstance(c.backbone, ImageBackbone)}
     features = {name: _image_features(codec, real_latents, backbone) for name, backbone in backbones.items()}

@@ -6,6 +6,7 @@ teacher's guided x0 of that image; the adversarial loss pulls it towards the pho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,13 +143,13 @@ def sliced_wasserstein(images: Tensor, target: Tensor, directions: Sequence[Tens
     Returns:
         [B], in units of Lab, where L is 0…100.
     """
-    first, second = rgb_to_lab(images), rgb_to_lab(target)
+    both = rgb_to_lab(torch.cat((images, target)))
     distances = []
     for kernels in directions:
-        if min(first.shape[-2:]) < kernels.shape[-1]:
+        if min(both.shape[-2:]) < kernels.shape[-1]:
             break
-        distances.append(_ProjectionDistance.apply(first, second, kernels))  # type: ignore[no-untyped-call]
-        first, second = F.avg_pool2d(first, 2), F.avg_pool2d(second, 2)
+        distances.append(_ProjectionDistance.apply(both, kernels))  # type: ignore[no-untyped-call]
+        both = F.avg_pool2d(both, 2)
     return torch.stack(distances).mean(dim=0)
 
 
@@ -160,28 +161,27 @@ class _ProjectionDistance(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, target: Tensor, kernels: Tensor) -> Tensor:
-        """Arguments are those of `sliced_wasserstein`, in Lab, with the directions of this scale."""
-        total = torch.zeros(len(images), device=images.device)
-        slope = torch.zeros_like(images) if ctx.needs_input_grad[0] else None
-        for some in kernels.split(max(1, _PROJECTED_AT_ONCE // images[0, 0].numel())):  # type: ignore[no-untyped-call]
-            projected = F.conv2d(images, some)
-            values, order = projected.flatten(2).sort(dim=-1)
-            difference = values - F.conv2d(target, some).flatten(2).sort(dim=-1).values
-            total += difference.abs().sum(dim=(1, 2))
-            if slope is not None:
-                signs = torch.empty_like(difference).scatter_(-1, order, difference.sign())
-                slope += F.conv_transpose2d(signs.view_as(projected), some)
-        count = len(kernels) * projected[0, 0].numel()
-        if slope is not None:
-            ctx.save_for_backward(slope / count)
-        return total / count
+    def forward(ctx: Any, both: Tensor, kernels: Tensor) -> Tensor:
+        """Arguments are images and then targets, [2 B, 3, H, W] in Lab, and directions of this scale."""
+        batch, places = len(both) // 2, [side - kernels.shape[-1] + 1 for side in both.shape[2:]]
+        totals, slope = [], torch.zeros_like(both)
+        of_images = slope[:batch]
+        for some in kernels.split(max(1, _PROJECTED_AT_ONCE // both[0, 0].numel())):  # type: ignore[no-untyped-call]
+            values, order = F.conv2d(both, some).flatten(2).sort(dim=-1)
+            difference = values[:batch] - values[batch:]
+            totals.append(torch.linalg.vector_norm(difference, 1, dim=(1, 2)))
+            if ctx.needs_input_grad[0]:
+                signs = torch.empty_like(difference).scatter_(-1, order[:batch], difference.sign_())
+                of_images += F.conv_transpose2d(signs.view(batch, -1, *places), some)
+        count = len(kernels) * math.prod(places)
+        ctx.save_for_backward(slope.div_(count))
+        return torch.stack(totals).sum(dim=0) / count
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Scale the stored gradient."""
         (slope,) = ctx.saved_tensors
-        return gradient.view(-1, 1, 1, 1) * slope, None, None
+        return gradient.repeat(2).view(-1, 1, 1, 1) * slope, None
 
 
 def patch_directions(scales: int, projections: int, patch: int, generator: torch.Generator) -> list[Tensor]:

@@ -20,7 +20,7 @@ from echodistill_cli.diffusion.schedule import add_noise, prediction_target, sen
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import batches, losses
 from echodistill_cli.training.batches import StudentPass, critic_features, encode_for_student
-from echodistill_cli.training.critics import PairedCritic, features_of, frozen
+from echodistill_cli.training.critics import PairedCritic, features_of, frozen, run_together
 from echodistill_cli.training.dataset import Prior
 from echodistill_cli.training.optimizers import Metrics
 from echodistill_cli.training.pools import EchoPool, refresh
@@ -318,8 +318,11 @@ def _identity(state: TrainingState, generated: StudentPass) -> Tensor:
     encoder, photos = state.identity_encoder, state.photos.identity
     assert encoder is not None
     assert photos is not None
+    to_teacher = state.config.critic.identity_target == "teacher"
+    if to_teacher:
+        run_together(generated.images, generated.target, encoder)
     features = features_of(generated.images, encoder)[0]
-    if state.config.critic.identity_target == "teacher":
+    if to_teacher:
         return generated.alpha_bar * losses.feature_distance(features, features_of(generated.target, encoder)[0])
     return losses.photo_distance(features[:, 0], photos)
 

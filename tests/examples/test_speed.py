@@ -8,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from echodistill_cli.config.families import FAMILIES
+from echodistill_cli.diffusion.text import Conditioning
+from echodistill_cli.models.adapters import UNET_LAYERS, add_lora
+from echodistill_cli.models.lean import make_lean
 from examples.benchmark import gpu, sampling_speed
-from examples.benchmark.step_cost import Recipe, StepCounter, count, lines, prepare, record
+from examples.benchmark.step_cost import Recipe, StepCounter, count, counting, lines, prepare, record
+from examples.benchmark.true_models import random_denoiser
 
 META = torch.device("meta")
 
 
-@pytest.mark.parametrize(("recipe", "kernels", "operations"), [("paper", 6_500, 17_000), ("preset", 34_500, 89_000)])
+@pytest.mark.parametrize(("recipe", "kernels", "operations"), [("paper", 5_750, 15_600), ("preset", 33_200, 86_500)])
 def test_an_sd_step_at_true_size_never_waits_for_the_device_and_stays_below_its_bound(
     tmp_path: Path, recipe: Recipe, kernels: int, operations: int
 ) -> None:
@@ -72,3 +77,18 @@ def test_the_table_for_a_gpu_has_a_row_per_design_and_names_what_failed() -> Non
     assert "sampling sd: 1.010 times the seconds of diffusers" in text
     assert "sampling sd: ended with 1 after 2.0 s" in text
     assert sum(stage.seconds for stage in gpu.STAGES) <= gpu.SECONDS
+
+
+def test_a_true_unet_keeps_for_its_gradient_what_the_plan_expects() -> None:
+    denoiser = random_denoiser("sd", torch.bfloat16, META, 512)
+    add_lora(denoiser.unet, UNET_LAYERS["attention"], 16, 16, seed=0)
+    make_lean(denoiser.unet)
+    text = Conditioning(torch.zeros(1, 77, 1024, dtype=torch.bfloat16, device=META))
+    noisy, timesteps = torch.zeros(1, 4, 64, 64, device=META), torch.zeros(1, dtype=torch.long, device=META)
+    with counting(META) as counter:
+        for tensor in (*denoiser.unet.parameters(), *denoiser.unet.buffers()):
+            counter.watch(tensor)
+        before = counter.live
+        denoiser(noisy, timesteps, text).sum().backward()
+    expected = FAMILIES["sd"].size.activations["attention"]
+    assert (counter.peak - before) / 2**30 == pytest.approx(expected, rel=0.1)

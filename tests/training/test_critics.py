@@ -28,7 +28,9 @@ from echodistill_cli.training.critics import (
     TeacherBackbone,
     build_discriminators,
     features_of,
+    run_together,
 )
+from tests.helpers.models import model_config
 
 CPU = torch.device("cpu")
 KINDS = ("dino", "dinov2", "clip")
@@ -247,6 +249,27 @@ def test_a_backbone_runs_on_a_batch_once(teacher: Denoiser) -> None:
     batch, backbone = image_batch(), TeacherBackbone(teacher)
     assert features_of(batch, backbone) is features_of(batch, backbone)
     assert features_of(replace(batch), backbone) is not features_of(batch, backbone)
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_two_batches_run_together_as_apart_and_only_the_first_has_a_gradient(
+    small_backbones: dict[str, Path], small_pair: tuple[Path, Path], kind: str
+) -> None:
+    codec, backbone = load_pair(model_config(*small_pair), teacher=False).codec, load(small_backbones[kind])
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rest = (torch.zeros(3, 4, 8, 8), torch.zeros(3, dtype=torch.long), Conditioning(torch.zeros(3, 1, 1)))
+
+    def distance(*, together: bool) -> list[Tensor]:
+        first = ImageBatch(latents, codec, *rest)
+        second = ImageBatch(latents.detach().flip(0), codec, *rest)
+        if together:
+            run_together(first, second, backbone)
+        ours, theirs = features_of(first, backbone)[0], features_of(second, backbone)[0]
+        assert not theirs.requires_grad
+        value = (ours - theirs).square().sum()
+        return [value.detach(), *torch.autograd.grad(value, latents)]
+
+    torch.testing.assert_close(distance(together=True), distance(together=False), rtol=1e-4, atol=1e-6)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
