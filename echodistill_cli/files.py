@@ -149,19 +149,20 @@ def locked(file: Path, what: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def read_json_lines(path: Path) -> tuple[list[Any], int]:
-    """Return the values of a JSON Lines file, and how many lines a crash or a full disk damaged.
-
-    A last line that was cut off does not count as damaged.
-    """
-    values, damaged = list[Any](), 0
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the entries of a metrics file, a step and numbers or null each, and how many lines are damaged."""
+    entries, damaged = list[dict[str, Any]](), 0
     *lines, _cut_off = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for line in lines:
         try:
-            values.append(json.loads(line.decode()))
-        except (ValueError, RecursionError):
+            entry = json.loads(line.decode())
+            numbers = [value for value in entry.values() if value is not None]
+            if type(entry["step"]) is not int or not all(abs(number) < 2**63 for number in numbers):
+                raise ValueError
+            entries.append(entry)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             damaged += 1
-    return values, damaged
+    return entries, damaged
 
 
 _MOST_BYTES = 50_000_000  # of a text file; the largest are vocabularies and lists of a model's weights

@@ -410,8 +410,12 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_does_not_spoil_the_next(run
         b"[2]\n",
         b'{"step": "2"}\n',
         b"[" * 9999,
+        b'{"step": 2, "latent": "x"}\n',
+        b'{"step": 2, "latent": []}\n',
+        b'{"step": 2, "latent": 1e400}\n',
+        b'{"step": %s}\n' % (b"9" * 400),
     ],
-    ids=["glued", "zeros", "not UTF-8", "no object", "no number", "nested"],
+    ids=["glued", "zeros", "not UTF-8", "no object", "no number", "nested", "text", "list", "infinite", "huge"],
 )
 def test_a_damaged_line_is_left_out_and_counted(run: Run, damage: bytes) -> None:
     run.log({"step": 1})

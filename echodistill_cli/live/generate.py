@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -233,11 +234,12 @@ class GenerateTab:
             if subject is None:
                 return None, ""
             away = take_away(subject)
-        return [str(self._public(file, subject.name)) for file in away.files], markup.tools(away)
+        return [str(self._public(file)) for file in away.files], markup.tools(away)
 
-    def _public(self, file: Path, name: str) -> Path:
+    def _public(self, file: Path) -> Path:
         """Return a second name of a file, in the folder that a browser may read."""
-        place = self.private / "files" / f"{name}-{file.stat().st_mtime_ns}" / file.name
+        version = f"{file.resolve()} {file.stat().st_mtime_ns}"
+        place = self.private / "files" / hashlib.sha256(os.fsencode(version)).hexdigest()[:16] / file.name
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             try:
