@@ -150,7 +150,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the entries of a metrics file, a step and numbers or null each, and how many lines are damaged."""
+    """Return the entries of a metrics file, and how many other lines it has. Values are numbers or null."""
     entries, damaged = list[dict[str, Any]](), 0
     *lines, _cut_off = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for line in lines:
