@@ -14,7 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import psutil
 
@@ -67,10 +67,11 @@ class HostGuard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if not (self.allows(headers.get("host", "")) and _is_of_this_page(headers)):
             await _refuse(scope, send, 403, b"Refused: this page answers under its own address only.\n")
-        elif scope["path"].endswith("/upload"):  # which gradio limits per file
-            await self.app(scope, receive, send)
-        elif headers.get("content-length", "0").isdecimal() and int(headers.get("content-length", "0")) <= _MOST_BODY:
-            await self.app(scope, _limited(receive), send)
+            return
+        most = _MOST_BODY + MOST_PHOTOS * MOST_UPLOAD * scope["path"].endswith("/upload")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and len(length) < 20 and int(length) <= most:
+            await self.app(scope, _limited(receive, most), send)
         else:
             await _refuse(scope, send, 413, b"Refused: the request is too large.\n")
 
@@ -79,7 +80,7 @@ class HostGuard:
 
         Loopback does. If others on the network are served, so does any address, and this machine's name.
         """
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        name = (_split(f"//{host}").hostname or "").lower()
         if name in LOOPBACK or name in self.names:
             return True
         if self.host in LOOPBACK:
@@ -94,18 +95,26 @@ def _is_of_this_page(headers: Mapping[str, str]) -> bool:
     is_link = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
     if from_elsewhere and not is_link:
         return False
-    return origin is None or urlsplit(origin).netloc == headers.get("host", "")
+    return origin is None or _split(origin).netloc == headers.get("host", "")
 
 
-def _limited(receive: Any) -> Any:
-    """Return `receive` for a body that may have no length of its own: one that is too large ends as if cut off."""
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address; none of them if it is malformed, such as "http://[x"."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
+
+
+def _limited(receive: Any, most: int) -> Any:
+    """Return `receive` for a body that may not tell its length; what is too large ends as if cut off."""
     read = 0
 
     async def limited() -> Any:
         nonlocal read
         message = await receive()
         read += len(message.get("body", b""))
-        return message if read <= _MOST_BODY else {"type": "http.disconnect"}
+        return message if read <= most else {"type": "http.disconnect"}
 
     return limited
 
@@ -132,7 +141,7 @@ def check_prompt(prompt: object) -> str:
     Raises:
         ConfigError: it is no text, or too long.
     """
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise ConfigError("The prompt is no text.", "Type one.")
     if len(prompt) > MOST_LETTERS:
         raise ConfigError(f"The prompt has {len(prompt)} characters.", f"Use at most {MOST_LETTERS}.")

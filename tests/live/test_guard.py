@@ -53,14 +53,14 @@ def test_this_machine_reaches_its_page(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "192.168.1.9", "", "x@y"]
+    "host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", "192.168.1.9", "", "x@y", "[::1"]
 )
 def test_a_name_that_leads_here_from_elsewhere_does_not(host: str) -> None:
     assert not passes(host)
     assert not passes(host, kind="websocket")
 
 
-@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:8000"])
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:8000", "http://[x"])
 def test_another_sites_page_does_not(origin: str) -> None:
     assert not passes("127.0.0.1:7860", origin=origin)
 
@@ -112,6 +112,14 @@ def test_a_body_without_end_is_not_read() -> None:
     status, received = body_read("/gradio_api/queue/join", 2**40, told=False)
     assert (status, received) == (200, 1_000_000), "it ends as if the sender had left"
     assert body_read("/gradio_api/upload", 3_000_000, told=True) == (200, 3_000_000)
+    assert body_read("/gradio_api/upload", 2**40, told=True) == (413, 0)
+    assert body_read("/", int("9" * 4000), told=True) == (413, 0)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["a"], "a \ud800"])
+def test_a_prompt_is_text(prompt: object) -> None:
+    with pytest.raises(ConfigError, match="The prompt is no text"):
+        guard.check_prompt(prompt)
 
 
 def test_links_of_a_strangers_folder_lead_nowhere(tmp_path: Path) -> None:
