@@ -337,7 +337,9 @@ def open_run(folder: Path) -> Run:
     if not (folder / CONFIG_FILE).is_file():
         recover(Path(os.path.realpath(folder)))
     if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.")
+        lora = next(folder.glob("*.safetensors"), None)
+        hint = f"Name the LoRA file: {lora}" if lora else None
+        raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.", hint)
     config = config_from_dict(read_toml(folder / CONFIG_FILE))
     check_name(config)  # a stranger's run must not lead an export out of its folder
     for path in folder.rglob("*"):

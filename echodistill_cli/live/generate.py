@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -40,7 +41,8 @@ def told() -> Iterator[None]:
     try:
         yield
     except EchoDistillError as error:
-        raise gr.Error(str(error), title="", print_exception=False) from error
+        # Gradio shows HTML: a stranger's name could load an image from elsewhere.
+        raise gr.Error(escape(str(error), quote=False), title="", print_exception=False) from error
 
 
 @dataclass
