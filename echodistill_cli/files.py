@@ -119,7 +119,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
     """
     descriptor, holder = _lock(file)
     if holder is not None:
-        raise EchoDistillError(f"{what} by {holder}.", f"Wait until it ends, or stop it. If it is dead, delete {file}.")
+        raise EchoDistillError(f"{what} by {holder}.", "Wait until it ends, or stop it.")
     try:
         yield
     finally:
@@ -295,7 +295,7 @@ def _claim(file: Path) -> tuple[int | None, str | None]:
             else:
                 is_dead = not process.isdecimal() or int(process) == os.getpid() or not psutil.pid_exists(int(process))
             if not is_dead:
-                return None, _holder(text)
+                return None, f"{_holder(text)} (if it is gone, delete {file})"
             remove(file)
         except OSError:
             return None, None
