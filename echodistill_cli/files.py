@@ -164,7 +164,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a UTF-8 text file atomically; names that are not UTF-8 are escaped. Raises as `atomically` does."""
+    """Write a UTF-8 text file atomically; escape names that are not UTF-8. Raises as `atomically`."""
     write_bytes(path, content.encode(errors="backslashreplace"))
 
 
