@@ -12,6 +12,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from typing import ClassVar
 
 
@@ -86,3 +89,38 @@ class Interrupted(EchoDistillError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+_CUT_SHORT = "The disk is probably full: free some space, or choose another place with --output."
+_REMEDIES = {
+    errno.ENOSPC: "The disk is full: free some space, or choose another place with --output.",
+    errno.EDQUOT: "Your disk quota is used up: free some space, or choose another place with --output.",
+    errno.EFBIG: "A file may not be that large there (see ulimit -f): choose another place with --output.",
+    errno.EACCES: "You may not write there: choose another place with --output.",
+    errno.EPERM: "You may not write there: choose another place with --output.",
+    errno.EROFS: "That disk is read-only: choose another place with --output.",
+    errno.ENOENT: "Its folder does not exist: create it, or choose another place with --output.",
+    errno.ENOTDIR: "A file stands where a folder is needed: choose another place with --output.",
+    errno.ENAMETOOLONG: "The name is too long: choose a shorter one with --output.",
+}
+# Libraries report a failed write with errors of their own, where Python raises an OSError with a number. They are
+# recognized by their words, because none of them is imported here. Libraries in Rust (safetensors, tokenizers) put the
+# number into the text, before safetensors 0.6 in the second form; torch and numpy only say that a part is missing.
+_NUMBERED = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
+_PARTLY_WRITTEN = re.compile(
+    r"unexpected pos \d+ vs|iostream error|PytorchStreamWriter failed .*: file |requested and \d+ written"
+)
+
+
+def failed_write(error: Exception) -> tuple[str | None, str | None]:
+    """Return the reason of a failed write and its remedy; no reason for any other error."""
+    text = str(error)
+    if numbered := _NUMBERED.search(text):
+        # Windows has numbers of its own. OSError translates them to errno only if they are its fourth argument.
+        number = int(numbered[1] or numbered[2])
+        error = OSError(number, "", None, number)
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror or os.strerror(error.errno), _REMEDIES.get(error.errno)
+    if _PARTLY_WRITTEN.search(text):
+        return "only a part of it was written", _CUT_SHORT
+    return (text, None) if isinstance(error, OSError) else (None, None)

@@ -22,27 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from echodistill_cli.errors import EchoDistillError
-
-_CUT_SHORT = "The disk is probably full: free some space, or choose another place with --output."
-_REMEDIES = {
-    errno.ENOSPC: "The disk is full: free some space, or choose another place with --output.",
-    errno.EDQUOT: "Your disk quota is used up: free some space, or choose another place with --output.",
-    errno.EFBIG: "A file may not be that large there (see ulimit -f): choose another place with --output.",
-    errno.EACCES: "You may not write there: choose another place with --output.",
-    errno.EPERM: "You may not write there: choose another place with --output.",
-    errno.EROFS: "That disk is read-only: choose another place with --output.",
-    errno.ENOENT: "Its folder does not exist: create it, or choose another place with --output.",
-    errno.ENOTDIR: "A file stands where a folder is needed: choose another place with --output.",
-    errno.ENAMETOOLONG: "The name is too long: choose a shorter one with --output.",
-}
-# Libraries report a failed write with errors of their own, where Python raises an OSError with a number. They are
-# recognized by their words, because none of them is imported here. Libraries in Rust (safetensors, tokenizers) put the
-# number into the text, before safetensors 0.6 in the second form; torch and numpy only say that a part is missing.
-_NUMBERED = re.compile(r"\(os error (\d+)\)|\bOs \{ code: (\d+)")
-_PARTLY_WRITTEN = re.compile(
-    r"unexpected pos \d+ vs|iostream error|PytorchStreamWriter failed .*: file |requested and \d+ written"
-)
+from echodistill_cli.errors import EchoDistillError, failed_write
 
 
 @contextlib.contextmanager
@@ -57,7 +37,7 @@ def explained(path: Path) -> Iterator[None]:
     except EchoDistillError:
         raise
     except Exception as error:
-        reason, remedy = _failed_write(error)
+        reason, remedy = failed_write(error)
         if reason is None:
             raise
         raise EchoDistillError(f"{path} could not be written ({reason}).", remedy) from error
@@ -128,7 +108,7 @@ def recover_below(folder: Path) -> None:
 def locked(file: Path, what: str) -> Iterator[None]:
     """Context that holds a lock file, which is deleted in the end; the lock of a dead process is free.
 
-    Without locks, as on Windows and some network disks, and where the file cannot be made, nothing is held.
+    Where files cannot be locked, as on Windows, the file itself is the lock; where it cannot be made, nothing is held.
 
     Args:
         file: holds the ID of this process and the name of its host meanwhile.
@@ -149,19 +129,20 @@ def locked(file: Path, what: str) -> Iterator[None]:
             os.close(descriptor)
 
 
-def read_json_lines(path: Path) -> tuple[list[Any], int]:
-    """Return the values of a JSON Lines file, and how many lines a crash or a full disk damaged.
-
-    A last line that was cut off does not count as damaged.
-    """
-    values, damaged = list[Any](), 0
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the entries of a metrics file, and how many other lines it has. Values are numbers or null."""
+    entries, damaged = list[dict[str, Any]](), 0
     *lines, _cut_off = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for line in lines:
         try:
-            values.append(json.loads(line.decode()))
-        except (ValueError, RecursionError):
+            entry = json.loads(line.decode())
+            numbers = [value for value in entry.values() if value is not None]
+            if type(entry["step"]) is not int or not all(abs(number) < 2**63 for number in numbers):
+                raise ValueError
+            entries.append(entry)
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
             damaged += 1
-    return values, damaged
+    return entries, damaged
 
 
 _MOST_BYTES = 50_000_000  # of a text file; the largest are vocabularies and lists of a model's weights
@@ -183,8 +164,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a UTF-8 text file atomically; raises the errors of `atomically`."""
-    write_bytes(path, content.encode())
+    """Write a UTF-8 text file atomically; escape names that are not UTF-8. Raises as `atomically`."""
+    write_bytes(path, content.encode(errors="backslashreplace"))
 
 
 def make_folder(path: Path) -> Path:
@@ -202,20 +183,6 @@ def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _failed_write(error: Exception) -> tuple[str | None, str | None]:
-    """Return the reason of a failed write and its remedy; no reason for any other error."""
-    text = str(error)
-    if numbered := _NUMBERED.search(text):
-        # Windows has numbers of its own. OSError translates them to errno only if they are its fourth argument.
-        number = int(numbered[1] or numbered[2])
-        error = OSError(number, "", None, number)
-    if isinstance(error, OSError) and error.errno:
-        return error.strerror or os.strerror(error.errno), _REMEDIES.get(error.errno)
-    if _PARTLY_WRITTEN.search(text):
-        return "only a part of it was written", _CUT_SHORT
-    return (text, None) if isinstance(error, OSError) else (None, None)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -286,15 +253,18 @@ def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
     remove(leftover)
 
 
+_SETTLING = 0.2  # seconds between the creation of a lock's file and a look at who won
+
+
 def _lock(file: Path) -> tuple[int | None, str | None]:
     """Return the descriptor of the lock if it was taken, or words for the process that holds it."""
     try:
         import fcntl
     except ImportError:  # Windows
-        return None, None
+        return _claim(file)
     while True:
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except OSError:
             return None, None
         try:
@@ -302,13 +272,46 @@ def _lock(file: Path) -> tuple[int | None, str | None]:
         except OSError as error:
             holder = os.read(descriptor, 300).decode("utf-8", "replace")
             os.close(descriptor)
-            return None, _holder(holder) if isinstance(error, BlockingIOError) else None
+            return (None, _holder(holder)) if isinstance(error, BlockingIOError) else _claim(file)
         if _is_same(descriptor, file):
-            with contextlib.suppress(OSError):  # without room for the ID the lock still holds
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()} {platform.node()}".encode())
+            _sign(descriptor)
             return descriptor, None
         os.close(descriptor)  # deleted by its last holder, between opening and locking
+
+
+def _claim(file: Path) -> tuple[int | None, str | None]:
+    """Take a lock by creating its file, where files cannot be locked; results are those of `_lock`."""
+    import psutil
+
+    for _ in range(5):
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        except FileExistsError:
+            time.sleep(_SETTLING)  # whoever has just created it signs it
+            text = read_small(file).decode("utf-8", "replace") if file.is_file() else ""
+            process, host = lock_holder(text)
+            if host not in ("", platform.node()):
+                is_dead = time.time() - max(entry.lstat().st_mtime for entry in file.parent.iterdir()) > _IDLE
+            else:
+                is_dead = not process.isdecimal() or int(process) == os.getpid() or not psutil.pid_exists(int(process))
+            if not is_dead:
+                return None, f"{_holder(text)} (if it is gone, delete {file})"
+            remove(file)
+        except OSError:
+            return None, None
+        else:
+            _sign(descriptor)
+            time.sleep(_SETTLING)  # another process may have taken it for that of a dead one before
+            if _is_same(descriptor, file):
+                return descriptor, None
+            os.close(descriptor)
+    return None, "another process"
+
+
+def _sign(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # without room for the ID the lock still holds
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"{os.getpid()} {platform.node()}".encode())
 
 
 def lock_holder(text: str) -> tuple[str, str]:

@@ -43,7 +43,7 @@ from echodistill_cli.files import (
     explained,
     locked,
     make_folder,
-    read_json_lines,
+    read_metrics,
     read_small,
     recover,
     recover_below,
@@ -90,13 +90,7 @@ class Run:
 
     def read_metrics(self) -> list[dict[str, float]]:
         """Return the metrics of all steps so far, without lines that a crash or a full disk damaged."""
-        return self._readable_metrics()[0]
-
-    def _readable_metrics(self) -> tuple[list[dict[str, float]], int]:
-        """Return the metrics, and how many lines are damaged."""
-        entries, damaged = read_json_lines(self.metrics_file)
-        readable = [entry for entry in entries if isinstance(entry, dict) and type(entry.get("step")) is int]
-        return readable, damaged + len(entries) - len(readable)
+        return read_metrics(self.metrics_file)[0]
 
     def locked(self) -> AbstractContextManager[None]:
         """Context in which no other process can train in this folder."""
@@ -118,7 +112,7 @@ class Run:
         for later in reversed(self.list_checkpoints()):
             if _place_of(later) > (step, phase_step):
                 discard(later)
-        entries, damaged = self._readable_metrics()
+        entries, damaged = read_metrics(self.metrics_file)
         lines = [json.dumps(entry) + "\n" for entry in entries if entry["step"] <= step]
         write_text(self.metrics_file, "".join(lines))
         write_text(self.folder / CONFIG_FILE, config_to_toml(self.config))
@@ -343,7 +337,9 @@ def open_run(folder: Path) -> Run:
     if not (folder / CONFIG_FILE).is_file():
         recover(Path(os.path.realpath(folder)))
     if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.")
+        lora = next(folder.glob("*.safetensors"), None)
+        hint = f"Name the LoRA file: {lora}" if lora else None
+        raise ConfigError(f"{folder} is not a run folder: it has no {CONFIG_FILE}.", hint)
     config = config_from_dict(read_toml(folder / CONFIG_FILE))
     check_name(config)  # a stranger's run must not lead an export out of its folder
     for path in folder.rglob("*"):

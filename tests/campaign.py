@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub.constants
 import torch
 from safetensors.torch import load_file
 
@@ -102,6 +103,7 @@ def _in_child(words: list[str], out: Path, err: Path, network: Path) -> None:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.environ["HF_HUB_OFFLINE"] = "1"
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # the library was imported before, and reads it then
         torch.manual_seed(int.from_bytes(os.urandom(4), "little"))  # nothing may depend on the global generator
         sys.argv = ["echodistill", *words]
         main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -11,11 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from echodistill_cli import files
 from echodistill_cli.config.build import config_from_dict, config_to_toml
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
@@ -211,7 +214,39 @@ def test_a_run_that_is_being_trained_is_neither_trained_nor_overwritten(run: Run
         pass
 
 
-@pytest.mark.parametrize("name", ["../../strange", "/tmp/strange", "..", "a\\b", "a\x7fb", "x" * 223])
+@pytest.mark.parametrize("is_missing", [True, False], ids=["no fcntl", "no locks on this disk"])
+def test_two_trainings_of_a_run_are_told_apart_where_files_cannot_be_locked(
+    run: Run, monkeypatch: pytest.MonkeyPatch, is_missing: bool
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files, "_SETTLING", 0.01)
+    monkeypatch.setitem(
+        sys.modules, "fcntl", None if is_missing else SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4)
+    )
+    lock = run.folder / ".lock"
+    with subprocess.Popen(["sleep", "60"]) as other:
+        lock.write_text(f"{other.pid} {platform.node()}")
+        message = rf"run is being trained by process {other.pid} on .* \(if it is gone, delete .*\.lock\)"
+        with pytest.raises(EchoDistillError, match=message), run.locked():
+            pass
+        other.kill()
+    for text in (f"{DEAD} {platform.node()}", f"{DEAD}", "", "nonsense"):
+        lock.write_text(text)
+        with run.locked():
+            assert lock.read_text() == f"{os.getpid()} {platform.node()}"
+        assert not lock.exists()
+    lock.write_text("1 elsewhere")
+    with pytest.raises(EchoDistillError, match="by process 1 on elsewhere"), run.locked():
+        pass
+    for path in run.folder.iterdir():
+        os.utime(path, (1, 1))
+    with run.locked():
+        pass
+
+
+@pytest.mark.parametrize("name", ["../../strange", "/tmp/strange", "..", "a\\b", "a:b", "x" * 223, "Nul.txt"])
 @pytest.mark.parametrize("key", ["run__name", "concept__token", "concept__class_name"])
 def test_a_run_with_names_that_lead_out_of_a_folder_is_not_opened(tmp_path: Path, key: str, name: str) -> None:
     tmp_path.joinpath("config.toml").write_text(config_to_toml(config_at(tmp_path, **{key: name})), encoding="utf-8")
@@ -410,8 +445,12 @@ def test_a_line_that_a_crash_cut_off_is_left_out_and_does_not_spoil_the_next(run
         b"[2]\n",
         b'{"step": "2"}\n',
         b"[" * 9999,
+        b'{"step": 2, "latent": "x"}\n',
+        b'{"step": 2, "latent": []}\n',
+        b'{"step": 2, "latent": 1e400}\n',
+        b'{"step": %s}\n' % (b"9" * 400),
     ],
-    ids=["glued", "zeros", "not UTF-8", "no object", "no number", "nested"],
+    ids=["glued", "zeros", "not UTF-8", "no object", "no number", "nested", "text", "list", "infinite", "huge"],
 )
 def test_a_damaged_line_is_left_out_and_counted(run: Run, damage: bytes) -> None:
     run.log({"step": 1})
@@ -602,6 +641,11 @@ def test_a_scratch_folder_of_a_killed_process_is_settled(tmp_path: Path) -> None
     with scratch(tmp_path / "a.safetensors"):
         assert not left.exists()
     assert everything_in(tmp_path) == set()
+
+
+def test_a_name_that_is_not_utf_8_is_escaped_in_a_text(tmp_path: Path) -> None:
+    write_text(tmp_path / "report.html", "<p>s\udcff.png ключ</p>")  # as Python reads such names of files
+    assert (tmp_path / "report.html").read_text("utf-8") == r"<p>s\udcff.png ключ</p>"
 
 
 def test_a_block_that_writes_nothing_is_an_error(tmp_path: Path) -> None:

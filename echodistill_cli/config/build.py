@@ -30,6 +30,7 @@ from echodistill_cli.files import expanded, host_mark, read_small
 OFF = "off"
 _BACKSLASHES = r"In TOML, write a Windows path in single quotes ('C:\dog') or with forward slashes (C:/dog)."
 Tables = dict[str, dict[str, Any]]
+_CONTROLS = r"[\0-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"  # the last ones turn the direction of a text
 # Settings of older versions that are gone, with the value at which each had no effect. A file with that value is still
 # read, and `config_hash` still counts it, so that the hashes in LoRA headers and benchmark rows stay valid.
 RETIRED: Mapping[str, Any] = {
@@ -291,7 +292,7 @@ def _check_characters(name: str, value: Any) -> None:
     for text in filter(lambda item: isinstance(item, str), value if is_list else [value]):
         if re.search(r"[\ud800-\udfff]", text):
             raise ConfigError(f"{name} = {shown(text)} is not valid Unicode.", "Use UTF-8.")
-        if re.search(r"\0" if is_list else r"[\0-\x1f]", text):  # a prompt may have several lines
+        if re.search(r"\0" if is_list else _CONTROLS, text):  # a prompt may have several lines
             raise ConfigError(f"{name} = {shown(text)} holds a control character.", _BACKSLASHES)
 
 
@@ -386,12 +387,12 @@ def absolute(value: Any) -> Any:
 
 
 _NOT_IN_NAMES = {*'\\/:*?"<>|', *map(chr, range(32)), *map(chr, range(127, 160))}  # on at least one system
-_LONGEST_NAME = 255  # bytes, on nearly every disk
+_LONGEST_NAME, _DEVICES = 255, re.compile(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?")  # bytes; names of Windows
 
 
 def is_file_name(text: str) -> bool:
     """Return whether a text may be a file's name, or a part of it, on every system; no path is."""
-    return bool(text.strip(" .")) and not set(text) & _NOT_IN_NAMES
+    return bool(text.strip(" .")) and not set(text) & _NOT_IN_NAMES and not _DEVICES.fullmatch(text)
 
 
 def is_too_long(name: str) -> bool:

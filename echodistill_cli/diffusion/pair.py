@@ -248,6 +248,25 @@ class ModelPair:
         """
         return self.student if role == "student" else self.teacher
 
+    def blame_weights(self) -> None:
+        """Look for the cause of results that are not finite in the weights that were loaded.
+
+        They are not looked through before, because some models have such weights where nothing reads them.
+
+        Raises:
+            ModelError: a weight of a model, LoRAs aside, is NaN or infinite.
+        """
+        modules = {"student": self.student.unet, "VAE": self.codec.encoder, "decoder": self.codec.decoder}
+        modules |= {f"text encoder {index}": module for index, module in enumerate(self.encoder.encoders, start=1)}
+        modules |= {"teacher": self.loaded_teacher.unet} if self.loaded_teacher else {}
+        for name, module in modules.items():
+            for key, weight in module.named_parameters():
+                if "lora_" not in key and not bool(torch.isfinite(weight).all()):
+                    raise ModelError(
+                        f"The {name} is damaged: its weight {key} holds NaN or infinity in {self.dtype}.",
+                        "Download the model again, or try --precision fp32.",
+                    )
+
 
 def _is_kl(vae: Any) -> bool:
     return bool(vae.config.get("_class_name", type(vae).__name__) == "AutoencoderKL")

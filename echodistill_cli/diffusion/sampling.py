@@ -230,7 +230,7 @@ def generate(
 
     Raises:
         EchoDistillError: an image is not finite.
-        ModelError: the settings ask for the teacher, which was not loaded.
+        ModelError: a model's weights are not finite, or the settings ask for the teacher, which was not loaded.
     """
     denoiser = pair.role(settings.role)
     sides = [(side or settings.size) // pair.codec.factor for side in (settings.height, settings.width)]
@@ -248,13 +248,14 @@ def generate(
             fresh=noises.__next__,
         )
         images = pair.codec.decode(latents)
-        _require_finite(images)
+        _require_finite(images, pair)
         yield from to_uint8(images)
 
 
-def _require_finite(images: Tensor) -> None:
+def _require_finite(images: Tensor, pair: ModelPair) -> None:
     # NaN would be written as black pixels.
     if not torch.isfinite(images).all():
+        pair.blame_weights()
         raise EchoDistillError(
             "The image is not finite: half precision overflowed in the VAE, or the LoRA diverged in training.",
             "Generate with --precision fp32, or train with a VAE made for fp16: "

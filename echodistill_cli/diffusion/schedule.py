@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from echodistill_cli.errors import ConfigError
+
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
@@ -151,8 +153,13 @@ def trailing_timesteps(schedule: NoiseSchedule, steps: int, first: int | None = 
         schedule: of the model.
         steps: number of timesteps.
         first: timestep to start at; None for the last one of the schedule.
+
+    Raises:
+        ConfigError: there are fewer timesteps.
     """
     total = len(schedule.alphas_cumprod) if first is None else first + 1
+    if steps > total:
+        raise ConfigError(f"--steps {steps} is more than the model has timesteps: {total}.", "Use fewer --steps.")
     return [round(total - index * total / steps) - 1 for index in range(steps)]
 
 

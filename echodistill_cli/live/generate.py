@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any, cast
 
@@ -39,7 +41,8 @@ def told() -> Iterator[None]:
     try:
         yield
     except EchoDistillError as error:
-        raise gr.Error(str(error), title="", print_exception=False) from error
+        # Gradio shows HTML: a stranger's name could load an image from elsewhere.
+        raise gr.Error(escape(str(error), quote=False), title="", print_exception=False) from error
 
 
 @dataclass
@@ -233,11 +236,12 @@ class GenerateTab:
             if subject is None:
                 return None, ""
             away = take_away(subject)
-        return [str(self._public(file, subject.name)) for file in away.files], markup.tools(away)
+        return [str(self._public(file)) for file in away.files], markup.tools(away)
 
-    def _public(self, file: Path, name: str) -> Path:
+    def _public(self, file: Path) -> Path:
         """Return a second name of a file, in the folder that a browser may read."""
-        place = self.private / "files" / f"{name}-{file.stat().st_mtime_ns}" / file.name
+        version = f"{file.resolve()} {file.stat().st_mtime_ns}"
+        place = self.private / "files" / hashlib.sha256(os.fsencode(version)).hexdigest()[:16] / file.name
         if not place.exists():
             place.parent.mkdir(parents=True, exist_ok=True)
             try:

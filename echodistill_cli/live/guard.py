@@ -14,7 +14,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import psutil
 
@@ -25,6 +25,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MOST_STRENGTH, MOST_SEED, STEPS = 2.0, 2**32 - 1, (0, 1, 2, 4)
 MOST_LETTERS = 1000
 MOST_PHOTOS, MOST_UPLOAD = 30, 50 * 2**20  # files, bytes each
+_MOST_BODY = 2**20  # bytes of a request that uploads nothing
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _WORDS = re.compile(r"[^\W_][\w' -]{0,63}")
 Scope = Mapping[str, Any]
@@ -44,9 +45,10 @@ def check_host(host: str, auth: object) -> None:
 
 
 class HostGuard:
-    """Refuses requests that name another host, or that another site's page sends.
+    """Refuses requests that name another host, that another site's page sends, or that are too large.
 
-    A page from elsewhere can have its own name lead to this machine (DNS rebinding); its requests carry that name.
+    A page from elsewhere can have its own name lead to this machine (DNS rebinding); its requests carry that name. It
+    can also show this page in a frame, and let people click where they do not look.
 
     Args:
         app: what to protect.
@@ -63,29 +65,66 @@ class HostGuard:
             await self.app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        host, origin = headers.get("host", ""), headers.get("origin")
-        if self.allows(host) and (origin is None or urlsplit(origin).netloc == host):
-            await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            body = b"Refused: this page answers under its own address only.\n"
-            start = {"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]}
-            await send(start)
-            await send({"type": "http.response.body", "body": body})
+        if not (self.allows(headers.get("host", "")) and _is_of_this_page(headers)):
+            await _refuse(scope, send, 403, b"Refused: this page answers under its own address only.\n")
+            return
+        most = _MOST_BODY + MOST_PHOTOS * MOST_UPLOAD * scope["path"].endswith("/upload")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and len(length) < 20 and int(length) <= most:
+            await self.app(scope, _limited(receive, most), send)
         else:
-            await send({"type": "websocket.close", "code": 1008})
+            await _refuse(scope, send, 413, b"Refused: the request is too large.\n")
 
     def allows(self, host: str) -> bool:
         """Return whether a Host header names this server.
 
         Loopback does. If others on the network are served, so does any address, and this machine's name.
         """
-        name = (urlsplit(f"//{host}").hostname or "").lower()
+        name = (_split(f"//{host}").hostname or "").lower()
         if name in LOOPBACK or name in self.names:
             return True
         if self.host in LOOPBACK:
             return False
         own = socket.gethostname().lower()
         return name in (self.host.lower(), own, f"{own.partition('.')[0]}.local") or _is_address(name)
+
+
+def _is_of_this_page(headers: Mapping[str, str]) -> bool:
+    """Return whether a request comes from this page, from a person, or from no browser."""
+    origin, from_elsewhere = headers.get("origin"), headers.get("sec-fetch-site") in ("cross-site", "same-site")
+    is_link = (headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest")) == ("navigate", "document")
+    if from_elsewhere and not is_link:
+        return False
+    return origin is None or _split(origin).netloc == headers.get("host", "")
+
+
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address; none of them if it is malformed, such as "http://[x"."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return SplitResult("", "", "", "", "")
+
+
+def _limited(receive: Any, most: int) -> Any:
+    """Return `receive` for a body that may not tell its length; what is too large ends as if cut off."""
+    read = 0
+
+    async def limited() -> Any:
+        nonlocal read
+        message = await receive()
+        read += len(message.get("body", b""))
+        return message if read <= most else {"type": "http.disconnect"}
+
+    return limited
+
+
+async def _refuse(scope: Scope, send: Any, status: int, body: bytes) -> None:
+    if scope["type"] == "http":
+        await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+        await send({"type": "http.response.body", "body": body})
+    else:
+        await send({"type": "websocket.close", "code": 1008})
 
 
 def _is_address(name: str) -> bool:
@@ -102,7 +141,7 @@ def check_prompt(prompt: object) -> str:
     Raises:
         ConfigError: it is no text, or too long.
     """
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or any("\ud800" <= letter <= "\udfff" for letter in prompt):
         raise ConfigError("The prompt is no text.", "Type one.")
     if len(prompt) > MOST_LETTERS:
         raise ConfigError(f"The prompt has {len(prompt)} characters.", f"Use at most {MOST_LETTERS}.")
@@ -149,6 +188,18 @@ def check_words(what: str, value: object) -> str:
     if not isinstance(value, str) or not _WORDS.fullmatch(value.strip()):
         raise ConfigError(f"{what} {str(value)[:40]!r} cannot be used.", 'Use plain words, such as "alarm clock".')
     return value.strip()
+
+
+def check_links(output: Path) -> None:
+    """Check that what the page writes and serves lies in the output folder, which may be a stranger's.
+
+    Raises:
+        ConfigError: a folder of the page's own is a link that leads elsewhere, or an image that it kept is a link.
+    """
+    own = [output / name for name in (".live", ".live/photos", "kept")]
+    for path in (*own, *own[-1].glob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(output.resolve()):
+            raise ConfigError(f"{path} is a link that leads elsewhere.", "Delete it, or choose another --output.")
 
 
 def private_folder(output: Path) -> Path:

@@ -134,8 +134,11 @@ def preview(file: Path | None) -> str:
     """Return the newest preview of a run; nothing while there is none."""
     if file is None:
         return ""
-    with Image.open(file) as sheet:
-        source = data_uri(sheet, _PREVIEW)
+    try:
+        with Image.open(file) as sheet:
+            source = data_uri(sheet, _PREVIEW)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # a stranger's run
+        return ""
     step = int(file.stem.rpartition("-")[2])
     words = f"Preview at step {step}: the subject on the left, its class on the right"
     image = f'<img alt="{words}" src="{source}">'

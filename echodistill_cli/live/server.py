@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.live.guard import MOST_UPLOAD, HostGuard, check_host, private_folder
+from echodistill_cli.live.guard import MOST_UPLOAD, HostGuard, check_host, check_links, private_folder
 from echodistill_cli.outputs.requests import LiveRequest
 from echodistill_cli.runs import OnMessage
 
@@ -44,6 +44,7 @@ def serve(request: LiveRequest, on_message: OnMessage, on_ready: OnReady) -> Non
     """
     check_extra()
     check_host(request.host, request.auth)
+    check_links(request.output)
     port = _free_port(request.host, request.port)
     desk, trainer = _backstage(request, on_message)
     private = private_folder(request.output)

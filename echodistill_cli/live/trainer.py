@@ -20,10 +20,10 @@ from typing import Literal
 
 import psutil
 
-from echodistill_cli.config.build import PRESETS, build_config
+from echodistill_cli.config.build import PRESETS, build_config, is_too_long
 from echodistill_cli.data.photos import PhotoReport, check_photos
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import lock_holder, make_folder
+from echodistill_cli.files import lock_holder, make_folder, read_small, remove
 from echodistill_cli.live.guard import MOST_PHOTOS, MOST_UPLOAD, check_whole, check_word, check_words
 from echodistill_cli.models.device import expected_memory
 from echodistill_cli.runs import CONFIG_FILE, LOCK, Run, open_run
@@ -33,6 +33,7 @@ LOSSES = ("denoising", "latent", "identity", "adversarial")
 MOST_STEPS = 100_000
 _MOST_POINTS = 200  # of a curve
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM, -signal.SIGTERM)
+_PREVIEW = re.compile(r"step-\d{1,9}\.png")
 # A line of the command line's progress without a terminal, such as "head start 140/200  4 min left".
 _PROGRESS = re.compile(r"^(head start|carry back|step) (\d+)/\d+", re.MULTILINE)
 
@@ -122,7 +123,11 @@ class Trainer:
         if model not in self.models:
             raise ConfigError(f"The model {str(model)[:40]!r} cannot be used.", f"Choose {', '.join(self.models)}.")
         count = None if steps in (None, "", 0) else check_whole("Steps", steps, 1, MOST_STEPS)
-        return Order(photos, check_word("The token", token), check_words("The class", class_name), str(model), count)
+        words = check_word("The token", token), check_words("The class", class_name)
+        order = Order(photos, *words, str(model), count)
+        if is_too_long(f"{order.name}-teacher.safetensors"):
+            raise ConfigError(f"The name {order.name[:20]}… is too long for a file.", "Choose a shorter class.")
+        return order
 
     def needs(self, order: Order) -> float | None:
         """Return the device memory that a training is expected to need, in GiB; None if unknown."""
@@ -141,7 +146,7 @@ class Trainer:
         if (self.folder / order.name).exists():
             raise ConfigError(f"A run {order.name} exists.", "Resume it, or choose another token.")
         photos = self.folder / ".live" / "photos" / order.name
-        shutil.rmtree(photos, ignore_errors=True)
+        remove(photos)
         make_folder(photos.parent)
         shutil.copytree(order.photos, photos)
         words = ["train", str(photos), f"--token={order.token}", f"--class-name={order.class_name}"]
@@ -209,7 +214,7 @@ class Trainer:
         state: State = "training" if trains else "starting" if alive else _end(run, process)
         every = max(1, len(metrics) // _MOST_POINTS)
         losses = [{key: one[key] for key in ("step", *LOSSES) if key in one} for one in metrics[::every]]
-        preview = max(run.samples.glob("step-*.png"), default=None)
+        preview = max((file for file in run.samples.glob("step-*.png") if _is_preview(file)), default=None)
         return Progress(known, state, steps if state == "done" else step, steps, line, losses, preview)
 
     def close(self) -> list[str]:
@@ -228,7 +233,8 @@ class Trainer:
             command.append("--offline")
         log = self._log(name)
         make_folder(log.parent)
-        with log.open("wb") as file:
+        remove(log)  # it may be a stranger's link
+        with log.open("xb") as file:
             # In a session of its own, so that Ctrl-C in the terminal of the page reaches it only through `close`.
             self._processes[name] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=file, start_new_session=True
@@ -239,7 +245,7 @@ class Trainer:
 
     def _said(self, name: str) -> str:
         log = self._log(name)
-        return log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        return read_small(log).decode(errors="replace") if log.is_file() and not log.is_symlink() else ""
 
     def _known(self, name: object) -> str:
         if not isinstance(name, str) or name not in self.names():
@@ -269,13 +275,19 @@ def _end(run: Run, process: subprocess.Popen[bytes] | None) -> State:
     return "done" if (run.folder / f"{run.config.name}.safetensors").is_file() else "stopped"
 
 
+def _is_preview(file: Path) -> bool:
+    return bool(_PREVIEW.fullmatch(file.name)) and file.is_file() and not file.is_symlink()
+
+
 def _holder(folder: Path) -> psutil.Process | None:
     """Return the process of the command line that trains in a folder.
 
     The lock itself is not tried: a training that starts at that moment would find it taken.
     """
     try:
-        number, host = lock_holder((folder / LOCK).read_text(encoding="utf-8"))
+        if not (folder / LOCK).is_file():  # a stranger's pipe would never be read to its end
+            return None
+        number, host = lock_holder(read_small(folder / LOCK).decode())
         if host not in ("", platform.node()):  # trained on another machine that shares this disk
             return None
         process = psutil.Process(int(number))

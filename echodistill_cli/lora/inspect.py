@@ -160,10 +160,10 @@ def _notes(file: LoraFile, kind: str) -> list[str]:
         )
     if file.unclear:
         notes.append(f"The strength is not known: {file.unclear}. echodistill does not load it.")
-    if ADAPTER_METADATA_KEY in file.metadata and any(module.scale != 1 for module in file.modules):
-        notes.append(
-            "Its alpha is in the header, which only diffusers reads. Other tools apply the LoRA at strength 1."
-        )
+    if file.strength_source and any(module.scale != 1 for module in file.modules):
+        in_header = ADAPTER_METADATA_KEY in file.strength_source
+        place, reader = ("the header", "diffusers") if in_header else (file.strength_source, "peft")
+        notes.append(f"Its alpha is in {place}, which only {reader} reads. Other tools apply the LoRA at strength 1.")
     return notes
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
+from echodistill_cli.files import read_small
 from echodistill_cli.lora.keys import ARCHITECTURES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, locate, split_key
 from echodistill_cli.lora.safetensors_io import Table, read_header, read_tensors
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, BUNDLE_PREFIX, TOKEN_KEYS, LoraWeights
@@ -27,6 +28,7 @@ _COSTLY_PATTERN = re.compile(r"\)\s*[*+?{]|\\[1-9]|\(\?P=")
 _MOST_REPEATS = 3
 _PEFT_ALPHA = 8  # the α of a configuration that does not state it
 _LONGEST_PATTERN = 300
+PEFT_WEIGHTS = "adapter_model.safetensors"  # as peft calls the weights beside its configuration
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class LoraFile:
         modules: the modules with plain LoRA.
         unmatched: keys that belong to none of these modules.
         bundled: vectors of learned tokens that lie in the same file: key by token and text encoder.
-        unclear: why the header leaves the strength open; "" if it does not.
+        unclear: why the strength is left open; "" if it is not.
+        strength_source: where a configuration of peft gives the strength; "" without one.
     """
 
     path: Path
@@ -77,6 +80,7 @@ class LoraFile:
     unmatched: tuple[str, ...]
     bundled: Mapping[tuple[str, str], str]
     unclear: str
+    strength_source: str = ""
 
     def to_peft(self, model_modules: Mapping[str, Collection[str]] | None = None) -> list[LoraWeights]:
         """Return the adapters with peft's keys, one entry per component, rank and scale.
@@ -176,7 +180,7 @@ def read_lora(path: Path) -> LoraFile:
         if place and parsed.part:
             keys_by_module[place][parsed.part] = key
     plain = {place: keys for place, keys in keys_by_module.items() if keys.keys() <= {"down", "up", "alpha"}}
-    strength = _HeaderStrength(metadata)
+    strength = _WrittenStrength(path, metadata)
     modules = tuple(_module(path, table, place, keys, alphas, strength) for place, keys in plain.items())
     bundled = {place: key for key in table if (place := _bundled_place(key))}
     known = {key for keys in plain.values() for key in keys.values()} | set(bundled.values())
@@ -190,6 +194,7 @@ def read_lora(path: Path) -> LoraFile:
         unmatched=tuple(key for key in table if key not in known),
         bundled=bundled,
         unclear=strength.unclear,
+        strength_source=strength.source,
     )
 
 
@@ -199,7 +204,7 @@ def _module(
     place: tuple[str, str],
     keys: Mapping[str, str],
     alphas: Mapping[str, float],
-    strength: _HeaderStrength,
+    strength: _WrittenStrength,
 ) -> LoraModule:
     component, name = place
     if "down" not in keys or "up" not in keys:
@@ -220,35 +225,40 @@ def _module(
     return LoraModule(component, name, down, up, rank, alpha, scale)
 
 
-class _HeaderStrength:
-    """The strength that a header's peft configuration gives to modules without their own α tensor.
+class _WrittenStrength:
+    """The strength that a peft configuration gives to modules without their own α tensor.
 
-    Only diffusers writes and reads this entry. Its fields are named `<component>.<field>`, or `<field>` in a file of
-    one model.
+    diffusers writes it into the header, and alone reads it there. Its fields are named `<component>.<field>`, or
+    `<field>` in a file of one model. peft writes it into a file of its own, beside the weights.
 
     Args:
+        path: of the LoRA file.
         metadata: of the file.
 
     Attributes:
+        source: where the configuration stands; "" if there is none.
         unclear: why the strength cannot be told; "" if it can.
     """
 
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        self.unclear = ""
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self.source = self.unclear = ""
         self.fields: dict[str, Any] = {}
-        if ADAPTER_METADATA_KEY not in metadata:
+        beside = path.with_name("adapter_config.json")
+        is_of_peft = path.name == PEFT_WEIGHTS and beside.is_file()
+        if ADAPTER_METADATA_KEY not in metadata and not is_of_peft:
             return
+        self.source = beside.name if is_of_peft else f"its header entry {ADAPTER_METADATA_KEY}"
         try:
-            fields = json.loads(metadata[ADAPTER_METADATA_KEY])
-        except (ValueError, RecursionError):
+            fields = json.loads(read_small(beside) if is_of_peft else metadata[ADAPTER_METADATA_KEY])
+        except (OSError, ValueError, RecursionError):
             fields = None
         if not isinstance(fields, dict):
-            self.unclear = f"its header entry {ADAPTER_METADATA_KEY} cannot be read"
+            self.unclear = f"{self.source} cannot be read"
             return
         self.fields = fields
         extra = sorted(key for key, value in fields.items() if value and key.rpartition(".")[2] in _NOT_PLAIN)
         if extra:
-            self.unclear = f"its header sets {extra[0]}, which a plain LoRA does not have"
+            self.unclear = f"{self.source} sets {extra[0]}, which a plain LoRA does not have"
 
     def of(self, component: str, path: str, rank: int) -> tuple[float | None, float]:
         """Return α, None if the header does not state it, and the scale of one module."""
@@ -266,7 +276,7 @@ class _HeaderStrength:
             scale = math.nan
         if math.isfinite(scale):
             return alpha, scale
-        self.unclear = f"its header entry {ADAPTER_METADATA_KEY} does not give the strength of {component} {path}"
+        self.unclear = f"{self.source} does not give the strength of {component} {path}"
         return None, 1.0
 
     def _describes(self, component: str) -> bool:

@@ -319,6 +319,7 @@ def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mappin
 
     Raises:
         EchoDistillError: the latents differ by more than rounding.
+        ModelError: the base model's weights are not finite.
     """
     from diffusers import DiffusionPipeline
 
@@ -338,8 +339,9 @@ def _check_same_latents(pair: ModelPair, role: Role, folder: Path, parts: Mappin
     result = pipeline(prompt, num_inference_steps=1, guidance_scale=0.0, latents=noise.to(dtype), **settings).images
     difference = float((result.float() - expected).abs().mean() / expected.abs().mean())
     if not difference < _MOST_DIFFERENCE:
+        pair.blame_weights()
         raise EchoDistillError(
-            f"{folder.name}: diffusers generates other images with it (latents differ by {difference:.0%}).",
+            f"diffusers generates other images with the merged model (latents differ by {difference:.0%}).",
             "Report this, with the versions that echodistill doctor lists.",
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,8 @@ from echodistill_cli.models.sources import is_embedded
 
 # Signs that a shell reads between double quotes.
 _SHELL_SIGNS = '"$`\\!'
+# In a usage hint such as "25 steps, guidance 4.5, 512x512".
+_GUIDANCE, _SQUARE = re.compile(r"\bguidance (\d+(?:\.\d+)?)\b"), re.compile(r"\b(\d+)x\1\b")
 
 _CARD = """\
 ---
@@ -227,17 +230,23 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
         version=__version__,
         facts="".join(["\n", *facts]) if facts else "",
         prompt=_python_prompt(header.get("modelspec.trigger_phrase", "...")),
-        settings=_merged_settings(header) if student else ", num_inference_steps=25",
+        settings=_merged_settings(role, header),
     )
 
 
-def _merged_settings(header: Mapping[str, str]) -> str:
-    """Return the arguments of a merged student's pipeline."""
+def _merged_settings(role: Role, header: Mapping[str, str]) -> str:
+    """Return the arguments of a merged model's pipeline, with which it generates what `sample` does."""
+    hint = header.get("modelspec.usage_hint", "")
+    # Unless they are said, diffusers takes guidance 7.5 and the size of the base model.
+    size = "".join(f", height={side}, width={side}" for side in _SQUARE.findall(hint)[:1])
+    if role == "teacher":
+        guidance = "".join(f", guidance_scale={scale}" for scale in _GUIDANCE.findall(hint)[:1])
+        return f", num_inference_steps=25{guidance}{size}"
     timesteps = header.get("echodistill.student_timesteps", "").split(",")
     # diffusers' DDIM takes no timesteps; the folder's own scheduler has them.
     exact = len(timesteps) > 1 and header.get("echodistill.student_sampler") != "ddim"
     steps = f"timesteps=[{', '.join(timesteps)}]" if exact else f"num_inference_steps={len(timesteps)}"
-    return f", {steps}, guidance_scale=0.0"
+    return f", {steps}, guidance_scale=0.0{size}"
 
 
 def _use_toy(config: Config, file: str) -> str:

@@ -189,12 +189,14 @@ class TrainingState:
 
         Raises:
             EchoDistillError: a loss or gradient was not finite in `MAX_BAD_STEPS` consecutive steps.
+            ModelError: that is because a model's weights are not finite.
         """
         values = self.optimizers.fetch(metrics)
         skipped = sorted(name.removeprefix("skipped_") for name in values if name.startswith("skipped_"))
         self.bad_steps_in_a_row = self.bad_steps_in_a_row + 1 if skipped else 0
         self.bad_steps += bool(skipped)
         if self.bad_steps_in_a_row >= MAX_BAD_STEPS:
+            self.pair.blame_weights()
             raise EchoDistillError(
                 f"Loss or gradient of {', '.join(skipped)} was not finite in the last {self.bad_steps_in_a_row} steps.",
                 "Lower --lr and --teacher-lr, or use --precision fp32, and --resume from the last checkpoint.",

@@ -143,7 +143,9 @@ def refusal(file: Path) -> str:
     return ""
 
 
-@pytest.mark.parametrize("value", ['"C:\\new\\tigers"', '"C:\\temp"', '"a\\u0000b"'])
+@pytest.mark.parametrize(
+    "value", ['"C:\\new\\tigers"', '"C:\\temp"', '"a\\u0000b"', '"a\\u007fb"', '"a\\u009b2J"', '"a\\u202eb"']
+)
 def test_a_path_whose_backslashes_became_control_characters_is_refused(tmp_path: Path, value: str) -> None:
     for key in ("concept.photos", "model.student", "run.output"):
         section, _, name = key.partition(".")

@@ -31,7 +31,7 @@ from echodistill_cli.diffusion.sampling import (
 )
 from echodistill_cli.diffusion.schedule import PredictionType, add_noise, guide, predict_x0
 from echodistill_cli.diffusion.text import Conditioning
-from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
 from echodistill_cli.models.load import load_pair
 from tests.helpers.commands import missing_flags
 
@@ -213,10 +213,14 @@ def test_a_picture_that_overflows_is_an_error_whose_remedies_each_command_has(sm
     student, teacher = map(str, small_pair)
     own = load_pair(ModelConfig(student=student, teacher=teacher, resolution=64, device="cpu", offline=True))
     with torch.no_grad():
-        own.codec.decoder.decoder.conv_out.bias.fill_(torch.inf)
+        own.codec.decoder.decoder.conv_out.weight.fill_(3e38)
     with pytest.raises(EchoDistillError, match=r"not finite.*--precision fp32") as told:
         draw(own)
     assert not missing_flags(str(told.value.hint), "train", "sample", "evaluate")
+    with torch.no_grad():  # a damaged file: no precision and no other VAE is the remedy
+        own.student.unet.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(ModelError, match=r"The student is damaged: its weight conv_out\.bias holds NaN"):
+        draw(own)
 
 
 def test_noise_is_one_draw_per_seed_and_leaves_the_global_generator_alone() -> None:

@@ -21,6 +21,7 @@ from echodistill_cli.diffusion.schedule import (
     pure_noise,
     trailing_timesteps,
 )
+from echodistill_cli.errors import ConfigError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 each_prediction = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
@@ -127,6 +128,13 @@ def test_trailing_timesteps_start_at_the_last_one(steps: int, expected: list[int
 @pytest.mark.parametrize(("steps", "expected"), [(1, [399]), (2, [399, 199]), (4, [399, 299, 199, 99])])
 def test_trailing_timesteps_can_start_earlier(steps: int, expected: list[int]) -> None:
     assert trailing_timesteps(schedule(), steps, 399) == expected
+
+
+def test_no_timestep_comes_twice() -> None:
+    assert trailing_timesteps(schedule(), 1000) == list(range(999, -1, -1))
+    for steps, first in ((1001, None), (2500, None), (401, 399)):  # the last step of 2,500 would be at timestep -1
+        with pytest.raises(ConfigError, match=rf"--steps {steps} is more than .* timesteps"):
+            trailing_timesteps(schedule(), steps, first)
 
 
 @pytest.mark.parametrize("steps", [3, 7, 25, 30, 50])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.live import markup
 from echodistill_cli.live.trainer import Order, Trainer, gather, look_at
 from tests.helpers.commands import trained_run
 
@@ -77,6 +79,37 @@ def test_a_forged_lock_makes_the_page_stop_no_other_process(finished: Path, hold
     with pytest.raises(ConfigError, match="first is not being trained"):
         trainer.stop("first")
     (finished / ".lock").unlink()
+
+
+def test_a_strangers_run_neither_stops_the_page_nor_reaches_out_of_its_folder(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "runs" / "evil"))
+    preview = max((run / "samples").glob("step-*.png"))
+    (tmp_path / "private.txt").write_text("private")
+    shutil.copyfile(preview, tmp_path / "private.png")
+    shutil.copyfile(preview, run / "samples" / "step-zzz.png")
+    (run / "samples" / "step-999999.png").symlink_to(tmp_path / "private.png")
+    os.mkfifo(run / "samples" / "step-999998.png")
+    os.mkfifo(run / ".lock")
+    (tmp_path / "runs" / ".live" / "photos").mkdir(parents=True)
+    (tmp_path / "runs" / ".live" / "evil.log").symlink_to(tmp_path / "private.txt")
+    (tmp_path / "runs" / ".live" / "photos" / "sks-dog").symlink_to(tmp_path)
+    trainer = Trainer(tmp_path / "runs")
+    now = trainer.progress("evil")
+    assert (now.state, now.line, now.preview) == ("done", "", preview)
+    assert markup.preview(preview)
+    assert markup.preview(tmp_path / "private.txt") == ""
+    trainer._launch("evil", ["--help"])
+    trainer.close()
+    assert (tmp_path / "private.txt").read_text() == "private"
+    (photos := tmp_path / "photos").mkdir()
+    trainer.start(order(photos))
+    trainer.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photos", "private.png", "private.txt", "runs"]
+
+
+def test_a_class_of_many_wide_letters_makes_no_name_that_no_folder_can_have(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"too long for a file\. Choose a shorter class"):
+        Trainer(tmp_path).order(tmp_path, "s" * 64, "犬" * 64, "mini", 1)
 
 
 @pytest.mark.parametrize("name", ["..", "/", "../first", "", None, 3, ["first"]])

@@ -16,7 +16,10 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
+from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import Inspection, inspect_file
+from echodistill_cli.lora.read import read_lora
+from echodistill_cli.runs import open_run
 from tests.helpers.lora_files import TINY_SD_UNET, TINY_SDXL_UNET, by_reader, full_weights
 
 PIPELINES: Mapping[str, Any] = {"sd2": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
@@ -48,10 +51,19 @@ def test_a_file_that_diffusers_saves(tmp_path: Path, family: str, alpha: int | N
 @families
 def test_a_folder_that_peft_saves(tmp_path: Path, family: str) -> None:
     unet = UNet2DConditionModel(sample_size=8, **TINY[family])
-    config = LoraConfig(r=2, lora_alpha=2, target_modules=["attn2.to_k", "attn2.to_v"])
+    config = LoraConfig(r=2, lora_alpha=4, alpha_pattern={"attn2.to_v": 1}, target_modules=["attn2.to_k", "attn2.to_v"])
     get_peft_model(unet, config).save_pretrained(str(tmp_path))
     found = inspect_file(tmp_path / "adapter_model.safetensors")
-    assert (found.format, found.ranks) == ("peft", (2,))
+    assert (found.format, found.ranks, found.scales) == ("peft", (2,), (0.5, 2.0))
+    assert "Its alpha is in adapter_config.json, which only peft reads." in found.notes[-1]
+    assert {part.alpha for part in read_lora(tmp_path / "adapter_model.safetensors").to_peft()} == {1.0, 4.0}
+    with pytest.raises(ConfigError, match=r"is not a run folder: .* Name the LoRA file: .*adapter_model\.safetensors"):
+        open_run(tmp_path)
+    for content in (b"[]", b"{", b'{"use_dora": true}', b'{"lora_alpha": "x"}'):
+        (tmp_path / "adapter_config.json").write_bytes(content)
+        assert "adapter_config.json" in inspect_file(tmp_path / "adapter_model.safetensors").notes[-1]
+        with pytest.raises(ModelError, match=r"adapter_config\.json"):
+            read_lora(tmp_path / "adapter_model.safetensors").to_peft()
     assert set(loads(found).values()) == {"no"}  # no tool reads the prefix base_model.model.
 
 

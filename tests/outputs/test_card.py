@@ -217,15 +217,19 @@ def test_the_settings_can_be_told_apart_by_their_hash() -> None:
 
 
 @pytest.mark.parametrize(
-    ("role", "kind", "settings"),
-    [("student", "one-step", ", num_inference_steps=1, guidance_scale=0.0"), ("teacher", "multi-step", "_steps=25")],
+    ("role", "kind", "hint", "settings"),
+    [
+        ("student", "one-step", "1 step, 64x64", ", num_inference_steps=1, guidance_scale=0.0, height=64, width=64)"),
+        ("teacher", "multi-step", "25 steps, guidance 4.5, 8x8", "=25, guidance_scale=4.5, height=8, width=8)"),
+        ("teacher", "multi-step", "4 steps", ", num_inference_steps=25)"),
+    ],
 )
-def test_a_whole_model_says_what_was_folded_in_and_how_to_draw(role: Role, kind: str, settings: str) -> None:
-    header = {"modelspec.trigger_phrase": "sks dog", "modelspec.usage_hint": "4 steps"}
+def test_a_whole_model_says_what_was_folded_in_and_how_to_draw(role: Role, kind: str, hint: str, settings: str) -> None:
+    header = {"modelspec.trigger_phrase": "sks dog", "modelspec.usage_hint": hint}
     text = merged_card("sks-dog-merged", role, "stabilityai/sd-turbo", header)
     assert front_matter(text)["base_model"] == "stabilityai/sd-turbo"
     assert front_matter(text)["tags"] == f"[text-to-image, {kind}, echodistill]"
-    for words in ("# sks-dog-merged", "Subject: sks dog.", "Use with: 4 steps.", "a photo of a sks dog on the beach"):
+    for words in ("# sks-dog-merged", "Subject: sks dog.", f"Use with: {hint}.", "a photo of a sks dog on the beach"):
         assert words in text
     assert settings in python_lines(text)
 
