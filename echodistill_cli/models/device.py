@@ -259,6 +259,8 @@ def family_of(model: ModelConfig) -> Family | None:
         folder = resolve(model.student, ("unet",), revision=model.student_revision, offline=True)
         if folder.is_file():
             folder = Path(model.single_file_config or shipped_configuration(folder))
+        if (folder / "transformer" / "config.json").is_file():
+            return _family_of_size(read_json(folder / "transformer" / "config.json"))
         settings = read_json(folder / "unet" / "config.json")
     except ModelError:
         return None

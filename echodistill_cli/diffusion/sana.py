@@ -1,0 +1,104 @@
+"""SANA and SANA-Sprint (Xie et al. 2025, arXiv 2501.18427; Chen et al. 2025, arXiv 2503.09641).
+
+Both denoise along a rectified flow. SANA-Sprint was trained in TrigFlow, x_s = cos(s) z + sin(s) ε, but its transformer
+is SANA's, and diffusers converts between them. With σ = sin s / (sin s + cos s), its input is z_t of the flow and its
+x0 is z_t - σ v, as of any flow (the algebra is in the tests, against `SCMScheduler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echodistill_cli.diffusion.pair import Denoiser
+from echodistill_cli.diffusion.schedule import send
+from echodistill_cli.diffusion.text import Conditioning, PromptEncoder, unread
+
+# As the pipelines of diffusers have them: tokens of a prompt, and the scale that SANA-Sprint is told.
+MOST_TOKENS = 300
+SPRINT_GUIDANCE = 4.5
+_SPECIAL_TOKENS = 2
+
+
+@dataclass
+class SanaDenoiser(Denoiser):
+    """A SanaTransformer2DModel.
+
+    Attributes:
+        time_scale: factor on σ_t: SANA is told times up to 1000, SANA-Sprint up to 1.
+        guidance: the guidance scale that a guidance-distilled model is told; None for SANA.
+    """
+
+    time_scale: float = 1000.0
+    guidance: float | None = None
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the velocity, float32 [B, C, h, w]; see `Denoiser`."""
+        guidance = None
+        if self.guidance is not None:
+            scale = self.guidance * float(self.unet.config.guidance_embeds_scale)
+            guidance = torch.full((len(noisy),), scale, device=noisy.device, dtype=self.input_dtype)
+        output = self.unet(
+            noisy.to(self.input_dtype),
+            encoder_hidden_states=conditioning.hidden.to(self.input_dtype),
+            encoder_attention_mask=conditioning.mask,
+            timestep=self.time_scale * self.schedule.times(timesteps),
+            guidance=guidance,
+            return_dict=False,
+        )[0]
+        return torch.as_tensor(output).float()
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The precision in which the transformer reads its input."""
+        dtype: torch.dtype = self.unet.patch_embed.proj.weight.dtype
+        return dtype
+
+    @property
+    def multiple(self) -> int:
+        """Of what the latents' sides are a multiple."""
+        return int(self.unet.config.patch_size)
+
+
+class SanaPrompts(PromptEncoder):
+    """Gemma 2 with the instruction that SANA's pipelines put before each prompt.
+
+    Args:
+        tokenizer: Gemma's.
+        encoder: a Gemma2Model.
+        instruction: lines before a prompt; the empty prompt has none.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any, instruction: Sequence[str]) -> None:
+        super().__init__([tokenizer], [encoder])
+        self.keep_null = True
+        self.instruction = "\n".join(instruction)
+        tokenizer.padding_side = "right"
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode B prompts: the first state and the last 299, of instruction and prompt together."""
+        before = len(self.tokenizers[0].encode(self.instruction)) if self.instruction else _SPECIAL_TOKENS
+        texts = [self.instruction + prompt.lower().strip() for prompt in prompts]
+        return self._encode(texts, before + MOST_TOKENS - _SPECIAL_TOKENS)
+
+    def cut_off(self, prompt: str) -> str:
+        """Return the part of a prompt that `encode` does not read; "" if none."""
+        return unread(self.tokenizers[0], prompt, MOST_TOKENS - _SPECIAL_TOKENS)
+
+    def _encode_empty(self) -> Conditioning:
+        return self._encode([""], MOST_TOKENS)
+
+    def _encode(self, texts: Sequence[str], length: int) -> Conditioning:
+        encoder = self.encoders[0]
+        tokens = self.tokenizers[0](
+            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        device = next(encoder.parameters()).device
+        mask = send(tokens.attention_mask, device)
+        hidden = encoder(send(tokens.input_ids, device), attention_mask=mask).last_hidden_state
+        places = [0, *range(length - MOST_TOKENS + 1, length)]
+        return Conditioning(hidden[:, places], mask=mask[:, places])
