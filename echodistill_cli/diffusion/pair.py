@@ -248,6 +248,14 @@ class ModelPair:
             raise ModelError("The teacher was not loaded.", "Set it with --teacher.")
         return self.loaded_teacher
 
+    def teacher_timestep(self, place: int) -> int:
+        """Return the teacher's timestep with as much noise as one of the student's steps starts from.
+
+        Args:
+            place: of the step among those of the student.
+        """
+        return self.teacher.schedule.timestep_like(self.student.schedule, self.student.timesteps[place])
+
     def role(self, role: Role) -> Denoiser:
         """Return the student or the teacher.
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, TrainConfig
 from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.pair import ModelPair, Role
@@ -22,10 +23,10 @@ from echodistill_cli.diffusion.text import LearnedToken, check_token
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
     TEXT_LAYERS,
-    UNET_LAYERS,
     add_lora,
     at_strength,
     keep_on,
+    layers_of,
     load_lora_tensors,
     lora_tensors,
     trainable_parameters,
@@ -294,8 +295,8 @@ def build_state(
         ConfigError: the token does not fit the text encoder or the class name.
     """
     pair = pair or load_pair(config.model)
-    is_learned = config.text.form == "token"
-    check_token(pair.encoder.tokenizers[0], config.concept.token, config.concept.class_name, learned=is_learned)
+    words = None if FAMILIES[pair.family].is_flow else pair.encoder.tokenizers[0]
+    check_token(words, config.concept.token, config.concept.class_name, learned=config.text.form == "token")
     token = add_trained_parts(config, pair)
     pair.encoder.keep_null = config.text.form != "lora"  # a learned token is not in the empty prompt
     backbone = backbone or _backbone_loader(config, pair)
@@ -334,7 +335,7 @@ def _paired_critic(config: Config, pair: ModelPair) -> PairedCritic | None:
 
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
     """Add LoRA to the UNets and the trained form of the text side; return the learned token, if any."""
-    layers, rank = UNET_LAYERS[config.adapter.targets], config.adapter.rank
+    layers, rank = layers_of(FAMILIES[pair.family], config.adapter.targets), config.adapter.rank
     for denoiser, stream in ((pair.student, Stream.STUDENT), (pair.loaded_teacher, Stream.TEACHER)):
         if denoiser is not None:
             add_lora(denoiser.unet, layers, rank, config.lora_alpha, seed_for(config, stream))
