@@ -14,9 +14,18 @@ from typing import Any
 from torch import Tensor
 
 from echodistill_cli.errors import ModelError
-from echodistill_cli.lora.keys import ARCHITECTURES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, locate, split_key
+from echodistill_cli.lora.keys import (
+    ARCHITECTURES,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    UNET,
+    locate,
+    split_key,
+)
 from echodistill_cli.lora.safetensors_io import Table, read_header, read_tensors
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, BUNDLE_PREFIX, TOKEN_KEYS, LoraWeights
+from echodistill_cli.lora.transformer_keys import family_of_layers
 
 _FAMILY_BY_CONTEXT = {shape.context: family for family, shape in ARCHITECTURES.items()}
 _CROSS_ATTENTION_INPUTS = ("attn2.to_k", "attn2.to_v")
@@ -34,7 +43,7 @@ class LoraModule:
     """One adapted module of a LoRA file.
 
     Attributes:
-        component: "unet", "text_encoder" or "text_encoder_2".
+        component: "unet", "transformer", "text_encoder" or "text_encoder_2".
         path: its name in diffusers or transformers; in text encoders with `text_model.`.
         down: key of A in the file.
         up: key of B in the file.
@@ -61,7 +70,7 @@ class LoraFile:
         metadata: the header's metadata.
         table: dtype ("F16") and shape of every tensor, by key.
         format: "kohya", "diffusers", "peft", "lycoris" (LoHa, LoKr, DoRA and others), "token" or "unknown".
-        family: "sd1", "sd2", "sdxl" or "unknown".
+        family: "sd1", "sd2", "sdxl", "sana", "flux2" or "unknown".
         modules: the modules with plain LoRA.
         unmatched: keys that belong to none of these modules.
         bundled: vectors of learned tokens that lie in the same file: key by token and text encoder.
@@ -313,7 +322,7 @@ def _format(table: Table, modules: Sequence[LoraModule]) -> str:
         return "unknown"
     if first.startswith("lora_"):
         return "kohya"
-    return "diffusers" if first.startswith(("unet.", "text_encoder")) else "peft"
+    return "diffusers" if first.startswith(("unet.", "text_encoder", "transformer.")) else "peft"
 
 
 def _is_token(table: Table) -> bool:
@@ -333,6 +342,9 @@ def _family(
     if _is_token(table):
         width = next(iter(table.values()))[1][-1]
         return "sdxl" if len(table) > 1 else _FAMILY_BY_CONTEXT.get(width, "unknown")
+    layers = {path: table[keys["down"]][1][-1] for (part, path), keys in places.items() if part == TRANSFORMER and "down" in keys}
+    if layers:
+        return family_of_layers(layers, metadata)
     for (component, name), keys in places.items():
         if (
             component == UNET

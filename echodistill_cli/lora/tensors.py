@@ -25,6 +25,7 @@ from echodistill_cli.lora.keys import (
     TEXT_ATTENTION,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
+    TRANSFORMER,
     UNET,
     canonical,
     has_sgm_names,
@@ -47,7 +48,7 @@ class LoraWeights:
     """The LoRA of one model component.
 
     Attributes:
-        component: "unet", "text_encoder" or "text_encoder_2".
+        component: "unet", "transformer", "text_encoder" or "text_encoder_2".
         tensors: `<module path>.lora_A.weight` [r, in] and `<module path>.lora_B.weight` [out, r] (convolutions:
             [r, in, k, k] and [out, r, 1, 1]), as `peft.utils.get_peft_model_state_dict` returns them; text encoders
             with or without `text_model.`.
@@ -76,7 +77,7 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
             A1111 ignore the layer.
     """
     if family not in KOHYA_PREFIXES:
-        raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use sd or sdxl.")
+        raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use --format diffusers.")
     unet_paths = [split_key(key).module for part in weights if part.component == UNET for key in part.tensors]
     sgm = has_sgm_names(unet_paths)
     tensors: dict[str, Tensor] = {}
@@ -112,9 +113,10 @@ def diffusers_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dic
     tensors: dict[str, Tensor] = {}
     for part in weights:
         infix = "lora" if part.component == UNET else "lora_linear_layer"
+        ends = ("lora_A", "lora_B") if part.component == TRANSFORMER else (f"{infix}.down", f"{infix}.up")
         for path, down, up in folded(part, dtype):
-            tensors[f"{part.component}.{path}.{infix}.down.weight"] = down
-            tensors[f"{part.component}.{path}.{infix}.up.weight"] = up
+            tensors[f"{part.component}.{path}.{ends[0]}.weight"] = down
+            tensors[f"{part.component}.{path}.{ends[1]}.weight"] = up
     return tensors
 
 

@@ -127,13 +127,18 @@ class Artifact:
         return self.run.folder / f"{self.token}.safetensors" if self.run and self.token and not self._bundled else None
 
     @property
+    def layout(self) -> str:
+        """The layout of the run's own LoRA files: kohya's, or diffusers' for a transformer."""
+        return "diffusers" if FAMILIES[self.family].is_flow else "kohya"
+
+    @property
     def is_finished(self) -> bool:
         """Whether there is a LoRA file of the student."""
         return self.lora_path("student").is_file()
 
     @cached_property
     def family(self) -> str:
-        """The model family, "sd" or "sdxl". Reads the checkpoint of a run.
+        """The model family, such as "sd" or "sana". Reads the checkpoint of a run.
 
         Raises:
             ConfigError: the run has no such checkpoint.
@@ -195,7 +200,8 @@ class Artifact:
         if self.file is not None:
             return self.file.to_peft()
         config, state = self._trained
-        weights = [LoraWeights("unet", state["lora"][role], config.adapter.rank, _written_alpha(config, role))]
+        component = FAMILIES[self.family].denoiser
+        weights = [LoraWeights(component, state["lora"][role], config.adapter.rank, _written_alpha(config, role))]
         for component in _TEXT_ENCODERS:
             if component in state["lora"]:
                 tensors = state["lora"][component]
@@ -377,6 +383,8 @@ def _copied_header(
         "ss_network_dim": rank,
         "ss_network_alpha": str(float(rank)) if len(ranks) == 1 else rank,  # the written tensors include alpha
     }
+    if FAMILIES[family].is_flow:  # kohya's tools and A1111 do not know it
+        required = {key: metadata[key] for key in required if key in metadata}
     if minimal:
         return required
     digest = body_sha256(tensors)

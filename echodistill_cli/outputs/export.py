@@ -201,6 +201,12 @@ def _check_request(artifact: Artifact, request: ExportRequest) -> None:
             "--bundle-embedding needs a learned token and the kohya layout.",
             "Use it for a run with --text token, with --format kohya.",
         )
+    unknown = layouts - {"diffusers", "pipeline"}
+    if artifact.layout == "diffusers" and unknown:
+        raise ConfigError(
+            f"There is no {sorted(unknown)[0]} layout for {artifact.family}.",
+            "Use --format diffusers, or --format pipeline for a whole model.",
+        )
     if "onnx" in layouts:
         check_onnx("onnx", "onnxscript")
 
@@ -376,7 +382,7 @@ def write_results(
         ("teacher", teacher_lora, 1.0),
     )
     for role, file, _ in files:
-        write_lora(artifact, ExportItem(role, "kohya", file), ExportRequest())
+        write_lora(artifact, ExportItem(role, artifact.layout, file), ExportRequest())
     if artifact.token_file:
         write_token(artifact, artifact.token_file)
     write_text(run.folder / "README.md", model_card(config, saved, lora, f"samples/{preview.name}"))

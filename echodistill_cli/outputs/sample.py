@@ -212,7 +212,7 @@ def _set_sides(pair: ModelPair, settings: SamplingSettings) -> None:
         ConfigError: the UNet cannot halve a side often enough.
     """
     denoiser = pair.role(settings.role)
-    multiple = pair.codec.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
+    multiple = pair.codec.factor * denoiser.multiple
     for flag, side in (("--width", settings.width), ("--height", settings.height)):
         if side is not None and side % multiple:
             near = max(side // multiple, 1) * multiple

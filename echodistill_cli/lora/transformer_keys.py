@@ -1,0 +1,112 @@
+"""Layers of flow-matching transformers and their names in LoRA files. Pure strings; no torch.
+
+Files have diffusers' names alone, as `save_lora_weights` of the family's pipeline writes them:
+
+    transformer.transformer_blocks.0.attn1.to_q.lora_A.weight                 SANA
+    transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj.lora_A.weight        FLUX.2
+
+kohya's tools have no names for these models. The tests check the lists against diffusers' own classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+_TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_SINGLE = ("to_qkv_mlp_proj", "to_out")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The numbers that determine the layer names of one family.
+
+    Attributes:
+        attentions: names of the attentions in a block.
+        layers: names of the layers of such an attention.
+        blocks: how many blocks the published models have, smallest first.
+        single: how many of FLUX.2's single blocks they have, in the same order.
+        widths: of the attentions' input, in the same order.
+        sign: a layer that tells the family, together with the width of its input.
+        claims: what headers call the family.
+        pipeline: diffusers' pipeline that loads its files.
+    """
+
+    attentions: tuple[str, ...]
+    layers: tuple[str, ...]
+    blocks: tuple[int, ...]
+    single: tuple[int, ...]
+    widths: tuple[int, ...]
+    sign: str
+    claims: tuple[str, ...]
+    pipeline: str
+
+
+ARCHITECTURES: Mapping[str, Blocks] = {
+    "sana": Blocks(
+        attentions=("attn1", "attn2"),
+        layers=_ATTENTION,
+        blocks=(28, 20),
+        single=(0, 0),
+        widths=(1152, 2240),
+        sign="attn2.to_q",
+        claims=("sana",),
+        pipeline="SanaSprintPipeline",
+    ),
+    "flux2": Blocks(
+        attentions=("attn",),
+        layers=_ATTENTION + _TEXT_ATTENTION,
+        blocks=(5,),
+        single=(20,),
+        widths=(3072,),
+        sign="attn.to_qkv_mlp_proj",
+        claims=("flux2", "flux-2"),
+        pipeline="Flux2KleinPipeline",
+    ),
+}
+
+
+def attention_paths(family: str, size: int = -1) -> tuple[str, ...]:
+    """Return the paths of all attention layers of a published transformer.
+
+    Args:
+        family: "sana" or "flux2".
+        size: which of its published sizes, smallest first.
+    """
+    shape = ARCHITECTURES[family]
+    names = [f"{attention}.{layer}" for attention in shape.attentions for layer in shape.layers]
+    paths = [f"transformer_blocks.{block}.{name}" for block in range(shape.blocks[size]) for name in names]
+    singles = range(shape.single[size])
+    return tuple(paths + [f"single_transformer_blocks.{block}.attn.{name}" for block in singles for name in _SINGLE])
+
+
+def knows(family: str, path: str) -> bool:
+    """Return whether a layer of this name is an attention layer of a family, of any number of blocks."""
+    blocks, _, rest = path.partition(".")
+    number, _, name = rest.partition(".")
+    shape = ARCHITECTURES[family]
+    if not number.isdecimal():
+        return False
+    if blocks == "single_transformer_blocks":
+        return any(shape.single) and name in {f"attn.{layer}" for layer in _SINGLE}
+    attention, _, layer = name.partition(".")
+    return blocks == "transformer_blocks" and attention in shape.attentions and layer in shape.layers
+
+
+def family_of_layers(layers: Mapping[str, int], metadata: Mapping[str, str]) -> str:
+    """Infer the family of a transformer's LoRA: "sana", "flux2" or "unknown".
+
+    Other families have layers of the same names, but of other widths. Small models are told by their header.
+
+    Args:
+        layers: width of the input of each layer, by path.
+        metadata: of the file.
+    """
+    claim = f"{metadata.get('ss_base_model_version', '')} {metadata.get('modelspec.architecture', '')}"
+    for family, shape in ARCHITECTURES.items():
+        is_claimed = any(word in claim for word in shape.claims)
+        inputs = {width for path, width in layers.items() if path.endswith(f".{shape.sign}")}
+        if inputs and (is_claimed or inputs & set(shape.widths)):
+            return family
+    return "unknown"
