@@ -6,9 +6,7 @@ normalized with the statistics of a batch norm. That is done here, in the codec,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
 from echodistill_cli.diffusion.schedule import send
-from echodistill_cli.diffusion.text import Conditioning, PromptEncoder, unread
+from echodistill_cli.diffusion.text import Conditioning, LanguagePrompts, unread
 
 # As the pipeline of diffusers has them: the hidden states of Qwen that are joined, and the tokens of a prompt.
 HIDDEN_STATES = (9, 18, 27)
@@ -94,36 +92,17 @@ class Flux2Codec(LatentCodec):
         return norm.running_mean.float().view(1, -1, 1, 1), spread.view(1, -1, 1, 1)
 
 
-class Flux2Prompts(PromptEncoder):
-    """Qwen 3, of which three hidden states are joined.
-
-    Args:
-        tokenizer: Qwen's.
-        encoder: a Qwen3ForCausalLM; its last layer, which predicts words, is not used.
-    """
-
-    def __init__(self, tokenizer: Any, encoder: Any) -> None:
-        super().__init__([tokenizer], [encoder])
-        self.keep_null = True
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts, [B, 512, 3 · width]."""
-        encoder = self.encoders[0]
-        texts = [_BEFORE + prompt + _AFTER for prompt in prompts]
-        tokens = self.tokenizers[0](
-            texts, padding="max_length", max_length=MOST_TOKENS, truncation=True, return_tensors="pt"
-        )
-        device = next(encoder.parameters()).device
-        output = encoder.model(
-            send(tokens.input_ids, device),
-            attention_mask=send(tokens.attention_mask, device),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        return Conditioning(torch.cat([output.hidden_states[index] for index in HIDDEN_STATES], dim=-1))
+class Flux2Prompts(LanguagePrompts):
+    """Qwen 3, of which three hidden states are joined; the layer that predicts words is not used."""
 
     def cut_off(self, prompt: str) -> str:
         """Return the part of a prompt that `encode` does not read; "" if none."""
         tokenizer = self.tokenizers[0]
         around = len(tokenizer(_BEFORE + _AFTER, add_special_tokens=False).input_ids)
         return unread(tokenizer, prompt, MOST_TOKENS - around)
+
+    def _encode_one(self, prompt: str) -> Conditioning:
+        """Encode a prompt, [1, 512, 3 · width]."""
+        ids, mask = self._tokens(_BEFORE + prompt + _AFTER, MOST_TOKENS)
+        output = self.encoders[0].model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return Conditioning(torch.cat([output.hidden_states[index] for index in HIDDEN_STATES], dim=-1))

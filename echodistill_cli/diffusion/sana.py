@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from echodistill_cli.diffusion.pair import Denoiser
-from echodistill_cli.diffusion.schedule import send
-from echodistill_cli.diffusion.text import Conditioning, PromptEncoder, unread
+from echodistill_cli.diffusion.text import Conditioning, LanguagePrompts, unread
 
 # As the pipelines of diffusers have them: tokens of a prompt, and the scale that SANA-Sprint is told.
 MOST_TOKENS = 300
@@ -64,7 +63,7 @@ class SanaDenoiser(Denoiser):
         return int(self.unet.config.patch_size)
 
 
-class SanaPrompts(PromptEncoder):
+class SanaPrompts(LanguagePrompts):
     """Gemma 2 with the instruction that SANA's pipelines put before each prompt.
 
     Args:
@@ -74,31 +73,25 @@ class SanaPrompts(PromptEncoder):
     """
 
     def __init__(self, tokenizer: Any, encoder: Any, instruction: Sequence[str]) -> None:
-        super().__init__([tokenizer], [encoder])
-        self.keep_null = True
+        super().__init__(tokenizer, encoder)
         self.instruction = "\n".join(instruction)
         tokenizer.padding_side = "right"
-
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode B prompts: the first state and the last 299, of instruction and prompt together."""
-        before = len(self.tokenizers[0].encode(self.instruction)) if self.instruction else _SPECIAL_TOKENS
-        texts = [self.instruction + prompt.lower().strip() for prompt in prompts]
-        return self._encode(texts, before + MOST_TOKENS - _SPECIAL_TOKENS)
 
     def cut_off(self, prompt: str) -> str:
         """Return the part of a prompt that `encode` does not read; "" if none."""
         return unread(self.tokenizers[0], prompt, MOST_TOKENS - _SPECIAL_TOKENS)
 
     def _encode_empty(self) -> Conditioning:
-        return self._encode([""], MOST_TOKENS)
+        return self._encode("", MOST_TOKENS)
 
-    def _encode(self, texts: Sequence[str], length: int) -> Conditioning:
-        encoder = self.encoders[0]
-        tokens = self.tokenizers[0](
-            list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
-        device = next(encoder.parameters()).device
-        mask = send(tokens.attention_mask, device)
-        hidden = encoder(send(tokens.input_ids, device), attention_mask=mask).last_hidden_state
+    def _encode_one(self, prompt: str) -> Conditioning:
+        before = len(self.tokenizers[0].encode(self.instruction))
+        return self._encode(self.instruction + prompt.lower().strip(), before + MOST_TOKENS - _SPECIAL_TOKENS)
+
+    @torch.no_grad()
+    def _encode(self, text: str, length: int) -> Conditioning:
+        """Return the first state and the last 299, of instruction and prompt together."""
+        ids, mask = self._tokens(text, length)
+        hidden = self.encoders[0](ids, attention_mask=mask, use_cache=False).last_hidden_state
         places = [0, *range(length - MOST_TOKENS + 1, length)]
         return Conditioning(hidden[:, places], mask=mask[:, places])

@@ -22,6 +22,7 @@ RARE_WORDS = ("sks", "ohwx", "olis", "bnha", "hta", "phol", "ucd", "pll")
 # A byte-pair vocabulary lists its tokens from frequent to rare. Common nouns ("dog" 1,929, "backpack" 14,894) have
 # ids below this fraction of CLIP's 49,408; the rare tokens in use ("shs" 16,184) have ids above it.
 _COMMON_FRACTION = 0.31
+_MOST_KEPT = 32  # encodings of prompts; of FLUX.2 klein one takes 8 MB in half precision
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,14 @@ class Conditioning:
 
     def join(self, other: Conditioning) -> Conditioning:
         """Concatenate two batches, this one first."""
-        pairs = zip(self._values(), other._values(), strict=True)
-        hidden, *others = (None if a is None or b is None else torch.cat((a, b)) for a, b in pairs)
+        return Conditioning.joined([self, other])
+
+    @staticmethod
+    def joined(batches: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate batches."""
+        columns = zip(*(batch._values() for batch in batches), strict=True)
+        present = [[value for value in column if value is not None] for column in columns]
+        hidden, *others = (torch.cat(column) if len(column) == len(batches) else None for column in present)
         assert hidden is not None
         return Conditioning(hidden, *others)
 
@@ -171,6 +178,45 @@ class PromptEncoder:
             keep = send(torch.tensor([prompt != "" for prompt in prompts]), hidden.device)
             hidden, pooled = hidden * keep.view(-1, 1, 1), pooled * keep.view(-1, 1)
         return Conditioning(hidden, pooled)
+
+
+class LanguagePrompts(PromptEncoder):
+    """A frozen language model as text encoder. Each prompt is encoded by itself, and the last ones are kept.
+
+    Runs repeat few prompts, and such a model may compute more per prompt than the transformer per image. By itself,
+    because an encoding must not depend on the others in its batch: after a resume none is kept.
+
+    Args:
+        tokenizer: of the model.
+        encoder: the model, which no LoRA changes.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+        super().__init__([tokenizer], [encoder])
+        self.keep_null = True
+        self._kept: dict[str, Conditioning] = {}
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode B prompts, without gradient."""
+        return Conditioning.joined([self._encode_kept(prompt) for prompt in prompts])
+
+    def _encode_kept(self, prompt: str) -> Conditioning:
+        if prompt not in self._kept:
+            with torch.no_grad():
+                self._kept[prompt] = self._encode_one(prompt)
+            if len(self._kept) > _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[prompt]
+
+    def _encode_one(self, prompt: str) -> Conditioning:
+        raise NotImplementedError
+
+    def _tokens(self, text: str, length: int) -> tuple[Tensor, Tensor]:
+        """Return ids and attention mask of a text, padded or cut to a length, [1, length] each."""
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizers[0]([text], **options)
+        device = next(self.encoders[0].parameters()).device
+        return send(tokens.input_ids, device), send(tokens.attention_mask, device)
 
 
 def unread(tokenizer: Any, prompt: str, limit: int | None = None) -> str:

@@ -200,8 +200,8 @@ class Artifact:
         if self.file is not None:
             return self.file.to_peft()
         config, state = self._trained
-        component = FAMILIES[self.family].denoiser
-        weights = [LoraWeights(component, state["lora"][role], config.adapter.rank, _written_alpha(config, role))]
+        part = FAMILIES[self.family].denoiser
+        weights = [LoraWeights(part, state["lora"][role], config.adapter.rank, _written_alpha(config, role))]
         for component in _TEXT_ENCODERS:
             if component in state["lora"]:
                 tensors = state["lora"][component]
