@@ -59,6 +59,7 @@ class Family:
         shared: keys of the denoiser's configuration in which teacher and student are the same.
         layers: pattern of the layers that get a LoRA, by `adapter.targets`; empty for UNets, whose layers are known.
         names: pattern of hub ids of the family, which is asked when the model is not on this machine.
+        sampling: how other tools sample the students, in words; empty for UNets.
         resolution: native image size in pixels; 0 if the configuration says it.
     """
 
@@ -79,6 +80,7 @@ class Family:
     shared: tuple[str, ...] = _SHARED
     layers: Mapping[str, str] = field(default_factory=dict)
     names: str = ""
+    sampling: str = ""
     resolution: int = 0
 
     @property

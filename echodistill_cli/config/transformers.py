@@ -46,6 +46,7 @@ TRANSFORMERS: Mapping[str, Family] = {
         shared=("in_channels", "caption_channels", "num_layers", "num_attention_heads", "attention_head_dim"),
         layers={"cross-kv": r".*\.attn2\.(to_k|to_v)", "attention": rf".*\.attn[12]\.({_ATTENTION})"},
         names=r"(^|/)sana",
+        sampling="guidance 4.5 (embedded, without CFG)",
         resolution=1024,
     ),
     "flux2": Family(
@@ -75,6 +76,7 @@ TRANSFORMERS: Mapping[str, Family] = {
             r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
         },
         names=r"(^|/)flux\.?2-klein",
+        sampling="no guidance (CFG 1)",
         resolution=1024,
     ),
 }

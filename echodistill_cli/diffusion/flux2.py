@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
 from echodistill_cli.diffusion.schedule import send
-from echodistill_cli.diffusion.text import Conditioning, LanguagePrompts, unread
+from echodistill_cli.diffusion.text import Conditioning, LanguagePrompts
 
 # As the pipeline of diffusers has them: the hidden states of Qwen that are joined, and the tokens of a prompt.
 HIDDEN_STATES = (9, 18, 27)
@@ -95,11 +95,10 @@ class Flux2Codec(LatentCodec):
 class Flux2Prompts(LanguagePrompts):
     """Qwen 3, of which three hidden states are joined; the layer that predicts words is not used."""
 
-    def cut_off(self, prompt: str) -> str:
-        """Return the part of a prompt that `encode` does not read; "" if none."""
-        tokenizer = self.tokenizers[0]
-        around = len(tokenizer(_BEFORE + _AFTER, add_special_tokens=False).input_ids)
-        return unread(tokenizer, prompt, MOST_TOKENS - around)
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt that the model reads."""
+        return MOST_TOKENS - len(self.tokenizers[0](_BEFORE + _AFTER, add_special_tokens=False).input_ids)
 
     def _encode_one(self, prompt: str) -> Conditioning:
         """Encode a prompt, [1, 512, 3 · width]."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from echodistill_cli.diffusion.pair import Denoiser
-from echodistill_cli.diffusion.text import Conditioning, LanguagePrompts, unread
+from echodistill_cli.diffusion.text import Conditioning, LanguagePrompts
 
 # As the pipelines of diffusers have them: tokens of a prompt, and the scale that SANA-Sprint is told.
 MOST_TOKENS = 300
@@ -77,9 +77,10 @@ class SanaPrompts(LanguagePrompts):
         self.instruction = "\n".join(instruction)
         tokenizer.padding_side = "right"
 
-    def cut_off(self, prompt: str) -> str:
-        """Return the part of a prompt that `encode` does not read; "" if none."""
-        return unread(self.tokenizers[0], prompt, MOST_TOKENS - _SPECIAL_TOKENS)
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt that the model reads."""
+        return MOST_TOKENS - _SPECIAL_TOKENS
 
     def _encode_empty(self) -> Conditioning:
         return self._encode("", MOST_TOKENS)

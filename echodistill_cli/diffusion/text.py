@@ -196,6 +196,20 @@ class LanguagePrompts(PromptEncoder):
         self.keep_null = True
         self._kept: dict[str, Conditioning] = {}
 
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt that the model reads."""
+        raise NotImplementedError
+
+    @property
+    def token_count(self) -> int:
+        """`room`, and the special tokens that the tokenizer adds."""
+        return self.room + int(self.tokenizers[0].num_special_tokens_to_add())
+
+    def cut_off(self, prompt: str) -> str:
+        """Return the part of a prompt that `encode` does not read; "" if none."""
+        return unread(self.tokenizers[0], prompt, self.room)
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode B prompts, without gradient."""
         return Conditioning.joined([self._encode_kept(prompt) for prompt in prompts])

@@ -78,11 +78,7 @@ def _transformer_verdicts(file: LoraFile) -> tuple[Verdict, ...]:
     pipeline = TRANSFORMERS[file.family].pipeline
     text = f"Loads completely with {pipeline}.load_lora_weights."
     others = f"{rest} of its {count} keys are not of attention layers, which is all that is known here."
-    names = [reader.name for reader in _READERS[1:]]
-    return (
-        Verdict("diffusers", "partly" if rest else "fully", matched, rest, others if rest else text),
-        *(Verdict(name, "no", 0, count, "Not checked: its rules for this model are not known here.") for name in names),
-    )
+    return (Verdict("diffusers", "partly" if rest else "fully", matched, rest, others if rest else text),)
 
 
 def _is_common(file: LoraFile) -> bool:

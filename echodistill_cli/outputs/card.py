@@ -10,7 +10,13 @@ from typing import Any
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import config_hash
-from echodistill_cli.config.distilled import is_trailing, steps_in_words, student_sampler
+from echodistill_cli.config.distilled import (
+    is_trailing,
+    sampling_in_words,
+    steps_in_words,
+    student_sampler,
+    student_steps,
+)
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.pair import Role
@@ -74,6 +80,29 @@ settings = {{"num_inference_steps": 1, "guidance_scale": 0.0, "height": {side}, 
 image = pipe({prompt}, **settings).images[0]
 ```
 """
+# kohya's tools, A1111 and InvokeAI have no transformers of these families, or other names for their layers.
+_USE_FLOW = """\
+| tool | how |
+|---|---|
+| echodistill | `{sample}` |
+| diffusers | see below; {sampling} |
+
+The names of its layers are those of diffusers. Whether other tools read them was not checked.
+
+Before you publish this LoRA, read the license of the base model.
+
+```python
+import torch
+from diffusers import {pipeline}
+
+{place}pipe = {pipeline}.from_pretrained("{name}", torch_dtype=torch.bfloat16).to("cuda")
+pipe.load_lora_weights(".", weight_name="{file}")
+settings = {{"num_inference_steps": {steps}, {settings}, "height": {side}, "width": {side}}}
+image = pipe({prompt}, **settings).images[0]
+```
+"""
+# In one step SANA-Sprint has no timestep between; klein has no guidance.
+_FLOW_SETTINGS = {"sana": '"intermediate_timesteps": None', "flux2": '"guidance_scale": 1.0'}
 _TOKEN_ROW = """\
 | the token in these | put `{token}.safetensors` into `embeddings`; ComfyUI: write `embedding:{token}` in the prompt |
 """
@@ -179,7 +208,16 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         echo=_echo(config, state),
         digest=config_hash(config)[:16],
     )
+    if FAMILIES[state["family"]].is_flow:
+        return _with_steps(card, config.model)
     return _at_timesteps(card, config.model) if config.model.student_timesteps else card
+
+
+def _with_steps(card: str, model: ModelConfig) -> str:
+    """Adapt a card to the number of a student's steps."""
+    if len(model.student_timesteps) < 2:
+        return card
+    return card.replace("**one step**", f"**{steps_in_words(model)}**").replace("one-step", "few-step")
 
 
 def _at_timesteps(card: str, model: ModelConfig) -> str:
@@ -202,7 +240,7 @@ def _at_timesteps(card: str, model: ModelConfig) -> str:
         ("sampler Euler, 1 step,", f"sampler {name}, {at}, {steps},"),
     ):
         card = card.replace(before, after)
-    return card if len(times) == 1 else card.replace("**one step**", f"**{steps}**").replace("one-step", "few-step")
+    return _with_steps(card, model)
 
 
 def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
@@ -217,7 +255,9 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
     labels = {"Subject": "modelspec.trigger_phrase", "Use with": "modelspec.usage_hint"}
     facts = [f"{label}: {header[key]}.  \n" for label, key in labels.items() if header.get(key)]
     student = role == "student"
-    return _MERGED.format(
+    flow = next((name for name in _FLOW_SETTINGS if header.get("ss_base_model_version", "").startswith(name[:4])), None)
+    card = _MERGED.replace("AutoPipelineForText2Image", "DiffusionPipeline") if flow else _MERGED
+    return card.format(
         base_model=f"base_model: {base}\n" if (base := _hub_id(model)) else "",
         kind=("few-step" if "," in header.get("echodistill.student_timesteps", "") else "one-step")
         if student
@@ -227,13 +267,15 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
         version=__version__,
         facts="".join(["\n", *facts]) if facts else "",
         prompt=_python_prompt(header.get("modelspec.trigger_phrase", "...")),
-        settings=_merged_settings(header) if student else ", num_inference_steps=25",
+        settings=_merged_settings(header, flow) if student else ", num_inference_steps=25",
     )
 
 
-def _merged_settings(header: Mapping[str, str]) -> str:
+def _merged_settings(header: Mapping[str, str], flow: str | None) -> str:
     """Return the arguments of a merged student's pipeline."""
     timesteps = header.get("echodistill.student_timesteps", "").split(",")
+    if flow:
+        return f", num_inference_steps={len(timesteps)}, {_FLOW_SETTINGS[flow].replace(': ', '=').replace(chr(34), '')}"
     # diffusers' DDIM takes no timesteps; the folder's own scheduler has them.
     exact = len(timesteps) > 1 and header.get("echodistill.student_sampler") != "ddim"
     steps = f"timesteps=[{', '.join(timesteps)}]" if exact else f"num_inference_steps={len(timesteps)}"
@@ -249,6 +291,8 @@ def _use_toy(config: Config, file: str) -> str:
 def _use(config: Config, state: Mapping[str, Any], file: str) -> str:
     """Return how to generate images with a LoRA of a model that other tools have."""
     family, prediction = str(state["family"]), str(state["prediction_types"]["student"])
+    if FAMILIES[family].is_flow:
+        return _use_flow(config, family, file)
     pipeline, pipe = _pipeline(config, family, prediction)
     # The pipeline of a folder takes the prediction type from its files, unless this run said otherwise.
     fixed = config.model.student_prediction != "auto" or "from_single_file" in pipe
@@ -274,6 +318,23 @@ def _use(config: Config, state: Mapping[str, Any], file: str) -> str:
         lora_lines=lora_lines,
         token_lines=token_lines,
         prompt=_python_prompt(subject),
+    )
+
+
+def _use_flow(config: Config, family: str, file: str) -> str:
+    """Return how to generate images with a LoRA of a transformer."""
+    name = public_name(config.model.student)
+    return _USE_FLOW.format(
+        sample=_sample_command(config, file),
+        sampling=sampling_in_words(config.model),
+        pipeline=FAMILIES[family].pipeline,
+        place="" if _hub_id(config.model.student) else f"# {name} is not on the hub. Write its path.\n",
+        name=name,
+        file=file,
+        steps=student_steps(config.model),
+        settings=_FLOW_SETTINGS[family],
+        side=config.model.resolution,
+        prompt=_python_prompt(config.subject),
     )
 
 
