@@ -255,7 +255,7 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
     labels = {"Subject": "modelspec.trigger_phrase", "Use with": "modelspec.usage_hint"}
     facts = [f"{label}: {header[key]}.  \n" for label, key in labels.items() if header.get(key)]
     student = role == "student"
-    flow = next((name for name in _FLOW_SETTINGS if header.get("ss_base_model_version", "").startswith(name[:4])), None)
+    flow = {"sana": "sana", "flux-2-klein": "flux2"}.get(header.get("ss_base_model_version", ""))
     card = _MERGED.replace("AutoPipelineForText2Image", "DiffusionPipeline") if flow else _MERGED
     return card.format(
         base_model=f"base_model: {base}\n" if (base := _hub_id(model)) else "",
