@@ -110,7 +110,7 @@ def test_images_are_those_of_diffusers_pipeline(
     settings: dict[str, Any] = {}
     if role == "teacher":
         # The shift of FLUX.2's teacher is that of so many steps. SANA's own solver is of another order.
-        steps = 25 if family == "flux2" else 3
+        steps = 25 if family == "flux2" else 4
         settings = {"guidance_scale": guidance, "sigmas": [1 - index / steps for index in range(steps)]}
         if family == "sana":
             from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -142,15 +142,16 @@ def test_sana_sprint_in_two_steps_is_diffusers_pipeline_with_the_same_fresh_nois
         )
     pipeline = pipeline_of(small_flow_pairs["sana"][0])
     settings: dict[str, Any] = {"height": 64, "width": 64, "use_resolution_binning": False, "output_type": "latent"}
-    angles = [float(torch.atan2(torch.tensor(s), torch.tensor(1 - s))) for s in (1.0, 0.783)]
-    settings |= {"timesteps": [*angles, 0.0], "max_timesteps": None, "intermediate_timesteps": None}
-    settings |= {"generator": torch.Generator().manual_seed(9), "latents": noise.clone()}
+    angle = float(torch.atan2(torch.tensor(0.783), torch.tensor(1 - 0.783)))
+    settings |= {"intermediate_timesteps": angle, "generator": torch.Generator().manual_seed(9), "latents": noise.clone()}
     expected = pipeline(PROMPT, num_inference_steps=2, **settings).images
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
 
 
 @each_family
-def test_latents_are_those_of_diffusers_and_prompts_are_encoded_once(pairs: dict[str, ModelPair], family: str) -> None:
+def test_latents_are_those_of_diffusers_and_prompts_do_not_depend_on_their_batch(
+    pairs: dict[str, ModelPair], family: str
+) -> None:
     pair = pairs[family]
     images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     latents = pair.codec.encode(images)
@@ -166,7 +167,6 @@ def test_latents_are_those_of_diffusers_and_prompts_are_encoded_once(pairs: dict
         torch.testing.assert_close(latents, expected)
     both, alone = pair.encoder.encode([PROMPT, "a cat"]), pair.encoder.encode(["a cat"])
     assert torch.equal(both.take([1]).hidden, alone.hidden)
-    assert pair.encoder.encode([PROMPT]).first(1).hidden.data_ptr() != 0
     long = " ".join(["toy"] * 700)
     assert long.endswith(pair.encoder.cut_off(long))
     assert pair.encoder.cut_off(long)
@@ -189,7 +189,7 @@ def test_the_teachers_gradient_is_that_of_the_velocity_by_hand(configure: Config
     noisy = (1 - sigma) * batch.latents + sigma * noise
     output = teacher(noisy, batch.timesteps, again.pair.encoder.encode(batch.prompts))
     squared = (output - (noise - batch.latents)) ** 2
-    weighted = (squared * batch.masks).mean(dim=(1, 2, 3)) / batch.masks.mean(dim=(1, 2, 3))
+    weighted = (squared * batch.masks).mean(dim=(1, 2, 3)) / batch.masks.mean(dim=(1, 2, 3)).clamp(min=1e-8)
     weighted.mean().backward()
     for ours, expected in zip(gradients(state, "teacher"), gradients(again, "teacher"), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
@@ -213,9 +213,9 @@ def test_the_students_gradient_is_that_of_its_distance_to_the_target_by_hand(
     x0 = noise - student(noise, last, again.pair.encoder.encode(prompts))
     torch.testing.assert_close(x0, generated.images.latents)
     distance = F.mse_loss(x0, generated.target.latents, reduction="none").mean(dim=(1, 2, 3))
-    (generated.alpha_bar * distance).mean().backward()
+    (0.5 * generated.alpha_bar * distance).mean().backward()
     for ours, expected in zip(gradients(state, "student"), gradients(again, "student"), strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-8)
 
 
 @each_family
