@@ -1,4 +1,4 @@
-"""The UNet families (SD and SDXL) as data, and what the JSON files of a model of any family say. No torch.
+"""The UNet families (SD and SDXL) as data, and what the JSON files of any model say. No torch.
 
 To add a family of UNets (for transformers see `config.transformers`):
 
@@ -127,7 +127,7 @@ def family_of_unet(settings: Mapping[str, Any]) -> Family:
     return by_width if by_width in alike else alike[0]
 
 
-def _settings_of(source: str | Path, part: str = "unet") -> dict[str, Any] | None:
+def settings_of(source: str | Path, part: str = "unet") -> dict[str, Any] | None:
     """Return the configuration of a part of a model folder or a cached hub id; None if there is none."""
     try:
         file = _file_of(source, f"{part}/config.json")
@@ -149,7 +149,7 @@ def _file_of(source: str | Path, name: str) -> Path | None:
 
 
 def check_index(source: str) -> None:
-    """Check that a model on this machine has a known denoiser, if its `model_index.json` says of what it is made.
+    """Check that a model on this machine has a known denoiser, if it has a `model_index.json`.
 
     Raises:
         ModelError: it has none, as most flow-matching transformers; or the file is damaged.
@@ -170,7 +170,7 @@ def check_index(source: str) -> None:
 
 def native_resolution(source: str | Path) -> int | None:
     """Return the native image size of a base model in pixels; None if it is not known here."""
-    size = (_settings_of(source) or {}).get("sample_size")
+    size = (settings_of(source) or {}).get("sample_size")
     if isinstance(size, int):
         return size * _PIXELS_PER_LATENT
     return _BASE_RESOLUTIONS.get(str(source))
@@ -178,9 +178,9 @@ def native_resolution(source: str | Path) -> int | None:
 
 def family_of_source(source: str | Path) -> Family | None:
     """Return the family of a model folder, cached hub id or single-file checkpoint; None if unknown here."""
-    if settings := _settings_of(source):
+    if settings := settings_of(source):
         return family_of_unet(settings)
-    if settings := _settings_of(source, "transformer"):
+    if settings := settings_of(source, "transformer"):
         return family_of_transformer(settings)
     if not expanded(source).is_file():
         return None if expanded(source).exists() else family_of_name(str(source))

@@ -89,6 +89,11 @@ class Family:
         return bool(self.transformer)
 
     @property
+    def layout(self) -> str:
+        """The layout of a run's own LoRA files: kohya's, or diffusers', as kohya's tools do not know transformers."""
+        return "diffusers" if self.is_flow else "kohya"
+
+    @property
     def denoiser(self) -> str:
         """Subfolder of the model that denoises; also its name in LoRA files."""
         return "transformer" if self.is_flow else "unet"

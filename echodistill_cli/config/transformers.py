@@ -18,6 +18,7 @@ from echodistill_cli.config.family import Family, Size
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
 
+# Activations are a quarter of those at 1024 pixels, the families' size, because some do not grow with the image.
 _ATTENTION = r"to_q|to_k|to_v|to_out\.0"
 TRANSFORMERS: Mapping[str, Family] = {
     "sana": Family(
@@ -33,13 +34,14 @@ TRANSFORMERS: Mapping[str, Family] = {
         tiny_decoder="",
         checkpoint_prefix="",
         size=Size(
-            unet=1_604_462_752,
+            unet=1_610_237_472,
             text=2_614_341_888,
-            adapter={"cross-kv": 0, "attention": 0},
+            adapter={"cross-kv": 179_200, "attention": 716_800},
             text_adapter=0,
-            activations={"cross-kv": 0.0, "attention": 0.0},
-            checkpointed=0.0,
+            activations={"cross-kv": 0.98, "attention": 1.26},
+            checkpointed=0.02,
             vae=312_250_275,
+            decoder=3.61,
         ),
         transformer="SanaTransformer2DModel",
         teacher_pipeline="SanaPipeline",
@@ -62,12 +64,14 @@ TRANSFORMERS: Mapping[str, Family] = {
         tiny_decoder="",
         checkpoint_prefix="",
         size=Size(
-            unet=3_875_000_000,
+            unet=3_875_544_576,
             text=4_022_468_096,
-            adapter={"attention": 0},
+            adapter={"attention": 1_167_360},
             text_adapter=0,
-            activations={"attention": 0.0},
-            checkpointed=0.0,
+            activations={"attention": 4.85},
+            checkpointed=0.17,
+            vae=84_046_115,
+            decoder=2.78,
         ),
         transformer="Flux2Transformer2DModel",
         shared=("in_channels", "joint_attention_dim", "num_layers", "num_single_layers", "num_attention_heads"),
@@ -83,13 +87,13 @@ TRANSFORMERS: Mapping[str, Family] = {
 
 
 def family_of_transformer(settings: Mapping[str, Any]) -> Family | None:
-    """Return the family of a transformer from its diffusers configuration; None for a class that is not supported."""
+    """Return the family of a transformer from its diffusers configuration; None if there is none."""
     kind = settings.get("_class_name")
     return next((family for family in TRANSFORMERS.values() if family.transformer == kind), None)
 
 
 def family_of_name(source: str) -> Family | None:
-    """Return the family that a hub id names, for a model that is not on this machine; None if it names none."""
+    """Return the family that a hub id names; None if it names none."""
     return next((family for family in TRANSFORMERS.values() if re.search(family.names, source.lower())), None)
 
 

@@ -1,6 +1,6 @@
-"""FLUX.2 klein (Black Forest Labs 2026): a transformer over tokens of 16 x 16 pixels, conditioned on Qwen 3.
+"""FLUX.2 klein (Black Forest Labs 2026): a transformer over patches, conditioned on Qwen 3.
 
-Its VAE has mean and spread, halves images three times and then folds 2 x 2 latents into the channels, which are
+A token is 16 x 16 pixels: the VAE halves images three times, and 2 x 2 latents are folded into the channels, which are
 normalized with the statistics of a batch norm. That is done here, in the codec, so that training sees [B, C, h, w].
 """
 

@@ -1,4 +1,4 @@
-"""Teacher and student in memory: a UNet or transformer and a schedule each, a shared text encoder and latent codec.
+"""Teacher and student in memory: a denoiser and a schedule each, shared text encoder and codec.
 
 The text encoders and the VAE come from the student, because the trained LoRA is used with the student's files.
 """

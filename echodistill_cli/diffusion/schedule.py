@@ -114,7 +114,7 @@ def scales(schedule: NoiseSchedule, timesteps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return z_t, the forward process; equals diffusers' `DDPMScheduler.add_noise`, or `scale_noise` of a flow.
+    """Return z_t, the forward process; equals `add_noise` or `scale_noise` of diffusers' schedulers.
 
     Args:
         schedule: of the model that will denoise.
@@ -200,7 +200,7 @@ def trailing_timesteps(schedule: NoiseSchedule, steps: int, first: int | None = 
 
 
 def ddim_step(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, t: int, t_next: int) -> Tensor:
-    """Take one deterministic DDIM step (η = 0) from z_t; it equals an Euler step on the σ scale, and in a flow.
+    """Take one deterministic DDIM step (η = 0) from z_t; it equals an Euler step on the σ scale.
 
     Args:
         schedule: of the model.

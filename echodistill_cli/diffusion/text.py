@@ -181,10 +181,10 @@ class PromptEncoder:
 
 
 class LanguagePrompts(PromptEncoder):
-    """A frozen language model as text encoder. Each prompt is encoded by itself, and the last ones are kept.
+    """A frozen language model as text encoder. The encodings of the last prompts are kept.
 
-    Runs repeat few prompts, and such a model may compute more per prompt than the transformer per image. By itself,
-    because an encoding must not depend on the others in its batch: after a resume none is kept.
+    Runs repeat few prompts, and such a model may compute more per prompt than the transformer per image. Each prompt is
+    encoded by itself: an encoding must not depend on the others in its batch, because after a resume none is kept.
 
     Args:
         tokenizer: of the model.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -79,6 +80,19 @@ def attention_paths(family: str, size: int = -1) -> tuple[str, ...]:
     paths = [f"transformer_blocks.{block}.{name}" for block in range(shape.blocks[size]) for name in names]
     singles = range(shape.single[size])
     return tuple(paths + [f"single_transformer_blocks.{block}.attn.{name}" for block in singles for name in _SINGLE])
+
+
+def is_published(family: str, settings: Mapping[str, Any]) -> bool:
+    """Return whether a transformer has the size of the largest published model of its family.
+
+    Args:
+        family: "sana" or "flux2".
+        settings: its diffusers configuration.
+    """
+    shape = ARCHITECTURES[family]
+    width = settings.get("num_attention_heads", 0) * settings.get("attention_head_dim", 0)
+    blocks = settings.get("num_layers"), settings.get("num_single_layers", 0)
+    return (width, blocks) == (shape.widths[-1], (shape.blocks[-1], shape.single[-1]))
 
 
 def knows(family: str, path: str) -> bool:

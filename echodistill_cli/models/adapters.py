@@ -41,7 +41,7 @@ TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 def layers_of(family: Family, targets: str) -> tuple[str, ...] | str:
-    """Return the layers of a UNet that get the LoRA, by the endings of their names, or of a transformer, by a pattern.
+    """Return the layers that get the LoRA: endings of names in a UNet, a pattern in a transformer.
 
     Args:
         family: of the model.

@@ -37,10 +37,10 @@ from echodistill_cli.models.adapters import (
     lora_layers,
     trainable_parameters,
 )
+from echodistill_cli.models.flow_pipeline import check_flow_images, flow_pipeline
 from echodistill_cli.models.lean import run_plain
 from echodistill_cli.models.parts import quiet_libraries
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
-from echodistill_cli.outputs.flow_pipeline import check_flow_images, flow_pipeline
 from echodistill_cli.outputs.hub import make_portable
 
 # Rounding the adapters to half precision changes few pixels by more than one level; a lost module changes many.

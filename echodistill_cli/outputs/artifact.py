@@ -127,11 +127,6 @@ class Artifact:
         return self.run.folder / f"{self.token}.safetensors" if self.run and self.token and not self._bundled else None
 
     @property
-    def layout(self) -> str:
-        """The layout of the run's own LoRA files: kohya's, or diffusers' for a transformer."""
-        return "diffusers" if FAMILIES[self.family].is_flow else "kohya"
-
-    @property
     def is_finished(self) -> bool:
         """Whether there is a LoRA file of the student."""
         return self.lora_path("student").is_file()
@@ -291,8 +286,7 @@ class Artifact:
     def _lora_header(self, role: Role, path: Path) -> LoraHeader:
         config, state = self._trained
         record, side = self.record or self._read_record(), config.model.resolution
-        student_lora = config.model.student_lora
-        together = f"together with {last_part(student_lora)}, " if student_lora else ""
+        together = f"together with {last_part(lora)}, " if (lora := config.model.student_lora) else ""
         if toy := is_embedded(config.model.student):
             together = "in echodistill only, "
         usage = {
@@ -383,7 +377,7 @@ def _copied_header(
         "ss_network_dim": rank,
         "ss_network_alpha": str(float(rank)) if len(ranks) == 1 else rank,  # the written tensors include alpha
     }
-    if FAMILIES[family].is_flow:  # kohya's tools and A1111 do not know it
+    if FAMILIES[family].is_flow:  # unknown to kohya's tools and A1111
         required = {key: metadata[key] for key in required if key in metadata}
     if minimal:
         return required

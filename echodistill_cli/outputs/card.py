@@ -181,7 +181,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
     toy, base = is_embedded(config.model.student), _hub_id(config.model.student)
-    front = f"base_model: {base}\n" if base else ""
+    front = f"base_model: {base}\n" * bool(base)
     front += f"instance_prompt: {json.dumps(config.subject, ensure_ascii=False)}\n"
     distilled = config.model.student_lora
     card = _CARD.format(
@@ -208,9 +208,8 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         echo=_echo(config, state),
         digest=config_hash(config)[:16],
     )
-    if FAMILIES[state["family"]].is_flow:
-        return _with_steps(card, config.model)
-    return _at_timesteps(card, config.model) if config.model.student_timesteps else card
+    adapt = _with_steps if FAMILIES[state["family"]].is_flow else _at_timesteps
+    return adapt(card, config.model) if config.model.student_timesteps else card
 
 
 def _with_steps(card: str, model: ModelConfig) -> str:

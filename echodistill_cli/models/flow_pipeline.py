@@ -1,4 +1,4 @@
-"""Flow-matching models as stock diffusers pipelines: to read LoRA files with, and to write whole models."""
+"""Transformers as stock diffusers pipelines: to read LoRA files with, and to write whole models."""
 
 from __future__ import annotations
 
