@@ -158,7 +158,7 @@ def _family_settings(student: Any, student_lora: Any) -> Tables:
     settings |= known_settings(str(student_lora) if is_base else student)
     # A base model generates at the resolution that it was trained at, not at that of the family's one-step model.
     side = native_resolution(student) if is_base else None
-    others = preset.settings if preset.family else {}
+    others = {name: dict(table) for name, table in preset.settings.items() if preset.family}
     return {**others, "model": settings if side is None else settings | {"resolution": side}}
 
 

@@ -90,7 +90,7 @@ class Family:
 
     @property
     def layout(self) -> str:
-        """The layout of a run's own LoRA files: kohya's, or diffusers', as kohya's tools do not know transformers."""
+        """Layout of a run's own LoRA files: kohya's, or diffusers' for a transformer."""
         return "diffusers" if self.is_flow else "kohya"
 
     @property
@@ -112,5 +112,3 @@ class Family:
     def parts(self) -> tuple[str, ...]:
         """Subfolders that teacher and student share: VAE, text encoders, tokenizers."""
         return ("vae", *self.text_encoders, *self.tokenizers)
-
-

@@ -40,7 +40,7 @@ class Flux2Denoiser(Denoiser):
             img_ids=send(_positions(height, width, 1), noisy.device),
             return_dict=False,
         )[0]
-        return torch.as_tensor(output).float().transpose(1, 2).unflatten(2, (height, width))
+        return torch.as_tensor(output).float().transpose(1, 2).reshape(len(noisy), -1, height, width)
 
     @property
     def input_dtype(self) -> torch.dtype:

@@ -63,7 +63,6 @@ class NoiseSchedule:
             self.tables[device] = tuple(send(table, device) for table in tables)  # type: ignore[assignment]
         return self.tables[device]
 
-
     def times(self, timesteps: Tensor) -> Tensor:
         """Return what the model is told: the timesteps [B] themselves, or σ_t of a flow in float32 [B]."""
         return timesteps if self.sigmas is None else self.on(timesteps.device)[2][timesteps]
@@ -127,7 +126,7 @@ def add_noise(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps
 
 
 def prediction_target(schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """Return what the model is trained to output at z_t: ε, v, z or ε - z. Arguments are those of `add_noise`."""
+    """Return what the model is trained to output at z_t; arguments are those of `add_noise`."""
     if schedule.prediction_type == "epsilon":
         return noise.float()
     if schedule.prediction_type == "sample":
@@ -180,7 +179,7 @@ def pure_noise(schedule: NoiseSchedule, noise: Tensor, timestep: int = -1) -> Te
 
 
 def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance u + scale (c - u), the same on any prediction and on x0 (Ho & Salimans 2022)."""
+    """Classifier-free guidance u + scale (c - u) on any prediction or x0 (Ho & Salimans 2022)."""
     return unconditional.float() + scale * (conditional.float() - unconditional.float())
 
 

@@ -342,7 +342,11 @@ def _family(
     if _is_token(table):
         width = next(iter(table.values()))[1][-1]
         return "sdxl" if len(table) > 1 else _FAMILY_BY_CONTEXT.get(width, "unknown")
-    layers = {path: table[keys["down"]][1][-1] for (part, path), keys in places.items() if part == TRANSFORMER and "down" in keys}
+    layers = {
+        path: table[keys["down"]][1][-1]
+        for (part, path), keys in places.items()
+        if part == TRANSFORMER and "down" in keys
+    }
     if layers:
         return family_of_layers(layers, metadata)
     for (component, name), keys in places.items():

@@ -73,9 +73,7 @@ def load_denoiser(family: Family, load: Load, scheduler: Path, schedule: NoiseSc
     if family.name == "flux2":
         flux = load(Flux2Transformer2DModel, family.denoiser)
         if flux.config.guidance_embeds:
-            raise ModelError(
-                "This FLUX.2 model has a guidance embedding, which is not supported.", "Use FLUX.2 klein."
-            )
+            raise ModelError("This FLUX.2 model has a guidance embedding, which is not supported.", "Use FLUX.2 klein.")
         return Flux2Denoiser(flux, schedule)
     sana = load(SanaTransformer2DModel, family.denoiser)
     scale = 1.0 if is_sprint(scheduler) else 1000.0 * float(sana.config.timestep_scale)

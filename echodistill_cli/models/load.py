@@ -340,9 +340,7 @@ def _check_resolution(resolution: int, multiple: int) -> None:
         )
 
 
-def _check_family(
-    student: Mapping[str, Any], teacher: Mapping[str, Any], config: ModelConfig, family: Family
-) -> None:
+def _check_family(student: Mapping[str, Any], teacher: Mapping[str, Any], config: ModelConfig, family: Family) -> None:
     """Check that both models share their latents and text features, and transformers also their layers."""
     for key in family.shared:
         if student.get(key) != teacher.get(key):

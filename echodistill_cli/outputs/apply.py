@@ -137,7 +137,9 @@ def _betas(alphas_cumprod: Tensor) -> Any:
 def components_of(pair: ModelPair, role: Role) -> dict[str, Any]:
     """Return the modules that a LoRA may change, by the name that LoRA files give them."""
     names = (TEXT_ENCODER, TEXT_ENCODER_2)
-    return {FAMILIES[pair.family].denoiser: pair.role(role).unet} | dict(zip(names, pair.encoder.encoders, strict=False))
+    return {FAMILIES[pair.family].denoiser: pair.role(role).unet} | dict(
+        zip(names, pair.encoder.encoders, strict=False)
+    )
 
 
 def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> None:

@@ -69,7 +69,9 @@ def build_small_flux2_pair(folder: Path, *, seed: int = 0) -> tuple[Path, Path]:
     tokenizer = small_qwen_tokenizer()
     # The pipeline reads the hidden states 9, 18 and 27.
     language = Qwen3Config(vocab_size=len(tokenizer), num_hidden_layers=27, **_LANGUAGE, tie_word_embeddings=True)
-    vae = AutoencoderKLFlux2(block_out_channels=(8, 8, 16, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4)
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 16, 16), latent_channels=4, layers_per_block=1, norm_num_groups=4
+    )
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2.0)
     shared = {"vae": vae, "text_encoder": Qwen3ForCausalLM(language), "tokenizer": tokenizer}

@@ -45,7 +45,7 @@ def transformer(family: str) -> Any:
         return kind(**settings)
 
 
-def adapted(module: nn.Module, pattern: str) -> dict[str, nn.Module]:
+def adapted(module: nn.Module, pattern: str) -> dict[str, Any]:
     """The layers that peft gives a LoRA for a pattern."""
     return {name: layer for name, layer in module.named_modules() if re.fullmatch(pattern, name)}
 

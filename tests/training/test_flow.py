@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.diffusion.pair import ModelPair, Role
-from echodistill_cli.diffusion.sampling import sample_latents, seeded_noise, student_x0
+from echodistill_cli.diffusion.sampling import sample_latents, seeded_noise
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.lora.read import read_lora
@@ -143,7 +143,11 @@ def test_sana_sprint_in_two_steps_is_diffusers_pipeline_with_the_same_fresh_nois
     pipeline = pipeline_of(small_flow_pairs["sana"][0])
     settings: dict[str, Any] = {"height": 64, "width": 64, "use_resolution_binning": False, "output_type": "latent"}
     angle = float(torch.atan2(torch.tensor(0.783), torch.tensor(1 - 0.783)))
-    settings |= {"intermediate_timesteps": angle, "generator": torch.Generator().manual_seed(9), "latents": noise.clone()}
+    settings |= {
+        "intermediate_timesteps": angle,
+        "generator": torch.Generator().manual_seed(9),
+        "latents": noise.clone(),
+    }
     expected = pipeline(PROMPT, num_inference_steps=2, **settings).images
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
 
@@ -196,9 +200,7 @@ def test_the_teachers_gradient_is_that_of_the_velocity_by_hand(configure: Config
 
 
 @each_family
-def test_the_students_gradient_is_that_of_its_distance_to_the_target_by_hand(
-    configure: Configure, family: str
-) -> None:
+def test_the_students_gradient_is_that_of_its_distance_to_the_target_by_hand(configure: Configure, family: str) -> None:
     changes = {"critic__discriminators": (), "loss__identity": 0.0, "loss__sliced_wasserstein": 0.0}
     changes |= {"loss__adversarial": 0.0, "model__student_timesteps": ()}
     state, again = (build_state(configure(family, **changes), small_photos()) for _ in range(2))
