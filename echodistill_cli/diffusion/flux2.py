@@ -6,6 +6,7 @@ normalized with the statistics of a batch norm. That is done here, in the codec,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
-from echodistill_cli.diffusion.schedule import send
+from echodistill_cli.diffusion.schedule import NoiseSchedule, send
 from echodistill_cli.diffusion.text import Conditioning, LanguagePrompts
 
 # As the pipeline of diffusers has them: the hidden states of Qwen that are joined, and the tokens of a prompt.
@@ -26,7 +27,13 @@ _BEFORE, _AFTER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<thi
 
 @dataclass
 class Flux2Denoiser(Denoiser):
-    """A Flux2Transformer2DModel without guidance embedding."""
+    """A Flux2Transformer2DModel without guidance embedding.
+
+    Attributes:
+        schedule_of: returns the schedule for images of so many tokens; None if it does not depend on them.
+    """
+
+    schedule_of: Callable[[int], NoiseSchedule] | None = None
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity, float32 [B, C, h, w]; see `Denoiser`."""
@@ -41,6 +48,11 @@ class Flux2Denoiser(Denoiser):
             return_dict=False,
         )[0]
         return torch.as_tensor(output).float().transpose(1, 2).reshape(len(noisy), -1, height, width)
+
+    def set_tokens(self, count: int) -> None:
+        """Adapt the schedule to images of so many tokens: larger ones are sampled longer at high noise."""
+        if self.schedule_of is not None:
+            self.schedule = self.schedule_of(count)
 
     @property
     def input_dtype(self) -> torch.dtype:

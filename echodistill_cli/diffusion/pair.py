@@ -126,6 +126,9 @@ class Denoiser:
         """Of what the latents' sides are a multiple: a UNet halves them between two levels."""
         return int(2 ** (len(self.unet.config.block_out_channels) - 1))
 
+    def set_tokens(self, count: int) -> None:
+        """Adapt to images of so many latents; a schedule that does not depend on them stays as it is."""
+
     def rounded(self, noisy: Tensor) -> Tensor:
         """Return z_t as the UNet reads it, in float32.
 

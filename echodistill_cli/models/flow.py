@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +56,15 @@ def is_sprint(folder: Path) -> bool:
     return read_json(folder / "scheduler_config.json").get("_class_name") == _SPRINT
 
 
-def load_denoiser(family: Family, load: Load, scheduler: Path, schedule: NoiseSchedule) -> Denoiser:
+def load_denoiser(family: Family, load: Load, scheduler: Path, tokens: int, steps: int) -> Denoiser:
     """Load a transformer of a family.
 
     Args:
         family: of the model.
         load: loads a part of it.
         scheduler: folder of its scheduler.
-        schedule: of the model.
+        tokens: as in `load_flow_schedule`.
+        steps: as in `load_flow_schedule`.
 
     Raises:
         ModelError: a file is damaged, or the model has inputs that are not known here.
@@ -70,11 +72,12 @@ def load_denoiser(family: Family, load: Load, scheduler: Path, schedule: NoiseSc
     from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
     from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
 
+    schedule = load_flow_schedule(scheduler, tokens, steps)
     if family.name == "flux2":
         flux = load(Flux2Transformer2DModel, family.denoiser)
         if flux.config.guidance_embeds:
             raise ModelError("This FLUX.2 model has a guidance embedding, which is not supported.", "Use FLUX.2 klein.")
-        return Flux2Denoiser(flux, schedule)
+        return Flux2Denoiser(flux, schedule, schedule_of=partial(load_flow_schedule, scheduler, steps=steps))
     sana = load(SanaTransformer2DModel, family.denoiser)
     scale = 1.0 if is_sprint(scheduler) else 1000.0 * float(sana.config.timestep_scale)
     guidance = SPRINT_GUIDANCE if sana.config.guidance_embeds else None

@@ -211,17 +211,17 @@ class _Loader:
 
     def schedule(self, source: _Source) -> NoiseSchedule:
         if self.family.is_flow:
-            steps = student_steps(self.config) if source is self.student else TEACHER_STEPS
-            return load_flow_schedule(self.settings(source, "scheduler"), self.tokens(), steps)
+            return load_flow_schedule(self.settings(source, "scheduler"), *self.size_and_steps(source))
         prediction, path = source.prediction, self.folder(source, "scheduler")
         zero_snr = path.is_file() and zero_snr_in(path)
         if prediction == "auto" and path.is_file():
             prediction = prediction_in(path) or "auto"
         return load_schedule(self.settings(source, "scheduler"), prediction, zero_snr=zero_snr)
 
-    def tokens(self) -> int:
-        """Return how many tokens of 16 x 16 pixels an image has."""
-        return (self.config.resolution // _TOKEN) ** 2
+    def size_and_steps(self, source: _Source) -> tuple[int, int]:
+        """Return how many tokens of 16 x 16 pixels an image has, and how many steps a model is sampled in."""
+        steps = student_steps(self.config) if source is self.student else TEACHER_STEPS
+        return (self.config.resolution // _TOKEN) ** 2, steps
 
     def denoiser(self, source: _Source) -> Denoiser:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
@@ -229,8 +229,8 @@ class _Loader:
         waits = self.config.offload and source is self.teacher
         device = torch.device("cpu") if waits else self.device
         if self.family.is_flow:
-            scheduler, schedule = self.settings(source, "scheduler"), self.schedule(source)
-            return load_denoiser(self.family, partial(self.load_from, source, device), scheduler, schedule)
+            scheduler, load = self.settings(source, "scheduler"), partial(self.load_from, source, device)
+            return load_denoiser(self.family, load, scheduler, *self.size_and_steps(source))
         unet = self.load(UNet2DConditionModel, source, "unet", device)
         original, target = source.sizes
         sized = family_of_unet(unet.config).size_conditioning
