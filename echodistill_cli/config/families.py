@@ -87,6 +87,7 @@ FAMILIES: Mapping[str, Family] = {
 # Parameters of the published models that presets read, counted on their architectures (2026-11-30, diffusers 0.42 and
 # transformers 5). The VAE's are the same in both families. The hub is asked first: it knows the files themselves.
 _SD, _SDXL, _VAE = FAMILIES["sd"].size, FAMILIES["sdxl"].size, 83_653_863
+_SANA, _FLUX2 = FAMILIES["sana"].size, FAMILIES["flux2"].size
 _PARAMETERS: Mapping[str, int] = {
     "stabilityai/sd-turbo/unet": _SD.unet,
     "stabilityai/sd-turbo/vae": _VAE,
@@ -99,6 +100,14 @@ _PARAMETERS: Mapping[str, int] = {
     "stabilityai/sdxl-turbo/text_encoder_2": 694_659_840,
     "stabilityai/stable-diffusion-xl-base-1.0/unet": _SDXL.unet,
     "madebyollin/sdxl-vae-fp16-fix": _VAE,
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers/transformer": _SANA.unet,
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers/vae": _SANA.vae,
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers/text_encoder": _SANA.text,
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer": _SANA.unet,
+    "black-forest-labs/FLUX.2-klein-4B/transformer": _FLUX2.unet,
+    "black-forest-labs/FLUX.2-klein-4B/vae": _FLUX2.vae,
+    "black-forest-labs/FLUX.2-klein-4B/text_encoder": _FLUX2.text,
+    "black-forest-labs/FLUX.2-klein-base-4B/transformer": _FLUX2.unet,
 }
 
 

@@ -157,20 +157,20 @@ def predict_x0(schedule: NoiseSchedule, output: Tensor, noisy: Tensor, timesteps
 
 
 def noise_from_x0(schedule: NoiseSchedule, x0: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
-    """Return the ε that takes x0 to z_t: (z_t - √ᾱ_t x0) / √(1-ᾱ_t), or (z_t - (1-σ_t) x0) / σ_t in a flow."""
+    """Return the ε that takes x0 to z_t: (z_t - √ᾱ_t x0) / √(1-ᾱ_t), in a flow with its factors."""
     alpha, sigma = scales(schedule, timesteps)
     return (noisy.float() - alpha * x0.float()) / sigma
 
 
 def pure_noise(schedule: NoiseSchedule, noise: Tensor, timestep: int = -1) -> Tensor:
-    """Return the input √(1-ᾱ_t) ε, or σ_t ε in a flow, of a model that starts at a timestep, by default the last one.
+    """Return the input of a model that starts at a timestep: √(1-ᾱ_t) ε, or σ_t ε in a flow.
 
     diffusers' Euler scheduler passes the same tensor to the UNet after `scale_model_input`, with trailing spacing.
 
     Args:
         schedule: of the model.
         noise: [B, C, h, w], standard normal.
-        timestep: t.
+        timestep: t; by default the last one.
     """
     # The tables are on the CPU, so that reading a number from them does not wait for a device.
     if schedule.sigmas is not None:

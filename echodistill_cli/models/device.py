@@ -187,7 +187,7 @@ def _activations(config: Config, size: Size, scale: float) -> float:
     """Return the peak in GiB. It is in the student's step: UNet, decoder and critics are in one graph."""
     unet = size.checkpointed if config.train.gradient_checkpointing else size.activations[config.adapter.targets]
     decoder = size.decoder if config.model.decoder == "full" else _TINY_ACTIVATIONS
-    if not (config.loss.identity or config.loss.adversarial or config.loss.sliced_wasserstein):
+    if not _trains_on_pixels(config):
         decoder = 0.0  # only images of the echo and previews are decoded, without gradient
     if config.model.decoder == "full" and config.model.precision == "fp16":
         decoder *= 2
@@ -197,6 +197,13 @@ def _activations(config: Config, size: Size, scale: float) -> float:
     by_area += _SLICED_WASSERSTEIN if config.loss.sliced_wasserstein else 0
     fixed = sum(_BACKBONE_ACTIVATIONS.get(name, _BACKBONE_ACTIVATIONS["clip"]) for name in backbones(config)) * scale
     return config.train.batch_size * (by_area * (config.model.resolution / 512) ** 2 + fixed)
+
+
+def _trains_on_pixels(config: Config) -> bool:
+    """Return whether a loss of the student is computed on decoded images."""
+    critics = set(config.critic.discriminators) - {"teacher"} if config.loss.adversarial else set()
+    identity = config.loss.identity and config.critic.identity != "none"
+    return bool(critics or identity or config.loss.sliced_wasserstein)
 
 
 def plan_memory(
