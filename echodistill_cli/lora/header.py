@@ -232,7 +232,7 @@ def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
 def a1111_card(metadata: Mapping[str, str]) -> dict[str, str | float]:
     """Return A1111's user metadata for a LoRA with this header."""
     base_model = metadata.get("ss_sd_model_name", "")
-    if metadata.get("modelspec.architecture", "").startswith(_TOY):
+    if metadata.get("modelspec.architecture", "").startswith((_TOY, *_TRANSFORMERS.values())):
         version = "Unknown"
     elif metadata.get("ss_base_model_version", "").startswith("sdxl"):
         version = "SDXL"

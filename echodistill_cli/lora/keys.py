@@ -20,6 +20,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from echodistill_cli.lora.transformer_keys import layers_of_kohya
+
 UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
 TRANSFORMER = "transformer"
 KOHYA_PREFIXES = {
@@ -135,6 +137,8 @@ def locate(module: str) -> tuple[str, str] | None:
     Examples:
         "lora_te_text_model_encoder_layers_0_mlp_fc1" -> ("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
     """
+    if layers_of_kohya(module):
+        return TRANSFORMER, module
     if module.startswith(("lora_", "lycoris_", "oft_unet_")):
         return _locate_kohya(module)
     module = _COMFY_TEXT.sub(

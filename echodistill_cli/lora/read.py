@@ -25,7 +25,7 @@ from echodistill_cli.lora.keys import (
 )
 from echodistill_cli.lora.safetensors_io import Table, read_header, read_tensors
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, BUNDLE_PREFIX, TOKEN_KEYS, LoraWeights
-from echodistill_cli.lora.transformer_keys import family_of_layers
+from echodistill_cli.lora.transformer_keys import family_of_layers, layers_of_kohya
 
 _FAMILY_BY_CONTEXT = {shape.context: family for family, shape in ARCHITECTURES.items()}
 _CROSS_ATTENTION_INPUTS = ("attn2.to_k", "attn2.to_v")
@@ -109,15 +109,18 @@ class LoraFile:
         tensors = dict(read_tensors(self.path, [key for module in self.modules for key in (module.down, module.up)]))
         groups: dict[tuple[str, int, float], dict[str, Tensor]] = defaultdict(dict)
         for module in self.modules:
-            path = module.path if model_modules is None else self._model_path(module, model_modules)
             group = groups[module.component, module.rank, module.scale * module.rank]
-            group[f"{path}.lora_A.weight"] = tensors[module.down]
-            group[f"{path}.lora_B.weight"] = tensors[module.up]
+            # A layer may hold several of a model's, which share A.
+            paths = layers_of_kohya(module.path) or (module.path,)
+            for name, up in zip(paths, tensors[module.up].chunk(len(paths)), strict=True):
+                path = name if model_modules is None else self._model_path(module, name, model_modules)
+                group[f"{path}.lora_A.weight"] = tensors[module.down]
+                group[f"{path}.lora_B.weight"] = up
         return [LoraWeights(component, group, rank, alpha) for (component, rank, alpha), group in groups.items()]
 
-    def _model_path(self, module: LoraModule, model_modules: Mapping[str, Collection[str]]) -> str:
+    def _model_path(self, module: LoraModule, name: str, model_modules: Mapping[str, Collection[str]]) -> str:
         names = model_modules.get(module.component, ())
-        for path in (module.path, module.path.removeprefix("text_model.")):
+        for path in (name, name.removeprefix("text_model.")):
             if path in names:
                 return path
         raise ModelError(

@@ -13,7 +13,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from echodistill_cli.lora.keys import (
     ARCHITECTURES,
@@ -71,14 +71,17 @@ def compatibility(file: LoraFile) -> tuple[Verdict, ...]:
 
 
 def _transformer_verdicts(file: LoraFile) -> tuple[Verdict, ...]:
-    """Return the verdicts on a LoRA of a transformer. The rules of diffusers alone are known."""
+    """Return the verdicts on a transformer's LoRA; ComfyUI reads the names of FLUX.2's own code."""
     places = [locate(split_key(key).module) for key in file.table]
     matched = sum(place is not None and knows(file.family, place[1]) for place in places)
     count, rest = len(file.table), len(file.table) - matched
     pipeline = TRANSFORMERS[file.family].pipeline
     text = f"Loads completely with {pipeline}.load_lora_weights."
     others = f"{rest} of its {count} keys are not of attention layers, which is all that is known here."
-    return (Verdict("diffusers", "partly" if rest else "fully", matched, rest, others if rest else text),)
+    verdict = Verdict("diffusers", "partly" if rest else "fully", matched, rest, others if rest else text)
+    if file.format != "kohya":
+        return (verdict,)
+    return (verdict, replace(verdict, reader="ComfyUI", text=others if rest else "Loads completely."))
 
 
 def _is_common(file: LoraFile) -> bool:

@@ -32,6 +32,7 @@ from echodistill_cli.lora.keys import (
     kohya_module,
     split_key,
 )
+from echodistill_cli.lora.transformer_keys import kohya_layer, layers_of_kohya
 
 # The header key from which diffusers reads the adapters' configuration.
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
@@ -67,7 +68,7 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
 
     Args:
         weights: at least one.
-        family: "sd" or "sdxl".
+        family: "sd", "sdxl" or "flux2".
         dtype: dtype of A and B; `.alpha` is always a float32 scalar.
 
     Raises:
@@ -76,6 +77,8 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
         ConfigError: an attention layer of an OpenCLIP text encoder lacks one of its four projections, which makes
             A1111 ignore the layer.
     """
+    if family == "flux2":
+        return _fused_tensors(weights, dtype)
     if family not in KOHYA_PREFIXES:
         raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use --format diffusers.")
     unet_paths = [split_key(key).module for part in weights if part.component == UNET for key in part.tensors]
@@ -94,6 +97,24 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
             if part.component == _OPEN_CLIP[family] and down.shape[1] != ARCHITECTURES["sd1"].context:
                 open_clip_paths.add(path)
     _check_attention(_OPEN_CLIP[family], open_clip_paths)
+    return tensors
+
+
+def _fused_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return FLUX.2's tensors under kohya's keys: query, key and value are one layer of rank 3 r."""
+    groups: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
+    for part in weights:
+        for path, down, up in folded(part, dtype):
+            groups[kohya_layer(path)][path] = (down, up)
+    tensors: dict[str, Tensor] = {}
+    for name, layers in groups.items():
+        paths = layers_of_kohya(name)
+        if layers.keys() != set(paths):
+            raise ConfigError(f"kohya's {name} needs a LoRA on all of {', '.join(paths)}.", "Use --format diffusers.")
+        down = torch.cat([layers[path][0] for path in paths])
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = torch.block_diag(*(layers[path][1] for path in paths))
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return tensors
 
 

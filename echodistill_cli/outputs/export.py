@@ -202,8 +202,9 @@ def _check_request(artifact: Artifact, request: ExportRequest) -> None:
             "--bundle-embedding needs a learned token and the kohya layout.",
             "Use it for a run with --text token, with --format kohya.",
         )
-    unknown = sorted(layouts - {"diffusers", "pipeline"})
-    if unknown and FAMILIES[artifact.family].is_flow:
+    family = FAMILIES[artifact.family]
+    unknown = sorted(layouts - {"diffusers", "pipeline", "kohya" if family.name == "flux2" else "diffusers"})
+    if unknown and family.is_flow:
         remedy = "Use --format diffusers, or --format pipeline for a whole model."
         raise ConfigError(f"There is no {unknown[0]} layout for {artifact.family}.", remedy)
     if "onnx" in layouts:
