@@ -17,7 +17,7 @@ import psutil
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
 from echodistill_cli.config.distilled import sampling_in_words
-from echodistill_cli.config.families import check_index
+from echodistill_cli.config.families import check_index, check_same_kind
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.transformers import check_supported
 from echodistill_cli.diffusion.text import check_token
@@ -113,6 +113,7 @@ def check_settings(config: Config) -> None:
     _check_writable(config.output)
     for source in (config.model.student, config.model.teacher):
         check_index(source)
+    check_same_kind(config.model.student, config.model.teacher)
     family = family_of(config.model)
     check_supported(config, family)
     if config.model.student_lora:

@@ -203,6 +203,21 @@ def family_of_source(source: str | Path) -> Family | None:
     return next((prefixes[prefix] for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
 
 
+def check_same_kind(student: str, teacher: str) -> None:
+    """Check that student and teacher are both UNets or both transformers, as far as they are known.
+
+    Raises:
+        ModelError: they are not.
+    """
+    families = family_of_source(student), family_of_source(teacher)
+    if None not in families and {family.is_flow for family in families if family} == {True, False}:
+        kinds = ["transformer" if family and family.is_flow else "UNet" for family in families]
+        raise ModelError(
+            f"Teacher {teacher} is of another family than {student}: it has a {kinds[1]}, not a {kinds[0]}.",
+            "Name the base model that the student was distilled from with --teacher.",
+        )
+
+
 def check_unet(settings: Mapping[str, Any], name: str, latent_channels: int | None = None) -> None:
     """Check that a UNet is a text-to-image model whose inputs are all known here.
 

@@ -19,6 +19,7 @@ from echodistill_cli.config.families import (
     FAMILIES,
     Family,
     check_index,
+    check_same_kind,
     check_unet,
     family_of_transformer,
     family_of_unet,
@@ -74,6 +75,8 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     """
     for source in (config.student, config.teacher) if teacher else (config.student,):
         check_index(source)
+    if teacher:
+        check_same_kind(config.student, config.teacher)
     fetch_pair(config, teacher=teacher)
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)

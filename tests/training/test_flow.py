@@ -380,6 +380,10 @@ def test_what_transformers_cannot_do_is_refused_before_anything_is_loaded(
     assert re.search(message, f"{refusal.value.message} {refusal.value.hint}")
 
 
-def test_a_teacher_of_another_family_is_refused(configure: Configure, small_flow_pairs: Pairs) -> None:
+def test_a_teacher_of_another_family_is_refused(
+    configure: Configure, small_flow_pairs: Pairs, small_pair: tuple[Path, Path]
+) -> None:
+    with pytest.raises(ModelError, match=r"is of another family than .*: it has a UNet, not a transformer"):
+        check_settings(configure("sana", model__teacher=str(small_pair[1])))
     with pytest.raises(ModelError, match=r"is of another family"):
         check_settings(configure("sana", model__teacher=str(small_flow_pairs["flux2"][1])))
