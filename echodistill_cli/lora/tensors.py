@@ -113,7 +113,8 @@ def _fused_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dict[s
             raise ConfigError(f"kohya's {name} needs a LoRA on all of {', '.join(paths)}.", "Use --format diffusers.")
         down = torch.cat([layers[path][0] for path in paths])
         tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.lora_up.weight"] = torch.block_diag(*(layers[path][1] for path in paths))
+        ups = [layers[path][1] for path in paths]
+        tensors[f"{name}.lora_up.weight"] = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
         tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
     return tensors
 
