@@ -47,7 +47,7 @@ TRANSFORMERS: Mapping[str, Family] = {
         teacher_pipeline="SanaPipeline",
         shared=("in_channels", "caption_channels", "num_layers", "num_attention_heads", "attention_head_dim"),
         layers={"cross-kv": r".*\.attn2\.(to_k|to_v)", "attention": rf".*\.attn[12]\.({_ATTENTION})"},
-        names=r"(^|/)sana",
+        names=r"(^|/)sana(_sprint|1\.5|_\d+m)_",
         sampling="guidance 4.5 (embedded, without CFG)",
         resolution=1024,
     ),

@@ -140,7 +140,8 @@ def test_a_preset_goes_with_its_family_and_names_its_models(preset: str) -> None
         assert build_config(source).model.teacher == config.model.teacher
         assert build_config(source).text.form == "frozen"
     assert ARCHITECTURES[family.name].pipeline == family.pipeline
-    assert family_of_source("black-forest-labs/FLUX.1-schnell") is None
+    for other in ("black-forest-labs/FLUX.1-schnell", "someone/sanas-sd-turbo", "someone/klein"):
+        assert family_of_source(other) is None
 
 
 def test_transformers_that_are_not_supported_are_refused_by_name(tmp_path: Path) -> None:
