@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,8 +17,9 @@ import psutil
 from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
 from echodistill_cli.config.distilled import sampling_in_words
-from echodistill_cli.config.families import check_index
+from echodistill_cli.config.families import check_index, check_same_kind
 from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.config.transformers import check_supported
 from echodistill_cli.diffusion.text import check_token
 from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import expanded, last_part
@@ -32,7 +32,7 @@ from echodistill_cli.models.device import (
     pick_device,
     settings_line,
 )
-from echodistill_cli.models.downloads import planned_downloads, sources_of
+from echodistill_cli.models.downloads import family_of, planned_downloads, sources_of
 from echodistill_cli.models.load import check_pair
 from echodistill_cli.models.single_file import prediction_in
 from echodistill_cli.models.sources import UnreachableError, is_cached, is_embedded, missing_parts, where
@@ -101,15 +101,6 @@ def plan_run(config: Config, photos: int, warnings: tuple[str, ...]) -> Plan:
     )
 
 
-class _NoVocabulary:
-    """A tokenizer that knows no word. With it, `check_token` checks only what needs no vocabulary."""
-
-    unk_token_id, vocab_size = None, 0
-
-    def __call__(self, _text: str, **_options: Any) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[])
-
-
 def check_settings(config: Config) -> None:
     """Check all that can be wrong with a run before its models are loaded; opens no connection.
 
@@ -122,17 +113,20 @@ def check_settings(config: Config) -> None:
     _check_writable(config.output)
     for source in (config.model.student, config.model.teacher):
         check_index(source)
+    check_same_kind(config.model.student, config.model.teacher)
+    family = family_of(config.model)
+    check_supported(config, family)
     if config.model.student_lora:
         read_header(Path(config.model.student_lora))
     local = replace(config.model, offline=True)
     if any(missing_parts(*source) for source in sources_of(config)):
-        check_token(_NoVocabulary(), concept.token, concept.class_name, learned=True)
+        check_token(None, concept.token, concept.class_name, learned=True)
         return
     try:
         tokenizers = check_pair(local)
     except UnreachableError:  # the vocabulary or configuration of a single file is not here yet
         return
-    check_token(tokenizers[0], concept.token, concept.class_name, learned=is_learned)
+    check_token(None if family.is_flow else tokenizers[0], concept.token, concept.class_name, learned=is_learned)
 
 
 def _check_writable(folder: Path) -> None:

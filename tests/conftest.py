@@ -14,6 +14,7 @@ from echodistill_cli.config.build import build_config
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.models.load import load_pair
 from tests.helpers.drawn_subjects import DrawnSubject, drawn_subjects
+from tests.helpers.flow_models import build_small_flux2_pair, build_small_sana_pair
 from tests.helpers.random_models import build_small_backbones, build_small_pair, build_small_sdxl_pair
 
 
@@ -43,6 +44,13 @@ def small_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def small_sdxl_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of a student and a teacher with random weights and SDXL's structure. Read-only."""
     return build_small_sdxl_pair(tmp_path_factory.mktemp("sdxl-pair"))
+
+
+@pytest.fixture(scope="session")
+def small_flow_pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Folders of a student and a teacher by family of transformers, with random weights. Read-only."""
+    folder = tmp_path_factory.mktemp("flow-pairs")
+    return {"sana": build_small_sana_pair(folder / "sana"), "flux2": build_small_flux2_pair(folder / "flux2")}
 
 
 @pytest.fixture(scope="session")

@@ -17,12 +17,13 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomli_w
 
 from echodistill_cli.config.distilled import known_settings
 from echodistill_cli.config.families import FAMILIES, family_of_source, native_resolution
+from echodistill_cli.config.family import FamilyName
 from echodistill_cli.config.schema import Config, nearest, shown
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.files import expanded, host_mark, read_small
@@ -68,7 +69,7 @@ class Preset:
 
     about: str
     settings: Mapping[str, Mapping[str, Any]]
-    family: Literal["sd", "sdxl"] | None
+    family: FamilyName | None
     nouns: tuple[str, ...] = ()
 
 
@@ -78,10 +79,8 @@ def _read_preset(name: str) -> Preset:
     return Preset(header["about"], tables, header.get("family"), tuple(header.get("nouns", ())))
 
 
-# In the order in which the help shows them.
-PRESETS: Mapping[str, Preset] = {name: _read_preset(name) for name in ("sd-turbo", "sdxl-turbo", "mini")}
-
-
+_NAMES = ("sd-turbo", "sdxl-turbo", "sana-sprint", "flux2-klein", "mini")  # as the help orders them
+PRESETS: Mapping[str, Preset] = {name: _read_preset(name) for name in _NAMES}
 DEFAULT = "sd-turbo"
 
 
@@ -118,7 +117,7 @@ def build_config(
         file_model = {key: value for key, value in file_model.items() if key != "student"}
     elif student:
         student_lora = (overrides or {}).get("model.student_lora", file_model.get("student_lora"))
-        _merge(tables, {"model": _family_settings(student, student_lora)})
+        _merge(tables, _family_settings(student, student_lora))
         _merge(tables, {"model": {"student": student}})
     preset_model = dict(tables.get("model", {}))
     _merge_dotted(tables, fitted or {})
@@ -142,8 +141,8 @@ def _settle_teacher(model: dict[str, Any], preset_model: Mapping[str, Any], *, i
             del model["teacher_revision"]
 
 
-def _family_settings(student: Any, student_lora: Any) -> dict[str, Any]:
-    """Return the teacher, sizes and steps that suit a student that was named without a preset.
+def _family_settings(student: Any, student_lora: Any) -> Tables:
+    """Return the teacher, sizes and steps that suit a student that was named without a preset, by section.
 
     Args:
         student: as typed; a value that is no string is refused later.
@@ -153,13 +152,14 @@ def _family_settings(student: Any, student_lora: Any) -> dict[str, Any]:
         return {}
     models = {name: preset.settings["model"] for name, preset in PRESETS.items()}
     by_name = (name for name, model in models.items() if student in (model["student"], model["teacher"]))
-    model = models[next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)]
-    settings = {key: value for key, value in model.items() if key != "student_revision"}
+    preset = PRESETS[next(by_name, (family_of_source(student) or FAMILIES["sd"]).preset)]
+    settings = {key: value for key, value in preset.settings["model"].items() if key != "student_revision"}
     is_base = student_lora not in (None, OFF)
     settings |= known_settings(str(student_lora) if is_base else student)
     # A base model generates at the resolution that it was trained at, not at that of the family's one-step model.
     side = native_resolution(student) if is_base else None
-    return settings if side is None else settings | {"resolution": side}
+    others = {name: dict(table) for name, table in preset.settings.items() if preset.family}
+    return {**others, "model": settings if side is None else settings | {"resolution": side}}
 
 
 def read_toml(path: Path) -> Tables:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from echodistill_cli.config.families import family_of_source
 from echodistill_cli.config.schema import ModelConfig
 
 _TIMESTEPS = 1000
@@ -70,6 +71,10 @@ def steps_in_words(model: ModelConfig) -> str:
 
 def sampling_in_words(model: ModelConfig) -> str:
     """Return how to sample the student: steps, guidance and timesteps."""
+    family = family_of_source(model.student)
+    if family and family.is_flow:
+        at = "" if is_trailing(model) else f", timesteps {', '.join(map(str, model.student_timesteps))}"
+        return f"{steps_in_words(model)}, {family.sampling}{at}"
     times, name = ", ".join(map(str, model.student_timesteps)), _NAMES[student_sampler(model)]
     if len(model.student_timesteps) == 1:
         times = f"timestep {times} with unit noise (LCM sampler)"  # at one step, DDIM and LCM are the same

@@ -1,6 +1,6 @@
-"""Model families (SD and SDXL) as data, and what the JSON files of a model say. No torch.
+"""The UNet families (SD and SDXL) as data, and what the JSON files of any model say. No torch.
 
-To add a family:
+To add a family of UNets (for transformers see `config.transformers`):
 
 1. a record in `FAMILIES`;
 2. a row in `ARCHITECTURES` of `lora/keys.py`, from which the module names in LoRA files follow;
@@ -17,15 +17,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from echodistill_cli.config.family import Family as Family
+from echodistill_cli.config.family import Size as Size
+from echodistill_cli.config.transformers import TRANSFORMERS, family_of_name
+from echodistill_cli.config.transformers import family_of_transformer as family_of_transformer
 from echodistill_cli.errors import EchoDistillError, ModelError, is_out_of_memory
 from echodistill_cli.files import expanded
 from echodistill_cli.files import read_small as read_small
 
-FamilyName = Literal["sd", "sdxl"]
 _PIXELS_PER_LATENT = 8  # along one side, in every published model of both families
 _BASE_RESOLUTIONS = {"stabilityai/stable-diffusion-xl-base-1.0": 1024}
 # The safetensors format: an 8-byte length, then a JSON header of at most this size.
@@ -33,75 +35,6 @@ _LENGTH_BYTES, _MAX_HEADER_BYTES = 8, 100_000_000
 _MOST_LAYERS = 1000  # a damaged count would keep a constructor busy for hours
 _SDXL_LAYERS = 2  # per block; the names in LoRA files count them
 _REPLACE = "Replace the file, or delete it and download it again."
-
-
-@dataclass(frozen=True)
-class Size:
-    """Parameter counts and activations of a family's published models, for memory estimates.
-
-    Args:
-        unet: parameters of one UNet.
-        text: parameters of all text encoders.
-        adapter: LoRA parameters per rank of one UNet, by `adapter.targets`.
-        text_adapter: LoRA parameters per rank of all text encoders.
-        activations: GiB kept per sample for the UNet's backward pass, by `adapter.targets`.
-        checkpointed: the same with gradient checkpointing.
-    """
-
-    unet: int
-    text: int
-    adapter: Mapping[str, int]
-    text_adapter: int
-    activations: Mapping[str, float]
-    checkpointed: float
-
-
-@dataclass(frozen=True)
-class Family:
-    """What the models of one family have in common.
-
-    Args:
-        name: short name, used in checkpoints and file headers.
-        preset: preset whose teacher and sizes suit any student of the family.
-        architectures: names in `lora.keys.ARCHITECTURES` whose LoRA files fit.
-        configuration: folder in `models/configurations`.
-        pipeline: diffusers' pipeline class.
-        text_width: width of the text features that the cross-attention of the published models reads.
-        size_conditioning: whether the UNet is conditioned on image sizes and a pooled text embedding.
-        zero_null: whether the empty prompt is encoded as zeros, unless `model_index.json` says otherwise.
-        padding: padding token by tokenizer. It matters: the text encoders attend to padding.
-        tiny_decoder: hub id of the AutoencoderTiny for the same latents.
-        checkpoint_prefix: prefix of tensor names that only one-file checkpoints of this family have.
-        size: of the published models.
-    """
-
-    name: FamilyName
-    preset: str
-    architectures: tuple[str, ...]
-    configuration: str
-    pipeline: str
-    text_width: int
-    size_conditioning: bool
-    zero_null: bool
-    padding: Mapping[str, str]
-    tiny_decoder: str
-    checkpoint_prefix: str
-    size: Size
-
-    @property
-    def tokenizers(self) -> tuple[str, ...]:
-        """Subfolders of the tokenizers."""
-        return tuple(self.padding)
-
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        """Subfolders of the text encoders, in the order of the tokenizers."""
-        return tuple(name.replace("tokenizer", "text_encoder") for name in self.padding)
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Subfolders that teacher and student share: VAE, text encoders, tokenizers."""
-        return ("vae", *self.text_encoders, *self.tokenizers)
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -147,12 +80,14 @@ FAMILIES: Mapping[str, Family] = {
             checkpointed=0.12,
         ),
     ),
+    **TRANSFORMERS,
 }
 
 
 # Parameters of the published models that presets read, counted on their architectures (2026-11-30, diffusers 0.42 and
 # transformers 5). The VAE's are the same in both families. The hub is asked first: it knows the files themselves.
 _SD, _SDXL, _VAE = FAMILIES["sd"].size, FAMILIES["sdxl"].size, 83_653_863
+_SANA, _FLUX2 = FAMILIES["sana"].size, FAMILIES["flux2"].size
 _PARAMETERS: Mapping[str, int] = {
     "stabilityai/sd-turbo/unet": _SD.unet,
     "stabilityai/sd-turbo/vae": _VAE,
@@ -165,6 +100,14 @@ _PARAMETERS: Mapping[str, int] = {
     "stabilityai/sdxl-turbo/text_encoder_2": 694_659_840,
     "stabilityai/stable-diffusion-xl-base-1.0/unet": _SDXL.unet,
     "madebyollin/sdxl-vae-fp16-fix": _VAE,
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers/transformer": _SANA.unet,
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers/vae": _SANA.vae,
+    "Efficient-Large-Model/Sana_Sprint_1.6B_1024px_diffusers/text_encoder": _SANA.text,
+    "Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers/transformer": _SANA.unet,
+    "black-forest-labs/FLUX.2-klein-4B/transformer": _FLUX2.unet,
+    "black-forest-labs/FLUX.2-klein-4B/vae": _FLUX2.vae,
+    "black-forest-labs/FLUX.2-klein-4B/text_encoder": _FLUX2.text,
+    "black-forest-labs/FLUX.2-klein-base-4B/transformer": _FLUX2.unet,
 }
 
 
@@ -180,21 +123,23 @@ def about(part: str) -> str:
 
 def family_of_width(text_width: int | None) -> Family | None:
     """Return the family whose published UNets read text features of this width, or None."""
-    return next((family for family in FAMILIES.values() if family.text_width == text_width), None)
+    unets = (family for family in FAMILIES.values() if not family.is_flow)
+    return next((family for family in unets if family.text_width == text_width), None)
 
 
 def family_of_unet(settings: Mapping[str, Any]) -> Family:
     """Return the family of a UNet of any size from its diffusers configuration."""
     size_conditioning = settings.get("addition_embed_type") == "text_time"
-    alike = [family for family in FAMILIES.values() if family.size_conditioning == size_conditioning]
+    unets = (family for family in FAMILIES.values() if not family.is_flow)
+    alike = [family for family in unets if family.size_conditioning == size_conditioning]
     by_width = family_of_width(settings.get("cross_attention_dim"))
     return by_width if by_width in alike else alike[0]
 
 
-def _unet_settings(source: str | Path) -> dict[str, Any] | None:
-    """Return the UNet configuration of a model folder or a cached hub id; None if there is none."""
+def settings_of(source: str | Path, part: str = "unet") -> dict[str, Any] | None:
+    """Return the configuration of a part of a model folder or a cached hub id; None if there is none."""
     try:
-        file = _file_of(source, "unet/config.json")
+        file = _file_of(source, f"{part}/config.json")
         settings = json.loads(read_small(file)) if file and file.is_file() else None
     except (OSError, ValueError, RecursionError):
         return None
@@ -213,25 +158,28 @@ def _file_of(source: str | Path, name: str) -> Path | None:
 
 
 def check_index(source: str) -> None:
-    """Check that a model on this machine has a UNet, if its `model_index.json` says of what it is made.
+    """Check that a model on this machine has a known denoiser, if it has a `model_index.json`.
 
     Raises:
-        ModelError: it has none, as flow-matching transformers; or the file is damaged.
+        ModelError: it has none, as most flow-matching transformers; or the file is damaged.
     """
     try:
         file = _file_of(source, "model_index.json")
     except (OSError, ValueError):  # no hub id either, which is said where the model is needed
         return
-    if file and file.is_file() and "unet" not in (index := read_json(file)):
+    if not file or not file.is_file() or "unet" in (index := read_json(file)):
+        return
+    part = index.get("transformer")
+    if not isinstance(part, list) or family_of_transformer({"_class_name": part[-1]}) is None:
         raise ModelError(
             f"{source} is a {index.get('_class_name', 'model')}, which has no UNet and is not supported.",
-            "Use a text-to-image model of the SD 2.1 or SDXL family.",
+            "Use a text-to-image model of the SD 2.1, SDXL, SANA or FLUX.2 klein family.",
         )
 
 
 def native_resolution(source: str | Path) -> int | None:
     """Return the native image size of a base model in pixels; None if it is not known here."""
-    size = (_unet_settings(source) or {}).get("sample_size")
+    size = (settings_of(source) or {}).get("sample_size")
     if isinstance(size, int):
         return size * _PIXELS_PER_LATENT
     return _BASE_RESOLUTIONS.get(str(source))
@@ -239,18 +187,35 @@ def native_resolution(source: str | Path) -> int | None:
 
 def family_of_source(source: str | Path) -> Family | None:
     """Return the family of a model folder, cached hub id or single-file checkpoint; None if unknown here."""
-    if settings := _unet_settings(source):
+    if settings := settings_of(source):
         return family_of_unet(settings)
+    if settings := settings_of(source, "transformer"):
+        return family_of_transformer(settings)
     if not expanded(source).is_file():
-        return None
+        return None if expanded(source).exists() else family_of_name(str(source))
     try:
         with expanded(source).open("rb") as file:
             length = min(int.from_bytes(file.read(_LENGTH_BYTES), "little"), _MAX_HEADER_BYTES)
             names = list(json.loads(file.read(length)))
     except (OSError, ValueError, RecursionError):
         return None
-    prefixes = {family.checkpoint_prefix: family for family in FAMILIES.values()}
+    prefixes = {family.checkpoint_prefix: family for family in FAMILIES.values() if family.checkpoint_prefix}
     return next((prefixes[prefix] for prefix in prefixes if any(name.startswith(prefix) for name in names)), None)
+
+
+def check_same_kind(student: str, teacher: str) -> None:
+    """Check that student and teacher are both UNets or both transformers, as far as they are known.
+
+    Raises:
+        ModelError: they are not.
+    """
+    families = family_of_source(student), family_of_source(teacher)
+    if None not in families and {family.is_flow for family in families if family} == {True, False}:
+        kinds = ["transformer" if family and family.is_flow else "UNet" for family in families]
+        raise ModelError(
+            f"Teacher {teacher} is of another family than {student}: it has a {kinds[1]}, not a {kinds[0]}.",
+            "Name the base model that the student was distilled from with --teacher.",
+        )
 
 
 def check_unet(settings: Mapping[str, Any], name: str, latent_channels: int | None = None) -> None:

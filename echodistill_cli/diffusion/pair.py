@@ -1,4 +1,4 @@
-"""Teacher and student in memory: a UNet and a schedule each, a shared text encoder and latent codec.
+"""Teacher and student in memory: a denoiser and a schedule each, shared text encoder and codec.
 
 The text encoders and the VAE come from the student, because the trained LoRA is used with the student's files.
 """
@@ -16,7 +16,7 @@ from echodistill_cli.diffusion.schedule import NoiseSchedule, pure_noise, send, 
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
 from echodistill_cli.errors import ConfigError, ModelError
 
-Family = Literal["sd", "sdxl"]
+Family = Literal["sd", "sdxl", "sana", "flux2"]
 Role = Literal["student", "teacher"]
 Sampler = Literal["euler", "ddim", "lcm"]
 _LEVELS = {True: "block_out_channels", False: "encoder_block_out_channels"}
@@ -30,7 +30,7 @@ class Denoiser:
     √ᾱ_999 = 0.068.
 
     Attributes:
-        unet: a UNet2DConditionModel, or a module with the same call.
+        unet: a UNet2DConditionModel, or a module with the same call. Subclasses call a transformer.
         schedule: its ᾱ_t and prediction type.
         time_ids: SDXL's (original height, width, crop top, left, target height, width) in pixels; None for SD.
         timesteps: at which a distilled model was trained, from the first to the last step; empty for the last timestep
@@ -121,6 +121,14 @@ class Denoiser:
         dtype: torch.dtype = self.unet.conv_in.weight.dtype
         return dtype
 
+    @property
+    def multiple(self) -> int:
+        """Of what the latents' sides are a multiple: a UNet halves them between two levels."""
+        return int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def set_tokens(self, count: int) -> None:
+        """Adapt to images of so many latents; a schedule that does not depend on them stays as it is."""
+
     def rounded(self, noisy: Tensor) -> Tensor:
         """Return z_t as the UNet reads it, in float32.
 
@@ -154,7 +162,7 @@ class LatentCodec:
     """Images to scaled latents and back.
 
     Attributes:
-        encoder: the VAE.
+        encoder: the VAE, or an AutoencoderDC.
         decoder: the same VAE, or an AutoencoderTiny for its latent space.
     """
 
@@ -164,7 +172,7 @@ class LatentCodec:
     @property
     def factor(self) -> int:
         """Downsampling factor f of the VAE: pixels per latent along one side."""
-        # Both VAE classes halve the resolution between two levels.
+        # All VAE classes halve the resolution between two levels.
         return int(2 ** (len(self.encoder.config[_LEVELS[_is_kl(self.encoder)]]) - 1))
 
     @property
@@ -183,7 +191,10 @@ class LatentCodec:
             float32 [B, C, H/f, W/f].
         """
         encoded = self.encoder.encode(images.to(self.encoder.dtype))
-        latents = encoded.latent_dist.mode() if _is_kl(self.encoder) else encoded.latents
+        if _is_kl(self.encoder):
+            latents = encoded.latent_dist.mode()
+        else:  # without mean and spread: an AutoencoderTiny or an AutoencoderDC
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent
         return torch.as_tensor(latents).float() * float(self.encoder.config.scaling_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -204,7 +215,7 @@ class ModelPair:
     """Student, teacher and what they share, on one device.
 
     Attributes:
-        family: "sd" or "sdxl".
+        family: "sd", "sdxl", "sana" or "flux2".
         encoder: tokenizers and text encoders, the student's.
         codec: the VAE, the student's.
         student: the one-step model.
@@ -239,6 +250,14 @@ class ModelPair:
         if self.loaded_teacher is None:
             raise ModelError("The teacher was not loaded.", "Set it with --teacher.")
         return self.loaded_teacher
+
+    def teacher_timestep(self, place: int) -> int:
+        """Return the teacher's timestep with as much noise as one of the student's steps starts from.
+
+        Args:
+            place: of the step among those of the student.
+        """
+        return self.teacher.schedule.timestep_like(self.student.schedule, self.student.timesteps[place])
 
     def role(self, role: Role) -> Denoiser:
         """Return the student or the teacher.

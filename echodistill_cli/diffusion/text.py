@@ -1,6 +1,7 @@
-"""Encode prompts as UNet conditioning; check the subject's token or learn it as one vector.
+"""Encode prompts as conditioning; check the subject's token or learn it as one vector.
 
-What is specific to CLIP's text encoders and tokenizers is handled in this module only.
+What is specific to CLIP's text encoders and tokenizers is handled in this module only. Language models are in the
+modules of their families.
 """
 
 from __future__ import annotations
@@ -21,21 +22,24 @@ RARE_WORDS = ("sks", "ohwx", "olis", "bnha", "hta", "phol", "ucd", "pll")
 # A byte-pair vocabulary lists its tokens from frequent to rare. Common nouns ("dog" 1,929, "backpack" 14,894) have
 # ids below this fraction of CLIP's 49,408; the rare tokens in use ("shs" 16,184) have ids above it.
 _COMMON_FRACTION = 0.31
+_MOST_KEPT = 32  # encodings of prompts; of FLUX.2 klein one takes 8 MB in half precision
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What a UNet is conditioned on, for B prompts.
+    """What a UNet or transformer is conditioned on, for B prompts.
 
     Attributes:
         hidden: [B, L, D], hidden states of the text encoder(s).
         pooled: [B, P], SDXL's pooled embedding; None for SD.
         time_ids: [B, 6], SDXL's (original size, crop corner, target size) in pixels; None for the denoiser's default.
+        mask: [B, L], 1 for the states that SANA attends to and 0 for padding; None for all states.
     """
 
     hidden: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    mask: Tensor | None = None
 
     def added(self, time_ids: Sequence[int] | None) -> dict[str, Tensor] | None:
         """Return diffusers' `added_cond_kwargs`; None for SD.
@@ -67,17 +71,23 @@ class Conditioning:
 
     def join(self, other: Conditioning) -> Conditioning:
         """Concatenate two batches, this one first."""
-        pairs = zip(self._values(), other._values(), strict=True)
-        hidden, pooled, time_ids = (None if a is None or b is None else torch.cat((a, b)) for a, b in pairs)
-        assert hidden is not None
-        return Conditioning(hidden, pooled, time_ids)
+        return Conditioning.joined([self, other])
 
-    def _values(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        return (self.hidden, self.pooled, self.time_ids)
+    @staticmethod
+    def joined(batches: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate batches."""
+        columns = zip(*(batch._values() for batch in batches), strict=True)
+        present = [[value for value in column if value is not None] for column in columns]
+        hidden, *others = (torch.cat(column) if len(column) == len(batches) else None for column in present)
+        assert hidden is not None
+        return Conditioning(hidden, *others)
+
+    def _values(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        return (self.hidden, self.pooled, self.time_ids, self.mask)
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> Conditioning:
-        pooled, time_ids = (None if value is None else function(value) for value in (self.pooled, self.time_ids))
-        return Conditioning(function(self.hidden), pooled, time_ids)
+        hidden, *others = self._values()
+        return Conditioning(function(hidden), *(None if value is None else function(value) for value in others))
 
 
 class PromptEncoder:
@@ -133,16 +143,19 @@ class PromptEncoder:
         Args:
             prompt: one prompt.
         """
-        return max((_unread(tokenizer, prompt) for tokenizer in self.tokenizers), key=len)
+        return max((unread(tokenizer, prompt) for tokenizer in self.tokenizers), key=len)
 
     def encode_null(self) -> Conditioning:
         """Encode the empty prompt, batch 1. It is cached only where training does not change it."""
         if self._null is not None:
             return self._null
-        null = self.encode([""])
+        null = self._encode_empty()
         if self._null_stays:
             self._null = null.detach()
         return null
+
+    def _encode_empty(self) -> Conditioning:
+        return self.encode([""])
 
     @property
     def _null_stays(self) -> bool:
@@ -167,9 +180,69 @@ class PromptEncoder:
         return Conditioning(hidden, pooled)
 
 
-def _unread(tokenizer: Any, prompt: str) -> str:
+class LanguagePrompts(PromptEncoder):
+    """A frozen language model as text encoder. The encodings of the last prompts are kept.
+
+    Runs repeat few prompts, and such a model may compute more per prompt than the transformer per image. Each prompt is
+    encoded by itself: an encoding must not depend on the others in its batch, because after a resume none is kept.
+
+    Args:
+        tokenizer: of the model.
+        encoder: the model, which no LoRA changes.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+        super().__init__([tokenizer], [encoder])
+        self.keep_null = True
+        self._kept: dict[str, Conditioning] = {}
+
+    @property
+    def room(self) -> int:
+        """Most tokens of a prompt that the model reads."""
+        raise NotImplementedError
+
+    @property
+    def token_count(self) -> int:
+        """`room`, and the special tokens that the tokenizer adds."""
+        return self.room + int(self.tokenizers[0].num_special_tokens_to_add())
+
+    def cut_off(self, prompt: str) -> str:
+        """Return the part of a prompt that `encode` does not read; "" if none."""
+        return unread(self.tokenizers[0], prompt, self.room)
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode B prompts, without gradient."""
+        return Conditioning.joined([self._encode_kept(prompt) for prompt in prompts])
+
+    def _encode_kept(self, prompt: str) -> Conditioning:
+        if prompt not in self._kept:
+            with torch.no_grad():
+                self._kept[prompt] = self._encode_one(prompt)
+            if len(self._kept) > _MOST_KEPT:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[prompt]
+
+    def _encode_one(self, prompt: str) -> Conditioning:
+        raise NotImplementedError
+
+    def _tokens(self, text: str, length: int) -> tuple[Tensor, Tensor]:
+        """Return ids and attention mask of a text, padded or cut to a length, [1, length] each."""
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        tokens = self.tokenizers[0]([text], **options)
+        device = next(self.encoders[0].parameters()).device
+        return send(tokens.input_ids, device), send(tokens.attention_mask, device)
+
+
+def unread(tokenizer: Any, prompt: str, limit: int | None = None) -> str:
+    """Return the part of a prompt after as many tokens as a text encoder reads.
+
+    Args:
+        tokenizer: of the text encoder.
+        prompt: one prompt.
+        limit: how many tokens; None for CLIP's.
+    """
     offsets = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False).offset_mapping
-    first = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
+    first = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add() if limit is None else limit
     return prompt[offsets[first][0] :].strip() if len(offsets) > first else ""
 
 
@@ -180,15 +253,17 @@ def _pool_at_end_of_text(encoder: Any, tokenizer: Any) -> None:
     That is wrong once a token is added after the end token (transformers#24650).
     """
     inner = getattr(encoder, "text_model", encoder)
+    if not hasattr(inner, "eos_token_id"):  # a language model, which does not pool
+        return
     encoder.config.eos_token_id = tokenizer.eos_token_id
     inner.eos_token_id = tokenizer.eos_token_id
 
 
-def check_token(tokenizer: Any, token: str, class_name: str | None, *, learned: bool) -> None:
+def check_token(tokenizer: Any | None, token: str, class_name: str | None, *, learned: bool) -> None:
     """Check that a token can name the subject with this tokenizer.
 
     Args:
-        tokenizer: one of the student's.
+        tokenizer: one of the student's; None if its vocabulary is unknown, or if a word may be several tokens.
         token: the word that stands for the subject.
         class_name: the subject's class; None if unknown.
         learned: the token gets a vector of its own, so it need not be in the vocabulary.
@@ -198,12 +273,15 @@ def check_token(tokenizer: Any, token: str, class_name: str | None, *, learned: 
         ConfigError: the token is a word of the class name, or a common word.
         ConfigError: the token is several tokens for this tokenizer and not learned.
     """
-    rare = next((word for word in RARE_WORDS if word != token and _single_id(tokenizer, word) is not None), None)
+    others = () if tokenizer is None else RARE_WORDS
+    rare = next((word for word in others if word != token and _single_id(tokenizer, word) is not None), None)
     remedy = f"Use a rare single token such as {rare!r}." if rare else "Use a rare single token."
     if not re.fullmatch(r"[A-Za-z0-9_-]+", token):
         raise ConfigError(f"--token {token!r} may have only letters, digits, - and _ (it also names files).", remedy)
     if class_name and token.lower() in class_name.lower().split():
         raise ConfigError(f"--token {token!r} is part of the class name.", remedy)
+    if tokenizer is None:
+        return
     token_id = _single_id(tokenizer, token)
     if token_id is None and not learned:
         pieces = len(tokenizer(token, add_special_tokens=False).input_ids)

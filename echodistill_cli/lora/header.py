@@ -18,6 +18,8 @@ from echodistill_cli.lora.safetensors_io import body_sha256
 
 MODELSPEC_VERSION = "1.0.0"
 _TRUE_OF_THE_LORA = ("modelspec.hash_sha256", "modelspec.implementation")
+# Architectures of transformers. kohya's tools and A1111 do not have them, so headers lack the keys for these two.
+_TRANSFORMERS: Mapping[str, str] = {"sana": "sana", "flux2": "flux-2-klein"}
 # The architecture of the embedded pair, which no other tool has.
 _TOY = "echodistill-mini"
 # Readers accept 8 MiB of header. The cover is stored twice, and base64 adds a third to each copy.
@@ -30,7 +32,7 @@ class LoraHeader:
 
     Attributes:
         name: the file's stem, used as `<lora:name:1>`.
-        family: "sd" (Stable Diffusion 2 and SD-Turbo) or "sdxl".
+        family: "sd" (Stable Diffusion 2 and SD-Turbo), "sdxl", "sana" or "flux2".
         base_model: hub id, folder or file of the base model; only its last part is written.
         token: the word that stands for the subject.
         class_name: the subject's class; None if unknown.
@@ -42,7 +44,7 @@ class LoraHeader:
         seed: seed of the run.
         photos: number of photos trained on.
         role: "student" (few steps) or "teacher".
-        prediction_type: "epsilon", "v_prediction" or "sample", of the base model.
+        prediction_type: "epsilon", "v_prediction", "sample" or "flow", of the base model.
         usage: one line on how to generate with it, such as "1 step, guidance 0, 512x512".
         config_sha256: hash of the run's settings.
         version: version of echodistill.
@@ -88,12 +90,12 @@ def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = F
         minimal: return only the six keys without which kohya's tools fail and A1111 hides the file.
 
     Raises:
-        ConfigError: the family is neither "sd" nor "sdxl".
+        ConfigError: the family is unknown.
         ConfigError: A1111 reserves the name.
         ConfigError: the cover is too large.
     """
-    if lora.family not in ("sd", "sdxl"):
-        raise ConfigError(f"A LoRA header cannot describe family {lora.family!r}.", "Use sd or sdxl.")
+    if lora.family not in ("sd", "sdxl", *_TRANSFORMERS):
+        raise ConfigError(f"A LoRA header cannot describe family {lora.family!r}.", "Use sd, sdxl, sana or flux2.")
     if lora.name.lower() in RESERVED_NAMES:
         raise ConfigError(f"A1111 cannot load a LoRA named {lora.name!r}.", "Choose another --name.")
     metadata = _minimum(lora)
@@ -105,6 +107,8 @@ def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = F
 
 
 def _minimum(lora: LoraHeader) -> dict[str, str]:
+    if lora.family in _TRANSFORMERS:
+        return {"ss_base_model_version": _TRANSFORMERS[lora.family], "ss_network_dim": str(lora.rank)}
     sd = "sd_v2_v" if lora.prediction_type == "v_prediction" else "sd_v2"
     return {
         "ss_v2": str(lora.family == "sd"),
@@ -139,6 +143,8 @@ def _modelspec(lora: LoraHeader, digest: str) -> dict[str, str]:
     velocity = lora.prediction_type == "v_prediction"
     if lora.toy:
         architecture, implementation = _TOY, "echodistill"
+    elif lora.family in _TRANSFORMERS:
+        architecture, implementation = _TRANSFORMERS[lora.family], "diffusers"
     elif lora.family == "sdxl":
         architecture = "stable-diffusion-xl-v1-base"
         implementation = "https://github.com/Stability-AI/generative-models"
@@ -226,7 +232,7 @@ def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
 def a1111_card(metadata: Mapping[str, str]) -> dict[str, str | float]:
     """Return A1111's user metadata for a LoRA with this header."""
     base_model = metadata.get("ss_sd_model_name", "")
-    if metadata.get("modelspec.architecture", "").startswith(_TOY):
+    if metadata.get("modelspec.architecture", "").startswith((_TOY, *_TRANSFORMERS.values())):
         version = "Unknown"
     elif metadata.get("ss_base_model_version", "").startswith("sdxl"):
         version = "SDXL"

@@ -29,7 +29,7 @@ class Inspection:
         size: size in bytes.
         kind: "lora", "token", "checkpoint" (a whole model) or "unknown".
         format: as in `LoraFile`.
-        family: "sd1", "sd2", "sdxl" or "unknown".
+        family: "sd1", "sd2", "sdxl", "sana", "flux2" or "unknown".
         dtypes: dtypes of the tensors as safetensors names them, such as "F16".
         ranks: all ranks in the file.
         alphas: all α in the file; a module without α has α = rank.

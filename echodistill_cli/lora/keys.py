@@ -7,6 +7,7 @@ A *path* is a module's dotted name in diffusers and transformers, for text encod
     kohya, SDXL      lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q    (Stability's own "SGM" block names)
     diffusers        unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
     diffusers, old   unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q
+    transformers     transformer.transformer_blocks.0.attn1.to_q    (see `lora.transformer_keys`)
     peft             base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
 
 Sources: kohya-ss/sd-scripts `networks/lora.py`, diffusers 0.42.1 `loaders/lora_conversion_utils.py`, ComfyUI
@@ -19,7 +20,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from echodistill_cli.lora.transformer_keys import layers_of_kohya
+
 UNET, TEXT_ENCODER, TEXT_ENCODER_2 = "unet", "text_encoder", "text_encoder_2"
+TRANSFORMER = "transformer"
 KOHYA_PREFIXES = {
     "sd": {UNET: "lora_unet_", TEXT_ENCODER: "lora_te_"},
     "sdxl": {UNET: "lora_unet_", TEXT_ENCODER: "lora_te1_", TEXT_ENCODER_2: "lora_te2_"},
@@ -133,12 +137,14 @@ def locate(module: str) -> tuple[str, str] | None:
     Examples:
         "lora_te_text_model_encoder_layers_0_mlp_fc1" -> ("text_encoder", "text_model.encoder.layers.0.mlp.fc1")
     """
+    if layers_of_kohya(module):
+        return TRANSFORMER, module
     if module.startswith(("lora_", "lycoris_", "oft_unet_")):
         return _locate_kohya(module)
     module = _COMFY_TEXT.sub(
         lambda match: f"{_COMFY_TEXT_ENCODERS[match[1]]}.", module.removeprefix("base_model.model.")
     )
-    for component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2):
+    for component in (UNET, TEXT_ENCODER, TEXT_ENCODER_2, TRANSFORMER):
         if module.startswith(f"{component}."):
             return component, canonical(component, module.removeprefix(f"{component}."))
     if module.startswith("diffusion_model."):

@@ -15,9 +15,18 @@ from torch import Tensor
 
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import read_small
-from echodistill_cli.lora.keys import ARCHITECTURES, TEXT_ENCODER, TEXT_ENCODER_2, UNET, locate, split_key
+from echodistill_cli.lora.keys import (
+    ARCHITECTURES,
+    TEXT_ENCODER,
+    TEXT_ENCODER_2,
+    TRANSFORMER,
+    UNET,
+    locate,
+    split_key,
+)
 from echodistill_cli.lora.safetensors_io import Table, read_header, read_tensors
 from echodistill_cli.lora.tensors import ADAPTER_METADATA_KEY, BUNDLE_PREFIX, TOKEN_KEYS, LoraWeights
+from echodistill_cli.lora.transformer_keys import family_of_layers, layers_of_kohya
 
 _FAMILY_BY_CONTEXT = {shape.context: family for family, shape in ARCHITECTURES.items()}
 _CROSS_ATTENTION_INPUTS = ("attn2.to_k", "attn2.to_v")
@@ -36,7 +45,7 @@ class LoraModule:
     """One adapted module of a LoRA file.
 
     Attributes:
-        component: "unet", "text_encoder" or "text_encoder_2".
+        component: "unet", "transformer", "text_encoder" or "text_encoder_2".
         path: its name in diffusers or transformers; in text encoders with `text_model.`.
         down: key of A in the file.
         up: key of B in the file.
@@ -63,7 +72,7 @@ class LoraFile:
         metadata: the header's metadata.
         table: dtype ("F16") and shape of every tensor, by key.
         format: "kohya", "diffusers", "peft", "lycoris" (LoHa, LoKr, DoRA and others), "token" or "unknown".
-        family: "sd1", "sd2", "sdxl" or "unknown".
+        family: "sd1", "sd2", "sdxl", "sana", "flux2" or "unknown".
         modules: the modules with plain LoRA.
         unmatched: keys that belong to none of these modules.
         bundled: vectors of learned tokens that lie in the same file: key by token and text encoder.
@@ -104,15 +113,18 @@ class LoraFile:
         tensors = dict(read_tensors(self.path, [key for module in self.modules for key in (module.down, module.up)]))
         groups: dict[tuple[str, int, float], dict[str, Tensor]] = defaultdict(dict)
         for module in self.modules:
-            path = module.path if model_modules is None else self._model_path(module, model_modules)
             group = groups[module.component, module.rank, module.scale * module.rank]
-            group[f"{path}.lora_A.weight"] = tensors[module.down]
-            group[f"{path}.lora_B.weight"] = tensors[module.up]
+            # A layer may hold several of a model's, which share A.
+            paths = layers_of_kohya(module.path) or (module.path,)
+            for name, up in zip(paths, tensors[module.up].chunk(len(paths)), strict=True):
+                path = name if model_modules is None else self._model_path(module, name, model_modules)
+                group[f"{path}.lora_A.weight"] = tensors[module.down]
+                group[f"{path}.lora_B.weight"] = up
         return [LoraWeights(component, group, rank, alpha) for (component, rank, alpha), group in groups.items()]
 
-    def _model_path(self, module: LoraModule, model_modules: Mapping[str, Collection[str]]) -> str:
+    def _model_path(self, module: LoraModule, name: str, model_modules: Mapping[str, Collection[str]]) -> str:
         names = model_modules.get(module.component, ())
-        for path in (module.path, module.path.removeprefix("text_model.")):
+        for path in (name, name.removeprefix("text_model.")):
             if path in names:
                 return path
         raise ModelError(
@@ -323,7 +335,7 @@ def _format(table: Table, modules: Sequence[LoraModule]) -> str:
         return "unknown"
     if first.startswith("lora_"):
         return "kohya"
-    return "diffusers" if first.startswith(("unet.", "text_encoder")) else "peft"
+    return "diffusers" if first.startswith(("unet.", "text_encoder", "transformer.")) else "peft"
 
 
 def _is_token(table: Table) -> bool:
@@ -343,6 +355,13 @@ def _family(
     if _is_token(table):
         width = next(iter(table.values()))[1][-1]
         return "sdxl" if len(table) > 1 else _FAMILY_BY_CONTEXT.get(width, "unknown")
+    layers = {
+        path: table[keys["down"]][1][-1]
+        for (part, path), keys in places.items()
+        if part == TRANSFORMER and "down" in keys
+    }
+    if layers:
+        return family_of_layers(layers, metadata)
     for (component, name), keys in places.items():
         if (
             component == UNET

@@ -13,7 +13,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from echodistill_cli.lora.keys import (
     ARCHITECTURES,
@@ -30,6 +30,8 @@ from echodistill_cli.lora.keys import (
     unet_paths,
 )
 from echodistill_cli.lora.read import LoraFile
+from echodistill_cli.lora.transformer_keys import ARCHITECTURES as TRANSFORMERS
+from echodistill_cli.lora.transformer_keys import knows
 
 FORGE_TOLERATES = 12
 _OFT = frozenset({"oft_blocks", "oft_diag"})
@@ -62,8 +64,24 @@ class Verdict:
 
 def compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     """Return each reader's verdict on loading a LoRA file onto a model of the file's family."""
+    if file.family in TRANSFORMERS:
+        return _transformer_verdicts(file)
     known = _READERS if _is_common(file) else [reader for reader in _READERS if not reader.common_files_only]
     return tuple(_verdict(file, reader) for reader in known)
+
+
+def _transformer_verdicts(file: LoraFile) -> tuple[Verdict, ...]:
+    """Return the verdicts on a transformer's LoRA; ComfyUI reads the names of FLUX.2's own code."""
+    places = [locate(split_key(key).module) for key in file.table]
+    matched = sum(place is not None and knows(file.family, place[1]) for place in places)
+    count, rest = len(file.table), len(file.table) - matched
+    pipeline = TRANSFORMERS[file.family].pipeline
+    text = f"Loads completely with {pipeline}.load_lora_weights."
+    others = f"{rest} of its {count} keys are not of attention layers, which is all that is known here."
+    verdict = Verdict("diffusers", "partly" if rest else "fully", matched, rest, others if rest else text)
+    if file.format != "kohya":
+        return (verdict,)
+    return (verdict, replace(verdict, reader="ComfyUI", text=others if rest else "Loads completely."))
 
 
 def _is_common(file: LoraFile) -> bool:

@@ -25,12 +25,14 @@ from echodistill_cli.lora.keys import (
     TEXT_ATTENTION,
     TEXT_ENCODER,
     TEXT_ENCODER_2,
+    TRANSFORMER,
     UNET,
     canonical,
     has_sgm_names,
     kohya_module,
     split_key,
 )
+from echodistill_cli.lora.transformer_keys import kohya_layer, layers_of_kohya
 
 # The header key from which diffusers reads the adapters' configuration.
 ADAPTER_METADATA_KEY = "lora_adapter_metadata"
@@ -47,7 +49,7 @@ class LoraWeights:
     """The LoRA of one model component.
 
     Attributes:
-        component: "unet", "text_encoder" or "text_encoder_2".
+        component: "unet", "transformer", "text_encoder" or "text_encoder_2".
         tensors: `<module path>.lora_A.weight` [r, in] and `<module path>.lora_B.weight` [out, r] (convolutions:
             [r, in, k, k] and [out, r, 1, 1]), as `peft.utils.get_peft_model_state_dict` returns them; text encoders
             with or without `text_model.`.
@@ -66,7 +68,7 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
 
     Args:
         weights: at least one.
-        family: "sd" or "sdxl".
+        family: "sd", "sdxl" or "flux2".
         dtype: dtype of A and B; `.alpha` is always a float32 scalar.
 
     Raises:
@@ -75,8 +77,10 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
         ConfigError: an attention layer of an OpenCLIP text encoder lacks one of its four projections, which makes
             A1111 ignore the layer.
     """
+    if family == "flux2":
+        return _fused_tensors(weights, dtype)
     if family not in KOHYA_PREFIXES:
-        raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use sd or sdxl.")
+        raise ConfigError(f"kohya's format has no keys for family {family!r}.", "Use --format diffusers.")
     unet_paths = [split_key(key).module for part in weights if part.component == UNET for key in part.tensors]
     sgm = has_sgm_names(unet_paths)
     tensors: dict[str, Tensor] = {}
@@ -96,6 +100,25 @@ def kohya_tensors(weights: Sequence[LoraWeights], family: str, dtype: torch.dtyp
     return tensors
 
 
+def _fused_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return FLUX.2's tensors under kohya's keys: query, key and value are one layer of rank 3 r."""
+    groups: dict[str, dict[str, tuple[Tensor, Tensor]]] = defaultdict(dict)
+    for part in weights:
+        for path, down, up in folded(part, dtype):
+            groups[kohya_layer(path)][path] = (down, up)
+    tensors: dict[str, Tensor] = {}
+    for name, layers in groups.items():
+        paths = layers_of_kohya(name)
+        if layers.keys() != set(paths):
+            raise ConfigError(f"kohya's {name} needs a LoRA on all of {', '.join(paths)}.", "Use --format diffusers.")
+        down = torch.cat([layers[path][0] for path in paths])
+        tensors[f"{name}.lora_down.weight"] = down
+        ups = [layers[path][1] for path in paths]
+        tensors[f"{name}.lora_up.weight"] = torch.block_diag(*ups)  # type: ignore[no-untyped-call]
+        tensors[f"{name}.alpha"] = torch.tensor(float(len(down)))
+    return tensors
+
+
 def diffusers_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dict[str, Tensor]:
     """Return a LoRA file's tensors under diffusers' keys, as `save_lora_weights` names a UNet's attention.
 
@@ -112,9 +135,10 @@ def diffusers_tensors(weights: Sequence[LoraWeights], dtype: torch.dtype) -> dic
     tensors: dict[str, Tensor] = {}
     for part in weights:
         infix = "lora" if part.component == UNET else "lora_linear_layer"
+        ends = ("lora_A", "lora_B") if part.component == TRANSFORMER else (f"{infix}.down", f"{infix}.up")
         for path, down, up in folded(part, dtype):
-            tensors[f"{part.component}.{path}.{infix}.down.weight"] = down
-            tensors[f"{part.component}.{path}.{infix}.up.weight"] = up
+            tensors[f"{part.component}.{path}.{ends[0]}.weight"] = down
+            tensors[f"{part.component}.{path}.{ends[1]}.weight"] = up
     return tensors
 
 

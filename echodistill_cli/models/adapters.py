@@ -40,20 +40,29 @@ UNET_LAYERS: Mapping[str, tuple[str, ...]] = {
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
-def add_lora(module: Any, targets: tuple[str, ...], rank: int, alpha: float, seed: int) -> None:
+def layers_of(family: Family, targets: str) -> tuple[str, ...] | str:
+    """Return the layers that get the LoRA: endings of names in a UNet, a pattern in a transformer.
+
+    Args:
+        family: of the model.
+        targets: value of `adapter.targets`.
+    """
+    return family.layers[targets] if family.is_flow else UNET_LAYERS[targets]
+
+
+def add_lora(module: Any, targets: tuple[str, ...] | str, rank: int, alpha: float, seed: int) -> None:
     """Freeze a module and add a LoRA that does not change its output yet.
 
     Args:
-        module: a UNet or text encoder.
-        targets: endings of the names of the layers that get the LoRA.
+        module: a UNet, transformer or text encoder.
+        targets: endings of the names of the layers that get the LoRA, or a pattern of whole names.
         rank: of each LoRA.
         alpha: scale times rank.
         seed: decides the random start of A alone; B starts at zero.
     """
     module.requires_grad_(False)
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=True, lora_dropout=0.0
-    )
+    names = targets if isinstance(targets, str) else list(targets)
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights=True, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the distillation LoRA's
         torch.manual_seed(seed)

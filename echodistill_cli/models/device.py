@@ -19,21 +19,30 @@ import psutil
 import torch
 
 from echodistill_cli.config.build import PRESETS
-from echodistill_cli.config.families import FAMILIES, Family, Size, family_of_width, read_json
+from echodistill_cli.config.families import (
+    FAMILIES,
+    Family,
+    family_of_source,
+    family_of_width,
+    read_json,
+    settings_of,
+)
+from echodistill_cli.config.family import VAE as VAE
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.warnings import parse_gib
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.lora.transformer_keys import is_published
 from echodistill_cli.models.downloads import backbones
 from echodistill_cli.models.single_file import shipped_configuration
 from echodistill_cli.models.sources import resolve
 
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS: Mapping[torch.dtype, str] = {dtype: precision for precision, dtype in DTYPES.items()}
-VAE, TINY_DECODER = 83_653_863, 2_445_063  # parameters
+TINY_DECODER = 2_445_063  # parameters
 BACKBONES: Mapping[str, int] = {"dino": 21_665_664, "dinov2": 304_368_640, "clip": 303_966_208}
 # GiB per sample. The first two grow with the image; the backbones always see 224 pixels.
-_DECODER_ACTIVATIONS = {"full": 2.81, "tiny": 0.27}
+_TINY_ACTIVATIONS = 0.27
 _SLICED_WASSERSTEIN = 0.29  # always in float32, and sorted together with indices of 8 bytes
 # A UNet that runs the libraries' own code keeps more for the backward pass: with LoRA on all attentions, this much.
 _PLAIN = 1.65
@@ -159,7 +168,7 @@ def estimate(config: Config, family: Family, *, half: bool) -> Estimate:
     text_trained = size.text_adapter * config.text.rank if config.text.form == "lora" else 0
     trained = 2 * size.adapter[config.adapter.targets] * config.adapter.rank + text_trained
     # These VAEs overflow in fp16, so they stay in float32.
-    vae = VAE * (4 if config.model.precision == "fp16" else bytes_each)
+    vae = size.vae * (4 if config.model.precision == "fp16" else bytes_each)
     is_tiny = config.model.decoder == "tiny"  # then the VAE leaves the device once the photos are encoded
     critics = sum(BACKBONES.get(name, BACKBONES["clip"]) for name in backbones(config))
     weights = {
@@ -173,22 +182,34 @@ def estimate(config: Config, family: Family, *, half: bool) -> Estimate:
     if distillation and distillation.is_file():  # these files are in half precision, on disk and in memory
         weights["student LoRA"] = distillation.stat().st_size
     parts = {name: count / _GIB for name, count in weights.items()}
-    return Estimate(parts | {"activations": _activations(config, size, bytes_each / 2), "libraries": _BASE})
+    return Estimate(parts | {"activations": _activations(config, family, bytes_each / 2), "libraries": _BASE})
 
 
-def _activations(config: Config, size: Size, scale: float) -> float:
+def _activations(config: Config, family: Family, scale: float) -> float:
     """Return the peak in GiB. It is in the student's step: UNet, decoder and critics are in one graph."""
+    size = family.size
     unet = size.checkpointed if config.train.gradient_checkpointing else size.activations[config.adapter.targets]
-    if not config.train.gradient_checkpointing and (config.model.offload or config.model.student_lora):
+    plain = not family.is_flow and (config.model.offload or config.model.student_lora)
+    if plain and not config.train.gradient_checkpointing:
         unet *= _PLAIN
-    decoder = _DECODER_ACTIVATIONS[config.model.decoder]
+    decoder = size.decoder if config.model.decoder == "full" else _TINY_ACTIVATIONS
+    if not _trains_on_pixels(config):
+        decoder = 0.0  # only images of the echo and previews are decoded, without gradient
     if config.model.decoder == "full" and config.model.precision == "fp16":
         decoder *= 2
     latent_critic = "teacher" in config.critic.discriminators and bool(config.loss.adversarial)
-    by_area = (unet + decoder + latent_critic * _TEACHER_CRITIC * size.activations["cross-kv"]) * scale
+    critic = _TEACHER_CRITIC * size.activations["cross-kv"] if latent_critic else 0.0
+    by_area = (unet + decoder + critic) * scale
     by_area += _SLICED_WASSERSTEIN if config.loss.sliced_wasserstein else 0
     fixed = sum(_BACKBONE_ACTIVATIONS.get(name, _BACKBONE_ACTIVATIONS["clip"]) for name in backbones(config)) * scale
     return config.train.batch_size * (by_area * (config.model.resolution / 512) ** 2 + fixed)
+
+
+def _trains_on_pixels(config: Config) -> bool:
+    """Return whether a loss of the student is computed on decoded images."""
+    critics = set(config.critic.discriminators) - {"teacher"} if config.loss.adversarial else set()
+    identity = config.loss.identity and config.critic.identity != "none"
+    return bool(critics or identity or config.loss.sliced_wasserstein)
 
 
 def plan_memory(
@@ -206,7 +227,7 @@ def plan_memory(
         ConfigError: nothing fits.
     """
     settings: dict[str, Any] = {"model.precision": precision}
-    for saving in (_BEFORE_SAVINGS, *(saving for _flag, saving in _SAVINGS)):
+    for saving in (_BEFORE_SAVINGS, *(saving for _flag, saving in _savings(family))):
         settings |= saving
         config = build(settings)
         in_use = precision if config.model.precision == "auto" else config.model.precision
@@ -221,13 +242,20 @@ def plan_memory(
     )
 
 
+def _savings(family: Family | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield the savings that a family has; None for a toy, which is of SD's family."""
+    for flag, saving in _SAVINGS:
+        if family is None or family.tiny_decoder or "model.decoder" not in saving:
+            yield flag, saving
+
+
 def next_saving(config: Config) -> str:
     """Return the next setting to try after a run was out of memory, as an instruction.
 
     A saving counts only if it makes this run smaller: offloading, for example, does nothing with one shared base model.
     """
     in_fp32 = [("--precision bf16", {"model.precision": "bf16"})] if config.model.precision == "fp32" else []
-    for flag, saving in (*in_fp32, *_SAVINGS):
+    for flag, saving in (*in_fp32, *_savings(family_of(config.model))):
         try:
             smaller = _with_settings(config, saving)
         except ConfigError:  # it contradicts another setting
@@ -260,6 +288,9 @@ def family_of(model: ModelConfig) -> Family | None:
     }
     if model.student in known:
         return known[model.student]
+    family = family_of_source(model.student)
+    if family and family.is_flow:
+        return family if is_published(family.name, settings_of(model.student, family.denoiser) or {}) else None
     try:
         folder = resolve(model.student, ("unet",), revision=model.student_revision, offline=True)
         if folder.is_file():

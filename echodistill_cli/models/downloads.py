@@ -47,7 +47,6 @@ VOCABULARY_OWNERS = (
     "stabilityai/stable-diffusion-xl-base-1.0",
     "openai/clip-vit-large-patch14",
 )
-_UNET_PARTS = ("unet", "scheduler")
 # Settings that decide what is downloaded, apart from student, teacher and critics.
 _DECIDING = ("student_revision", "teacher_revision", "vae", "tokenizer", "decoder", "tiny_decoder", "variant")
 
@@ -87,9 +86,10 @@ def pair_sources(model: ModelConfig, *, teacher: bool = True) -> Iterator[Source
     family = family_of(model)
     replaced = (*(("vae",) if model.vae else ()), *(family.tokenizers if model.tokenizer else ()))
     shared = [part for part in family.parts if part not in replaced]
-    yield Source(model.student, (*_UNET_PARTS, *shared), model.student_revision)
+    own = (family.denoiser, "scheduler")
+    yield Source(model.student, (*own, *shared), model.student_revision)
     if teacher and (model.teacher, model.teacher_revision) != (model.student, model.student_revision):
-        yield Source(model.teacher, _UNET_PARTS, model.teacher_revision)
+        yield Source(model.teacher, own, model.teacher_revision)
     if model.vae:
         yield Source(model.vae, ("",))
     if model.decoder == "tiny":

@@ -353,6 +353,8 @@ def run_plain(module: Any) -> None:
 def _suits(unet: Any) -> bool:
     """Return whether a UNet's attentions and ResNet blocks are all of the kind that this module computes."""
     config = unet.config
+    if "encoder_hid_dim" not in config:  # a transformer
+        return False
     if config.encoder_hid_dim or config.cross_attention_norm or unet.training:
         return False
     blocks = [module for module in unet.modules() if isinstance(module, BasicTransformerBlock)]

@@ -1,23 +1,27 @@
 """Load a student and a teacher of one family from hub ids, folders or files into one `ModelPair`.
 
 The two may be separate models, or one base model whose student has a distillation LoRA. On a small device the two UNets
-alternate. Models of diffusers are created only here.
+alternate. Models of diffusers are created only here and in `models.flow`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from echodistill_cli.config.distilled import student_sampler
+from echodistill_cli.config.distilled import student_sampler, student_steps
 from echodistill_cli.config.families import (
+    FAMILIES,
     Family,
     check_index,
+    check_same_kind,
     check_unet,
+    family_of_transformer,
     family_of_unet,
     read_json,
     read_model_config,
@@ -31,6 +35,14 @@ from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.models.adapters import load_distillation_lora, share_weights
 from echodistill_cli.models.device import alternate_on_device, pick_device, pick_dtype
 from echodistill_cli.models.downloads import fetch_pair
+from echodistill_cli.models.flow import (
+    TEACHER_STEPS,
+    load_codec,
+    load_denoiser,
+    load_flow_schedule,
+    load_prompts,
+    load_words,
+)
 from echodistill_cli.models.parts import load_module, load_schedule, load_tokenizer, quiet_libraries
 from echodistill_cli.models.single_file import (
     configuration_folder,
@@ -46,6 +58,7 @@ from echodistill_cli.models.sources import resolve
 
 # Width of the UNet's first level, and of the text features that it reads.
 _SD1_WIDTHS = (320, 768)
+_TOKEN = 16  # pixels along one side
 
 
 @quiet_libraries()
@@ -62,6 +75,8 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     """
     for source in (config.student, config.teacher) if teacher else (config.student,):
         check_index(source)
+    if teacher:
+        check_same_kind(config.student, config.teacher)
     fetch_pair(config, teacher=teacher)
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
@@ -70,7 +85,7 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     student = replace(
         loader.denoiser(loader.student), timesteps=config.student_timesteps, sampler=student_sampler(config)
     )
-    family = family_of_unet(student.unet.config)
+    family = loader.family
     base = share_weights(student, loader.teacher.sizes) if config.student_lora and teacher else None
     if config.student_lora:
         load_distillation_lora(student, family, Path(config.student_lora), fold=base is None)
@@ -101,7 +116,7 @@ def check_pair(config: ModelConfig) -> list[Any]:
     """
     loader = _Loader(config, torch.float32, torch.device("cpu"))
     loader.check(teacher=True)
-    family = family_of_unet(loader.model_config(loader.student, "unet"))
+    family = loader.family
     return [loader.tokenizer(family, part) for part in family.tokenizers]
 
 
@@ -151,12 +166,16 @@ class _Loader:
         return resolve(source.name, parts, variant=config.variant, revision=source.revision, offline=config.offline)
 
     def check(self, *, teacher: bool) -> None:
-        """Check the JSON files of UNets, schedules and VAE, before any weights are read."""
-        channels, levels = self.latent_shape()
+        """Check the JSON files of denoisers, schedules and VAE, before any weights are read."""
+        part, is_flow = self.family.denoiser, self.family.is_flow
+        channels, levels = (None, 0) if is_flow else self.latent_shape()
         unets = {}
         for source in (self.student, self.teacher) if teacher else (self.student,):
-            unet = unets[source.name] = self.model_config(source, "unet")
-            with reading(self.settings(source, "unet") / "config.json"):
+            unet = unets[source.name] = self.model_config(source, part)
+            if is_flow:
+                self.schedule(source)
+                continue
+            with reading(self.settings(source, part) / "config.json"):
                 # A toy model may read text of this width too, but its first level is narrower.
                 widths = unet.get("block_out_channels", [0])
                 if source is self.student and (widths[0], unet.get("cross_attention_dim")) == _SD1_WIDTHS:
@@ -166,7 +185,19 @@ class _Loader:
                     _check_resolution(self.config.resolution, 2 ** (levels + len(widths) - 2))
             self.schedule(source)
         if teacher:
-            _check_family(unets[self.student.name], unets[self.teacher.name], self.config)
+            _check_family(unets[self.student.name], unets[self.teacher.name], self.config, self.family)
+
+    @cached_property
+    def family(self) -> Family:
+        """Family of the student, by the configuration of its denoiser."""
+        path = self.folder(self.student)
+        part = path / "transformer"
+        if path.is_dir() and (part / "config.json").is_file() and not (path / "unet").exists():
+            family = family_of_transformer(read_model_config(part))
+            if family is None:
+                raise ModelError(f"{self.student.name}: its transformer is not supported.", "Use another --model.")
+            return family
+        return family_of_unet(self.model_config(self.student, "unet"))
 
     def latent_shape(self) -> tuple[int | None, int]:
         """Return the VAE's latent channels and number of levels; None and 0 where its file does not say."""
@@ -182,25 +213,45 @@ class _Loader:
         return read_model_config(self.settings(source, part))
 
     def schedule(self, source: _Source) -> NoiseSchedule:
+        if self.family.is_flow:
+            return load_flow_schedule(self.settings(source, "scheduler"), *self.size_and_steps(source))
         prediction, path = source.prediction, self.folder(source, "scheduler")
         zero_snr = path.is_file() and zero_snr_in(path)
         if prediction == "auto" and path.is_file():
             prediction = prediction_in(path) or "auto"
         return load_schedule(self.settings(source, "scheduler"), prediction, zero_snr=zero_snr)
 
+    def size_and_steps(self, source: _Source) -> tuple[int, int]:
+        """Return how many tokens of 16 x 16 pixels an image has, and how many steps a model is sampled in."""
+        steps = student_steps(self.config) if source is self.student else TEACHER_STEPS
+        return (self.config.resolution // _TOKEN) ** 2, steps
+
     def denoiser(self, source: _Source) -> Denoiser:
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
         waits = self.config.offload and source is self.teacher
-        unet = self.load(UNet2DConditionModel, source, "unet", torch.device("cpu") if waits else self.device)
+        device = torch.device("cpu") if waits else self.device
+        if self.family.is_flow:
+            scheduler, load = self.settings(source, "scheduler"), partial(self.load_from, source, device)
+            return load_denoiser(self.family, load, scheduler, *self.size_and_steps(source))
+        unet = self.load(UNet2DConditionModel, source, "unet", device)
         original, target = source.sizes
         sized = family_of_unet(unet.config).size_conditioning
         sizes = (original, original, 0, 0, target, target) if sized else None
         return as_denoiser(unet, self.schedule(source), sizes)
 
+    def load_from(self, source: _Source, device: torch.device, kind: Any, part: str) -> Any:
+        return self.load(kind, source, part, device)
+
     def prompt_encoder(self, family: Family) -> PromptEncoder:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+        if family.is_flow:
+            encoder = load_prompts(
+                family, partial(self.load_from, self.student, self.device), self.settings(self.student, "tokenizer")
+            )
+            self.check_vocabulary(encoder.tokenizers[0], encoder.encoders[0])
+            return encoder
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         encoders = [self.load(kinds[part], self.student, part) for part in family.text_encoders]
         tokenizers = [self.tokenizer(family, part) for part in family.tokenizers]
@@ -219,6 +270,8 @@ class _Loader:
             )
 
     def tokenizer(self, family: Family, part: str) -> Any:
+        if family.is_flow:
+            return load_words(family, self.settings(self.student, part))
         path = self.folder(self.student, part) if self.config.tokenizer is None else None
         if path is not None and (path.is_dir() or self.student.single_file_config is not None):
             return load_tokenizer(self.settings(self.student, part))
@@ -239,6 +292,8 @@ class _Loader:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
+        if family.is_flow:
+            return load_codec(family, partial(self.load_from, self.student, self.device))
         source, part = self.vae_source()
         name = self.model_config(source, part).get("_class_name")
         vae = self.load(AutoencoderTiny if name == "AutoencoderTiny" else AutoencoderKL, source, part)
@@ -288,9 +343,9 @@ def _check_resolution(resolution: int, multiple: int) -> None:
         )
 
 
-def _check_family(student: Mapping[str, Any], teacher: Mapping[str, Any], config: ModelConfig) -> None:
-    """Check that both UNets share their latents and text features."""
-    for key in ("cross_attention_dim", "in_channels", "addition_embed_type"):
+def _check_family(student: Mapping[str, Any], teacher: Mapping[str, Any], config: ModelConfig, family: Family) -> None:
+    """Check that both models share their latents and text features, and transformers also their layers."""
+    for key in family.shared:
         if student.get(key) != teacher.get(key):
             raise ModelError(
                 f"Teacher {config.teacher} is of another family than {config.student}: {key} is {teacher.get(key)}, "
@@ -301,8 +356,9 @@ def _check_family(student: Mapping[str, Any], teacher: Mapping[str, Any], config
 
 def _check_fit(pair: ModelPair, config: ModelConfig) -> None:
     """Check the loaded models, which have defaults where their JSON files say nothing."""
-    unet = pair.student.unet.config
-    _check_resolution(config.resolution, pair.codec.factor * 2 ** (len(unet.block_out_channels) - 1))
-    check_unet(unet, config.student, pair.codec.channels)
+    unet, family = pair.student.unet.config, FAMILIES[pair.family]
+    _check_resolution(config.resolution, pair.codec.factor * pair.student.multiple)
+    if not family.is_flow:
+        check_unet(unet, config.student, pair.codec.channels)
     if pair.has_teacher:
-        _check_family(unet, pair.teacher.unet.config, config)
+        _check_family(unet, pair.teacher.unet.config, config, family)

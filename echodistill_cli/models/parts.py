@@ -114,7 +114,8 @@ def load_module(kind: Any, folder: Path, dtype: torch.dtype, variant: str | None
     variant = weight_variant(folder, variant)
     check_weights(folder, variant)
     if kind.__module__.startswith("transformers"):
-        extra["attn_implementation"] = "sdpa"  # a configuration may name code on the hub instead
+        # A configuration may name code on the hub instead. Gemma 2 has no fast attention.
+        extra["attn_implementation"] = "sdpa" if kind._supports_sdpa else "eager"
     options = {"dtype": dtype, "variant": variant, "use_safetensors": True, "local_files_only": True}
     with reading(folder):
         module, report = kind.from_pretrained(folder, output_loading_info=True, **options, **extra)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate, sample_latents, seeded_noise
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
@@ -36,6 +37,7 @@ from echodistill_cli.models.adapters import (
     lora_layers,
     trainable_parameters,
 )
+from echodistill_cli.models.flow_pipeline import check_flow_images, flow_pipeline
 from echodistill_cli.models.lean import run_plain
 from echodistill_cli.models.parts import quiet_libraries
 from echodistill_cli.models.single_file import sd_checkpoint, sdxl_checkpoint
@@ -60,6 +62,8 @@ _MOST_DIFFERENCE = 0.5
 
 def plain_pipeline(pair: ModelPair, role: Role) -> Any:
     """Return a stock diffusers pipeline that shares the modules of the pair."""
+    if FAMILIES[pair.family].is_flow:
+        return flow_pipeline(pair, role)
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
     shared = {
@@ -133,7 +137,9 @@ def _betas(alphas_cumprod: Tensor) -> Any:
 def components_of(pair: ModelPair, role: Role) -> dict[str, Any]:
     """Return the modules that a LoRA may change, by the name that LoRA files give them."""
     names = (TEXT_ENCODER, TEXT_ENCODER_2)
-    return {UNET: pair.role(role).unet} | dict(zip(names, pair.encoder.encoders, strict=False))
+    return {FAMILIES[pair.family].denoiser: pair.role(role).unet} | dict(
+        zip(names, pair.encoder.encoders, strict=False)
+    )
 
 
 def attach_lora(pair: ModelPair, role: Role, file: Path, scale: float = 1.0) -> None:
@@ -203,8 +209,8 @@ def _attach_with_diffusers(pair: ModelPair, role: Role, file: Path) -> None:
     if matched != count:
         raise ModelError(f"diffusers reads only {matched} of the {count} modules in {file}.")
     pipeline.set_adapters([ADAPTER], [1.0])
-    activate(pipeline.unet)
-    keep_on(pair.device, pipeline.unet)
+    activate(pair.role(role).unet)
+    keep_on(pair.device, pair.role(role).unet)
 
 
 def detach_lora(pair: ModelPair, role: Role) -> None:
@@ -306,9 +312,11 @@ def save_pipeline(pair: ModelPair, role: Role, folder: Path, dtype: torch.dtype,
     with atomically(folder) as temporary:
         with quiet_libraries():
             pipeline.save_pretrained(temporary)
-            _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
+            is_flow = FAMILIES[pair.family].is_flow
+            if not is_flow:
+                _restore_wrapper(temporary / TEXT_ENCODER / "model.safetensors")
             make_portable(temporary)
-            _check_same_latents(pair, role, temporary, parts)
+            (check_flow_images if is_flow else _check_same_latents)(pair, role, temporary, parts)
         if card is not None:
             write_text(temporary / "README.md", card)
 

@@ -133,7 +133,7 @@ class Artifact:
 
     @cached_property
     def family(self) -> str:
-        """The model family, "sd" or "sdxl". Reads the checkpoint of a run.
+        """The model family, such as "sd" or "sana". Reads the checkpoint of a run.
 
         Raises:
             ConfigError: the run has no such checkpoint.
@@ -195,7 +195,8 @@ class Artifact:
         if self.file is not None:
             return self.file.to_peft()
         config, state = self._trained
-        weights = [LoraWeights("unet", state["lora"][role], config.adapter.rank, _written_alpha(config, role))]
+        part = FAMILIES[self.family].denoiser
+        weights = [LoraWeights(part, state["lora"][role], config.adapter.rank, _written_alpha(config, role))]
         for component in _TEXT_ENCODERS:
             if component in state["lora"]:
                 tensors = state["lora"][component]
@@ -285,8 +286,7 @@ class Artifact:
     def _lora_header(self, role: Role, path: Path) -> LoraHeader:
         config, state = self._trained
         record, side = self.record or self._read_record(), config.model.resolution
-        student_lora = config.model.student_lora
-        together = f"together with {last_part(student_lora)}, " if student_lora else ""
+        together = f"together with {last_part(lora)}, " if (lora := config.model.student_lora) else ""
         if toy := is_embedded(config.model.student):
             together = "in echodistill only, "
         usage = {
@@ -377,6 +377,8 @@ def _copied_header(
         "ss_network_dim": rank,
         "ss_network_alpha": str(float(rank)) if len(ranks) == 1 else rank,  # the written tensors include alpha
     }
+    if FAMILIES[family].is_flow:  # unknown to kohya's tools and A1111
+        required = {key: metadata[key] for key in required if key in metadata}
     if minimal:
         return required
     digest = body_sha256(tensors)

@@ -11,15 +11,20 @@ from typing import Any
 
 from echodistill_cli import __version__
 from echodistill_cli.config.build import config_hash
-from echodistill_cli.config.distilled import is_trailing, steps_in_words, student_sampler
+from echodistill_cli.config.distilled import (
+    is_trailing,
+    sampling_in_words,
+    steps_in_words,
+    student_sampler,
+    student_steps,
+)
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.files import is_path, last_part, public_name
 from echodistill_cli.models.sources import is_embedded
 
-# Signs that a shell reads between double quotes.
-_SHELL_SIGNS = '"$`\\!'
+_SHELL_SIGNS = '"$`\\!'  # what a shell reads between double quotes
 # In a usage hint such as "25 steps, guidance 4.5, 512x512".
 _GUIDANCE, _SQUARE = re.compile(r"\bguidance (\d+(?:\.\d+)?)\b"), re.compile(r"\b(\d+)x\1\b")
 
@@ -77,6 +82,29 @@ settings = {{"num_inference_steps": 1, "guidance_scale": 0.0, "height": {side}, 
 image = pipe({prompt}, **settings).images[0]
 ```
 """
+# kohya's tools, A1111 and InvokeAI have no transformers of these families, or other names for their layers.
+_USE_FLOW = """\
+| tool | how |
+|---|---|
+| echodistill | `{sample}` |
+| diffusers | see below; {sampling} |
+
+The names of its layers are those of diffusers. Whether other tools read them was not checked.
+
+Before you publish this LoRA, read the license of the base model.
+
+```python
+import torch
+from diffusers import {pipeline}
+
+{place}pipe = {pipeline}.from_pretrained("{name}", torch_dtype=torch.bfloat16).to("cuda")
+pipe.load_lora_weights(".", weight_name="{file}")
+settings = {{"num_inference_steps": {steps}, {settings}, "height": {side}, "width": {side}}}
+image = pipe({prompt}, **settings).images[0]
+```
+"""
+# In one step SANA-Sprint has no timestep between; klein has no guidance.
+_FLOW_SETTINGS = {"sana": '"intermediate_timesteps": None', "flux2": '"guidance_scale": 1.0'}
 _TOKEN_ROW = """\
 | the token in these | put `{token}.safetensors` into `embeddings`; ComfyUI: write `embedding:{token}` in the prompt |
 """
@@ -155,7 +183,7 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
     toy, base = is_embedded(config.model.student), _hub_id(config.model.student)
-    front = f"base_model: {base}\n" if base else ""
+    front = f"base_model: {base}\n" * bool(base)
     front += f"instance_prompt: {json.dumps(config.subject, ensure_ascii=False)}\n"
     distilled = config.model.student_lora
     card = _CARD.format(
@@ -182,7 +210,15 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         echo=_echo(config, state),
         digest=config_hash(config)[:16],
     )
-    return _at_timesteps(card, config.model) if config.model.student_timesteps else card
+    adapt = _with_steps if FAMILIES[state["family"]].is_flow else _at_timesteps
+    return adapt(card, config.model) if config.model.student_timesteps else card
+
+
+def _with_steps(card: str, model: ModelConfig) -> str:
+    """Adapt a card to the number of a student's steps."""
+    if len(model.student_timesteps) < 2:
+        return card
+    return card.replace("**one step**", f"**{steps_in_words(model)}**").replace("one-step", "few-step")
 
 
 def _at_timesteps(card: str, model: ModelConfig) -> str:
@@ -205,7 +241,7 @@ def _at_timesteps(card: str, model: ModelConfig) -> str:
         ("sampler Euler, 1 step,", f"sampler {name}, {at}, {steps},"),
     ):
         card = card.replace(before, after)
-    return card if len(times) == 1 else card.replace("**one step**", f"**{steps}**").replace("one-step", "few-step")
+    return _with_steps(card, model)
 
 
 def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
@@ -217,24 +253,24 @@ def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) ->
         model: hub id, folder or file that the LoRA was folded into.
         header: of the LoRA file; the card shows the trigger phrase and the usage hint if it has them.
     """
-    labels = {"Subject": "modelspec.trigger_phrase", "Use with": "modelspec.usage_hint"}
-    facts = [f"{label}: {header[key]}.  \n" for label, key in labels.items() if header.get(key)]
-    student = role == "student"
-    return _MERGED.format(
+    labels = (("Subject", "modelspec.trigger_phrase"), ("Use with", "modelspec.usage_hint"))
+    facts = [f"{label}: {header[key]}.  \n" for label, key in labels if header.get(key)]
+    few = "," in header.get("echodistill.student_timesteps", "")
+    flow = {"sana": "sana", "flux-2-klein": "flux2"}.get(header.get("ss_base_model_version", ""))
+    card = _MERGED.replace("AutoPipelineForText2Image", "DiffusionPipeline") if flow else _MERGED
+    return card.format(
         base_model=f"base_model: {base}\n" if (base := _hub_id(model)) else "",
-        kind=("few-step" if "," in header.get("echodistill.student_timesteps", "") else "one-step")
-        if student
-        else "multi-step",
+        kind="multi-step" if role == "teacher" else "few-step" if few else "one-step",
         name=name,
         linked_model=_linked(model),
         version=__version__,
         facts="".join(["\n", *facts]) if facts else "",
         prompt=_python_prompt(header.get("modelspec.trigger_phrase", "...")),
-        settings=_merged_settings(role, header),
+        settings=_merged_settings(role, header, flow),
     )
 
 
-def _merged_settings(role: Role, header: Mapping[str, str]) -> str:
+def _merged_settings(role: Role, header: Mapping[str, str], flow: str | None) -> str:
     """Return the arguments of a merged model's pipeline, with which it generates what `sample` does."""
     hint = header.get("modelspec.usage_hint", "")
     # Unless they are said, diffusers takes guidance 7.5 and the size of the base model.
@@ -243,6 +279,8 @@ def _merged_settings(role: Role, header: Mapping[str, str]) -> str:
         guidance = "".join(f", guidance_scale={scale}" for scale in _GUIDANCE.findall(hint)[:1])
         return f", num_inference_steps=25{guidance}{size}"
     timesteps = header.get("echodistill.student_timesteps", "").split(",")
+    if flow:
+        return f", num_inference_steps={len(timesteps)}, {_FLOW_SETTINGS[flow].replace(': ', '=').replace(chr(34), '')}"
     # diffusers' DDIM takes no timesteps; the folder's own scheduler has them.
     exact = len(timesteps) > 1 and header.get("echodistill.student_sampler") != "ddim"
     steps = f"timesteps=[{', '.join(timesteps)}]" if exact else f"num_inference_steps={len(timesteps)}"
@@ -258,6 +296,8 @@ def _use_toy(config: Config, file: str) -> str:
 def _use(config: Config, state: Mapping[str, Any], file: str) -> str:
     """Return how to generate images with a LoRA of a model that other tools have."""
     family, prediction = str(state["family"]), str(state["prediction_types"]["student"])
+    if FAMILIES[family].is_flow:
+        return _use_flow(config, family, file)
     pipeline, pipe = _pipeline(config, family, prediction)
     # The pipeline of a folder takes the prediction type from its files, unless this run said otherwise.
     fixed = config.model.student_prediction != "auto" or "from_single_file" in pipe
@@ -283,6 +323,23 @@ def _use(config: Config, state: Mapping[str, Any], file: str) -> str:
         lora_lines=lora_lines,
         token_lines=token_lines,
         prompt=_python_prompt(subject),
+    )
+
+
+def _use_flow(config: Config, family: str, file: str) -> str:
+    """Return how to generate images with a LoRA of a transformer."""
+    name = public_name(config.model.student)
+    return _USE_FLOW.format(
+        sample=_sample_command(config, file),
+        sampling=sampling_in_words(config.model),
+        pipeline=FAMILIES[family].pipeline,
+        place="" if _hub_id(config.model.student) else f"# {name} is not on the hub. Write its path.\n",
+        name=name,
+        file=file,
+        steps=student_steps(config.model),
+        settings=_FLOW_SETTINGS[family],
+        side=config.model.resolution,
+        prompt=_python_prompt(config.subject),
     )
 
 

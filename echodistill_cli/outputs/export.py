@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from echodistill_cli.config.build import is_file_name
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.data.images import png_bytes
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
@@ -201,6 +202,11 @@ def _check_request(artifact: Artifact, request: ExportRequest) -> None:
             "--bundle-embedding needs a learned token and the kohya layout.",
             "Use it for a run with --text token, with --format kohya.",
         )
+    family = FAMILIES[artifact.family]
+    unknown = sorted(layouts - {"diffusers", "pipeline", "kohya" if family.name == "flux2" else "diffusers"})
+    if unknown and family.is_flow:
+        remedy = "Use --format diffusers, or --format pipeline for a whole model."
+        raise ConfigError(f"There is no {unknown[0]} layout for {artifact.family}.", remedy)
     if "onnx" in layouts:
         check_onnx("onnx", "onnxscript")
 
@@ -376,7 +382,7 @@ def write_results(
         ("teacher", teacher_lora, 1.0),
     )
     for role, file, _ in files:
-        write_lora(artifact, ExportItem(role, "kohya", file), ExportRequest())
+        write_lora(artifact, ExportItem(role, FAMILIES[artifact.family].layout, file), ExportRequest())
     if artifact.token_file:
         write_token(artifact, artifact.token_file)
     write_text(run.folder / "README.md", model_card(config, saved, lora, f"samples/{preview.name}"))

@@ -379,8 +379,8 @@ def prompt_notes(encoder: PromptEncoder, prompts: Sequence[str], token: str | No
     if long := [text for text in ids if len(ids[text]) > room]:
         cut = _short(tokenizer.decode(ids[long[0]][room:]))
         yield f"{_subject_of(long)} too long: the model reads {limit} tokens. It does not read {cut!r}."
-    word = list(tokenizer(token, add_special_tokens=False).input_ids) if token else []
-    if lacking := [text for text in ids if not _contains(ids[text][:room], word)]:
+    words = [tokenizer(word, add_special_tokens=False).input_ids for word in (token, f" {token}") if token]
+    if lacking := [text for text in ids if words and not any(_contains(ids[text][:room], word) for word in words)]:
         yield f"{_subject_of(lacking)} without the token {token!r}. The subject may be missing from the image."
     if marked := [text for text in ids if _UI_SYNTAX.search(text)]:
         yield f"{_subject_of(marked)} read as plain words: weights and <lora:...> tags have no effect."

@@ -212,13 +212,16 @@ def _set_sides(pair: ModelPair, settings: SamplingSettings) -> None:
         ConfigError: the UNet cannot halve a side often enough.
     """
     denoiser = pair.role(settings.role)
-    multiple = pair.codec.factor * 2 ** (len(denoiser.unet.config.block_out_channels) - 1)
+    multiple = pair.codec.factor * denoiser.multiple
     for flag, side in (("--width", settings.width), ("--height", settings.height)):
         if side is not None and side % multiple:
             near = max(side // multiple, 1) * multiple
             raise ConfigError(
                 f"{flag} {side} is not a multiple of {multiple}, which this model needs.", f"Try {flag} {near}."
             )
+    if settings.width or settings.height:
+        sides = [(side or settings.size) // pair.codec.factor for side in (settings.height, settings.width)]
+        denoiser.set_tokens(sides[0] * sides[1])
     if denoiser.time_ids is not None and (settings.width or settings.height):
         target = (settings.height or settings.size, settings.width or settings.size)
         original = target if denoiser.time_ids[:2] == (settings.size, settings.size) else denoiser.time_ids[:2]

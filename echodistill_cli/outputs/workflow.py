@@ -41,9 +41,9 @@ def comfyui_workflow(config: Config, lora: str, prediction: str = "epsilon") -> 
         prediction: what the student predicts, as the header of its LoRA says it: epsilon, v or sample.
 
     Returns:
-        None for a student that ComfyUI's nodes do not sample: the toy, or one with timesteps that they do not know.
+        None for a student that these nodes do not sample: the toy, a transformer, or one with timesteps of its own.
     """
-    if is_embedded(config.model.student) or not is_trailing(config.model):
+    if is_embedded(config.model.student) or not is_trailing(config.model) or prediction == "flow":
         return None
     name = last_part(config.model.student).removesuffix(".safetensors")
     token, subject = config.concept.token, config.subject

@@ -150,7 +150,7 @@ def _up_to(state: TrainingState, start: StudentStart, timesteps: Tensor) -> Tens
     if not start.place:
         return timesteps
     schedule = state.pair.teacher.schedule
-    return timesteps * (state.pair.student.timesteps[start.place] + 1) // (schedule.last_timestep + 1)
+    return timesteps * (state.pair.teacher_timestep(start.place) + 1) // (schedule.last_timestep + 1)
 
 
 @torch.no_grad()

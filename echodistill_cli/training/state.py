@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, TrainConfig
 from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.pair import ModelPair, Role
@@ -22,10 +23,10 @@ from echodistill_cli.diffusion.text import LearnedToken, check_token
 from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.models.adapters import (
     TEXT_LAYERS,
-    UNET_LAYERS,
     add_lora,
     at_strength,
     keep_on,
+    layers_of,
     load_lora_tensors,
     lora_tensors,
     trainable_parameters,
@@ -296,15 +297,14 @@ def build_state(
         ConfigError: the token does not fit the text encoder or the class name.
     """
     pair = pair or load_pair(config.model)
-    is_learned = config.text.form == "token"
-    check_token(pair.encoder.tokenizers[0], config.concept.token, config.concept.class_name, learned=is_learned)
+    words = None if FAMILIES[pair.family].is_flow else pair.encoder.tokenizers[0]
+    check_token(words, config.concept.token, config.concept.class_name, learned=config.text.form == "token")
     token = add_trained_parts(config, pair)
     pair.encoder.keep_null = config.text.form != "lora"  # a learned token is not in the empty prompt
     backbone = backbone or _backbone_loader(config, pair)
     needs_identity = config.loss.identity or config.echo.start is not None
     identity = backbone(config.critic.identity) if config.critic.identity != "none" and needs_identity else None
-    seed = seed_for(config, Stream.HEADS)
-    names = config.critic.discriminators if config.loss.adversarial else ()
+    names, seed = config.critic.discriminators if config.loss.adversarial else (), seed_for(config, Stream.HEADS)
     critics = build_discriminators(names, backbone, pair.teacher, config.critic.head_width, seed)
     critics = [critic.to(pair.device) for critic in critics]
     paired_critic = _paired_critic(config, pair)
@@ -336,7 +336,7 @@ def _paired_critic(config: Config, pair: ModelPair) -> PairedCritic | None:
 
 def add_trained_parts(config: Config, pair: ModelPair) -> LearnedToken | None:
     """Add LoRA to the UNets and the trained form of the text side; return the learned token, if any."""
-    layers, rank = UNET_LAYERS[config.adapter.targets], config.adapter.rank
+    layers, rank = layers_of(FAMILIES[pair.family], config.adapter.targets), config.adapter.rank
     for denoiser, stream in ((pair.student, Stream.STUDENT), (pair.loaded_teacher, Stream.TEACHER)):
         if denoiser is not None:
             add_lora(denoiser.unet, layers, rank, config.lora_alpha, seed_for(config, stream))

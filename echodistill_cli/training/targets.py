@@ -63,7 +63,7 @@ def multi_step_target(
             guidance_scale=settings.guidance_scale,
             init_latents=x0,
             strength=settings.target_strength,
-            first=state.pair.student.timesteps[start.place] if start.place else None,
+            first=state.pair.teacher_timestep(start.place) if start.place else None,
         )
     if state.config.replays:
         base = _base_class_images(state, start, prompts)

@@ -7,6 +7,8 @@ import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_scm import SCMScheduler
 from torch import Tensor
 
 from echodistill_cli.diffusion.schedule import (
@@ -14,6 +16,7 @@ from echodistill_cli.diffusion.schedule import (
     PredictionType,
     add_noise,
     ddim_step,
+    flow_schedule,
     guide,
     noise_from_x0,
     predict_x0,
@@ -157,3 +160,79 @@ def test_guiding_the_output_is_guiding_x0(prediction: PredictionType) -> None:
     guided = predict_x0(schedule(prediction), guide(first, second, 7.5), noisy, at)
     x0s = [predict_x0(schedule(prediction), output, noisy, at) for output in (first, second)]
     torch.testing.assert_close(guided, guide(x0s[0], x0s[1], 7.5), rtol=1e-4, atol=1e-3)
+
+
+# --- rectified flow ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_flow_is_noised_as_by_diffusers_flow_matching(shift: float) -> None:
+    euler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    flow = flow_schedule(shift)
+    # diffusers counts from 1000 down, and its timesteps are 1000 σ.
+    expected = euler.scale_noise(LATENTS, euler.timesteps[999 - TIMESTEPS], NOISE)
+    torch.testing.assert_close(add_noise(flow, LATENTS, NOISE, TIMESTEPS), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(1000 * flow.times(TIMESTEPS), euler.timesteps[999 - TIMESTEPS], rtol=1e-6, atol=1e-4)
+
+
+def test_a_flow_gives_noise_and_latent_back() -> None:
+    flow = flow_schedule(3.0)
+    noisy = add_noise(flow, LATENTS, NOISE, TIMESTEPS)
+    velocity = prediction_target(flow, LATENTS, NOISE, TIMESTEPS)
+    assert torch.equal(velocity, NOISE - LATENTS)
+    torch.testing.assert_close(predict_x0(flow, velocity, noisy, TIMESTEPS), LATENTS, rtol=0, atol=1e-5)
+    torch.testing.assert_close(noise_from_x0(flow, LATENTS, noisy, TIMESTEPS), NOISE, rtol=0, atol=1e-3)
+    assert torch.equal(pure_noise(flow, NOISE), NOISE)
+    torch.testing.assert_close(pure_noise(flow, NOISE, 499), 0.75 * NOISE)
+    # Losses are weighted by the share of the signal in the variance.
+    sigma = flow.times(TIMESTEPS)
+    expected = (1 - sigma) ** 2 / ((1 - sigma) ** 2 + sigma**2)
+    torch.testing.assert_close(flow.alpha_bar(TIMESTEPS), expected)
+
+
+@pytest.mark.parametrize(("steps", "shift"), [(1, 1.0), (4, 1.0), (4, 3.0)])
+def test_a_path_of_ddim_steps_in_a_flow_is_diffusers_euler_path(steps: int, shift: float) -> None:
+    euler, flow = FlowMatchEulerDiscreteScheduler(shift=shift), flow_schedule(shift)
+    euler.set_timesteps(sigmas=[1 - index / steps for index in range(steps)])
+    timesteps = trailing_timesteps(flow, steps)
+    ours = theirs = NOISE
+    for now, then, t in zip(timesteps, [*timesteps[1:], None], euler.timesteps, strict=True):
+        at = torch.full((len(ours),), now)
+        x0 = predict_x0(flow, unet(ours, now), ours, at)
+        ours = x0 if then is None else ddim_step(flow, x0, ours, now, then)
+        theirs = euler.step(unet(theirs, now), t, theirs).prev_sample
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+def test_trigflow_is_the_same_flow_in_other_coordinates() -> None:
+    # SANA-Sprint's pipeline converts between them; what is left is x0 = z_t - σ v, and the next z_t.
+    scm, flow, sigma_data = SCMScheduler(), flow_schedule(), 0.5
+    steps = (949, 499)
+    sigmas = [float(flow.times(torch.tensor([t]))) for t in steps]
+    angles = [torch.atan2(torch.tensor(s), torch.tensor(1 - s)) for s in sigmas]
+    scm.set_timesteps(2, timesteps=[*map(float, angles), 0.0], max_timesteps=None, intermediate_timesteps=None)
+    scm.set_begin_index(0)
+    at, s, sigma = torch.full((len(LATENTS),), steps[0]), angles[0], sigmas[0]
+    z_t = add_noise(flow, LATENTS, NOISE, at)
+    velocity = unet(z_t, steps[0])
+    norm = (sigma**2 + (1 - sigma) ** 2) ** 0.5
+    output = ((1 - 2 * sigma) * z_t + (1 - 2 * sigma + 2 * sigma**2) * velocity) / norm
+    sample = sigma_data * (torch.cos(s) * LATENTS + torch.sin(s) * NOISE)
+    generator = torch.Generator().manual_seed(5)
+    following, x0 = scm.step(sigma_data * output, s, sample, generator=generator, return_dict=False)
+    ours = predict_x0(flow, velocity, z_t, at)
+    torch.testing.assert_close(x0 / sigma_data, ours, rtol=0, atol=1e-5)
+    fresh = torch.randn(NOISE.shape, generator=torch.Generator().manual_seed(5))
+    then = torch.full_like(at, steps[1])
+    scale = torch.cos(angles[1]) + torch.sin(angles[1])  # from the circle to the line
+    expected = add_noise(flow, ours, fresh, then)
+    torch.testing.assert_close(following / sigma_data / scale, expected, rtol=0, atol=1e-5)
+
+
+def test_a_timestep_of_another_flow_is_the_one_with_as_much_noise() -> None:
+    plain, shifted = flow_schedule(), flow_schedule(3.0)
+    for t in (999, 749, 10):
+        there = shifted.timestep_like(plain, t)
+        assert abs(float(shifted.times(torch.tensor([there]))) - float(plain.times(torch.tensor([t])))) < 2e-3
+    assert shifted.timestep_like(shifted, 321) == 321
+    assert schedule().timestep_like(schedule("v_prediction"), 249) == 249

@@ -271,12 +271,12 @@ def test_a_teacher_of_another_family_is_refused_with_both_names(copied: Pair) ->
 
 @pytest.mark.parametrize("role", [0, 1])
 def test_a_model_without_a_unet_is_refused_by_its_kind_before_anything_else(copied: Pair, role: int) -> None:
-    index = {"_class_name": "SanaSprintPipeline", "transformer": ["diffusers", "SanaTransformer2DModel"]}
+    index = {"_class_name": "ZImagePipeline", "transformer": ["diffusers", "ZImageTransformer2DModel"]}
     (copied[role] / "model_index.json").write_text(json.dumps(index))
     (copied[1] / "unet" / "config.json").unlink()
-    with pytest.raises(ModelError, match="is a SanaSprintPipeline, which has no UNet and is not supported"):
+    with pytest.raises(ModelError, match="is a ZImagePipeline, which has no UNet and is not supported"):
         load_pair(settings(copied))
-    with pytest.raises(ModelError, match=f"{copied[role].name} is a SanaSprintPipeline"):
+    with pytest.raises(ModelError, match=f"{copied[role].name} is a ZImagePipeline"):
         check_settings(small_config(copied, {"dino": Path("dino"), "clip": Path("clip")}))
 
 
