@@ -204,7 +204,7 @@ def test_a_strangers_run_puts_nothing_into_the_page_that_is_not_its_own(
     (run.samples / "step-000001.png").unlink()
     (run.samples / "step-000001.png").symlink_to(tmp_path / "private.png")
     (run.samples / "step-000002.png").write_bytes(b"no image")
-    lines = [{"step": 1, HOSTILE: 1, "latent": True}, {"step": 2, HOSTILE: 2, "latent": "x"}]
+    lines = [{"step": 1, HOSTILE: 1, "latent": True}, {"step": 2, HOSTILE: 2}, {"step": 2, "latent": "x"}]
     text = "\n".join(map(json.dumps, lines)) + f'\n{{"step": 3, "latent": NaN, {json.dumps(HOSTILE)}: Infinity}}\n'
     run.metrics_file.write_text(text)
     caption = dataclasses.replace(photos[0], caption=HOSTILE)

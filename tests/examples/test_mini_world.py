@@ -38,6 +38,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     noise, latents = np.random.default_rng(0).standard_normal((2, len(CAPTIONS), 4, 16, 16)).astype(np.float16)
     (folder / "pairs-12").mkdir()
     np.savez(folder / "pairs-12" / "pairs-000.npz", noise=noise, latents=latents, ids=ids)
+    (folder / "latents-12").mkdir()
+    np.savez(folder / "latents-12" / "scenes-000.npz", latents=latents[::-1], captions=CAPTIONS[::-1])
     return folder
 
 
@@ -144,6 +146,15 @@ def test_matching_moves_an_image_along_the_difference_of_both_scores(work: Path)
     by_hand = (x0[0] - likelier) / away / drawn.numel()
     assert torch.nn.functional.cosine_similarity(gradient.flatten(), by_hand.flatten(), dim=0) > 0.99  # bfloat16
     assert float(gradient.norm()) == pytest.approx(float(by_hand.norm()), rel=0.05)
+
+
+def test_renders_of_a_pair_show_what_the_pair_does(work: Path) -> None:
+    stage = MatchedStage(work, 12, "cpu", batch_size=2)
+    *_, conditioning, renders = stage._rows(np.random.default_rng(0))
+    rows = np.random.default_rng(0).integers(0, len(CAPTIONS), 2)
+    # The latents of the pairs, in reverse order, stand for renders of the same captions.
+    assert torch.equal(renders, stage.pairs.latents[rows].float())
+    assert torch.equal(conditioning.hidden, stage.teacher.encode(stage.pairs.token_ids[rows]).hidden)
 
 
 def test_the_fake_score_learns_the_students_images_ahead_of_it_and_alone(

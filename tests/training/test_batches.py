@@ -81,9 +81,10 @@ def test_each_backbone_runs_on_the_students_images_once_per_step(
     assert state.identity_encoder in [critic.backbone for critic in state.critics]
     runs: list[tuple[str, bool]] = []
     image_features, latent_features = ImageBackbone.features, TeacherBackbone.features
+    batch = state.config.train.batch_size
 
     def of_image(backbone: ImageBackbone, image: Tensor) -> list[Tensor]:
-        runs.append(("image", image.requires_grad))
+        runs.append((f"{len(image) // batch} of images", image.requires_grad))
         return image_features(backbone, image)
 
     def of_latents(backbone: TeacherBackbone, images: ImageBatch) -> list[Tensor]:
@@ -93,9 +94,13 @@ def test_each_backbone_runs_on_the_students_images_once_per_step(
     monkeypatch.setattr(ImageBackbone, "features", of_image)
     monkeypatch.setattr(TeacherBackbone, "features", of_latents)
     training_step(state)
-    assert sorted(kind for kind, has_gradient in runs if has_gradient) == ["image", "image", "latent"]
-    # The identity encoder also runs on the target. Of the reals only the latent features depend on this step's noise.
-    assert sorted(kind for kind, has_gradient in runs if not has_gradient) == ["image", "latent"]
+    assert sorted(kind for kind, has_gradient in runs if has_gradient) == [
+        "1 of images",
+        "2 of images",  # the identity encoder sees the target in the same pass
+        "latent",
+    ]
+    # Of the reals only the latent features depend on this step's noise.
+    assert [kind for kind, has_gradient in runs if not has_gradient] == ["latent"]
 
 
 def test_discriminators_do_not_see_the_students_scenes(new_state: NewState) -> None:
