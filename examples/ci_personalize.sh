@@ -2,7 +2,7 @@
 # Train on every folder of photos in SUBJECTS, generate samples of each, and collect the LoRA files in OUT.
 # Usage: ci_personalize.sh SUBJECTS OUT [flags for train...]
 # Name each folder after the subject's class: subjects/dog/*.jpg. An interrupted run is resumed. A folder whose photos
-# cannot be used is skipped, and the script ends with 3. With --text token, each run folder has the token's file.
+# cannot be used is skipped, and the script ends with 3. The token's file belongs to the LoRA.
 set -euo pipefail
 
 if (($# < 2)); then
@@ -31,5 +31,6 @@ for photos in "$subjects"/*/; do
   lora=$(echodistill train "$photos" --token sks --class-name "$class_name" --output "$run" --quiet "${resume[@]}" "$@")
   echodistill sample --lora "$run" --prompt "a photo of a sks $class_name on the beach" -n 4 --output "$out/$class_name-samples"
   cp "$lora" "$out/$class_name.safetensors"
+  if [ -f "$run/sks.safetensors" ]; then cp "$run/sks.safetensors" "$out/$class_name-token.safetensors"; fi
 done
 exit "$result"

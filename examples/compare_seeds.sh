@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Generate every prompt with four seeds, with and without the LoRA side by side; prints one JSON object per prompt.
+# Generate every prompt with four seeds, with and without the LoRA side by side; prints one JSON object.
 # Usage: compare_seeds.sh RUN PROMPTS.txt OUT
 set -euo pipefail
 
@@ -9,6 +9,4 @@ if (($# != 3)); then
 fi
 run=$1 prompts=$2 out=$3
 
-while IFS= read -r prompt; do
-  echodistill sample --lora "$run" --prompt "$prompt" -n 4 --seed 100 --compare --output "$out" --json --quiet
-done < "$prompts"
+echodistill sample --lora "$run" --prompt-file "$prompts" -n 4 --seed 100 --compare --output "$out" --json --quiet

@@ -177,7 +177,8 @@ def test_the_action_keeps_texts_of_others_out_of_its_scripts_and_its_example_fit
     required = {name for name, about in action["inputs"].items() if about.get("required")}
     assert required <= set(given) <= set(action["inputs"])
     (upload,) = [step["with"]["path"] for step in job["steps"] if "upload-artifact" in step.get("uses", "")]
-    assert upload == "${{ steps.subject.outputs.lora }}", "a run folder has a report with photos"
+    outputs = [f"${{{{ steps.subject.outputs.{name} }}}}" for name in action["outputs"]]
+    assert upload.split("\n")[:-1] == outputs, "a run folder has a report with photos"
 
 
 def test_the_pre_commit_hooks_look_at_photos_settings_and_reports() -> None:

@@ -263,7 +263,7 @@ class CriticConfig:
 
 @dataclass(frozen=True)
 class EchoConfig:
-    """The echo phase: the student's own images of the subject, filtered, train both models."""
+    """The echo phase: the student's own images of the subject, filtered, decide on the carry back."""
 
     start: int | None = setting(60, "step at which the echo phase starts, or off", minimum=1)
     every: int = count(40, "steps between two refreshes of the echo pool")

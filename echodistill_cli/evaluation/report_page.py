@@ -153,7 +153,7 @@ def _head(report: Report) -> str:
     return (
         f'<h1>{escape(report.title)}</h1>\n<p class="soft">The subject <b>{escape(report.subject)}</b>, '
         f'by echodistill {escape(report.version)}.</p>\n<p class="note"><b>This page contains {count} of the subject.'
-        "</b> Share it with people who may see them. <code>export</code>, its uploads and copies in a "
+        "</b> Share it only with people who may see them. <code>export</code>, its uploads and copies in a "
         f"<code>--store</code> leave this page out.</p>\n<dl>{facts}</dl>"
     )
 

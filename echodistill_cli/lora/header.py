@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +54,7 @@ class LoraHeader:
         toy: whether the base model is the embedded toy pair, which no other tool has.
         timesteps: of the student's steps; empty for the last timestep.
         sampler: of the student: "euler", "ddim" or "lcm".
+        learned: whether the token has a learned vector, which stands in a file of its own.
     """
 
     name: str
@@ -79,6 +80,7 @@ class LoraHeader:
     toy: bool = False
     timesteps: tuple[int, ...] = ()
     sampler: str = "euler"
+    learned: bool = False
 
 
 def header(lora: LoraHeader, tensors: Mapping[str, Tensor], *, minimal: bool = False) -> dict[str, str]:
@@ -183,7 +185,24 @@ def _echodistill(lora: LoraHeader) -> dict[str, str]:
     }
     if lora.timesteps:
         fields |= {"student_timesteps": ",".join(map(str, lora.timesteps)), "student_sampler": lora.sampler}
+    if lora.learned:
+        fields["token_file"] = f"{lora.token}.safetensors"
     return {f"echodistill.{key}": value for key, value in fields.items()}
+
+
+def notes_on_use(metadata: Mapping[str, str], name: str, role: str, token: str | None) -> Iterator[str]:
+    """Yield a line for each reason why a LoRA file will not do what was trained.
+
+    Args:
+        metadata: the file's header.
+        name: of the file.
+        role: that it is used for.
+        token: that has a learned vector at hand; None if there is none.
+    """
+    if (trained := metadata.get("echodistill.role", role)) != role:
+        yield f"{name} was trained for the {trained}. Use it with --role {trained}."
+    if "echodistill.token_file" in metadata and token is None:
+        yield f"{name} was trained with a learned token, which stands in another file. Use --lora with the run folder."
 
 
 def _cover(cover: bytes | None) -> dict[str, str]:

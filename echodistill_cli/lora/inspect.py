@@ -158,6 +158,8 @@ def _notes(file: LoraFile, kind: str) -> list[str]:
         notes.append(
             "A learned token is bundled into the file. A1111 and SD.Next read it; ComfyUI does as an embedding."
         )
+    elif token := file.metadata.get("echodistill.token_file"):
+        notes.append(f"Its token was learned. Load {token} as an embedding, too.")
     if file.unclear:
         notes.append(f"The strength is not known: {file.unclear}. echodistill does not load it.")
     if file.strength_source and any(module.scale != 1 for module in file.modules):
@@ -179,9 +181,10 @@ def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     else:
         diffusers = "fully", "Loads completely with load_textual_inversion."
     by_name = f"Loads from the embeddings folder; write {token}, the file's name, in the prompt."
+    in_brackets = f"Import it in the model manager; write <{token}> in the prompt."
     one_row = all(len(shape) == 1 for _, shape in file.table.values())
     invoke = (
-        ("fully", by_name)
+        ("fully", in_brackets)
         if count > 1 or one_row
         else ("no", "Does not identify a token file with rows: it knows [n].")
     )

@@ -220,12 +220,15 @@ class _Progress:
 
 
 def _outcome(subject: Subject, started: float, progress: _Progress, status: str, **fields: Any) -> Outcome:
+    steps = subject.config.train.steps if status == "done" else progress.steps
+    # Without a step of its own, a finished attempt found all of them saved.
+    begun_from = steps if status == "done" else 0
     return Outcome(
         subject.name,
         status,
         attempt=subject.attempts + 1,
-        begun_from=progress.begun_from or 0,
-        steps=subject.config.train.steps if status == "done" else progress.steps,
+        begun_from=begun_from if progress.begun_from is None else progress.begun_from,
+        steps=steps,
         seconds=round(time.monotonic() - started, 2),
         config_hash=subject.fingerprint,
         photos=photos_fingerprint(Path(subject.config.concept.photos)),

@@ -286,9 +286,8 @@ class Artifact:
     def _lora_header(self, role: Role, path: Path) -> LoraHeader:
         config, state = self._trained
         record, side = self.record or self._read_record(), config.model.resolution
-        together = f"together with {last_part(lora)}, " if (lora := config.model.student_lora) else ""
-        if toy := is_embedded(config.model.student):
-            together = "in echodistill only, "
+        toy, lora = is_embedded(config.model.student), config.model.student_lora
+        together = "in echodistill only, " if toy else f"together with {last_part(lora)}, " if lora else ""
         usage = {
             "student": f"{together}{sampling_in_words(config.model)}, {side}x{side}",
             "teacher": f"25 steps, guidance {config.train.guidance_scale:g}, {side}x{side}",
@@ -317,6 +316,7 @@ class Artifact:
             toy=toy,
             timesteps=config.model.student_timesteps,
             sampler=student_sampler(config.model),
+            learned=config.text.form == "token",
         )
 
     def _read_record(self) -> TrainingRecord:

@@ -24,6 +24,7 @@ from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
 from echodistill_cli.errors import ConfigError, ModelError
 from echodistill_cli.files import make_folder, public_name
+from echodistill_cli.lora.header import notes_on_use
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import attach_lora, fold_lora
@@ -238,9 +239,8 @@ def attach(generator: Generator, request: SampleRequest, on_message: OnMessage) 
     pair, tokens = generator.pair, list[str]()
     for index, (artifact, scale) in enumerate(generator.artifacts):
         lora = artifact.lora(request.role)
-        role = artifact.metadata(request.role).get("echodistill.role", request.role)
-        if role != request.role:
-            on_message(f"{lora.name} was trained for the {role}. Use it with --role {role}.")
+        for line in notes_on_use(artifact.metadata(request.role), lora.name, request.role, artifact.token):
+            on_message(line)
         if index:
             _fold(pair, request, lora, scale)
         else:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from echodistill_cli.errors import ConfigError
-from echodistill_cli.lora.header import LoraHeader, header
+from echodistill_cli.lora.header import LoraHeader, header, notes_on_use
 from echodistill_cli.lora.safetensors_io import write_safetensors
 from echodistill_cli.lora.tensors import kohya_tensors
 from tests.helpers.lora_files import SMALL
@@ -55,6 +55,18 @@ def test_the_header_is_all_text_and_says_nothing_about_the_machine() -> None:
     assert metadata["modelspec.date"] == "2023-11-14T22:14:20+00:00"
     assert float(metadata["ss_training_started_at"]) == LORA.started_at
     assert len(json.loads(metadata["ssmd_cover_images"])) == 1
+
+
+def test_a_lora_whose_token_was_learned_says_so_where_the_token_is_missing() -> None:
+    learned = header(dataclasses.replace(LORA, learned=True), kohya_tensors([SMALL], "sd", torch.float16))
+    assert learned["echodistill.token_file"] == "sks.safetensors"
+    (line,) = notes_on_use(learned, "sks-dog.safetensors", "student", None)
+    assert "learned token, which stands in another file" in line
+    assert not [*notes_on_use(learned, "sks-dog.safetensors", "student", "sks")]
+    plain = header(LORA, kohya_tensors([SMALL], "sd", torch.float16))
+    assert not [*notes_on_use(plain, "sks-dog.safetensors", "student", None)]
+    (line,) = notes_on_use(plain, "sks-dog.safetensors", "teacher", None)
+    assert "trained for the student" in line
 
 
 def test_the_header_names_the_sdxl_family_as_each_reader_wants_it() -> None:
