@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
+# Gradio's client closes its event stream when no event is pending, and now and then logs that as an error.
+OWN_ABORT = "AbortError: BodyStreamBuffer was aborted"
 # Settings of a training that ends soon: for what happens around it, not for its result.
 SHORT = """
 [concept]
@@ -87,7 +89,7 @@ class Visit:
     Attributes:
         page: playwright's page.
         hosts: of all requests.
-        complaints: errors on the page's console.
+        complaints: errors on the page's console, without the client's own closing of a stream.
     """
 
     def __init__(self, started: Browser, address: str, *, width: int = 1280, height: int = 860, dark: bool = False):
@@ -98,14 +100,18 @@ class Visit:
         self.hosts: set[str] = set()
         self.complaints: list[str] = []
         self.page.on("request", lambda request: self._note(request.url))
-        self.page.on("console", lambda line: self.complaints.append(line.text) if line.type == "error" else None)
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda line: self._complain(line.text) if line.type == "error" else None)
+        self.page.on("pageerror", lambda error: self._complain(str(error)))
         self.page.goto(address)
         self.page.wait_for_selector("#picture figure, #upload")
 
     def _note(self, url: str) -> None:
         if not url.startswith(("data:", "blob:")):
             self.hosts.add(url.split("/")[2].partition(":")[0])
+
+    def _complain(self, text: str) -> None:
+        if OWN_ABORT not in text:
+            self.complaints.append(text)
 
     def picture(self, which: str = "picture") -> str:
         """Return the image that is shown, as it is embedded in the page."""
