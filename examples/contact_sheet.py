@@ -9,38 +9,38 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 
 import echodistill_cli as ed
 from echodistill_cli.cli.options import quiet_libraries
+from echodistill_cli.data.grids import caption
 from echodistill_cli.runs import open_run
 
-TILE, GAP, LINE = 128, 6, 18
+TILE, GAP, HEADING = 128, 8, 22
 Picture = Image.Image
 
 
 def labelled(image: Picture, text: str) -> Picture:
-    """Return a tile with a line of text below the image."""
-    tile = Image.new("RGB", (TILE, TILE + LINE), "white")
+    """Return a tile with a caption below the image."""
+    below = caption(text, TILE)
+    tile = Image.new("RGB", (TILE, TILE + below.height), "white")
     tile.paste(ImageOps.fit(image.convert("RGB"), (TILE, TILE), Image.Resampling.LANCZOS))
-    draw = ImageDraw.Draw(tile)
-    sizes = (ImageFont.load_default(size) for size in (11, 10, 9, 8))
-    font = next((font for font in sizes if draw.textlength(text, font) <= TILE - 2), ImageFont.load_default(7))
-    draw.text((2, TILE + 2), text, fill="black", font=font)
+    tile.paste(below, (0, TILE))
     return tile
 
 
 def sheet(rows: Sequence[tuple[str, Sequence[Picture]]]) -> Picture:
     """Return an image of rows of tiles, each row under a heading."""
     widest = max(len(tiles) for _, tiles in rows)
-    height = TILE + LINE
-    whole = Image.new("RGB", (GAP + widest * (TILE + GAP), len(rows) * (height + LINE + GAP) + GAP), "white")
-    draw = ImageDraw.Draw(whole)
-    for index, (heading, tiles) in enumerate(rows):
-        top = GAP + index * (height + LINE + GAP)
-        draw.text((GAP, top), heading, fill="black", font=ImageFont.load_default(13))
+    width = GAP + widest * (TILE + GAP)
+    heights = [HEADING + max(tile.height for tile in tiles) + GAP for _, tiles in rows]
+    whole = Image.new("RGB", (width, sum(heights) + GAP), "white")
+    top = GAP
+    for (heading, tiles), height in zip(rows, heights, strict=True):
+        whole.paste(caption(heading, width - 2 * GAP, 1, size=14), (GAP - 2, top))
         for column, tile in enumerate(tiles):
-            whole.paste(tile, (GAP + column * (TILE + GAP), top + LINE))
+            whole.paste(tile, (GAP + column * (TILE + GAP), top + HEADING))
+        top += height
     return whole
 
 

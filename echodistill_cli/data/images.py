@@ -1,4 +1,4 @@
-"""Read image files as upright 8-bit sRGB without transparency, and write PNGs and grids.
+"""Read image files as upright 8-bit sRGB without transparency, and write PNGs.
 
 An alpha channel that cuts out a subject is returned separately.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import os
 import re
 import struct
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from echodistill_cli.files import explained, scratch, write_bytes
 
@@ -296,56 +295,9 @@ def _flatten(rgb: Image.Image, alpha: Image.Image | None, notes: Notes) -> tuple
     return canvas, alpha if transparent >= MIN_TRANSPARENT else None
 
 
-_GAP = 2  # pixels between the images of a grid
-_LABEL_LINES = 3  # a longer label is cut
-
-
 def to_image(pixels: Tensor) -> Image.Image:
     """Return uint8 pixels [H, W, 3] as a Pillow image."""
     return Image.fromarray(pixels.numpy())
-
-
-def grid(images: Sequence[Image.Image], columns: int | None = None, labels: Sequence[str] | None = None) -> Image.Image:
-    """Arrange images of one size in a grid, as square as possible unless `columns` is given.
-
-    Args:
-        images: at least one.
-        columns: images per row.
-        labels: one text per image, written below it; None for no text.
-    """
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    width, height = images[0].size
-    texts = [_label(text, width) for text in labels or ()]
-    step = height + max((text.height for text in texts), default=0) + _GAP
-    size = (columns * (width + _GAP) - _GAP, math.ceil(len(images) / columns) * step - _GAP)
-    sheet = Image.new("RGB", size, "white")
-    for index, image in enumerate(images):
-        left, top = index % columns * (width + _GAP), index // columns * step
-        sheet.paste(image, (left, top))
-        if texts:
-            sheet.paste(texts[index], (left, top + height))
-    return sheet
-
-
-def _label(text: str, width: int) -> Image.Image:
-    """Return black text on white, wrapped to a width in pixels."""
-    size = max(10, min(width // 32, 24))
-    # Without FreeType there is one size, and only Latin characters.
-    scalable = features.check("freetype2")
-    font = ImageFont.load_default(size) if scalable else ImageFont.load_default()
-    text = text if scalable else text.encode("latin-1", "replace").decode("latin-1")
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = [*lines[:-1], longer] if font.getlength(longer) <= width else [*lines, word]
-    lines = [line for line in lines if line]
-    if len(lines) > _LABEL_LINES:
-        lines = [*lines[: _LABEL_LINES - 1], f"{lines[_LABEL_LINES - 1]} ..."]
-    height = round(size * 1.3)
-    label = Image.new("RGB", (width, max(len(lines), 1) * height + 2), "white")
-    for row, line in enumerate(lines):
-        ImageDraw.Draw(label).text((1, 1 + row * height), line, fill="black", font=font)
-    return label
 
 
 def png_bytes(image: Image.Image, texts: Mapping[str, str] | None = None, level: int = 6) -> bytes:

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from echodistill_cli import __version__
+from echodistill_cli.data.grids import tile
 from echodistill_cli.data.images import Notes, UnusableError, data_uri, read_image
 from echodistill_cli.data.photos import Photo
 from echodistill_cli.diffusion.pair import Role
@@ -32,7 +33,6 @@ _PHOTO, _TILE = 480, 320  # pixels at most
 _MOST_PHOTOS, _MOST_STEPS, _MOST_PROMPTS = 24, 8, 24
 _COLUMNS: Mapping[str, str] = {"base": "base model", "student": "student", "teacher": "teacher"}
 _NOT_LOSSES = re.compile(r"step|.*_step|lr_.*|grad_norm_.*|step_seconds|peak_memory_mib")
-_GAP = 2  # pixels between the tiles of a preview
 _SCORE_NOTE = (
     "Mean cosines: CLIP-I and DINO of images with photos, CLIP-T of images with prompts. The last row compares the "
     "photos with each other; it is no upper limit."
@@ -212,13 +212,10 @@ def _tiles(run: Run, file: Path) -> Iterator[tuple[str, Image.Image]]:
     """
     sheet = _inside(run.samples, file.name)
     prompts = [text for text in str(sheet.info.get("prompts", "")).split(" | ") if text] if sheet else []
-    side, seeds = run.config.model.resolution, run.config.run.sample_seeds
-    if not sheet or not prompts or sheet.width != 2 * seeds * (side + _GAP) - _GAP:
-        return
-    step = (sheet.height + _GAP) // math.ceil(len(prompts) / 2)
-    for index, prompt in enumerate(prompts):
-        left, top = index % 2 * seeds * (side + _GAP), index // 2 * step
-        yield prompt, sheet.crop((left, top, left + side, top + side))
+    seeds, rows = run.config.run.sample_seeds, math.ceil(len(prompts) / 2)
+    for index, prompt in enumerate(prompts if sheet else ()):
+        if sheet and (image := tile(sheet, index * seeds, 2 * seeds, rows, run.config.model.resolution)):
+            yield prompt, image
 
 
 def _inside(folder: Path, name: str) -> Image.Image | None:

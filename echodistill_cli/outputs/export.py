@@ -23,6 +23,8 @@ from PIL import Image
 
 from echodistill_cli.config.build import is_file_name
 from echodistill_cli.config.families import FAMILIES
+from echodistill_cli.config.schema import Config
+from echodistill_cli.data.grids import tile
 from echodistill_cli.data.images import png_bytes
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
@@ -40,12 +42,7 @@ from echodistill_cli.lora.tensors import (
 )
 from echodistill_cli.models.device import DTYPES
 from echodistill_cli.models.load import load_pair
-from echodistill_cli.outputs.apply import (
-    check_same_images,
-    fold_lora,
-    save_checkpoint,
-    save_pipeline,
-)
+from echodistill_cli.outputs.apply import check_same_images, fold_lora, save_checkpoint, save_pipeline
 from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run
 from echodistill_cli.outputs.card import merged_card, model_card
 from echodistill_cli.outputs.hub import exported_files, push, run_files
@@ -373,7 +370,7 @@ def write_results(
     config, step = run.config, int(saved["step"])
     finished = time.time()
     preview = run.samples / f"step-{step:06d}.png"
-    record = TrainingRecord(started, finished, _cover(preview, config.model.resolution))
+    record = TrainingRecord(started, finished, _cover(preview, config))
     artifact = from_run(run, state=saved, record=record)
     lora, teacher_lora = artifact.lora_path("student"), artifact.lora_path("teacher")
     make_folder(teacher_lora.parent)
@@ -394,7 +391,8 @@ def write_results(
     return TrainResult(run.folder, lora, teacher_lora, artifact.token_file, step, finished - started)
 
 
-def _cover(preview: Path, side: int) -> bytes:
+def _cover(preview: Path, config: Config) -> bytes:
     """Return the first image of the last preview as a PNG small enough for a header."""
     with Image.open(preview) as sheet:
-        return png_bytes(sheet.convert("RGB").crop((0, 0, side, side)).resize((256, 256), Image.Resampling.LANCZOS))
+        first = tile(sheet.convert("RGB"), 0, 2 * config.run.sample_seeds, 1, config.model.resolution) or sheet
+        return png_bytes(first.convert("RGB").resize((256, 256), Image.Resampling.LANCZOS))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import tempfile
 import time
@@ -18,7 +17,8 @@ from echodistill_cli import __version__
 from echodistill_cli.config.build import PRESETS, build_config
 from echodistill_cli.config.distilled import student_steps
 from echodistill_cli.config.schema import ModelConfig
-from echodistill_cli.data.images import a1111_text, grid, save_new_png, save_png, to_image
+from echodistill_cli.data.grids import grid, reduced
+from echodistill_cli.data.images import a1111_text, save_new_png, save_png, to_image
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
@@ -37,7 +37,6 @@ OnImage = Callable[[int, int], None]  # called with the number of finished image
 
 _MOST_COLUMNS = 8  # a row of the grid shows the images of one prompt, up to this number
 _MOST_TILES = 100  # more images get no grid
-_GRID_PIXELS = 2**24  # larger images are reduced, so that the memory of a grid has a limit
 
 
 @dataclass(frozen=True)
@@ -353,7 +352,7 @@ def write_samples(
         number += 1
         images.append(_entry(file, one))
         if 1 < total <= _MOST_TILES:
-            tiles.append(_tile(image, total))
+            tiles.append(reduced(image, total))
         files.append(file)
         seconds += one.seconds
         on_image(len(files), total)
@@ -374,13 +373,6 @@ def _entry(file: Path, one: Sample) -> dict[str, Any]:
         save_png(alone, one.image, one.texts)
         entry["alone"] = str(alone)
     return entry
-
-
-def _tile(image: Image.Image, total: int) -> Image.Image:
-    """Return an image as large as the grid of `total` images allows."""
-    shrink = math.sqrt(min(1.0, _GRID_PIXELS / (total * image.width * image.height)))
-    size = (max(1, int(image.width * shrink)), max(1, int(image.height * shrink)))
-    return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def _write_grid(folder: Path, files: Sequence[Path], tiles: Sequence[Image.Image], request: SampleRequest) -> Path:

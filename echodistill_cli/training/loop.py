@@ -17,7 +17,8 @@ from typing import Any
 from echodistill_cli.config.build import config_to_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.config.warnings import check_trackers
-from echodistill_cli.data.images import grid, save_png, to_image
+from echodistill_cli.data.grids import grid
+from echodistill_cli.data.images import save_png, to_image
 from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from echodistill_cli.config.build import build_config
+from echodistill_cli.data.grids import grid
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate, to_uint8
 from echodistill_cli.models.load import load_pair
@@ -111,22 +112,15 @@ def coded(pair: ModelPair, pictures: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def numbered_sheet(pictures: NDArray[np.uint8], first: int, words: list[str]) -> Image.Image:
-    """Return a sheet of images at twice their size, each above its number and noun.
+    """Return a sheet of images, enlarged, each above its number and noun.
 
     Args:
         pictures: (count, 64, 64, 3).
         first: number of the first.
         words: what each shows.
     """
-    side, label = 2 * SIDE, 14
-    rows = -(-len(pictures) // SHEET_COLUMNS)
-    sheet = Image.new("RGB", (SHEET_COLUMNS * side, rows * (side + label)), (255, 255, 255))
-    draw = ImageDraw.Draw(sheet)
-    for index, (picture, word) in enumerate(zip(pictures, words, strict=True)):
-        left, top = index % SHEET_COLUMNS * side, index // SHEET_COLUMNS * (side + label)
-        sheet.paste(Image.fromarray(picture).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        draw.text((left + 3, top + side + 1), f"{first + index} {word}", fill=(0, 0, 0))
-    return sheet
+    captions = [f"{first + index} {word}" for index, word in enumerate(words)]
+    return grid([Image.fromarray(picture) for picture in pictures], SHEET_COLUMNS, captions)
 
 
 def malformed_sheets(pair: ModelPair, folder: Path, count: int = MALFORMED_IMAGES) -> list[Path]:

@@ -91,10 +91,10 @@ def test_a_scale_of_0_draws_the_base_models_picture_and_compare_shows_it_beside(
     sample(tmp_path / "pair", "--lora", run, "-p", PROMPT, "--compare")
     sample(tmp_path / "full", "--lora", run, "-p", PROMPT)
     zero, pair, full = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair", "full"))
-    assert pair.shape[1:] == (64 + 2 + 64, 3)
-    assert (pair[:64, :64] == zero).all()
-    assert (pair[:64, 66:] == full).all()
-    assert pair[64:].min() < 128  # the labels
+    assert pair.shape[1:] == (192 + 2 + 192, 3)  # images of 64 pixels, enlarged
+    assert (pair[:192:3, :192:3] == zero).all()
+    assert (pair[:192:3, 194::3] == full).all()
+    assert pair[192:].min() < 128  # the captions
     assert (pixels(tmp_path / "pair" / "0000_s0_lora.png") == full).all()
     assert np.abs(full - zero).mean() > 0.5
 
@@ -107,7 +107,7 @@ def test_a_scale_of_0_leaves_a_learned_word_out_too(
     sample(tmp_path / "zero", "--lora", learned, "-p", PROMPT, "--lora-scale", 0)
     sample(tmp_path / "pair", "--lora", learned, "-p", PROMPT, "--compare")
     zero, pair = (pixels(tmp_path / kind / "0000_s0.png") for kind in ("zero", "pair"))
-    assert (pair[:64, :64] == zero).all()
+    assert (pair[:192:3, :192:3] == zero).all()
 
 
 def test_pictures_are_drawn_with_the_full_decoder_whatever_the_run_was_trained_with() -> None:
@@ -222,9 +222,9 @@ def test_more_images_than_a_list_holds_are_refused_at_once(run: Path, tmp_path: 
 
 def test_a_grid_has_a_limit_and_its_tiles_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("echodistill_cli.outputs.sample._MOST_TILES", 4)
-    monkeypatch.setattr("echodistill_cli.outputs.sample._GRID_PIXELS", 4 * 32 * 32)
+    monkeypatch.setattr("echodistill_cli.data.grids._MOST_PIXELS", 4 * 32 * 32)
     sample(tmp_path / "few", "--lora", run, "-p", PROMPT, "-n", 4)
-    assert pixels(tmp_path / "few" / "0000-0003_grid.png").shape[1] == 4 * 32 + 3 * 2
+    assert pixels(tmp_path / "few" / "0000-0003_grid.png").shape[1] == 4 * 160 + 3 * 2  # 32 pixels, enlarged
     done = sample(tmp_path / "many", "--lora", run, "-p", PROMPT, "-n", 5)
     assert len(done.out.splitlines()) == 5
     assert "no grid" in done.err

@@ -174,7 +174,7 @@ def test_the_lora_changes_the_image(run: tuple[Path, str, Done], tmp_path: Path)
     # Otherwise the agreement above would prove nothing.
     command("sample", "--lora", run[0], "-p", "a photo of a sks dog", "--compare", "-o", tmp_path)
     pair = np.asarray(Image.open(tmp_path / "0000_s0.png"), dtype=np.float32)
-    assert np.abs(pair[:, :64] - pair[:, 66:]).mean() > 1
+    assert np.abs(pair[:192, :192] - pair[:192, 194:]).mean() > 1
 
 
 # --- resuming ---------------------------------------------------------------------------------------------------------

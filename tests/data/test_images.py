@@ -1,4 +1,4 @@
-"""Pictures on disk: grids, and texts inside PNG files."""
+"""Pictures on disk, and texts inside PNG files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.data.images import a1111_text, grid, png_bytes, save_new_png, save_png, to_image
+from echodistill_cli.data.images import a1111_text, png_bytes, save_new_png, save_png, to_image
 from echodistill_cli.errors import EchoDistillError
 
 COLOURS = ["red", "lime", "blue", "yellow", "cyan"]
@@ -26,25 +26,6 @@ def test_a_tensor_becomes_a_picture_of_the_same_values() -> None:
     assert image.getpixel((3, 1)) == (21, 22, 23)
 
 
-@pytest.mark.parametrize(
-    ("count", "columns", "size"),
-    [(1, None, (6, 4)), (3, 3, (22, 4)), (4, None, (14, 10)), (5, 2, (14, 16)), (5, None, (22, 10))],
-)
-def test_a_grid_has_white_lines_between_its_pictures(count: int, columns: int | None, size: tuple[int, int]) -> None:
-    sheet = grid(tiles(count), columns)
-    assert sheet.size == size
-    if count > 1 and columns != 1:
-        assert sheet.getpixel((6, 0)) == (255, 255, 255)
-    assert sheet.getpixel((0, 0)) == (255, 0, 0)
-
-
-def test_a_grid_is_filled_row_by_row() -> None:
-    sheet = grid(tiles(3), columns=2)
-    assert sheet.getpixel((8, 0)) == (0, 255, 0)
-    assert sheet.getpixel((0, 6)) == (0, 0, 255)
-    assert sheet.getpixel((8, 6)) == (255, 255, 255)
-
-
 def test_texts_of_any_language_come_back_from_the_file(tmp_path: Path) -> None:
     texts = {"prompt": "ein süßer Hund, 可爱的狗 🐕", "seed": "7"}
     save_png(tmp_path / "a.png", tiles(1)[0], texts)
@@ -57,15 +38,6 @@ def test_a_picture_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(EchoDistillError, match=r"none/a.png could not be written .*--output"):
         save_png(tmp_path / "none" / "a.png", tiles(1)[0])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_labels_are_written_below_the_images_and_long_ones_are_cut() -> None:
-    tiles = [Image.new("RGB", (64, 32), "red")] * 2
-    plain, short, long = grid(tiles, 2), grid(tiles, 2, ["a dog", "犬"]), grid(tiles, 2, ["a dog " * 40, ""])
-    assert plain.height < short.height < long.height <= 32 + 3 * 16
-    for sheet in (short, long):
-        assert sheet.crop((0, 0, 130, 32)).tobytes() == plain.tobytes()
-        assert sheet.convert("L").crop((0, 32, 64, sheet.height)).getextrema()[0] < 100
 
 
 def test_a_new_file_takes_no_name_that_exists(tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_training_ends_with_a_page_of_photos_previews_and_curves(finished: Path)
 
 
 def test_each_image_shows_the_prompt_above_it(run: Run, photos: tuple[Photo, ...]) -> None:
-    side, gap = run.config.model.resolution, 2
+    side, gap = 3 * run.config.model.resolution, 2  # with captions, small images are enlarged
     colors = ("red", "green", "blue", "yellow")
     for file in run.samples.glob("step-*.png"):
         with Image.open(file) as sheet:
@@ -123,7 +123,7 @@ def test_each_image_shows_the_prompt_above_it(run: Run, photos: tuple[Photo, ...
         file.write_bytes(png_bytes(painted, texts))
     html = report_of_run(run, photos).read_text(encoding="utf-8")
     found = [
-        (image.convert("RGB").getpixel((side // 2, side // 2)), attributes["alt"])
+        (image.convert("RGB").getpixel((image.width // 2, image.height // 2)), attributes["alt"])
         for image, attributes in zip(Page(html).images(), images_of(html), strict=True)
         if "step 2" in str(attributes["alt"])
     ]

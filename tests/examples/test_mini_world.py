@@ -178,11 +178,13 @@ def test_sheets_to_count_malformed_subjects_number_every_image(mini_pair: ModelP
     files = malformed_sheets(mini_pair, tmp_path / "sheets", count=54)
     assert [file.name for file in files] == ["student-001.png", "student-051.png"]
     with Image.open(files[0]) as whole, Image.open(files[1]) as rest:
-        assert (whole.size, rest.size) == ((1280, 5 * 142), (1280, 142))
+        assert whole.width == rest.width == 10 * 192 + 9 * 2  # images of 64 pixels, enlarged
+        assert whole.height == 5 * (rest.height + 2) - 2
         pixels = np.asarray(rest)
-    assert (pixels[:, 4 * 128 :] == 255).all()  # four images on the second sheet
-    assert all(pixels[:128, left : left + 128].std() > 10 for left in range(0, 512, 128))
-    assert all((pixels[128:, left : left + 128] < 100).any() for left in range(0, 512, 128))  # a label
+    lefts = range(0, 4 * 194, 194)
+    assert (pixels[:, 4 * 194 :] == 255).all()  # four images on the second sheet
+    assert all(pixels[:192, left : left + 192].std() > 10 for left in lefts)
+    assert all((pixels[192:, left : left + 192] < 100).any() for left in lefts)  # a caption
 
 
 def test_a_blur_keeps_a_plain_field_and_spreads_a_point_by_its_sigma() -> None:
