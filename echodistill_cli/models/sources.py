@@ -11,8 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from echodistill_cli.config.build import PRESETS
 from echodistill_cli.config.families import first_line, read_json, reading
-from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.config.schema import ModelConfig, nearest
 from echodistill_cli.errors import ModelError
 from echodistill_cli.files import expanded
 from echodistill_cli.lora.frame import check_frame
@@ -174,8 +175,11 @@ def _check_id(source: str) -> None:
 
 
 def _neither(source: str) -> ModelError:
+    is_name = "/" not in source and not source.endswith(".safetensors")
+    near = nearest(source.lower(), list(PRESETS)) if is_name else None
     return ModelError(
-        f"{source}: no such folder or file, and not a hub id of the form owner/name.", "Check the spelling."
+        f"{source}: no such folder or file, and not a hub id of the form owner/name.",
+        f"Did you mean {near!r}?" if near else "Check the spelling.",
     )
 
 

@@ -219,6 +219,30 @@ def test_a_dry_run_with_a_mistyped_model_ends_with_one_line(photo_folder: Path) 
     assert "./models/typo: no such folder or file" in done.err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "near"),
+    [
+        (("download", "sdturbo", "--dry-run"), "sd-turbo"),
+        (("download", "SDXL_Turbo", "--dry-run"), "sdxl-turbo"),
+        (("train", ".", "--class-name", "dog", "--model", "sana", "--dry-run"), "sana-sprint"),
+    ],
+)
+def test_a_mistyped_name_of_a_model_is_answered_with_the_nearest(
+    arguments: tuple[str, ...], near: str, photo_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photo_folder)
+    done = command(*arguments, "-q")
+    assert (done.code, done.out) == (4, "")
+    assert done.error.endswith(f"Did you mean {near!r}?"), done.err
+
+
+@pytest.mark.parametrize("source", ["my-own-model", "./sdturbo", "sdturbo.safetensors"])
+def test_a_place_or_a_name_like_no_other_gets_no_guess(source: str) -> None:
+    with pytest.raises(ModelError) as told:
+        resolve(source, PARTS, offline=True)
+    assert told.value.hint == "Check the spelling."
+
+
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
