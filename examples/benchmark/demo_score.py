@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 import echodistill_cli as ed
+from echodistill_cli.cli.options import quiet_libraries
+from echodistill_cli.errors import EchoDistillError
 from echodistill_cli.runs import open_run
 from examples.benchmark.measure import JUDGE, Ruler, detail
 from examples.benchmark.subjects import PROMPTS
@@ -45,8 +47,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.benchmark.demo_score", description=__doc__)
     parser.add_argument("run", type=Path, help="such as runs/demo")
     run = parser.parse_args(arguments).run
-    print(json.dumps({"of": len(PROMPTS), "trained": count(run, 1.0), "untouched": count(run, 0.0)}))
+    try:
+        print(json.dumps({"of": len(PROMPTS), "trained": count(run, 1.0), "untouched": count(run, 0.0)}))
+    except EchoDistillError as error:
+        raise SystemExit(f"error: {error} To train the demo: make demo") from None
 
 
 if __name__ == "__main__":
+    quiet_libraries(offline=True, quiet=True)
     main()

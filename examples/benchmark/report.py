@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from echodistill_cli.cli.options import quiet_libraries
 from examples.benchmark.contestants import CONTESTANTS, RATES, TEACHERS
 from examples.benchmark.run import REAL, RESULTS, sheet_file
 from examples.benchmark.subjects import SEEDS, SPLITS, TEST, reference_pictures
@@ -200,8 +201,10 @@ def grid(rows: Sequence[Row], split: str, scale: float | None) -> str:
 
 def figure(rows: Sequence[Row], split: str, path: Path) -> None:
     """Plot subject fidelity against prompt fidelity with spreads; the right panel enlarges the best corner."""
-    import matplotlib as mpl
-
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        raise SystemExit("--figure needs matplotlib: pip install --group benchmark") from None
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -259,11 +262,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--sheet", type=Path)
     options = parser.parse_args(arguments)
+    if not options.results.is_file():
+        raise SystemExit(f"{options.results} is missing. Make it: python -m examples.benchmark.run")
     everything = of_judge(json.loads(options.results.read_text()))
     if options.grid:
         print(grid(everything, options.split, options.scale))
         return
     rows = of_length(everything, options.scale)
+    if (options.figure or options.sheet) and not rows:
+        raise SystemExit(f"{options.results} has no rows of this judge. Make some: python -m examples.benchmark.run")
     tables = [part(rows, options.split) for part in (table, margins, parts, origins)]
     print(*(text for text in tables if text.count("\n") > 1), sep="\n\n")  # skip tables without rows
     if options.figure:
@@ -273,4 +280,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    quiet_libraries(offline=True, quiet=True)
     main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from echodistill_cli.data.prompts import SCENES, TEMPLATES
 from echodistill_cli.models.adapters import lora_tensors, trainable_parameters
 from echodistill_cli.training.state import TrainingState, learning_rates
 from echodistill_cli.training.steps import echo_step
-from examples.benchmark import report
+from examples.benchmark import demo_score, report
 from examples.benchmark import run as benchmark
 from examples.benchmark.contestants import CONTESTANTS, end_echo, more_steps
 from examples.benchmark.costs import COSTS, cost_of_ours, equal_steps
@@ -471,6 +472,21 @@ def test_a_sheet_of_pictures_that_are_not_there_is_an_error_in_a_line(
     monkeypatch.setattr(benchmark, "PICTURES", tmp_path)
     with pytest.raises(SystemExit, match=r"ours-cat-0\.png is missing"):
         report.main(["--sheet", str(tmp_path / "sheet.png")])
+
+
+def test_what_a_report_needs_and_is_not_there_is_an_error_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit, match="--figure needs matplotlib: pip install --group benchmark"):
+        report.main(["--figure", str(tmp_path / "figure.png")])
+    with pytest.raises(SystemExit, match=r"none\.json is missing\. Make it: python -m examples\.benchmark\.run"):
+        report.main(["--results", str(tmp_path / "none.json")])
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(SystemExit, match="has no rows of this judge"):
+        report.main(["--results", str(tmp_path / "empty.json"), "--sheet", str(tmp_path / "sheet.png")])
+    with pytest.raises(SystemExit, match=r"nowhere.*make demo"):
+        demo_score.main([str(tmp_path / "nowhere")])
 
 
 def test_the_page_has_the_tables_that_the_report_prints(capsys: pytest.CaptureFixture[str]) -> None:
