@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import logging
 import os
 import re
 import sys
@@ -318,7 +319,7 @@ def echo_setting(
 
 
 def quiet_libraries(*, offline: bool, quiet: bool) -> None:
-    """Set the environment of other libraries before they are imported.
+    """Set the environment of other libraries, best before they are imported.
 
     Args:
         offline: let the hub's library and trackers open no connection.
@@ -328,8 +329,10 @@ def quiet_libraries(*, offline: bool, quiet: bool) -> None:
     # Threads that spin while they wait starve each other as soon as another process needs a core: next to one busy
     # process a step of the small pair took 5 to 20 s, and 0.3 s with sleeping threads. OpenMP reads this with torch.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for library in ("transformers", "diffusers"):
+        wanted = os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+        if library in sys.modules:  # which has read its variable already, as in a script that imports it first
+            logging.getLogger(library).setLevel(logging.getLevelNamesMapping().get(wanted.upper(), logging.ERROR))
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
         # Trackers of settings that somebody else wrote: Weights & Biases then writes files, MLflow reports no usage.

@@ -25,6 +25,7 @@ MAIN = ("untouched", "teacher-lora", "denoising", "token-only", "pso", "sequenti
 def read_costs(*, calibrate: bool) -> dict[str, float]:
     """Return `costs.json`; measure and write it first if it is missing or `calibrate` is set."""
     if calibrate or not COSTS.exists():
+        print(f"Measuring what a step of each method costs, for {COSTS.name}", flush=True)
         costs = {name: round(cost, 4) for name, cost in measure_costs().items()}
         write_text(COSTS, json.dumps(costs, indent=2) + "\n")
     stored: dict[str, float] = json.loads(COSTS.read_text())

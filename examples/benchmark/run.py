@@ -154,7 +154,8 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, 
         examiner: the judge.
         teachers: as in `train`.
     """
-    settings = config_hash(run.config(Path("photos"), steps))[:12]  # the hash does not depend on the photos' folder
+    config = run.config(Path("photos"), steps)
+    settings = config_hash(config)[:12]  # the hash does not depend on the photos' folder
     if rows.has(run, settings):
         print(f"{run.contestant} {run.noun} {run.seed}: row exists", flush=True)
         return
@@ -170,6 +171,9 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, 
         "judge": JUDGE.name,
         "versions": {"echodistill": __version__, "torch": torch.__version__},
     }
+    trial = f" [{run.about_trial}]" if run.about_trial else ""
+    doing = f"training, {config.train.steps} steps" if run.entry.step else "generating, without training"
+    print(f"{run.contestant} {run.noun} {run.seed}{trial}: {doing}", flush=True)
     for scores in train(run, run.build(steps), Ruler(run.noun, examiner, run.split), teachers=teachers):
         row = scores | about
         rows.add({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})

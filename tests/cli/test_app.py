@@ -506,6 +506,19 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise(monkeypatch: pytes
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
+def test_libraries_that_were_imported_before_are_quiet_too() -> None:
+    program = """
+import diffusers, transformers, logging
+from echodistill_cli.cli.options import quiet_libraries
+quiet_libraries(offline=True, quiet=True)
+for library in (diffusers, transformers):
+    library.utils.logging.get_logger(f"{library.__name__}.configuration_utils").warning("The config attributes")
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_VERBOSITY")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert "The config attributes" not in done.stderr
+
+
 def test_inspect_takes_a_run_folder_and_refuses_another_folder(tmp_path: Path) -> None:
     done = command("inspect", tmp_path)
     assert (done.code, done.out) == (2, "")

@@ -276,7 +276,7 @@ def test_the_ways_in_which_the_teacher_may_end(state: TrainingState, kept: bool)
 
 
 def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_for(
-    tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, examiner: Examiner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "PICTURES", tmp_path)
     rows = benchmark.Rows(tmp_path / "rows.json")
@@ -285,6 +285,10 @@ def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_f
     run = Run("ours", "dev", "dog", 0, tuple(short.items()))
     benchmark.measure_run(run, 1, rows, examiner, teachers=False)
     benchmark.measure_run(run, 1, benchmark.Rows(rows.path), examiner, teachers=False)
+    first, row_line, again = capsys.readouterr().out.splitlines()
+    assert first.startswith("ours dog 0 [concept.views=4, ")
+    assert first.endswith("]: training, 1 steps")
+    assert (row_line.split(": ")[1].split()[0], again) == ("recognition", "ours dog 0: row exists")
     (row,) = json.loads(rows.path.read_text())
     assert rows.has(run, row["settings"])
     assert not rows.has(replace(run, split="vendor2"), row["settings"])
