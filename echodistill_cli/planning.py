@@ -25,11 +25,13 @@ from echodistill_cli.errors import ConfigError, EchoDistillError
 from echodistill_cli.files import expanded, last_part
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import (
+    PRECISIONS,
     Estimate,
     devices,
     expected_memory,
     fit_to_memory,
     pick_device,
+    pick_dtype,
     settings_line,
 )
 from echodistill_cli.models.downloads import family_of, planned_downloads, sources_of
@@ -50,6 +52,8 @@ class Plan:
         assumptions: what the run assumes about the models.
         downloads: bytes of each file that would be downloaded first; None if the size is not known.
         memory: on the device; None for models of unknown size.
+        device: of the run, such as "cpu" where the setting is "auto".
+        precision: of the frozen weights, such as "fp32" where the setting is "auto".
         output_exists: the run folder exists already.
     """
 
@@ -60,6 +64,8 @@ class Plan:
     assumptions: tuple[str, ...]
     downloads: Mapping[str, int | None]
     memory: Estimate | None
+    device: str
+    precision: str
     output_exists: bool
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,6 +79,8 @@ class Plan:
             "assumptions": list(self.assumptions),
             "downloads": dict(self.downloads),
             "memory": memory,
+            "device": self.device,
+            "precision": self.precision,
             "steps": self.config.train.steps,
             "echo_from_step": self.config.echo.start,
             "output": str(self.config.output),
@@ -89,6 +97,7 @@ def plan_run(config: Config, photos: int, warnings: tuple[str, ...]) -> Plan:
         photos: number of usable photos.
         warnings: about photos and settings.
     """
+    device = pick_device(config.model.device)
     return Plan(
         config=config,
         photos=photos,
@@ -97,6 +106,8 @@ def plan_run(config: Config, photos: int, warnings: tuple[str, ...]) -> Plan:
         assumptions=tuple(assumptions(config.model)),
         downloads=dict(planned_downloads(config.model, sources_of(config))),
         memory=expected_memory(config),
+        device=str(device),
+        precision=PRECISIONS[pick_dtype(config.model.precision, device)],
         output_exists=config.output.exists(),
     )
 

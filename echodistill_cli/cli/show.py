@@ -80,6 +80,7 @@ def plan_table(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         "subject": config.subject,
         "models": "\n".join(f"{source} ({place})" for source, place in plan.models.items()),
         "downloads": _downloads(plan.downloads),
+        "device": f"{plan.device}, weights in {plan.precision}",
         "memory": _memory(plan),
         "UNets": f"LoRA of rank {adapter.rank}, alpha {config.lora_alpha:g}, on {adapter.targets}",
         "text side": text_side[text.form],

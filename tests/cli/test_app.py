@@ -484,8 +484,11 @@ def test_a_dry_run_is_a_table_or_json_and_writes_nothing(
     assert (plan["photos"], plan["steps"], plan["output"], plan["output_exists"]) == (4, 4, "runs/sks-dog", False)
     assert plan["models"][str(small_pair[0])] == "on this disk"
     assert plan["config"]["train"]["steps"] == 4
+    assert (plan["device"], plan["precision"]) == ("cpu", "fp32")
+    assert command(*line, "--precision", "bf16", "--json").result["precision"] == "bf16"
     table = command(*line).out
     assert "4 usable" in table
+    assert re.search(r"^device +cpu, weights in fp32 *$", table, re.MULTILINE)
     assert "{" not in table
     assert list(Path().iterdir()) == []
 

@@ -135,7 +135,7 @@ def test_a_name_that_stdout_cannot_encode_is_printed_escaped(monkeypatch: pytest
     ],
 )
 def test_a_plan_says_what_becomes_of_a_run_that_exists(options: dict[str, bool], words: str) -> None:
-    plan = Plan(Config(), 4, (), {}, (), {}, None, output_exists=True)
+    plan = Plan(Config(), 4, (), {}, (), {}, None, "cpu", "fp32", output_exists=True)
     out, text = console()
     out.print(plan_table(plan, **options))
     assert words in text.getvalue()
