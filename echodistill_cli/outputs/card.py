@@ -1,9 +1,8 @@
-"""Model cards: for a run with its LoRA and previews, and for a whole model with a LoRA folded in."""
+"""The model card of a run with its LoRA and previews."""
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +19,10 @@ from echodistill_cli.config.distilled import (
 )
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
-from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.files import is_path, last_part, public_name
 from echodistill_cli.models.sources import is_embedded
 
 _SHELL_SIGNS = '"$`\\!'  # what a shell reads between double quotes
-# In a usage hint such as "25 steps, guidance 4.5, 512x512".
-_GUIDANCE, _SQUARE = re.compile(r"\bguidance (\d+(?:\.\d+)?)\b"), re.compile(r"\b(\d+)x\1\b")
 
 _CARD = """\
 ---
@@ -104,7 +100,7 @@ image = pipe({prompt}, **settings).images[0]
 ```
 """
 # In one step SANA-Sprint has no timestep between; klein has no guidance.
-_FLOW_SETTINGS = {"sana": '"intermediate_timesteps": None', "flux2": '"guidance_scale": 1.0'}
+FLOW_SETTINGS = {"sana": '"intermediate_timesteps": None', "flux2": '"guidance_scale": 1.0'}
 _TOKEN_ROW = """\
 | the token in these | put `{token}.safetensors` into `embeddings`; ComfyUI: write `embedding:{token}` in the prompt |
 """
@@ -149,26 +145,6 @@ for key, (encoder, tokenizer) in {{"clip_l": first, "clip_g": second}}.items():
 # The id of the token is above that of the end of a prompt. Tell the second encoder the id of the end.
 pipe.text_encoder_2.text_model.eos_token_id = pipe.tokenizer_2.eos_token_id
 """
-_MERGED = """\
----
-{base_model}library_name: diffusers
-pipeline_tag: text-to-image
-tags: [text-to-image, {kind}, echodistill]
----
-
-# {name}
-
-{linked_model} with a LoRA folded in by echodistill {version}. Load nothing else.
-{facts}
-```python
-import torch
-from diffusers import AutoPipelineForText2Image
-
-# On a CPU: torch_dtype=torch.float32, and without .to("cuda").
-pipe = AutoPipelineForText2Image.from_pretrained(".", torch_dtype=torch.float16).to("cuda")
-image = pipe({prompt}{settings}).images[0]
-```
-"""
 
 
 def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: str) -> str:
@@ -182,14 +158,14 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
     """
     weights = {"latent": config.loss.latent, "identity": config.loss.identity}
     weights |= {"sliced Wasserstein": config.loss.sliced_wasserstein, "adversarial": config.loss.adversarial}
-    toy, base = is_embedded(config.model.student), _hub_id(config.model.student)
+    toy, base = is_embedded(config.model.student), hub_id(config.model.student)
     front = f"base_model: {base}\n" * bool(base)
     front += f"instance_prompt: {json.dumps(config.subject, ensure_ascii=False)}\n"
     distilled = config.model.student_lora
     card = _CARD.format(
         front=front if toy else f"{front}library_name: diffusers\n",
-        linked_student=_linked(config.model.student),
-        linked_teacher=_linked(config.model.teacher),
+        linked_student=linked(config.model.student),
+        linked_teacher=linked(config.model.teacher),
         together=f" and `{last_part(distilled)}`" if distilled else "",
         subject=config.subject,
         use=_use_toy(config, lora.name) if toy else _use(config, state, lora.name),
@@ -244,49 +220,6 @@ def _at_timesteps(card: str, model: ModelConfig) -> str:
     return _with_steps(card, model)
 
 
-def merged_card(name: str, role: Role, model: str, header: Mapping[str, str]) -> str:
-    """Return the README.md of a diffusers folder with a LoRA folded in.
-
-    Args:
-        name: of the folder.
-        role: of the model.
-        model: hub id, folder or file that the LoRA was folded into.
-        header: of the LoRA file; the card shows the trigger phrase and the usage hint if it has them.
-    """
-    labels = (("Subject", "modelspec.trigger_phrase"), ("Use with", "modelspec.usage_hint"))
-    facts = [f"{label}: {header[key]}.  \n" for label, key in labels if header.get(key)]
-    few = "," in header.get("echodistill.student_timesteps", "")
-    flow = {"sana": "sana", "flux-2-klein": "flux2"}.get(header.get("ss_base_model_version", ""))
-    card = _MERGED.replace("AutoPipelineForText2Image", "DiffusionPipeline") if flow else _MERGED
-    return card.format(
-        base_model=f"base_model: {base}\n" if (base := _hub_id(model)) else "",
-        kind="multi-step" if role == "teacher" else "few-step" if few else "one-step",
-        name=name,
-        linked_model=_linked(model),
-        version=__version__,
-        facts="".join(["\n", *facts]) if facts else "",
-        prompt=_python_prompt(header.get("modelspec.trigger_phrase", "...")),
-        settings=_merged_settings(role, header, flow),
-    )
-
-
-def _merged_settings(role: Role, header: Mapping[str, str], flow: str | None) -> str:
-    """Return the arguments of a merged model's pipeline, with which it generates what `sample` does."""
-    hint = header.get("modelspec.usage_hint", "")
-    # Unless they are said, diffusers takes guidance 7.5 and the size of the base model.
-    size = "".join(f", height={side}, width={side}" for side in _SQUARE.findall(hint)[:1])
-    if role == "teacher":
-        guidance = "".join(f", guidance_scale={scale}" for scale in _GUIDANCE.findall(hint)[:1])
-        return f", num_inference_steps=25{guidance}{size}"
-    timesteps = header.get("echodistill.student_timesteps", "").split(",")
-    if flow:
-        return f", num_inference_steps={len(timesteps)}, {_FLOW_SETTINGS[flow].replace(': ', '=').replace(chr(34), '')}"
-    # diffusers' DDIM takes no timesteps; the folder's own scheduler has them.
-    exact = len(timesteps) > 1 and header.get("echodistill.student_sampler") != "ddim"
-    steps = f"timesteps=[{', '.join(timesteps)}]" if exact else f"num_inference_steps={len(timesteps)}"
-    return f", {steps}, guidance_scale=0.0{size}"
-
-
 def _use_toy(config: Config, file: str) -> str:
     """Return how to generate images with a LoRA of the embedded pair."""
     name, side = public_name(config.model.student), config.model.resolution
@@ -322,7 +255,7 @@ def _use(config: Config, state: Mapping[str, Any], file: str) -> str:
         scheduler=f'{scheduler}, prediction_type="{prediction}"' if fixed else scheduler,
         lora_lines=lora_lines,
         token_lines=token_lines,
-        prompt=_python_prompt(subject),
+        prompt=python_prompt(subject),
     )
 
 
@@ -333,13 +266,13 @@ def _use_flow(config: Config, family: str, file: str) -> str:
         sample=_sample_command(config, file),
         sampling=sampling_in_words(config.model),
         pipeline=FAMILIES[family].pipeline,
-        place="" if _hub_id(config.model.student) else f"# {name} is not on the hub. Write its path.\n",
+        place="" if hub_id(config.model.student) else f"# {name} is not on the hub. Write its path.\n",
         name=name,
         file=file,
         steps=student_steps(config.model),
-        settings=_FLOW_SETTINGS[family],
+        settings=FLOW_SETTINGS[family],
         side=config.model.resolution,
-        prompt=_python_prompt(config.subject),
+        prompt=python_prompt(config.subject),
     )
 
 
@@ -347,7 +280,7 @@ def _pipeline(config: Config, family: str, prediction: str) -> tuple[str, str]:
     """Return the diffusers class that opens the student, and the lines that do it."""
     source, revision = config.model.student, config.model.student_revision
     name, place = public_name(source), ""
-    if not _hub_id(source):
+    if not hub_id(source):
         place = f"# {name} is not on the hub. Write its path.\n"
     if name.endswith(".safetensors"):
         # Without a configuration, diffusers takes every file in the layout of 2.x for the 768-pixel v-prediction model.
@@ -366,7 +299,8 @@ def _sample_command(config: Config, file: str) -> str:
     return f"echodistill sample --lora {shlex.quote(file)} --prompt {quoted}"
 
 
-def _python_prompt(subject: str) -> str:
+def python_prompt(subject: str) -> str:
+    """Return an example prompt as a Python string, in quotes."""
     return json.dumps(f"a photo of a {subject} on the beach", ensure_ascii=False)
 
 
@@ -390,11 +324,12 @@ def _echo(config: Config, state: Mapping[str, Any]) -> str:
     return f"from step {start}, {count or 'no'} {'image' if count == 1 else 'images'} kept at the end{carry_back}"
 
 
-def _linked(source: str) -> str:
-    hub_id = _hub_id(source)
-    return f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else public_name(source)
+def linked(source: str) -> str:
+    """Return a model's name in Markdown, with its link if it is on the hub."""
+    name = hub_id(source)
+    return f"[{name}](https://huggingface.co/{name})" if name else public_name(source)
 
 
-def _hub_id(source: str) -> str | None:
+def hub_id(source: str) -> str | None:
     """Return a source that is a hub id; None for a folder, a file or an embedded model."""
     return source if source.count("/") == 1 and not is_path(source) else None

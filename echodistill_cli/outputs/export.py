@@ -44,8 +44,9 @@ from echodistill_cli.models.device import DTYPES
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.apply import check_same_images, fold_lora, save_checkpoint, save_pipeline
 from echodistill_cli.outputs.artifact import Artifact, TrainingRecord, find, from_run
-from echodistill_cli.outputs.card import merged_card, model_card
+from echodistill_cli.outputs.card import model_card
 from echodistill_cli.outputs.hub import exported_files, push, run_files
+from echodistill_cli.outputs.merged_card import merged_card
 from echodistill_cli.outputs.onnx import check_onnx, save_onnx
 from echodistill_cli.outputs.requests import ExportRequest
 from echodistill_cli.outputs.workflow import write_workflow

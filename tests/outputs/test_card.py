@@ -13,7 +13,8 @@ import pytest
 
 from echodistill_cli.config.build import build_config, config_hash
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.outputs.card import merged_card, model_card
+from echodistill_cli.outputs.card import model_card
+from echodistill_cli.outputs.merged_card import merged_card
 from echodistill_cli.outputs.workflow import comfyui_workflow
 
 LORA = Path("runs/sks-dog/sks-dog.safetensors")
