@@ -124,3 +124,14 @@ def failed_write(error: Exception) -> tuple[str | None, str | None]:
     if _PARTLY_WRITTEN.search(text):
         return "only a part of it was written", _CUT_SHORT
     return (text, None) if isinstance(error, OSError) else (None, None)
+
+
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun, such as "1 image" or "2 images".
+
+    Args:
+        number: how many.
+        noun: for one.
+        plural: for any other number; None for the noun with an s.
+    """
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

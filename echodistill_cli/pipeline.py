@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from echodistill_cli.config.build import build_config, config_from_dict, config_to_dict, with_absolute_paths
 from echodistill_cli.config.schema import Config
 from echodistill_cli.config.warnings import check_vram
+from echodistill_cli.errors import counted
 from echodistill_cli.many import batch
 from echodistill_cli.many.batch import Many, PlannedSubject
 from echodistill_cli.many.checks import check_before, warnings_before
@@ -158,7 +159,7 @@ def _loaded_state(config: Config, session: _Session) -> TrainingState:
     for line in assumptions(config.model):
         session.on_message(line)
     names = f"{config.model.student} and {config.model.teacher}"
-    session.on_message(f"Loading {names}, encoding {len(session.photos)} photos")
+    session.on_message(f"Loading {names}, encoding {counted(len(session.photos), 'photo')}")
     state = build_state(config, session.photos)
     for line in (*unread_texts(config, session.photos, state.pair.encoder), *doubts(config, state.pair)):
         session.on_message(line)

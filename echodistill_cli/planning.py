@@ -237,5 +237,5 @@ def _advice(preset: str) -> str:
     except ConfigError as error:
         return f"{preset}: does not fit on {machine}. {error.message}"
     slow = ", slowly (minutes per step)" if device.type == "cpu" else ""
-    needs = f"about {plan.estimate.total:.1f} GiB"
-    return f"{preset} --vram auto: runs on {machine}{slow}, in {needs}: {settings_line(plan)}"
+    side, needs = build({}).model.resolution, f"about {plan.estimate.total:.1f} GiB"
+    return f"{preset} --vram auto: runs on {machine} at {side} pixels{slow}, in {needs}: {settings_line(plan)}"

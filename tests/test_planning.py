@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from echodistill_cli import pipeline, planning
 from echodistill_cli.config.build import PRESETS, build_config
-from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError
+from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError, counted
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +77,27 @@ def test_the_whole_method_fits_into_much_memory(monkeypatch: pytest.MonkeyPatch)
     for name, line in settings.items():
         batch = 1 if name == "flux2-klein" else 2  # at 1024 pixels an image of klein keeps 31 GiB
         assert f"model.decoder = full, train.batch_size = {batch}" in line
+        side = PRESETS[name].settings["model"].get("resolution", 512)
+        assert re.search(rf"machine's [A-Z]+ at {side} pixels(, slowly \(minutes per step\))?, in about", line), line
+
+
+@pytest.mark.parametrize(
+    ("number", "noun", "plural", "text"),
+    [
+        (0, "image", None, "0 images"),
+        (1, "image", None, "1 image"),
+        (1, "batch", "batches", "1 batch"),
+        (4, "batch", "batches", "4 batches"),
+    ],
+)
+def test_a_number_stands_with_its_noun(number: int, noun: str, plural: str | None, text: str) -> None:
+    assert counted(number, noun, plural) == text
+
+
+def test_one_core_and_one_thread_are_not_plural(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psutil.cpu_count", lambda **_: 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    assert planning.diagnose().devices["cpu"] == "1 core, 1 thread"
 
 
 # --- before a run -----------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rich.text import Text
 from echodistill_cli.cli.show import say_to
 from echodistill_cli.config.schema import Config
 from echodistill_cli.config.work import CARRY_BACK, HEAD_START, JOINT, work_of
+from echodistill_cli.errors import counted
 
 _PLAIN_LINES = 20  # per phase, without a terminal
 # The counter of each phase. Metrics of a head-start or carry-back step also hold the joint "step", so it comes last.
@@ -88,7 +89,7 @@ class TrainingProgress:
             parts = (f"{name} {step}/{self.steps}", self._remaining(step), self._losses())
             self.on_message("  ".join(filter(None, parts)))
         if phase == HEAD_START and step == self.steps and self.first_targets:
-            self.on_message(f"Generating the first targets ({self.first_targets} batches)")
+            self.on_message(f"Generating the first targets ({counted(self.first_targets, 'batch', 'batches')})")
 
     def show_end(self, run: Path) -> None:
         """Print how long the training took and the next command."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from echodistill_cli.config.families import about
+from echodistill_cli.errors import counted
 from echodistill_cli.pipeline import OnMessage
 
 if TYPE_CHECKING:  # importing a result type imports torch
@@ -65,7 +66,7 @@ def photo_table(report: PhotoReport) -> RenderableType:
     for file in report.files:
         size = f"{file.size[0]} x {file.size[1]}" if file.size else ""
         table.add_row(Text(file.name), Text(file.verdict, _STYLES[file.verdict]), size, Text("; ".join(file.notes)))
-    usable = f"{len(report.photos)} of {len(report.files)} files are usable for training."
+    usable = f"{len(report.photos)} of {counted(len(report.files), 'file is', 'files are')} usable for training."
     return Group(table, *(Text(warning, "yellow") for warning in report.warnings), Text(usable))
 
 
@@ -84,13 +85,13 @@ def plan_table(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
         "memory": _memory(plan),
         "UNets": f"LoRA of rank {adapter.rank}, alpha {config.lora_alpha:g}, on {adapter.targets}",
         "text side": text_side[text.form],
-        "training": f"{train.steps} steps of {train.batch_size} at {config.model.resolution} pixels",
+        "training": f"{counted(train.steps, 'step')} of {train.batch_size} at {config.model.resolution} pixels",
         "critics": f"{', '.join(critic.discriminators) or 'no discriminators'}; identity by {critic.identity}",
         "echo": "never"
         if config.echo.start is None
-        else f"from step {config.echo.start}, every {config.echo.every} steps",
-        "previews": f"every {run.sample_every} steps",
-        "checkpoints": f"every {run.save_every} steps, the last {run.keep} kept",
+        else f"from step {config.echo.start}, every {counted(config.echo.every, 'step')}",
+        "previews": f"every {counted(run.sample_every, 'step')}",
+        "checkpoints": f"every {counted(run.save_every, 'step')}, the last {run.keep} kept",
         "output": f"{config.output} ({fate})" if plan.output_exists else str(config.output),
     }
     notes = (Text(note, "yellow") for note in (*plan.warnings, *plan.assumptions))
@@ -191,7 +192,7 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
         _add(table, one.prompt, one.scores.clip_i, one.scores.dino, one.scores.clip_t)
     table.add_section()
     scores = evaluation.scores
-    _add(table, f"all {evaluation.pictures} images", scores.clip_i, scores.dino, scores.clip_t)
+    _add(table, f"all {counted(evaluation.pictures, 'image')}", scores.clip_i, scores.dino, scores.clip_t)
     photos = f"for comparison, no upper limit: the {evaluation.photos} photos among themselves"
     _add(table, photos, evaluation.photos_clip_i, evaluation.photos_dino, None)
     return Group(table, Text(), Text("\n".join(map(str, filter(None, (evaluation.file, evaluation.report))))))

@@ -31,7 +31,7 @@ from echodistill_cli.config.schema import ModelConfig
 from echodistill_cli.data.images import Notes, UnusableError, read_image, save_png
 from echodistill_cli.data.photos import Photo, load_photos
 from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
-from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.errors import ConfigError, EchoDistillError, counted
 from echodistill_cli.evaluation.report import SCORES_FILE, write_report
 from echodistill_cli.files import make_folder, public_name, sha256, write_text
 from echodistill_cli.models.device import pick_device
@@ -194,7 +194,7 @@ class _Job:
         """Generate the images that are missing, score all of them, and write the scores beside them."""
         settings = _image_settings(sampling, self.artifact, self.models)
         images = _generate(sampling, settings, self.subject, self.class_name, self.folder, self.on_message)
-        self.on_message(f"Scoring {len(images.files)} images against {len(self.photos)} photos")
+        self.on_message(f"Scoring {counted(len(images.files), 'image')} against {counted(len(self.photos), 'photo')}")
         files, device = [photo.path for photo in self.photos], pick_device(self.models.device)
         scores = _score(images, files, self.encoders, device, sampling.batch_size)
         scores = dataclasses.replace(scores, file=self.folder / "evaluation.json", subject=self.subject)
@@ -256,9 +256,10 @@ def _generate(
     missing = [prompt for prompt, row in rows.items() if not all(file.is_file() for file in row)]
     total = len(missing) * sampling.count
     if len(missing) < len(rows):
-        on_message(f"{(len(rows) - len(missing)) * sampling.count} images exist already in {home}")
+        made = (len(rows) - len(missing)) * sampling.count
+        on_message(f"{counted(made, 'image exists', 'images exist')} already in {home}")
     if missing:
-        on_message(f"Generating {total} images into {home}")
+        on_message(f"Generating {counted(total, 'image')} into {home}")
         for number, one in enumerate(sample(dataclasses.replace(sampling, prompts=missing), on_message), start=1):
             save_png(home / _file_name(one.prompt, one.seed), one.image, one.texts)
             if number % max(1, total // 10) == 0:

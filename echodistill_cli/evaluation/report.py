@@ -21,7 +21,7 @@ from echodistill_cli.data.grids import tile
 from echodistill_cli.data.images import Notes, UnusableError, data_uri, read_image
 from echodistill_cli.data.photos import Photo
 from echodistill_cli.diffusion.pair import Role
-from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.errors import EchoDistillError, counted
 from echodistill_cli.evaluation.report_page import Report, ScoreRow, Tile, page
 from echodistill_cli.files import public_name, sha256, write_text
 from echodistill_cli.outputs.artifact import Artifact, from_run
@@ -258,8 +258,8 @@ def _facts(run: Run, metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     facts = {
         "Student": public_name(config.model.student),
         "Teacher": public_name(config.model.teacher),
-        "Training": f"{len(metrics)} steps of batch {config.train.batch_size} at {config.model.resolution} pixels, "
-        f"rank {config.adapter.rank}, seed {config.run.seed}",
+        "Training": f"{counted(len(metrics), 'step')} of batch {config.train.batch_size} "
+        f"at {config.model.resolution} pixels, rank {config.adapter.rank}, seed {config.run.seed}",
     }
     if seconds and memory:
         facts["Cost"] = f"{sum(seconds) / len(seconds):.2g} s per step, {max(memory) / 1024:.1f} GiB at most"

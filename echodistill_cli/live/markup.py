@@ -14,6 +14,7 @@ from PIL import Image
 
 from echodistill_cli.data.images import data_uri, png_bytes
 from echodistill_cli.data.photos import PhotoReport
+from echodistill_cli.errors import counted
 from echodistill_cli.live.desk import Waiting
 from echodistill_cli.live.studio import Drawing
 from echodistill_cli.live.subjects import TakeAway
@@ -98,7 +99,7 @@ def note(lines: Sequence[str]) -> str:
 
 def place_in_line(waiting: Waiting) -> str:
     """Return how many are served first."""
-    people = "1 image is" if waiting.before == 1 else f"{waiting.before} images are"
+    people = counted(waiting.before, "image is", "images are")
     return note([f"Waiting: {people} before yours."])
 
 
@@ -112,7 +113,7 @@ def verdicts(report: PhotoReport) -> str:
             f'<li class="ed-card">{image}<div><span class="ed-badge ed-{file.verdict}">{file.verdict}</span> '
             f"{escape(file.name)}<br>{escape('; '.join(file.notes))}</div></li>"
         )
-    lines = [f"{len(report.photos)} of {len(report.files)} files are usable.", *report.warnings]
+    lines = [f"{len(report.photos)} of {counted(len(report.files), 'file is', 'files are')} usable.", *report.warnings]
     return f'{note(lines)}<ul class="ed-cards" aria-label="Photos">{"".join(cards)}</ul>'
 
 
@@ -121,7 +122,7 @@ def bar(progress: Progress) -> str:
     value = f'value="{progress.step}" max="{progress.steps}"' if progress.steps else ""
     if not progress.steps and not progress.is_running:
         value = 'value="0" max="1"'
-    count = f"{progress.step} of {progress.steps} steps" if progress.steps else ""
+    count = f"{progress.step} of {counted(progress.steps, 'step')}" if progress.steps else ""
     return (
         f'<div class="ed-progress" role="status" data-state="{progress.state}"><p class="ed-bar">'
         f"<span>{escape(progress.name)}: {_STATES[progress.state]}</span><span>{count}</span></p>"

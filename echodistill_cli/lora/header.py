@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, counted
 from echodistill_cli.files import last_part, write_bytes, write_text
 from echodistill_cli.lora.keys import RESERVED_NAMES
 from echodistill_cli.lora.safetensors_io import body_sha256
@@ -158,8 +158,8 @@ def _modelspec(lora: LoraHeader, digest: str) -> dict[str, str]:
         "architecture": f"{architecture}/lora",
         "implementation": implementation,
         "title": lora.name,
-        "description": f"{lora.trigger}, learned from {lora.photos} photos for {last_part(lora.base_model)}. "
-        f"{lora.usage}",
+        "description": f"{lora.trigger}, learned from {counted(lora.photos, 'photo')} "
+        f"for {last_part(lora.base_model)}. {lora.usage}",
         "resolution": f"{lora.resolution}x{lora.resolution}",
         "usage_hint": lora.usage,
         "trigger_phrase": lora.trigger,

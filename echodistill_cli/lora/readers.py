@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
+from echodistill_cli.errors import counted
 from echodistill_cli.lora.keys import (
     ARCHITECTURES,
     OTHER_PARTS,
@@ -149,7 +150,7 @@ def _comfy_verdict(_file: LoraFile, matched: int, unmatched: int) -> tuple[str, 
     if matched == 0:
         return "no", "Applies nothing: it knows none of the keys."
     if unmatched:
-        return "partly", f'Applies {matched} keys and logs "lora key not loaded" for {unmatched}.'
+        return "partly", f'Applies {counted(matched, "key")} and logs "lora key not loaded" for {unmatched}.'
     return "fully", "Loads completely."
 
 
@@ -157,7 +158,8 @@ def _forge_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, s
     if unmatched > FORGE_TOLERATES:
         return (
             "no",
-            f"Applies nothing: {unmatched} keys are unknown, and it rejects a file with more than {FORGE_TOLERATES}.",
+            f"Applies nothing: {counted(unmatched, 'key is', 'keys are')} unknown, and it "
+            f"rejects a file with more than {FORGE_TOLERATES}.",
         )
     return _comfy_verdict(file, matched, unmatched)
 
@@ -166,9 +168,9 @@ def _a1111_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, s
     if matched == 0:
         return "no", "Applies nothing, without a warning: it knows none of the keys."
     if unmatched:
-        return "partly", f"Applies {matched} keys and ignores {unmatched} without a warning."
+        return "partly", f"Applies {counted(matched, 'key')} and ignores {unmatched} without a warning."
     if incomplete := _incomplete_attention(file):
-        return "partly", f"Ignores {incomplete} text-encoder layers that lack one of q, k, v and out."
+        return "partly", f"Ignores {counted(incomplete, 'text-encoder layer')} without one of q, k, v and out."
     if hidden := _hidden(file):
         return "hidden", hidden
     return "fully", "Loads completely."
@@ -180,7 +182,7 @@ def _scripts_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str,
     if matched == 0:
         return "no", "Applies nothing: it knows none of the keys."
     if unmatched:
-        return "partly", f"Applies {matched} keys and ignores {unmatched}."
+        return "partly", f"Applies {counted(matched, 'key')} and ignores {unmatched}."
     return "fully", "Loads completely."
 
 
@@ -192,7 +194,10 @@ def _invoke_verdict(_file: LoraFile, _matched: int, unmatched: int) -> tuple[str
 
 def _cpp_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, str]:
     if matched and unmatched and file.family == "sd2":
-        return "partly", f"Leaves {unmatched} keys of the text encoder unused: it cannot change query, key and value."
+        return (
+            "partly",
+            f"Leaves {counted(unmatched, 'key')} of the text encoder unused: it cannot change query, key and value.",
+        )
     return _scripts_verdict(file, matched, unmatched)
 
 
@@ -206,13 +211,13 @@ def _diffusers_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[st
         if (split_key(key).part not in known or _OLD_SUFFIX.search(key) if kohya else "lora" not in key)
     ]
     if unknown:
-        return "no", f"Rejects the file because of {len(unknown)} keys such as {unknown[0]}."
+        return "no", f"Rejects the file because of {counted(len(unknown), 'key')} such as {unknown[0]}."
     if matched == 0:
         return "no", "Applies nothing: no key names a module of a pipeline."
     if ignored := _of_another_scheme(file):
         return "partly", f"Ignores {ignored} of {len(file.table)} keys without a warning: they mix two naming schemes."
     if unmatched:
-        return "partly", f"Applies {matched} keys and ignores {unmatched}."
+        return "partly", f"Applies {counted(matched, 'key')} and ignores {unmatched}."
     if changed := _at_another_strength(file):
         return (
             "partly",

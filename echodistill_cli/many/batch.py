@@ -20,7 +20,7 @@ from typing import Any
 
 from echodistill_cli.config.build import build_config, config_hash, with_absolute_paths
 from echodistill_cli.config.schema import Config
-from echodistill_cli.errors import EchoDistillError
+from echodistill_cli.errors import EchoDistillError, counted
 from echodistill_cli.many.checks import check_before, check_resumable
 from echodistill_cli.many.manifest import Row, read_manifest
 from echodistill_cli.many.schedule import RESULTS, OnEvent, look_up, run_all
@@ -189,7 +189,7 @@ def check_all(subjects: Sequence[Subject], on_message: OnMessage) -> dict[str, i
     with _processes(0 if len(subjects) < _FEW else None) as compute:
         for number, (subject, found) in enumerate(zip(subjects, compute(_checked, subjects), strict=True), start=1):
             if number % _CHECKS_PER_LINE == 0:
-                on_message(f"Checked the photos of {number} of {len(subjects)} subjects")
+                on_message(f"Checked the photos of {number} of {counted(len(subjects), 'subject')}")
             if isinstance(found, EchoDistillError):
                 errors.append((subject.origin, found))
             else:

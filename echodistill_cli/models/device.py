@@ -31,7 +31,7 @@ from echodistill_cli.config.family import VAE as VAE
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.warnings import parse_gib
 from echodistill_cli.diffusion.pair import ModelPair
-from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.errors import ConfigError, ModelError, counted
 from echodistill_cli.lora.transformer_keys import is_published
 from echodistill_cli.models.downloads import backbones
 from echodistill_cli.models.single_file import shipped_configuration
@@ -103,7 +103,8 @@ def memory_gib(device: torch.device) -> float:
 
 def devices() -> dict[str, str]:
     """Return what each device of this machine is, by its name."""
-    names = {"cpu": f"{psutil.cpu_count(logical=False) or psutil.cpu_count()} cores, {torch.get_num_threads()} threads"}
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    names = {"cpu": f"{counted(cores, 'core')}, {counted(torch.get_num_threads(), 'thread')}"}
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         names[f"cuda:{index}"] = f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
 from echodistill_cli.config.families import FAMILIES, Family, about, family_of_source
 from echodistill_cli.config.schema import Config, ModelConfig
-from echodistill_cli.errors import ConfigError
+from echodistill_cli.errors import ConfigError, counted
 from echodistill_cli.files import expanded, explained
 from echodistill_cli.models.sources import (
     UnreachableError,
@@ -326,7 +326,7 @@ class Downloaded:
             yield "The hub did not answer. Sizes are computed from the models' parameters, where these are known."
         else:
             verb = "to download" if self.dry_run else "downloaded"
-            yield f"{len(self.files)} files {verb}, {self.total / 1e9:.2f} GB"
+            yield f"{counted(len(self.files), 'file')} {verb}, {self.total / 1e9:.2f} GB"
         for source, folder in self.folders.items():
             if source not in self.present:
                 yield f"{source}: {folder}"

@@ -19,6 +19,7 @@ from echodistill_cli.config.distilled import (
 )
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config, ModelConfig
+from echodistill_cli.errors import counted
 from echodistill_cli.files import is_path, last_part, public_name
 from echodistill_cli.models.sources import is_embedded
 
@@ -32,7 +33,7 @@ tags: [text-to-image, lora, one-step, echodistill]
 
 # {name}
 
-A LoRA that generates *{subject}* with {linked_student}{together} in **one step**, trained on {photos} photos with
+A LoRA that generates *{subject}* with {linked_student}{together} in **one step**, trained on {photos} with
 echodistill {version}.
 
 ![previews: with the token, and without it]({preview})
@@ -44,7 +45,7 @@ echodistill {version}.
 
 ## How it was trained
 
-{steps} steps{head_start} at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
+{steps}{head_start} at {side} pixels, batch {batch}, rank {rank}, text side: {text}, seed {seed}.
 Losses by weight: {losses}. Critics: {critics}. Echo phase: {echo}.
 Configuration `{digest}`: see `config.toml`. Metrics of every step: see `metrics.jsonl`.
 """
@@ -170,12 +171,12 @@ def model_card(config: Config, state: Mapping[str, Any], lora: Path, preview: st
         subject=config.subject,
         use=_use_toy(config, lora.name) if toy else _use(config, state, lora.name),
         name=config.name,
-        photos=state["photo_count"],
+        photos=counted(state["photo_count"], "photo"),
         version=__version__,
         preview=preview,
         side=config.model.resolution,
         guidance=config.train.guidance_scale,
-        steps=state["step"],
+        steps=counted(state["step"], "step"),
         head_start=f", after {alone} of the teacher alone," if (alone := state["head_start_step"]) else "",
         batch=config.train.batch_size,
         rank=config.adapter.rank,
@@ -318,10 +319,10 @@ def _echo(config: Config, state: Mapping[str, Any]) -> str:
     if state["step"] < start:
         return f"not reached (it starts at step {start})"
     count = len(state["pool"]["prompts"]) if state["pool"] else 0
-    carry_back = (
-        f"; then {steps} steps of the teacher alone, starting from the student's LoRA" if steps and count else ""
-    )
-    return f"from step {start}, {count or 'no'} {'image' if count == 1 else 'images'} kept at the end{carry_back}"
+    if not count:
+        return f"from step {start}, no images kept at the end"
+    last = f"; then {counted(steps, 'step')} of the teacher alone, starting from the student's LoRA" if steps else ""
+    return f"from step {start}, {counted(count, 'image')} kept at the end{last}"
 
 
 def linked(source: str) -> str:

@@ -29,7 +29,7 @@ from echodistill_cli.data.images import png_bytes
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.diffusion.text import has_token, insert_token
-from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.errors import ConfigError, ModelError, counted
 from echodistill_cli.files import make_folder, same_content, scratch, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
 from echodistill_cli.lora.safetensors_io import read_header, write_safetensors
@@ -124,7 +124,7 @@ def export(request: ExportRequest, on_message: OnMessage = lambda _line: None) -
         return ExportResult(files)
     for path in files:
         content |= exported_files(path)
-    on_message(f"Sending {len(content)} files to {request.push_to}")
+    on_message(f"Sending {counted(len(content), 'file')} to {request.push_to}")
     return ExportResult(files, tuple(sorted(content)), push(request.push_to, content, private=request.private))
 
 

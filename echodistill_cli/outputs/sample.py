@@ -22,7 +22,7 @@ from echodistill_cli.data.images import a1111_text, save_new_png, save_png, to_i
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
 from echodistill_cli.diffusion.text import LearnedToken
-from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.errors import ConfigError, ModelError, counted
 from echodistill_cli.files import make_folder, public_name
 from echodistill_cli.lora.header import notes_on_use
 from echodistill_cli.lora.read import read_lora
@@ -99,7 +99,7 @@ def sample(request: SampleRequest, on_message: OnMessage = lambda _line: None) -
     with tempfile.TemporaryDirectory(prefix="echodistill-") as folder:
         if request.compare:
             # The LoRA and its token cannot be removed again, so all of these come first. On disk they take no memory.
-            on_message(f"Generating {len(prompts)} images of the base model")
+            on_message(f"Generating {counted(len(prompts), 'image')} of the base model")
             for index, pixels in enumerate(generate(pair, prompts, seeds, settings)):
                 save_png(Path(folder, f"{index}.png"), to_image(pixels))
         attach(generator, request, on_message)
@@ -360,7 +360,7 @@ def write_samples(
     if total > _MOST_TILES:
         on_message(f"There is no grid of more than {_MOST_TILES} images.")
     rate = len(files) / max(seconds, 1e-9)
-    on_message(f"{len(files)} {'image' if len(files) == 1 else 'images'}, {rate:.2f} images/s")
+    on_message(f"{counted(len(files), 'image')}, {rate:.2f} images/s")
     return WrittenSamples(tuple(files), sheet, rate, tuple(images))
 
 

@@ -21,7 +21,14 @@ from echodistill_cli.data.grids import grid
 from echodistill_cli.data.images import save_png, to_image
 from echodistill_cli.data.photos import Photo, photo_records
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
-from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
+from echodistill_cli.errors import (
+    ConfigError,
+    DeviceMemoryError,
+    EchoDistillError,
+    Interrupted,
+    counted,
+    is_out_of_memory,
+)
 from echodistill_cli.files import public_name, recover_below
 from echodistill_cli.models.compiling import compile_blocks, decide
 from echodistill_cli.models.device import next_saving, peak_memory_mib
@@ -113,7 +120,7 @@ def resumable_state(
     if "photos" not in saved:
         on_message(f"An older version made the checkpoint of {run.folder}: whether the photos changed is not known")
     if saved["photo_count"] != len(photos):
-        changes = f"{saved['photo_count']} photos, but {run.config.concept.photos} has {len(photos)}"
+        changes = f"{counted(saved['photo_count'], 'photo')}, but {run.config.concept.photos} has {len(photos)}"
     else:
         changes = photo_changes(saved.get("photos", []), photo_records(photos) if "photos" in saved else [])
         changes = changes and f"other photos: {changes}"

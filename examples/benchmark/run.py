@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from echodistill_cli import __version__
 from echodistill_cli.cli.options import quiet_libraries
 from echodistill_cli.config.build import config_hash
+from echodistill_cli.errors import counted
 from echodistill_cli.files import write_text
 from echodistill_cli.training.state import TrainingState
 from examples.benchmark.contestants import CONTESTANTS, RATES, TEACHERS
@@ -172,7 +173,7 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, 
         "versions": {"echodistill": __version__, "torch": torch.__version__},
     }
     trial = f" [{run.about_trial}]" if run.about_trial else ""
-    doing = f"training, {config.train.steps} steps" if run.entry.step else "generating, without training"
+    doing = f"training, {counted(config.train.steps, 'step')}" if run.entry.step else "generating, without training"
     print(f"{run.contestant} {run.noun} {run.seed}{trial}: {doing}", flush=True)
     for scores in train(run, run.build(steps), Ruler(run.noun, examiner, run.split), teachers=teachers):
         row = scores | about
@@ -181,7 +182,7 @@ def measure_run(run: Run, steps: int | None, rows: Rows, examiner: Examiner, *, 
 
 
 def machine_kind() -> str:
-    """Return processor, vector instructions and threads: rows are comparable if this is equal."""
+    """Return processor, vector instructions and threads: rows are comparable if this is equal, so it never changes."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

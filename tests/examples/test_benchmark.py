@@ -287,7 +287,7 @@ def test_a_run_writes_rows_once_and_without_its_teachers_if_they_are_not_asked_f
     benchmark.measure_run(run, 1, benchmark.Rows(rows.path), examiner, teachers=False)
     first, row_line, again = capsys.readouterr().out.splitlines()
     assert first.startswith("ours dog 0 [concept.views=4, ")
-    assert first.endswith("]: training, 1 steps")
+    assert first.endswith("]: training, 1 step")
     assert (row_line.split(": ")[1].split()[0], again) == ("recognition", "ours dog 0: row exists")
     (row,) = json.loads(rows.path.read_text())
     assert rows.has(run, row["settings"])
