@@ -501,6 +501,12 @@ def test_the_page_has_the_tables_that_the_report_prints(capsys: pytest.CaptureFi
     assert all(table in page for table in printed)
 
 
+def test_the_page_says_how_many_drawings_the_judge_tells_apart(examiner: Examiner) -> None:
+    page = (benchmark.HERE / "README.md").read_text()
+    drawings = len(examiner.labels["sprite"]) - 1  # and "unclear"
+    assert re.findall(r"out of (?:all )?(\d+) (?:drawings|of the world)", page) == [str(drawings)] * 2
+
+
 def test_only_runs_of_one_length_stand_in_a_table() -> None:
     rows = [{"scale": scale, "trial": ""} for scale in (0.25, 0.5, 0.5)] + [{"scale": 1.0, "trial": "x=1"}]
     assert report.of_length(rows, None) == rows[1:3]
