@@ -133,7 +133,8 @@ def _write_item(
 ) -> None:
     """Write one item at a path."""
     make_folder(path.parent)
-    on_message(f"Writing {item.path}")
+    if path == item.path:  # and not a copy that is only compared with what exists
+        on_message(f"Writing {path}")
     writer = write_lora if item.layout in _LORA_LAYOUTS else _write_model
     writer(artifact, dataclasses.replace(item, path=path), request, on_message)
 
