@@ -20,13 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.config.family import Family as Family
-from echodistill_cli.config.family import Size as Size
-from echodistill_cli.config.transformers import TRANSFORMERS, family_of_name
-from echodistill_cli.config.transformers import family_of_transformer as family_of_transformer
+from echodistill_cli.config.family import Family, Size
+from echodistill_cli.config.transformers import TRANSFORMERS, family_of_name, family_of_transformer
 from echodistill_cli.errors import EchoDistillError, ModelError, is_out_of_memory
 from echodistill_cli.files import expanded
-from echodistill_cli.files import read_small as read_small
+from echodistill_cli.files import read_small as read_small  # the command line reads a file of prompts by it
 
 _PIXELS_PER_LATENT = 8  # along one side, in every published model of both families
 _BASE_RESOLUTIONS = {"stabilityai/stable-diffusion-xl-base-1.0": 1024}

@@ -19,8 +19,8 @@ HEAD_START, JOINT, CARRY_BACK = "head start", "training", "carry back"
 
 
 @dataclass(frozen=True)
-class Phase:
-    """A phase of a run.
+class PhaseCost:
+    """What a phase of a run costs.
 
     Args:
         name: head start, training or carry back.
@@ -43,7 +43,7 @@ class Work:
         phases: in their order.
     """
 
-    phases: tuple[Phase, ...]
+    phases: tuple[PhaseCost, ...]
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -80,9 +80,9 @@ def work_of(config: Config) -> Work:
     targets = train.first_targets * (target + batch) if config.replays else 0.0
     return Work(
         (
-            Phase(HEAD_START, train.head_start, teacher),
-            Phase(JOINT, train.steps, joint, before=targets),
-            Phase(CARRY_BACK, config.echo.carry_back, teacher),
+            PhaseCost(HEAD_START, train.head_start, teacher),
+            PhaseCost(JOINT, train.steps, joint, before=targets),
+            PhaseCost(CARRY_BACK, config.echo.carry_back, teacher),
         )
     )
 

@@ -21,7 +21,7 @@ from peft.tuners.lora import Conv2d, Linear, LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from echodistill_cli.config.families import Family
+from echodistill_cli.config.family import Family
 from echodistill_cli.diffusion.pair import Denoiser
 from echodistill_cli.errors import EchoDistillError, ModelError
 from echodistill_cli.lora.safetensors_io import read_header

@@ -19,15 +19,9 @@ import psutil
 import torch
 
 from echodistill_cli.config.build import PRESETS
-from echodistill_cli.config.families import (
-    FAMILIES,
-    Family,
-    family_of_source,
-    family_of_width,
-    read_json,
-    settings_of,
-)
+from echodistill_cli.config.families import FAMILIES, family_of_source, family_of_width, read_json, settings_of
 from echodistill_cli.config.family import VAE as VAE
+from echodistill_cli.config.family import Family
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.warnings import parse_gib
 from echodistill_cli.diffusion.pair import ModelPair

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
-from echodistill_cli.config.families import FAMILIES, Family, about, family_of_source
+from echodistill_cli.config.families import FAMILIES, about, family_of_source
+from echodistill_cli.config.family import Family
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, counted
 from echodistill_cli.files import expanded, explained

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from echodistill_cli.config.families import Family, check_regular_files, read_json, reading
+from echodistill_cli.config.families import check_regular_files, read_json, reading
+from echodistill_cli.config.family import Family
 from echodistill_cli.diffusion.flux2 import Flux2Codec, Flux2Denoiser, Flux2Prompts
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec
 from echodistill_cli.diffusion.sana import SPRINT_GUIDANCE, SanaDenoiser, SanaPrompts

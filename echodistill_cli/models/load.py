@@ -17,17 +17,17 @@ import torch
 from echodistill_cli.config.distilled import student_sampler, student_steps
 from echodistill_cli.config.families import (
     FAMILIES,
-    Family,
     check_index,
     check_same_kind,
     check_unet,
-    family_of_transformer,
     family_of_unet,
     read_json,
     read_model_config,
     reading,
 )
+from echodistill_cli.config.family import Family
 from echodistill_cli.config.schema import ModelConfig
+from echodistill_cli.config.transformers import family_of_transformer
 from echodistill_cli.diffusion.pair import Denoiser, LatentCodec, ModelPair
 from echodistill_cli.diffusion.schedule import NoiseSchedule
 from echodistill_cli.diffusion.text import PromptEncoder

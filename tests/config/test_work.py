@@ -7,17 +7,17 @@ import dataclasses
 import pytest
 
 from echodistill_cli.config.build import build_config
-from echodistill_cli.config.work import CARRY_BACK, HEAD_START, JOINT, Phase, work_of
+from echodistill_cli.config.work import CARRY_BACK, HEAD_START, JOINT, PhaseCost, work_of
 
 
 def test_the_phases_of_the_recipe_are_counted() -> None:
     head_start, joint, carry_back = work_of(build_config("sd-turbo", overrides={"concept.class_name": "dog"})).phases
-    assert head_start == Phase(HEAD_START, 300, 2 * 2)  # two samples, there and back
+    assert head_start == PhaseCost(HEAD_START, 300, 2 * 2)  # two samples, there and back
     # A target: four guided steps and an image of the class, for two samples; and the image that it starts from.
     assert (joint.name, joint.steps, joint.before) == (JOINT, 200, 20 * (2 * (4 * 2 + 1) + 2))
     echo = 4 * 32 * (1 + 2) / 200
     assert joint.each == pytest.approx(2 * 2 + 2 * 2 + 2 * (4 * 2 + 1) + 2 * 6 + 10 * 2 * 2 + echo)
-    assert carry_back == Phase(CARRY_BACK, 60, 2 * 2)
+    assert carry_back == PhaseCost(CARRY_BACK, 60, 2 * 2)
 
 
 def test_the_papers_step_has_one_target_and_no_replays() -> None:
