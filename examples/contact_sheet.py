@@ -20,7 +20,7 @@ TILE, GAP, HEADING = 128, 8, 22
 Picture = Image.Image
 
 
-def labelled(image: Picture, text: str) -> Picture:
+def labeled(image: Picture, text: str) -> Picture:
     """Return a tile with a caption below the image."""
     below = caption(text, TILE)
     tile = Image.new("RGB", (TILE, TILE + below.height), "white")
@@ -48,7 +48,7 @@ def contact_sheet(run: Path, prompts: Sequence[str], columns: int = 8) -> Pictur
     """Generate each prompt once with and without the LoRA, and return everything on one sheet."""
     config = open_run(run).config
     photos = [
-        labelled(Image.open(path), path.name)
+        labeled(Image.open(path), path.name)
         for path in sorted(Path(config.concept.photos).iterdir())
         if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     ]
@@ -57,9 +57,9 @@ def contact_sheet(run: Path, prompts: Sequence[str], columns: int = 8) -> Pictur
     for start in range(0, len(samples), columns):
         part = samples[start : start + columns]
         texts = [one.prompt.replace(config.subject, "…").removeprefix("a ") for one in part]
-        rows.append((f"{config.subject}: one step", [labelled(s.image, t) for s, t in zip(part, texts, strict=True)]))
+        rows.append((f"{config.subject}: one step", [labeled(s.image, t) for s, t in zip(part, texts, strict=True)]))
         base = [(one.base, text) for one, text in zip(part, texts, strict=True) if one.base]
-        rows.append(("the base model, same prompt and seed", [labelled(image, text) for image, text in base]))
+        rows.append(("the base model, same prompt and seed", [labeled(image, text) for image, text in base]))
     return sheet(rows)
 
 

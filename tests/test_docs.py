@@ -335,3 +335,12 @@ def test_the_batch_script_skips_a_subject_whose_photos_cannot_be_used_and_says_s
     assert done.returncode == 3
     assert "Skipped" in done.stderr
     assert (tmp_path / "out" / "cat.photos.json").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*.md", "docs/*.md", "examples/**/*.md", "examples/**/*NOTICE", "echodistill_cli/**/*.py"]
+)
+def test_words_are_spelled_the_american_way(pattern: str) -> None:
+    british = re.compile(r"(?<!-)\b(licences?|behaviours?|centred?|neighbours?|labelled|colours?)\b")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob(pattern)}
+    assert not {name: found for name, text in texts.items() if (found := british.findall(text))}

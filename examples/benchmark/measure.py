@@ -53,7 +53,7 @@ class Ruler:
         self.reference_features = examiner.read(self.references).features
         subjects = SPLITS["vendor2"] if split == "vendor2" else (*SPLITS["dev"], *SPLITS["test"])
         everyone = np.concatenate([np.stack(reference_pictures(other, vendor)) for other in subjects])
-        self.centre = examiner.read(everyone).features.mean(dim=0)
+        self.center = examiner.read(everyone).features.mean(dim=0)
         self.real_spread = spread(examiner.read(self.real).features)
         # Half the smallest distance of any real render to a reference. An image that is closer is a copy.
         self.copy_distance = nearest_distance(self.real, self.references).min() / 2
@@ -80,7 +80,7 @@ class Ruler:
         return {
             "recognition": float((named & self.is_sharp(images)).mean()),
             "named": float(named.mean()),
-            "subject_fidelity": fidelity(reading.features, self.reference_features, self.centre),
+            "subject_fidelity": fidelity(reading.features, self.reference_features, self.center),
             "prompt_fidelity": float(np.mean(obeyed)),
             "copy_rate": float(copies.mean()),
             "diversity": spread(reading.features) / self.real_spread,
@@ -110,17 +110,17 @@ def through_vae(images: ImageBatch) -> ImageBatch:
     return coded
 
 
-def fidelity(features: Tensor, references: Tensor, centre: Tensor) -> float:
+def fidelity(features: Tensor, references: Tensor, center: Tensor) -> float:
     """Return the mean cosine of features [N, D] to references [R, D], both centered on the mean of all subjects."""
-    unit, unit_references = (F.normalize(x - centre, dim=-1) for x in (features, references))
+    unit, unit_references = (F.normalize(x - center, dim=-1) for x in (features, references))
     return float((unit @ unit_references.T).mean())
 
 
 def details(images: ImageBatch) -> NDArray[np.float32]:
     """Return each image's mean absolute Laplacian in gray, without an eighth at each border; images (N, 64, 64, 3)."""
-    grey = images.astype(np.float32).mean(axis=-1)
-    neighbours = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
-    found: NDArray[np.float32] = np.abs(4 * grey[:, 1:-1, 1:-1] - neighbours)[:, 7:-7, 7:-7].mean(axis=(1, 2))
+    gray = images.astype(np.float32).mean(axis=-1)
+    neighbors = gray[:, :-2, 1:-1] + gray[:, 2:, 1:-1] + gray[:, 1:-1, :-2] + gray[:, 1:-1, 2:]
+    found: NDArray[np.float32] = np.abs(4 * gray[:, 1:-1, 1:-1] - neighbors)[:, 7:-7, 7:-7].mean(axis=(1, 2))
     return found
 
 

@@ -40,7 +40,7 @@ class Ask:
     Args:
         sentence: with {} for the subject.
         place: a key of `places.PLACES`.
-        colour: one of `world.COLOURS`, or None.
+        color: one of `world.COLORS`, or None.
         size: "normal", "far" or "close".
     """
 

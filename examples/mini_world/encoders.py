@@ -2,8 +2,8 @@
 
 All three learn from renders of every noun in the training vendors, so that they have to generalise to
 drawings they never saw, the held-out vendor's above all. The identity encoder is contrastive among images: two
-views of one drawing (same colour, other place, size and turn) belong together. The CLIP is contrastive between
-images and captions, as CLIP is. The ViT names vendor, place and colour, and tells two views of a noun's drawings
+views of one drawing (same color, other place, size and turn) belong together. The CLIP is contrastive between
+images and captions, as CLIP is. The ViT names vendor, place and color, and tells two views of a noun's drawings
 from those of other nouns.
 """
 
@@ -31,7 +31,7 @@ from examples.mini_world.augment import soften
 from examples.mini_world.models import as_tensor, text_config
 from examples.mini_world.nouns import HELD_OUT_VENDOR, TRAIN_VENDORS
 from examples.mini_world.places import PLACES
-from examples.mini_world.world import COLOURS, SIDE, Scene, World
+from examples.mini_world.world import COLORS, SIDE, Scene, World
 
 WIDTH, DEPTH, PATCH = 128, 6, 8
 TEMPERATURE = 0.1
@@ -166,7 +166,7 @@ class ClipStage:
 
 
 class ViTStage:
-    """Trains a ViT through linear heads that are thrown away: vendor, place and colour by name, nouns by contrast."""
+    """Trains a ViT through linear heads that are thrown away: vendor, place and color by name, nouns by contrast."""
 
     name = "backbone-vit"
     ema_decay = 0.999
@@ -176,7 +176,7 @@ class ViTStage:
         self.labels: dict[str, list[str | None]] = {
             "vendor": list(TRAIN_VENDORS),
             "place": [None, *PLACES],
-            "colour": [None, *COLOURS],
+            "colour": [None, *COLORS],
         }
         widths = {key: len(names) for key, names in self.labels.items()} | {"noun": WIDTH}
         heads = nn.ModuleDict({key: nn.Linear(WIDTH, width) for key, width in widths.items()})

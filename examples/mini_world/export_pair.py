@@ -102,7 +102,7 @@ def export_role(work: Path, output: Path, nouns: int, role: str) -> dict[str, ob
         "role": role,
         "samples": samples,
         "nouns": [noun_words(noun) for noun in chosen_nouns(nouns)],
-        "sources": [f"{source.package}@{source.version} ({source.licence})" for source in trained_on],
+        "sources": [f"{source.package}@{source.version} ({source.license})" for source in trained_on],
         "mean_difference_bf16": round(difference, 5),
         "megabytes": round(megabytes, 2),
     }  # fmt: skip
@@ -140,10 +140,10 @@ def export_looking_network(work: Path, output: Path, part: str, nouns: int) -> d
     if isinstance(network, PreTrainedModel):
         network.save_pretrained(partial)
         kind = "ViTImageProcessor" if part == "backbone-vit" else "CLIPImageProcessor"
-        normalisation = {"image_processor_type": kind, "do_center_crop": False, "resample": 3,
+        normalization = {"image_processor_type": kind, "do_center_crop": False, "resample": 3,
                          "do_resize": True, "size": {"height": SIDE, "width": SIDE}, "do_rescale": True,
                          "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # fmt: skip
-        (partial / "preprocessor_config.json").write_text(json.dumps(normalisation, indent=2) + "\n")
+        (partial / "preprocessor_config.json").write_text(json.dumps(normalization, indent=2) + "\n")
         if part == "backbone-clip":
             open_tokenizer(work).save_pretrained(partial)
     else:

@@ -1,4 +1,4 @@
-"""Stage `judge`: a convolutional classifier of noun, exact drawing, place and colour, trained on renders.
+"""Stage `judge`: a convolutional classifier of noun, exact drawing, place and color, trained on renders.
 
 It shares neither architecture nor seed with anything the pair is trained or personalized with, and it knows
 the drawings of both held-out vendors, which nothing else does: it is the examiner, never a loss. `--judge-seed`
@@ -28,7 +28,7 @@ from examples.mini_world.models import as_tensor, decode, encode
 from examples.mini_world.nouns import SECOND_VENDOR, SOURCES, chosen_nouns
 from examples.mini_world.places import PLACES
 from examples.mini_world.sprites import load_second, load_sprites
-from examples.mini_world.world import COLOURS, Scene, World
+from examples.mini_world.world import COLORS, Scene, World
 
 UNCLEAR = "unclear"
 # Parts of a training batch: sharp renders, renders through the VAE, blurred images, images of blurred latents.
@@ -44,12 +44,12 @@ def judge_world(work: Path, nouns: int) -> World:
 
 
 def judge_labels(world: World) -> dict[str, list[str]]:
-    """The classes of each question, in order; "none" is a scene without colour. Plain ground is white."""
+    """The classes of each question, in order; "none" is a scene without color. Plain ground is white."""
     return {
         "noun": [*world.nouns, UNCLEAR],
         "sprite": [*(f"{noun}/{vendor}" for noun in world.nouns for vendor in world.vendors[noun]), UNCLEAR],
         "place": list(PLACES),
-        "colour": ["none", *COLOURS],
+        "colour": ["none", *COLORS],
     }
 
 

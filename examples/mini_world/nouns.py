@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """One icon package: the npm name and version it is fetched by, its licence, and what it is used for."""
+    """One icon package: the npm name and version it is fetched by, its license, and what it is used for."""
 
     vendor: str
     package: str
     version: str
-    licence: str
+    license: str
     author: str
     held_out: bool = False
 

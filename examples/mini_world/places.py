@@ -160,8 +160,8 @@ def _mountain(rng: np.random.Generator, side: int) -> Image3:
     canvas = Image.fromarray(_gradient((140, 190, 240), (220, 235, 248), side).astype(np.uint8))
     draw = ImageDraw.Draw(canvas)
     base = int(side * rng.uniform(0.6, 0.72))
-    for centre in (rng.uniform(0.0, 0.45), rng.uniform(0.55, 1.0)):
-        x, top, half = side * centre, side * rng.uniform(0.12, 0.3), side * rng.uniform(0.35, 0.5)
+    for center in (rng.uniform(0.0, 0.45), rng.uniform(0.55, 1.0)):
+        x, top, half = side * center, side * rng.uniform(0.12, 0.3), side * rng.uniform(0.35, 0.5)
         draw.polygon([(x - half, base), (x, top), (x + half, base)], fill=(105, 105, 120))
         cap, snow_line = half * 0.3, top + (base - top) * 0.3
         draw.polygon([(x - cap, snow_line), (x, top), (x + cap, snow_line)], fill=(245, 248, 252))

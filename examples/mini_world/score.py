@@ -1,6 +1,6 @@
 """`python -m examples.mini_world.score`: how well the embedded pair generates, by a judge; makes the README's table.
 
-Every noun in every place, plain and in a colour, one image each; the same scenes rendered by the world itself, in
+Every noun in every place, plain and in a color, one image each; the same scenes rendered by the world itself, in
 the styles that the pair was trained on, are the ceiling. Sharpness is a share of what the pair's VAE leaves of such
 renders. Needs the drawings (`npm` fetches them) and a judge. No judge counts malformed subjects: `--sheet DIR` draws
 200 one-step images in numbered sheets of 50, for a person to count.
@@ -33,7 +33,7 @@ from examples.mini_world.models import as_tensor
 from examples.mini_world.nouns import CORE, HELD_OUT_VENDOR, noun_words
 from examples.mini_world.places import PLACES
 from examples.mini_world.sprites import default_work_directory
-from examples.mini_world.world import COLOURS, SIDE, Scene, World, contact_sheet, open_world
+from examples.mini_world.world import COLORS, SIDE, Scene, World, contact_sheet, open_world
 
 TEACHER = SamplingSettings(role="teacher", steps=25, guidance_scale=3.5, size=SIDE, batch_size=64)
 STUDENT = SamplingSettings(role="student", steps=1, size=SIDE, batch_size=64)
@@ -43,7 +43,7 @@ MALFORMED_IMAGES, ON_A_SHEET, SHEET_COLUMNS = 200, 50, 10
 
 @dataclass(frozen=True)
 class Asked:
-    """What an image must show: noun, place, colour (or None)."""
+    """What an image must show: noun, place, color (or None)."""
 
     noun: str
     place: str
@@ -57,9 +57,9 @@ class Asked:
 
 
 def every_scene() -> list[Asked]:
-    """Every noun in every place: plain, then in one of the colours in turn."""
+    """Every noun in every place: plain, then in one of the colors in turn."""
     plain = [Asked(noun, place, None) for noun in CORE for place in PLACES]
-    colours = list(COLOURS)
+    colours = list(COLORS)
     return plain + [Asked(one.noun, one.place, colours[index % 6]) for index, one in enumerate(plain)]
 
 
@@ -80,8 +80,8 @@ def drawn(pair: ModelPair, asked: list[Asked], seeds: list[int], settings: Sampl
     return np.stack([picture.numpy() for picture in generate(pair, [one.prompt for one in asked], seeds, settings)])
 
 
-def recognised(examiner: Examiner, pictures: NDArray[np.uint8], asked: list[Asked]) -> dict[str, float]:
-    """Return the fractions of images with the right noun, place and, where one was requested, colour."""
+def recognized(examiner: Examiner, pictures: NDArray[np.uint8], asked: list[Asked]) -> dict[str, float]:
+    """Return the fractions of images with the right noun, place and, where one was requested, color."""
     reading = examiner.read(pictures)
     hits = [given == one.colour for given, one in zip(reading.answers["colour"], asked, strict=True) if one.colour]
     return {
@@ -167,13 +167,13 @@ def score(pair: ModelPair, examiner: Examiner, work: Path, sheets: Path | None) 
     several, several_seeds = repeated(asked)
     rows: dict[str, Any] = {}
     real = rendered(world, asked, 1)
-    rows["renders"] = recognised(examiner, real, asked)
+    rows["renders"] = recognized(examiner, real, asked)
     ceiling = detail(coded(pair, real))
     rows["renders"]["sharpness_share"] = detail(real) / ceiling
     real_spread = spread(examiner, rendered(world, several, 2))
     for settings in (TEACHER, STUDENT):
         pictures = drawn(pair, asked, seeds, settings)
-        seen = recognised(examiner, pictures, asked)
+        seen = recognized(examiner, pictures, asked)
         ratio = spread(examiner, drawn(pair, several, several_seeds, settings)) / real_spread
         rows[settings.role] = seen | {"diversity": ratio, "sharpness_share": detail(pictures) / ceiling}
         if sheets:

@@ -67,7 +67,7 @@ def icon_svg(icons: dict[str, Any], name: str) -> str | None:
 
 
 def rasterise(svg: str, side: int = SPRITE_SIDE) -> NDArray[np.uint8]:
-    """Draw an SVG, crop it to what is painted and centre it in a `side` x `side` x 4 RGBA array."""
+    """Draw an SVG, crop it to what is painted and center it in a `side` x `side` x 4 RGBA array."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_string=svg, width=_RASTER_SIDE, height=_RASTER_SIDE)
@@ -78,7 +78,7 @@ def rasterise(svg: str, side: int = SPRITE_SIDE) -> NDArray[np.uint8]:
     drawn = drawn.crop(painted)
     scale = side / max(drawn.size)
     width, height = (max(1, round(length * scale)) for length in drawn.size)
-    # Premultiplied, so that the colour of transparent pixels does not bleed into the rim.
+    # Premultiplied, so that the color of transparent pixels does not bleed into the rim.
     drawn = drawn.convert("RGBa").resize((width, height), Image.Resampling.BOX).convert("RGBA")
     canvas = Image.new("RGBA", (side, side))
     canvas.paste(drawn, ((side - width) // 2, (side - height) // 2))

@@ -48,7 +48,7 @@ def quick_attention(device: str) -> AbstractContextManager[None]:
 
 
 def centred_share(samples: int) -> float:
-    """The share of large centred subjects in a batch: 0.8 at first, falling to 0.1."""
+    """The share of large centered subjects in a batch: 0.8 at first, falling to 0.1."""
     return max(0.1, 0.8 - 0.7 * samples / CURRICULUM_SAMPLES)
 
 

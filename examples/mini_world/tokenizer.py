@@ -14,7 +14,7 @@ from examples.mini_world.nouns import NOUNS, noun_words
 from examples.mini_world.places import PLACES
 from examples.mini_world.world import (
     CLOSE_TEMPLATES,
-    COLOURS,
+    COLORS,
     FAR_TEMPLATES,
     FILLER_WORDS,
     NEUTRAL_TEMPLATES,
@@ -46,7 +46,7 @@ def world_words() -> list[str]:
     """Every word of captions, names and the usual prompt templates; short ones first, each once."""
     sentences = chain(
         (noun_words(noun) for noun in NOUNS),
-        COLOURS,
+        COLORS,
         RARE_WORDS,
         FILLER_WORDS,
         (phrase for _, phrases in PLACES.values() for phrase in phrases),

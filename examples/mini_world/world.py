@@ -19,7 +19,7 @@ from examples.mini_world.places import PLACES, place_variants
 from examples.mini_world.sprites import Sprites, load_sprites
 
 SIDE = 64
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 40, 40), "blue": (45, 95, 230), "green": (50, 175, 70),
     "purple": (140, 60, 200), "yellow": (250, 205, 40), "pink": (250, 120, 180),
 }  # fmt: skip
@@ -98,7 +98,7 @@ def recolour(sprite: NDArray[np.uint8], colour: str) -> NDArray[np.uint8]:
     """
     weights = np.array([0.299, 0.587, 0.114], dtype=np.float32) / 255
     light = (sprite[..., :3].astype(np.float32) @ weights)[..., None]
-    tint = np.asarray(COLOURS[colour], dtype=np.float32)
+    tint = np.asarray(COLORS[colour], dtype=np.float32)
     shaded = np.where(light < 0.6, tint * (light / 0.6), tint + (255 - tint) * (light - 0.6) / 0.4)
     return np.concatenate([shaded.clip(0, 255).astype(np.uint8), sprite[..., 3:]], axis=-1)
 
@@ -142,7 +142,7 @@ def _ground(rng: np.random.Generator, place: str | None, side: int) -> Image.Ima
 
 
 def _subject_layer(rng: np.random.Generator, subject: Image.Image, scene: Scene, side: int) -> Image.Image:
-    """The subject on transparent ground: coloured, mirrored, sized, placed and turned."""
+    """The subject on transparent ground: colored, mirrored, sized, placed and turned."""
     if scene.colour:
         subject = Image.fromarray(recolour(np.asarray(subject), scene.colour))
     if scene.flip:
@@ -172,7 +172,7 @@ class World:
         vendor = str(rng.choice(self.vendors[noun]))
         plain = rng.random() < (0.6 if centred else 0.1)
         place = None if plain else str(rng.choice(list(PLACES)))
-        colour = str(rng.choice(list(COLOURS))) if rng.random() < (0.1 if centred else 0.2) else None
+        colour = str(rng.choice(list(COLORS))) if rng.random() < (0.1 if centred else 0.2) else None
         kind = rng.random()
         size = "normal" if centred or kind < 0.84 else "far" if kind < 0.92 else "close"
         widest = 5 if centred else 15

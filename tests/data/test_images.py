@@ -12,11 +12,11 @@ from PIL import Image
 from echodistill_cli.data.images import a1111_text, png_bytes, save_new_png, save_png, to_image
 from echodistill_cli.errors import EchoDistillError
 
-COLOURS = ["red", "lime", "blue", "yellow", "cyan"]
+COLORS = ["red", "lime", "blue", "yellow", "cyan"]
 
 
 def tiles(count: int) -> list[Image.Image]:
-    return [Image.new("RGB", (6, 4), colour) for colour in COLOURS[:count]]
+    return [Image.new("RGB", (6, 4), colour) for colour in COLORS[:count]]
 
 
 def test_a_tensor_becomes_a_picture_of_the_same_values() -> None:

@@ -121,7 +121,7 @@ def test_unreadable_exif_is_told_and_the_photo_used(tmp_path: Path) -> None:
     assert "EXIF" in file.notes[0]
 
 
-def test_hidden_colours_behind_transparency_become_grey_and_the_alpha_the_mask(tmp_path: Path) -> None:
+def test_hidden_colors_behind_transparency_become_gray_and_the_alpha_the_mask(tmp_path: Path) -> None:
     image = noise().convert("RGBA")
     image.paste((255, 0, 255, 0), (0, 0, 48, 96))
     image.save(tmp_path / "a.png")
@@ -149,7 +149,7 @@ def test_an_entirely_transparent_picture_is_skipped(tmp_path: Path) -> None:
     assert skipped(tmp_path).notes == ("is entirely transparent",)
 
 
-def test_grey_and_palette_transparency_are_composited_too(tmp_path: Path) -> None:
+def test_gray_and_palette_transparency_are_composited_too(tmp_path: Path) -> None:
     grey = noise().convert("LA")
     grey.putalpha(Image.linear_gradient("L").resize((96, 96)))
     grey.save(tmp_path / "grey.png")
@@ -160,14 +160,14 @@ def test_grey_and_palette_transparency_are_composited_too(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1"])
-def test_grey_palette_and_one_bit_pictures_become_rgb(tmp_path: Path, mode: str) -> None:
+def test_gray_palette_and_one_bit_pictures_become_rgb(tmp_path: Path, mode: str) -> None:
     noise().convert(mode).save(tmp_path / "a.png")
     file, photo = only(tmp_path)
     assert (file.verdict, photo.image.mode) == ("ok", "RGB")
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tiff"])
-def test_cmyk_keeps_its_colours_whether_inverted_by_adobe_or_not(tmp_path: Path, suffix: str) -> None:
+def test_cmyk_keeps_its_colors_whether_inverted_by_adobe_or_not(tmp_path: Path, suffix: str) -> None:
     corners().convert("CMYK").save(tmp_path / f"a.{suffix}")
     file, photo = only(tmp_path)
     for place, colour in (((0.2, 0.2), RED), ((0.8, 0.2), GREEN), ((0.2, 0.8), BLUE), ((0.8, 0.8), WHITE)):
@@ -176,7 +176,7 @@ def test_cmyk_keeps_its_colours_whether_inverted_by_adobe_or_not(tmp_path: Path,
 
 
 @pytest.mark.parametrize("suffix", ["png", "tiff"])
-def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
+def test_sixteen_bit_gray_is_scaled_not_clipped(tmp_path: Path, suffix: str) -> None:
     ramp = np.tile(np.linspace(0, 65535, 96), (96, 1)).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
     values = np.asarray(only(tmp_path)[1].image)[50, :, 0]
@@ -221,7 +221,7 @@ def swapped_profile() -> bytes:
     return bytes(data)
 
 
-def test_colours_go_through_the_embedded_profile_to_srgb(tmp_path: Path) -> None:
+def test_colors_go_through_the_embedded_profile_to_srgb(tmp_path: Path) -> None:
     corners().save(tmp_path / "a.png", icc_profile=swapped_profile())
     file, photo = only(tmp_path)
     assert near(at(photo, 0.2, 0.2), (RED[1], RED[0], RED[2]))
@@ -458,7 +458,7 @@ def test_a_sharp_subject_before_a_soft_background_is_not_blurred(tmp_path: Path)
     assert only(tmp_path, resolution=512)[0].verdict == "ok"
 
 
-def test_a_picture_of_almost_one_colour_is_warned_about(tmp_path: Path) -> None:
+def test_a_picture_of_almost_one_color_is_warned_about(tmp_path: Path) -> None:
     Image.new("RGB", (96, 96), BLUE).save(tmp_path / "a.png")
     Image.new("RGB", (96, 96), RED).save(tmp_path / "b.png")
     assert [file.notes for file in check(tmp_path).files] == [("is almost one color",)] * 2
@@ -589,7 +589,7 @@ def test_files_come_in_natural_order_and_companions_are_left_out(tmp_path: Path)
     assert [file.name for file in check(tmp_path).files] == ["B.png", "img_1.png", "img_2.png", "IMG_10.png"]
 
 
-def test_the_crop_centres_on_the_mask_and_stays_inside() -> None:
+def test_the_crop_centers_on_the_mask_and_stays_inside() -> None:
     image = noise(0, (200, 100))
     mask = Image.new("L", image.size)
     mask.paste(255, (120, 10, 160, 90))

@@ -63,7 +63,7 @@ def pictures(folder: Path) -> dict[str, int]:
 
 
 def seen(image: Image.Image, size: tuple[int, int], how: Image.Resampling, sees: dict[str, Any]) -> torch.Tensor:
-    """A picture resized, cropped to the middle 32 x 32 and normalised, by hand: [1, 3, 32, 32]."""
+    """A picture resized, cropped to the middle 32 x 32 and normalized, by hand: [1, 3, 32, 32]."""
     resized = image.resize(size, how)
     left, top = (size[0] - 32) // 2, (size[1] - 32) // 2
     pixels = np.asarray(resized.crop((left, top, left + 32, top + 32)), dtype=np.float64) / 255

@@ -41,7 +41,7 @@ from examples.benchmark.training import Run
 from examples.mini_world.judges import Examiner
 from examples.mini_world.nouns import CORE, SECOND_VENDOR
 from examples.mini_world.places import PLACES
-from examples.mini_world.world import COLOURS, NEUTRAL_TEMPLATES
+from examples.mini_world.world import COLORS, NEUTRAL_TEMPLATES
 from examples.mini_world.world import TEMPLATES as WORLD_TEMPLATES
 
 
@@ -66,7 +66,7 @@ def test_subjects_are_split_and_prompts_are_ones_that_no_training_used() -> None
     assert (len(DEV), len(TEST), len(SPLITS["vendor2"]), len(PROMPTS)) == (4, 8, 8, 16)
     used = {*TEMPLATES, *SCENES, *WORLD_TEMPLATES, *NEUTRAL_TEMPLATES}
     assert {ask.place for ask in PROMPTS} <= set(PLACES)
-    assert {ask.colour for ask in PROMPTS} <= {None, *COLOURS}
+    assert {ask.colour for ask in PROMPTS} <= {None, *COLORS}
     for ask in PROMPTS:
         start = re.sub(r"(in|on|with|floating) .*", "", ask.sentence.replace("{}", "{x}")).strip()
         assert start not in used
@@ -138,9 +138,9 @@ def test_an_image_counts_only_with_half_of_the_sharpness_that_the_vae_leaves(rul
 
 def laplacian(image: np.ndarray) -> np.ndarray:
     """By convolution with the five-point stencil, without the rim."""
-    grey = torch.from_numpy(image).double().mean(dim=-1)
+    gray = torch.from_numpy(image).double().mean(dim=-1)
     stencil = torch.tensor([[0.0, -1, 0], [-1, 4, -1], [0, -1, 0]], dtype=torch.float64)
-    return torch.nn.functional.conv2d(grey[None, None], stencil[None, None])[0, 0].numpy()
+    return torch.nn.functional.conv2d(gray[None, None], stencil[None, None])[0, 0].numpy()
 
 
 def test_the_ruler_knows_the_subject_its_places_and_a_copy(ruler: Ruler) -> None:
@@ -180,8 +180,8 @@ def test_drift_is_measured_in_units_of_another_seed(ruler: Ruler) -> None:
 
 
 def test_the_nearest_distance_of_a_hand_made_case() -> None:
-    black, grey = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 10, np.uint8)
-    assert nearest_distance(grey, np.concatenate([black, black + 4])).tolist() == [6.0]
+    black, gray = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 10, np.uint8)
+    assert nearest_distance(gray, np.concatenate([black, black + 4])).tolist() == [6.0]
 
 
 def test_the_spread_of_a_hand_made_case() -> None:

@@ -78,7 +78,7 @@ def test_the_header_names_the_sdxl_family_as_each_reader_wants_it() -> None:
     assert metadata["ss_sd_model_name"] == "sdxl-turbo"
 
 
-def test_a_teacher_that_predicts_v_is_labelled_so() -> None:
+def test_a_teacher_that_predicts_v_is_labeled_so() -> None:
     card = dataclasses.replace(LORA, role="teacher", prediction_type="v_prediction")
     metadata = header(card, kohya_tensors([SMALL], "sd", torch.float16))
     assert metadata["ss_base_model_version"] == "sd_v2_v"

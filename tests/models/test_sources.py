@@ -273,7 +273,7 @@ def test_offline_an_unknown_model_or_revision_opens_no_socket(source: str, revis
 
 
 @pytest.mark.usefixtures("cached")
-def test_the_hubs_own_offline_switch_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_hubs_own_offline_switch_is_honored(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

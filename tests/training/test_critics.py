@@ -34,7 +34,7 @@ from tests.helpers.models import model_config
 
 CPU = torch.device("cpu")
 KINDS = ("dino", "dinov2", "clip")
-NORMALISATION = {
+NORMALIZATION = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
 }
@@ -63,10 +63,10 @@ def plain_features(kind: str, folder: Path, pixels: Tensor) -> Tensor:
 
 
 @each_kind
-def test_features_are_those_of_the_plain_model_on_normalised_pixels(
+def test_features_are_those_of_the_plain_model_on_normalized_pixels(
     small_backbones: dict[str, Path], kind: str
 ) -> None:
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALISATION["clip" if kind == "clip" else "imagenet"])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in NORMALIZATION["clip" if kind == "clip" else "imagenet"])
     expected = plain_features(kind, small_backbones[kind], ((images() + 1) / 2 - mean) / std)
     features = load(small_backbones[kind]).features(images())
     assert len(features) == 1
@@ -75,7 +75,7 @@ def test_features_are_those_of_the_plain_model_on_normalised_pixels(
     assert load(small_backbones[kind]).widths == [features[0].shape[-1]]
 
 
-def test_the_models_own_normalisation_is_used_where_its_folder_has_one(
+def test_the_models_own_normalization_is_used_where_its_folder_has_one(
     small_backbones: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = Path(shutil.copytree(small_backbones["dino"], tmp_path / "half"))
