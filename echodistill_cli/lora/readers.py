@@ -170,7 +170,7 @@ def _a1111_verdict(file: LoraFile, matched: int, unmatched: int) -> tuple[str, s
     if unmatched:
         return "partly", f"Applies {counted(matched, 'key')} and ignores {unmatched} without a warning."
     if incomplete := _incomplete_attention(file):
-        return "partly", f"Ignores {counted(incomplete, 'text-encoder layer')} without one of q, k, v and out."
+        return "partly", f"Ignores {counted(incomplete, 'text-encoder layer')} lacking one of q, k, v and out."
     if hidden := _hidden(file):
         return "hidden", hidden
     return "fully", "Loads completely."

@@ -105,7 +105,7 @@ def test_a1111_needs_all_four_projections_of_an_openclip_layer(tmp_path: Path) -
     layer = "lora_te_text_model_encoder_layers_0_self_attn"
     half = kohya_pair(f"{layer}_q_proj") | kohya_pair(f"{layer}_k_proj")
     verdict = by_reader(inspection_of(tmp_path, half, {"ss_v2": "True"}))["A1111"]
-    assert "Ignores 1 text-encoder layers" in verdict.text
+    assert "Ignores 1 text-encoder layer lacking one of q, k, v and out" in verdict.text
     whole = half | kohya_pair(f"{layer}_v_proj") | kohya_pair(f"{layer}_out_proj")
     assert by_reader(inspection_of(tmp_path, whole, {"ss_v2": "True"}))["A1111"].loads == "fully"
 
