@@ -58,12 +58,13 @@ def check_section(section: str, values: Any) -> None:
     """
     hints = typing.get_type_hints(type(values))
     for entry in dataclasses.fields(values):
-        name, value = f"{section}.{entry.name}", getattr(values, entry.name)
-        hint = hints[entry.name]
+        name, value, hint = f"{section}.{entry.name}", getattr(values, entry.name), hints[entry.name]
         kinds = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
         if not any(_is_a(kind, value) for kind in kinds):
             expected = " or ".join(_NAMES.get(kind, 'a list of strings such as ["a", "b"]') for kind in kinds)
             raise ConfigError(f"{name} = {shown(value)} is not {expected}.")
+        if value == "" != entry.default:
+            raise ConfigError(f"{name} is empty.", "Give it a value, or remove it.")
         if value is not None:
             _check_bounds(name, value, entry.metadata)
 
@@ -71,8 +72,7 @@ def check_section(section: str, values: Any) -> None:
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     about, minimum, maximum, choices = (bounds[key] for key in ("about", "minimum", "maximum", "choices"))
     if choices and value not in choices:
-        near = nearest(value, choices)
-        remedy = f"Did you mean {near!r}?" if near else None
+        remedy = f"Did you mean {near!r}?" if (near := nearest(value, choices)) else None
         raise ConfigError(f"{name} = {shown(value)} is not one of {', '.join(choices)} ({about}).", remedy)
     if minimum is not None and any(one < minimum for one in (value if isinstance(value, tuple) else (value,))):
         raise ConfigError(f"{name} = {value!r} is below {minimum:g} ({about}).")
