@@ -94,8 +94,8 @@ def _is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, tuple) and all(_is_a(typing.get_args(kind)[0], item) for item in value)
     if isinstance(value, bool):  # which Python counts as an integer
         return kind is bool
-    if isinstance(value, (int, float)) and kind in (int, float):  # neither infinite nor NaN, and of 64 bits
-        return isinstance(value, (int, kind)) and abs(value) < (2**63 if kind is int else 1e308)
+    if isinstance(value, (int, float)) and kind in (int, float):  # neither NaN nor infinite in float32, or of 64 bits
+        return isinstance(value, (int, kind)) and abs(value) < (2**63 if kind is int else 1e38)
     return isinstance(value, kind)
 
 

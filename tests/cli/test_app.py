@@ -596,3 +596,6 @@ def test_an_output_that_is_a_file_is_refused_before_models_are_loaded(tmp_path: 
     lora.touch()
     done = command("sample", "a", "--lora", lora, "-o", file)
     assert (done.code, done.err) == (2, f"error: --output {file} is a file. Name a folder with --output.\n")
+    (tmp_path / "link").symlink_to("nowhere")
+    done = command("sample", "a", "--lora", lora, "-o", tmp_path / "link")
+    assert (done.code, done.err.partition(" is a ")[2]) == (2, "link to nowhere. Name a folder with --output.\n")

@@ -270,6 +270,7 @@ def test_a_wrong_set_ends_with_2_and_one_line_that_helps(line: str, words: str) 
         ("p --seed -1", "error: --seed -1 is below 0"),
         ("p --text lore", "error: --text 'lore' is not one of token, lora, frozen"),
         ("p --lr nan", "error: --lr nan is not a number."),
+        ("p --alpha 1e39", 'error: --alpha 1e+39 is not a number or "off".'),
         ("p --lr 0 --teacher-lr 0", "error: --lr and --teacher-lr are both 0"),
         ("p --identity none", "but --identity is none."),
         ("p --set train.steps=0", "error: train.steps = 0 is below 1"),
