@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -27,11 +28,7 @@ from echodistill_cli.errors import EchoDistillError, failed_write
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Context that turns a failed write into one line with a remedy; other errors pass unchanged.
-
-    Raises:
-        EchoDistillError: the block raised an `OSError`, or what a library raises in its place.
-    """
+    """Context that turns a failed write into an `EchoDistillError` with a remedy; others pass unchanged."""
     try:
         yield
     except EchoDistillError:
@@ -78,11 +75,7 @@ def scratch(path: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Delete a folder so that a kill never leaves a part of it under its name.
-
-    Raises:
-        EchoDistillError: it cannot be deleted.
-    """
+    """Delete a folder so that a kill never leaves a part of it under its name; raises as `atomically`."""
     with explained(folder):
         temporary = _temporary(folder)
         folder.replace(temporary)
@@ -149,16 +142,27 @@ _MOST_BYTES = 50_000_000  # of a text file; the largest are vocabularies and lis
 
 
 def read_small(path: Path) -> bytes:
-    """Return the content of a text file. Raises an `OSError` if it is larger than such files are."""
-    with path.open("rb") as file:
+    """Return the content of a small file, or of a pipe that something writes to; else raise an `OSError`."""
+    with open(path, "rb", opener=_opened) as file:
         content = file.read(_MOST_BYTES + 1)
+        if not content and stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EPIPE, "nothing writes to this pipe", str(path))
     if len(content) > _MOST_BYTES:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
     return content
 
 
+def _opened(path: str, flags: int) -> int:
+    """Open a file; do not wait for somebody to open the other end of a pipe. Reading waits for who did."""
+    if not hasattr(os, "O_NONBLOCK"):  # Windows
+        return os.open(path, flags)
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    os.set_blocking(descriptor, True)
+    return descriptor
+
+
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically; raises the errors of `atomically`."""
+    """Write a file atomically; raises as `atomically`."""
     with atomically(path) as temporary:
         temporary.write_bytes(content)
 
@@ -169,11 +173,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def make_folder(path: Path) -> Path:
-    """Create a folder with its parents, unless it exists, and return it.
-
-    Raises:
-        EchoDistillError: it cannot be created.
-    """
+    """Create a folder with its parents, unless it exists, and return it; raises as `atomically`."""
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -392,9 +392,7 @@ def is_path(value: str) -> bool:
 
 def same_content(left: Path, right: Path) -> bool:
     """Return whether two files, or all files of two folders, are equal."""
-    if left.is_file() and right.is_file():
-        return filecmp.cmp(left, right, shallow=False)
     if not (left.is_dir() and right.is_dir()):
-        return False
+        return left.is_file() and right.is_file() and filecmp.cmp(left, right, shallow=False)
     names, others = ({path.relative_to(side) for path in side.rglob("*")} for side in (left, right))
     return names == others and all(same_content(left / name, right / name) for name in names)

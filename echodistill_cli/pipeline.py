@@ -118,10 +118,7 @@ def train(
         run = resume_run(config)
         with run.locked():
             return _resume(run, from_step, session)
-    state = _loaded_state(config, session)
-    run = create_run(config, overwrite=overwrite)
-    with run.locked():
-        return _train_to_end(state, run, session)
+    return _start(config, session, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -133,6 +130,16 @@ class _Session:
     on_step: OnStep
     on_message: OnMessage
     stop: Callable[[], bool]
+
+
+def _start(config: Config, session: _Session, *, overwrite: bool) -> TrainResult:
+    """Train a new run from its first step."""
+    from echodistill_cli.training.loop import removed_if_untrained
+
+    state = _loaded_state(config, session)
+    run = create_run(config, overwrite=overwrite)
+    with removed_if_untrained(run), run.locked():
+        return _train_to_end(state, run, session)
 
 
 def _resume(run: Run, from_step: int | None, session: _Session) -> TrainResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import platform
 import shutil
 import tempfile
@@ -142,7 +143,8 @@ def check_settings(config: Config) -> None:
 
 def _check_writable(folder: Path) -> None:
     """Check that a run folder can be created, by creating and removing a folder beside it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # Nothing can be made in the place of a link that leads nowhere.
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     try:
         tempfile.TemporaryDirectory(dir=existing, prefix=".echodistill-").cleanup()
     except OSError as error:

@@ -130,6 +130,19 @@ def test_a_dry_run_refuses_what_a_run_refuses_before_it_loads_a_model(
         assert caught.value.exit_code == code
 
 
+@pytest.mark.parametrize("target", ["loop", "nowhere"])
+def test_a_link_that_leads_nowhere_is_refused_as_an_output_before_a_model_is_loaded(
+    photo_folder: Path, tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("echodistill_cli.training.state.build_state", lambda *_: pytest.fail("models were loaded"))
+    (tmp_path / "loop").symlink_to(tmp_path / target)
+    subject = {"concept.photos": str(photo_folder), "concept.class_name": "dog"}
+    config = build_config("mini", overrides=subject | {"run.output": str(tmp_path / "loop")})
+    for command in (pipeline.plan, pipeline.train):
+        with pytest.raises(EchoDistillError, match=r"loop (cannot|could not) be written"):
+            command(config)
+
+
 def test_a_token_and_a_file_are_checked_although_the_models_are_not_here_yet(photo_folder: Path) -> None:
     subject = {"concept.photos": str(photo_folder), "concept.class_name": "dog", "model.offline": True}
     base = "stabilityai/stable-diffusion-xl-base-1.0"

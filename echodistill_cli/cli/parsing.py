@@ -35,7 +35,7 @@ class Program(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """A command that refuses an option that was given twice, unless the option takes several values."""
+    """A command that refuses empty values, and twice an option that does not take several values."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         """Return arguments and options."""
@@ -49,17 +49,27 @@ class Command(typer.core.TyperCommand):
         """Parse the arguments of the command.
 
         Raises:
-            ConfigError: an option that counts once was given twice.
+            ConfigError: an option that counts once was given twice, or a value is empty.
         """
         arguments = list(args)  # parsing consumes the list
         remaining = super().parse_args(ctx, args)
-        _, _, order = self.make_parser(ctx).parse_args(list(arguments))
+        typed, _, order = self.make_parser(ctx).parse_args(list(arguments))
         for option, count in Counter(order).items():
             is_switch = getattr(option, "is_flag", False) and not getattr(option, "secondary_opts", ())
             if count > 1 and option.param_type_name == "option" and not (option.multiple or is_switch):
                 name = "/".join([*option.opts[:1], *option.secondary_opts[:1]])
                 raise ConfigError(f"{name} is given {count} times, and one would be ignored.", "Give it once.")
+        for param in self.params:  # an empty path would be the working directory, an empty text often the default
+            if _is_empty(typed.get(param.name)):
+                label = param.opts[0] if param.param_type_name == "option" else param.metavar
+                remedy = "Give it a value." if param.required else "Give it a value, or omit it."
+                raise ConfigError(f"{label} is empty.", remedy)
         return remaining
+
+
+def _is_empty(typed: Any) -> bool:
+    """Return whether a typed value is empty, as from a variable of the shell that is not set."""
+    return "" in typed if isinstance(typed, (list, tuple)) else typed == ""
 
 
 def _without_types(params: list[Any]) -> list[Any]:

@@ -109,13 +109,13 @@ def build_config(
         file_model = {key: value for key, value in file_model.items() if key not in ("student", "student_revision")}
     # Without any name, the default is the preset itself, whose models have pinned revisions.
     default = None if "model.student" in (overrides or {}) else DEFAULT
-    student = model or file_model.get("student", default)
+    student = file_model.get("student", default) if model is None else model
     preset = PRESETS.get(student) if isinstance(student, str) else None
     tables: Tables = {}
     if preset:
         _merge(tables, preset.settings)
         file_model = {key: value for key, value in file_model.items() if key != "student"}
-    elif student:
+    elif student is not None:
         student_lora = (overrides or {}).get("model.student_lora", file_model.get("student_lora"))
         _merge(tables, _family_settings(student, student_lora))
         _merge(tables, {"model": {"student": student}})

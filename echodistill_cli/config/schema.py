@@ -58,12 +58,13 @@ def check_section(section: str, values: Any) -> None:
     """
     hints = typing.get_type_hints(type(values))
     for entry in dataclasses.fields(values):
-        name, value = f"{section}.{entry.name}", getattr(values, entry.name)
-        hint = hints[entry.name]
+        name, value, hint = f"{section}.{entry.name}", getattr(values, entry.name), hints[entry.name]
         kinds = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
         if not any(_is_a(kind, value) for kind in kinds):
             expected = " or ".join(_NAMES.get(kind, 'a list of strings such as ["a", "b"]') for kind in kinds)
             raise ConfigError(f"{name} = {shown(value)} is not {expected}.")
+        if value == "" != entry.default:
+            raise ConfigError(f"{name} is empty.", "Give it a value, or remove it.")
         if value is not None:
             _check_bounds(name, value, entry.metadata)
 
@@ -71,8 +72,7 @@ def check_section(section: str, values: Any) -> None:
 def _check_bounds(name: str, value: Any, bounds: Mapping[str, Any]) -> None:
     about, minimum, maximum, choices = (bounds[key] for key in ("about", "minimum", "maximum", "choices"))
     if choices and value not in choices:
-        near = nearest(value, choices)
-        remedy = f"Did you mean {near!r}?" if near else None
+        remedy = f"Did you mean {near!r}?" if (near := nearest(value, choices)) else None
         raise ConfigError(f"{name} = {shown(value)} is not one of {', '.join(choices)} ({about}).", remedy)
     if minimum is not None and any(one < minimum for one in (value if isinstance(value, tuple) else (value,))):
         raise ConfigError(f"{name} = {value!r} is below {minimum:g} ({about}).")
@@ -94,8 +94,8 @@ def _is_a(kind: Any, value: Any) -> bool:
         return isinstance(value, tuple) and all(_is_a(typing.get_args(kind)[0], item) for item in value)
     if isinstance(value, bool):  # which Python counts as an integer
         return kind is bool
-    if isinstance(value, (int, float)) and kind in (int, float):  # neither infinite nor NaN, and of 64 bits
-        return isinstance(value, (int, kind)) and abs(value) < (2**63 if kind is int else 1e308)
+    if isinstance(value, (int, float)) and kind in (int, float):  # neither NaN nor infinite in float32, or of 64 bits
+        return isinstance(value, (int, kind)) and abs(value) < (2**63 if kind is int else 1e38)
     return isinstance(value, kind)
 
 

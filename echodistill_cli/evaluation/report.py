@@ -23,7 +23,7 @@ from echodistill_cli.data.photos import Photo
 from echodistill_cli.diffusion.pair import Role
 from echodistill_cli.errors import EchoDistillError, counted
 from echodistill_cli.evaluation.report_page import Report, ScoreRow, Tile, page
-from echodistill_cli.files import public_name, sha256, write_text
+from echodistill_cli.files import public_name, read_small, sha256, write_text
 from echodistill_cli.outputs.artifact import Artifact, from_run
 from echodistill_cli.outputs.hub import public_settings
 from echodistill_cli.runs import REPORT, Run
@@ -126,7 +126,7 @@ def _digests(artifact: Artifact) -> Iterator[tuple[Role, str]]:
 def _read_scores(file: Path) -> dict[str, Any] | None:
     """Return the content of a file of scores; None if it is damaged or not of this form."""
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(read_small(file))
         numbers = [content[name] for name in ("clip_i", "dino", "clip_t")]
         numbers += [value for value in content["photos_own"].values() if value is not None]
         texts = [content["images"], [one["prompt"] for one in content["per_prompt"]]]

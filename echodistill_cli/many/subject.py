@@ -26,7 +26,7 @@ from typing import Any
 from echodistill_cli.config.build import config_from_dict, config_to_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
-from echodistill_cli.files import locked, make_folder, remove, write_text
+from echodistill_cli.files import locked, make_folder, read_small, remove, write_text
 from echodistill_cli.many.checks import check_resumable, photos_fingerprint
 from echodistill_cli.many.store import Store
 from echodistill_cli.runs import OnMessage, OnStep, Run
@@ -150,7 +150,7 @@ def finished_result(subject: Subject, text: str | None = None) -> Outcome | None
         text: of its result.json; None to read that of its run folder.
     """
     try:
-        text = text if text is not None else (subject.config.output / RESULT).read_text(encoding="utf-8")
+        text = text if text is not None else read_small(subject.config.output / RESULT).decode()
         outcome = Outcome(**json.loads(text))
     except (OSError, ValueError, TypeError):  # damaged: make it again
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +80,7 @@ class SampleRequest:
             raise ConfigError("A prompt is empty.", 'Write one: --prompt "a photo of a sks dog on the beach"')
         numbers = [("--lora-scale", self.lora_scale), ("--guidance", self.guidance_scale)]
         for flag, number in (*numbers, *(("--lora", scale) for _, scale in self.more_loras)):
-            if number is not None and not isfinite(number):
+            if number is not None and not abs(number) < 1e38:  # in float32
                 raise ConfigError(f"{flag} {number} is not a finite number.", f"Use a finite number for {flag}.")
         if not 0 <= self.seed <= _SEEDS - self.count:
             raise ConfigError(f"--seed {self.seed} is out of range.", "Use a --seed of 0 or more, below 2^64.")
@@ -296,8 +295,9 @@ def check_paths(source: Path | None, folder: Path | None = None) -> None:
         ConfigError: there is no such run or file, or the folder is a file.
         ModelError: the source is no safetensors file.
     """
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--output {folder} is a file.", "Name a folder with --output.")
+    if folder is not None and not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        kind = "file" if folder.exists() else "link to nowhere"
+        raise ConfigError(f"--output {folder} is a {kind}.", "Name a folder with --output.")
     if source is None:
         newest_run()
     elif source.is_dir():

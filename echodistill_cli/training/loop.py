@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -29,7 +29,7 @@ from echodistill_cli.errors import (
     counted,
     is_out_of_memory,
 )
-from echodistill_cli.files import public_name, recover_below
+from echodistill_cli.files import public_name, recover_below, remove
 from echodistill_cli.models.compiling import compile_blocks, decide
 from echodistill_cli.models.device import next_saving, peak_memory_mib
 from echodistill_cli.models.vision import ImageBackbone
@@ -96,6 +96,23 @@ class StopRequest:
     def _announce(self) -> None:
         if self._arrivals.get():
             self.announce()
+
+
+@contextmanager
+def removed_if_untrained(run: Run) -> Iterator[None]:
+    """Context that deletes a new run again if an error ends it before anything was saved.
+
+    The same command then works as soon as its cause is gone, where an empty run would be in the way.
+    """
+    try:
+        yield
+    except Exception:
+        if not run.list_checkpoints() and not run.read_metrics():
+            for entry in run.folder.iterdir():
+                remove(entry)
+            with suppress(OSError):  # it is a link, or a disk of its own
+                run.folder.rmdir()
+        raise
 
 
 def resumable_state(

@@ -152,6 +152,69 @@ for line in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        (("train", "", "--dry-run"), "PHOTOS"),
+        (("train", "photos", "--output=", "--dry-run"), "--output"),
+        (("train", "photos", "--output_dir", ""), "--output"),
+        (("train", "photos", "--sample-prompt", "x", "--sample-prompt", ""), "--sample-prompt"),
+        (("train-many", "subjects.csv", "-o", ""), "--output"),
+        (("sample", "x", "-o", ""), "--output"),
+        (("sample", "x", "--prompt-file", ""), "--prompt-file"),
+        (("export", "-o", ""), "--output"),
+        (("export", ""), "RUN|FILE"),
+        (("evaluate", "-o", ""), "--output"),
+        (("live", "run", ""), "RUN"),
+        (("check", ""), "PHOTOS"),
+        (("inspect", ""), "FILE"),
+        (("download", ""), "MODEL"),
+        (("config", "--model", ""), "--model"),
+    ],
+)
+def test_an_empty_value_is_refused_by_name_and_is_no_folder(
+    line: tuple[str, ...], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = command(*line)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert done.err.startswith(f"error: {name} is empty. Give it a value")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("sample", "--prompt-file", "pipe.jsonl"),
+        ("evaluate", "--prompts", "pipe.jsonl"),
+        ("train", "photos", "--config", "pipe.jsonl"),
+        ("train-many", "pipe.jsonl"),
+    ],
+)
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(
+    line: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.jsonl")
+    done = command(*line)
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert "nothing writes to this pipe" in done.err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_read_until_its_writer_ends(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "settings.toml")
+    writer = os.open(tmp_path / "settings.toml", os.O_RDWR)
+    os.write(writer, b"[train]\nste")
+    ending = threading.Timer(0.3, lambda: (os.write(writer, b"ps = 77\n"), os.close(writer)))
+    ending.start()
+    done = command("config", "--config", tmp_path / "settings.toml")
+    ending.join()
+    assert done.code == 0, done.err
+    assert "\nsteps = 77\n" in done.out
+
+
 def test_what_needs_no_torch_is_told_before_it_is_imported(tmp_path: Path, photo_folder: Path) -> None:
     (tmp_path / "text.safetensors").write_text("hello, this is a text")
     (tmp_path / "sparse.txt").touch()
@@ -195,12 +258,14 @@ def test_what_needs_no_torch_is_told_before_it_is_imported(tmp_path: Path, photo
 def test_a_signal_ends_any_command_with_its_code_and_one_line(
     number: signal.Signals, code: int, tmp_path: Path
 ) -> None:
-    os.mkfifo(tmp_path / "prompts.txt")  # reading it waits for ever
+    os.mkfifo(tmp_path / "prompts.txt")
+    writer = os.open(tmp_path / "prompts.txt", os.O_RDWR)  # reading waits for what it writes, for ever
     before = signal.getsignal(number)
     sender = threading.Timer(0.3, os.kill, (os.getpid(), number))
     sender.start()
     done = command("sample", "--prompt-file", tmp_path / "prompts.txt")
     sender.join()
+    os.close(writer)
     assert (done.code, done.out, done.err.count("\n")) == (code, "", 1)
     assert signal.getsignal(number) is before
 
@@ -547,3 +612,6 @@ def test_an_output_that_is_a_file_is_refused_before_models_are_loaded(tmp_path: 
     lora.touch()
     done = command("sample", "a", "--lora", lora, "-o", file)
     assert (done.code, done.err) == (2, f"error: --output {file} is a file. Name a folder with --output.\n")
+    (tmp_path / "link").symlink_to("nowhere")
+    done = command("sample", "a", "--lora", lora, "-o", tmp_path / "link")
+    assert (done.code, done.err.partition(" is a ")[2]) == (2, "link to nowhere. Name a folder with --output.\n")

@@ -270,6 +270,8 @@ def test_the_newest_run_is_named(run: Path, tmp_path: Path, monkeypatch: pytest.
         (("-p", PROMPT, "--guidance", "nan"), "Invalid value for '--guidance'"),
         (("-p", PROMPT, "--lora-scale", "nan"), "--lora-scale nan is not a finite number"),
         (("-p", PROMPT, "--lora-scale=-inf"), "--lora-scale -inf is not a finite number"),
+        (("-p", PROMPT, "--lora-scale", "1e39"), "--lora-scale 1e+39 is not a finite number"),
+        (("-p", PROMPT, "--guidance", "1e39"), "--guidance 1e+39 is not a finite number"),
         (("-p", PROMPT, "--size", 65), "--size 65 is not a multiple of 16, which this model needs. Try --size 64."),
         (("-p", PROMPT, "--width", 72), "--width 72 is not a multiple of 16, which this model needs. Try --width 64."),
         (("-p", PROMPT, "--seed", "abc"), "--seed 'abc' is not an integer"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from echodistill_cli.config.build import build_config
 from echodistill_cli.diffusion.sampling import seeded_noise
@@ -428,6 +430,21 @@ def test_an_exhausted_memory_while_models_are_loaded_ends_with_5(
     monkeypatch.setattr("echodistill_cli.training.state.load_pair", exhausted)
     fails(command("train", photo_folder, *small_line), 5, "while allocating 2.00 GiB", "--batch-size")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_leaves_no_folder_in_the_way(
+    tmp_path: Path, small_pair: Pair, photo_folder: Path, small_line: tuple[object, ...]
+) -> None:
+    damaged = Path(shutil.copytree(small_pair[0], tmp_path / "damaged"))
+    file = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["conv_out.bias"].fill_(torch.nan)
+    save_file(weights, file)
+    line = ("train", photo_folder, *small_line)
+    before = files_below(tmp_path)
+    fails(command(*line, "--model", damaged), 4, "The student is damaged", "holds NaN")
+    assert (files_below(tmp_path), (tmp_path / "run").exists()) == (before, False)
+    assert command(*line, "--steps", 1, "--no-echo", "-q").code == 0  # without --overwrite
 
 
 # --- places that cannot be written ------------------------------------------------------------------------------------
