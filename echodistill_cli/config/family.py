@@ -61,6 +61,7 @@ class Family:
         names: pattern of hub ids of the family, which is asked when the model is not on this machine.
         sampling: how other tools sample the students, in words; empty for UNets.
         resolution: native image size in pixels; 0 if the configuration says it.
+        fp16: whether its models run in fp16 without overflow.
     """
 
     name: FamilyName
@@ -82,6 +83,7 @@ class Family:
     names: str = ""
     sampling: str = ""
     resolution: int = 0
+    fp16: bool = True
 
     @property
     def is_flow(self) -> bool:

@@ -50,6 +50,7 @@ TRANSFORMERS: Mapping[str, Family] = {
         names=r"(^|/)sana(_sprint|1\.5|_\d+m)_",
         sampling="guidance 4.5 (embedded, without CFG)",
         resolution=1024,
+        fp16=False,  # Gemma 2 was trained in bf16, and its features overflow
     ),
     "flux2": Family(
         name="flux2",
@@ -119,6 +120,11 @@ _UNSUPPORTED: tuple[tuple[Callable[[Config, Family], Any], str, str], ...] = (
         lambda c, _: c.model.student_lora,
         "A distillation LoRA on {0} is not supported.",
         "Name the distilled model with --model, and its base with --teacher.",
+    ),
+    (
+        lambda c, family: c.model.precision == "fp16" and not family.fp16,
+        "{0} overflows in fp16.",
+        "Use --precision bf16, or fp32 on a GPU without bf16.",
     ),
     (lambda c, _: c.model.vae, "{0} is used with its own VAE.", "Omit --vae."),
     (lambda c, _: c.model.tokenizer, "{0} is used with its own tokenizer.", "Remove model.tokenizer."),

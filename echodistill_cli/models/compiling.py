@@ -20,8 +20,12 @@ from echodistill_cli.models.lean import run_plain
 
 # What `train.compile` says, as torch.compile's mode.
 MODES = {"default": None, "auto": None, "max": "max-autotune-no-cudagraphs"}
-# The blocks of UNets and of image encoders.
-_BLOCKS = {"BasicTransformerBlock", "ResnetBlock2D", "ViTLayer", "Dinov2Layer", "CLIPEncoderLayer"}
+# The blocks of UNets, transformers and image encoders.
+_BLOCKS = {
+    *("BasicTransformerBlock", "ResnetBlock2D"),
+    *("SanaTransformerBlock", "Flux2TransformerBlock", "Flux2SingleTransformerBlock"),
+    *("ViTLayer", "Dinov2Layer", "CLIPEncoderLayer"),
+}
 # `auto` compiles from this number of steps on: compiling takes minutes, and a step must win that back.
 AUTO_STEPS = 1000
 # Graphs per kind of block: sizes, with and without gradient, with and without LoRA, one or two prompts per image.

@@ -71,7 +71,8 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
 
     Raises:
         ModelError: a part is missing or damaged, a model is not supported, or the families differ.
-        ConfigError: the device does not exist, or the resolution does not suit the UNet.
+        ConfigError: the device does not exist, the models overflow in its precision, or the resolution does not suit
+            the UNet.
     """
     for source in (config.student, config.teacher) if teacher else (config.student,):
         check_index(source)
@@ -82,6 +83,11 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
     loader.check(teacher=teacher)
+    if dtype is torch.float16 and not loader.family.fp16:
+        raise ConfigError(
+            f"{config.student} overflows in fp16, which is the precision here.",
+            "Use --precision bf16, or fp32 on a GPU without bf16.",
+        )
     student = replace(
         loader.denoiser(loader.student), timesteps=config.student_timesteps, sampler=student_sampler(config)
     )

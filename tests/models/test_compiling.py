@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from echodistill_cli.config.build import build_config
+from echodistill_cli.config.transformers import TRANSFORMERS
 from echodistill_cli.models import compiling
 from echodistill_cli.models.adapters import UNET_LAYERS, add_lora, lora_layers, without_lora
 from echodistill_cli.models.compiling import AUTO_STEPS, compile_blocks, decide, missing_compiler
@@ -56,6 +57,29 @@ def test_compiled_blocks_have_no_graph_break_equal_gradients_and_survive_switchi
     again = outputs()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
     torch.testing.assert_close(again, compiled)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(("family", "shape", "blocks"), [("sana", (4, 8, 8), 2), ("flux2", (16, 4, 4), 3)])
+def test_blocks_of_transformers_compile_as_a_whole_with_equal_gradients(
+    small_flow_pairs: dict[str, tuple[Path, Path]], family: str, shape: tuple[int, ...], blocks: int
+) -> None:
+    student, teacher = small_flow_pairs[family]
+    config = build_config(str(student), overrides={"model.teacher": str(teacher), "model.offline": True}).model
+    pair = load_pair(config)
+    add_lora(pair.student.unet, TRANSFORMERS[family].layers["attention"], 2, 2, seed=0)
+    weights = [layer.lora_B.default.weight for layer in lora_layers(pair.student.unet)]
+    noisy = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        conditioning = pair.encoder.encode(["a dog", "a cat"])
+
+    def outputs() -> list[torch.Tensor]:
+        output = pair.student(noisy, torch.tensor([999, 999]), conditioning)
+        return [output.detach(), *torch.autograd.grad(output.square().mean(), weights)]
+
+    eager = outputs()
+    assert compile_blocks([pair.student.unet], backend="eager") == blocks
+    torch.testing.assert_close(outputs(), eager, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dino", "dinov2", "clip"])

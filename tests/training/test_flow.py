@@ -364,6 +364,7 @@ def test_klein_of_another_shape_is_shifted_as_in_its_pipeline(
         ("sana", {"model__decoder": "tiny"}, r"no tiny decoder.* --decoder full"),
         ("sana", {"model__vae": "someone/vae"}, r"its own VAE.* --vae"),
         ("flux2", {"model__student_prediction": "epsilon"}, r"predict a velocity"),
+        ("sana", {"model__precision": "fp16"}, r"overflows in fp16.* --precision bf16"),
     ],
 )
 def test_what_transformers_cannot_do_is_refused_before_anything_is_loaded(
@@ -378,6 +379,15 @@ def test_what_transformers_cannot_do_is_refused_before_anything_is_loaded(
     import re
 
     assert re.search(message, f"{refusal.value.message} {refusal.value.hint}")
+
+
+def test_sana_is_not_loaded_in_fp16_where_that_is_what_the_gpu_has(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("echodistill_cli.models.load.pick_dtype", lambda *_: torch.float16)
+    with pytest.raises(ConfigError, match=r"overflows in fp16.* --precision bf16, or fp32"):
+        load_pair(configure("sana").model)
+    assert load_pair(configure("flux2").model).dtype is torch.float16
 
 
 def test_a_teacher_of_another_family_is_refused(
