@@ -1,7 +1,7 @@
 """Augmented views of the photos and their prompts, from one seeded generator.
 
 The teacher's augmentation is Custom Diffusion's (Kumari et al., CVPR 2023). The photo is either pasted at a small scale
-on an empty canvas, which the loss ignores, or zoomed into. The prompt states which.
+on an empty canvas, which the loss ignores, or zoomed into. The prompt states which. Its random flips are left out.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ class View:
 def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
     """Return views for the teacher's denoising loss, all photos equally often (±1), in random order.
 
-    A view is flipped with probability ½. With probability 0.66, the square crop is pasted at a scale of ⅓…1 at a random
-    place of an empty gray canvas. The mask is 0 on the canvas, and below scale 0.6 the framing says so. Otherwise, the
-    view zooms 1.2…1.4 into a random place of the crop. With a subject mask, the background has weight 0.1.
+    With probability 0.66, the square crop is pasted at a scale of ⅓…1 at a random place of an empty gray canvas. The
+    mask is 0 on the canvas, and below scale 0.6 the framing says so. Otherwise, the view zooms 1.2…1.4 into a random
+    place of the crop. With a subject mask, the background has weight 0.1. No view is mirrored: that would teach
+    mirrored writing and, in one step, images with a head on both ends.
 
     Args:
         photos: at least one, unless `count` is 0.
@@ -69,29 +70,26 @@ def teacher_views(photos: Sequence[Photo], *, resolution: int, count: int, gener
     """
     views = []
     for index in _balanced(len(photos), count, generator):
-        flip = _uniform(0, 1, generator) < 0.5
         if _uniform(0, 1, generator) < PASTE_PROBABILITY:
-            views.append(_pasted(photos[index], index, flip, resolution, generator))
+            views.append(_pasted(photos[index], index, resolution, generator))
         else:
             framing = _choice(ZOOMED_FRAMINGS, generator)
             box = _zoomed_box(photos[index].crop, _uniform(*ZOOMS, generator), generator)
-            views.append(_framed(photos[index], index, box, flip, resolution, framing))
+            views.append(_framed(photos[index], index, box, resolution, framing))
     return views
 
 
 def real_views(photos: Sequence[Photo], *, resolution: int, count: int, generator: torch.Generator) -> list[View]:
     """Return views without a canvas, for discriminators and identity features.
 
-    The first `len(photos)` are the square crops in order, a reference set. The others are flipped with probability ½
-    and zoomed 1…1.15 into a random place, all photos equally often (±1). Arguments and errors are those of
-    `teacher_views`.
+    The first `len(photos)` are the square crops in order, a reference set. The others are zoomed 1…1.15 into a random
+    place, all photos equally often (±1). Arguments and errors are those of `teacher_views`.
     """
     plain = range(min(count, len(photos)))
-    views = [_framed(photos[index], index, photos[index].crop, False, resolution, "") for index in plain]
+    views = [_framed(photos[index], index, photos[index].crop, resolution, "") for index in plain]
     for index in _balanced(len(photos), count - len(views), generator):
-        flip = _uniform(0, 1, generator) < 0.5
         box = _zoomed_box(photos[index].crop, _uniform(*REAL_ZOOMS, generator), generator)
-        views.append(_framed(photos[index], index, box, flip, resolution, ""))
+        views.append(_framed(photos[index], index, box, resolution, ""))
     return views
 
 
@@ -131,21 +129,19 @@ def prompt_for(view: View, subject: str, generator: torch.Generator) -> str:
     return f"{text}, {view.framing}" if view.framing else text
 
 
-def _pasted(photo: Photo, index: int, flip: bool, resolution: int, generator: torch.Generator) -> View:
+def _pasted(photo: Photo, index: int, resolution: int, generator: torch.Generator) -> View:
     scale = _uniform(*PASTE_SCALES, generator)
     side = max(1, round(scale * resolution))
     framing = _choice(SMALL_FRAMINGS, generator) if side < SMALL_SCALE * resolution else ""
     top, left = (_integer(resolution - side + 1, generator) for _ in range(2))
-    small = _framed(photo, index, photo.crop, flip, side, framing)
+    small = _framed(photo, index, photo.crop, side, framing)
     image, mask = torch.zeros(3, resolution, resolution), torch.zeros(1, resolution, resolution)
     image[:, top : top + side, left : left + side] = small.image
     mask[:, top : top + side, left : left + side] = small.mask
     return View(image, mask, framing, photo.caption, index)
 
 
-def _framed(
-    photo: Photo, index: int, box: tuple[float, float, float, float], flip: bool, side: int, framing: str
-) -> View:
+def _framed(photo: Photo, index: int, box: tuple[float, float, float, float], side: int, framing: str) -> View:
     """Return the part `box` of a photo as a view of `side` pixels, antialiased."""
     pixels = np.asarray(photo.image.resize((side, side), Image.Resampling.LANCZOS, box=box), dtype=np.float32)
     image = torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
@@ -153,11 +149,8 @@ def _framed(
     if photo.mask is not None:
         resized = photo.mask.resize((side, side), Image.Resampling.BILINEAR, box=box)
         mask = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)[None].clamp(min=BACKGROUND_WEIGHT)
-    if flip:
-        image, mask = image.flip(-1), mask.flip(-1)
-    left = photo.image.width - box[2] if flip else box[0]
     scale = side / (box[2] - box[0])
-    return View(image, mask, framing, photo.caption, index, (round(box[1] * scale), round(left * scale)))
+    return View(image, mask, framing, photo.caption, index, (round(box[1] * scale), round(box[0] * scale)))
 
 
 def _zoomed_box(

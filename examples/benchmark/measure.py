@@ -77,8 +77,12 @@ class Ruler:
         ]
         copies = nearest_distance(images, self.references) < self.copy_distance
         named = np.array([answer == self.sprite for answer in reading.answers["sprite"]])
+        recognized, recolored = named & self.is_sharp(images), np.array([ask.colour is not None for ask in asks])
         return {
-            "recognition": float((named & self.is_sharp(images)).mean()),
+            "recognition": float(recognized.mean()),
+            # A prompt such as "a red dog" contradicts the photos: what fails there is another ability.
+            "recognition_plain": float(recognized[~recolored].mean()),
+            "recognition_recolored": float(recognized[recolored].mean()),
             "named": float(named.mean()),
             "subject_fidelity": fidelity(reading.features, self.reference_features, self.center),
             "prompt_fidelity": float(np.mean(obeyed)),

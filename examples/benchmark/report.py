@@ -25,7 +25,8 @@ from examples.mini_world.world import contact_sheet
 
 Row = Mapping[str, Any]
 SCORES = (
-    *("recognition", "subject_fidelity", "prompt_fidelity", "copy_rate", "diversity", "sharpness", "drift"),
+    *("recognition", "recognition_plain", "recognition_recolored", "subject_fidelity", "prompt_fidelity"),
+    *("copy_rate", "diversity", "sharpness", "drift"),
     *("sharpness_share", "named", "steps", "cpu_seconds"),
 )
 PARTS = ("recognition", "subject_fidelity", "prompt_fidelity", "sharpness", "drift")

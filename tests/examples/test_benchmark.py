@@ -156,6 +156,16 @@ def test_the_ruler_knows_the_subject_its_places_and_a_copy(ruler: Ruler) -> None
     assert ruler.scores(copies)["copy_rate"] == 1
 
 
+def test_recognition_is_split_by_whether_the_prompt_names_another_color(ruler: Ruler) -> None:
+    recolored = np.array([ask.colour is not None for ask in PROMPTS for _ in SEEDS])
+    images = np.where(recolored[:, None, None, None], 255, ruler.real).astype(np.uint8)
+    scores, real = ruler.scores(images), ruler.scores(ruler.real)
+    assert scores["recognition_recolored"] == 0
+    assert scores["recognition_plain"] == real["recognition_plain"] > 0.95
+    assert real["recognition_recolored"] > 0.9
+    assert scores["recognition"] == pytest.approx(scores["recognition_plain"] * (1 - recolored.mean()))
+
+
 def test_the_second_vendors_subjects_are_told_from_the_firsts(ruler: Ruler, second: Ruler, tmp_path: Path) -> None:
     assert (ruler.sprite, second.sprite) == ("dog/fluent-emoji", "snail/streamline-emojis")
     dogs = ruler.examiner.read(real_pictures("dog", vendor=SECOND_VENDOR)).answers["sprite"]
