@@ -287,7 +287,9 @@ def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> An
 
 
 def _check_characters(name: str, value: Any) -> None:
-    """Reject invalid Unicode and control characters, such as those from an unescaped Windows path."""
+    """Reject empty text, invalid Unicode and control characters, as those from an unescaped Windows path."""
+    if value == "" and name != "concept.photos":  # a run may be described without its photos
+        raise ConfigError(f"{name} is empty.", "Give it a value, or remove it.")
     is_list = isinstance(value, list | tuple)
     for text in filter(lambda item: isinstance(item, str), value if is_list else [value]):
         if re.search(r"[\ud800-\udfff]", text):
@@ -331,9 +333,7 @@ def _from_plain(value: Any, hint: Any) -> Any:
 
 
 def _to_plain(value: Any) -> Any:
-    if value is None:
-        return OFF
-    return list(value) if isinstance(value, tuple) else value
+    return OFF if value is None else list(value) if isinstance(value, tuple) else value
 
 
 def _merge_dotted(tables: Tables, values: Mapping[str, Any]) -> None:

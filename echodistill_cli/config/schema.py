@@ -63,8 +63,6 @@ def check_section(section: str, values: Any) -> None:
         if not any(_is_a(kind, value) for kind in kinds):
             expected = " or ".join(_NAMES.get(kind, 'a list of strings such as ["a", "b"]') for kind in kinds)
             raise ConfigError(f"{name} = {shown(value)} is not {expected}.")
-        if value == "" != entry.default:
-            raise ConfigError(f"{name} is empty.", "Give it a value, or remove it.")
         if value is not None:
             _check_bounds(name, value, entry.metadata)
 
