@@ -83,11 +83,6 @@ def load_pair(config: ModelConfig, *, teacher: bool = True) -> ModelPair:
     dtype = pick_dtype(config.precision, device)
     loader = _Loader(config, dtype, device)
     loader.check(teacher=teacher)
-    if dtype is torch.float16 and not loader.family.fp16:
-        raise ConfigError(
-            f"{config.student} overflows in fp16, which is the precision here.",
-            "Use --precision bf16, or fp32 on a GPU without bf16.",
-        )
     student = replace(
         loader.denoiser(loader.student), timesteps=config.student_timesteps, sampler=student_sampler(config)
     )
@@ -172,7 +167,12 @@ class _Loader:
         return resolve(source.name, parts, variant=config.variant, revision=source.revision, offline=config.offline)
 
     def check(self, *, teacher: bool) -> None:
-        """Check the JSON files of denoisers, schedules and VAE, before any weights are read."""
+        """Check precision and the JSON files of denoisers, schedules and VAE, before any weights are read."""
+        if self.dtype is torch.float16 and not self.family.fp16:
+            raise ConfigError(
+                f"{self.config.student} overflows in fp16, which is the precision here.",
+                "Use --precision bf16, or fp32 on a GPU without bf16.",
+            )
         part, is_flow = self.family.denoiser, self.family.is_flow
         channels, levels = (None, 0) if is_flow else self.latent_shape()
         unets = {}
