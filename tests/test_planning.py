@@ -13,6 +13,7 @@ import pytest
 from echodistill_cli import pipeline, planning
 from echodistill_cli.config.build import PRESETS, build_config
 from echodistill_cli.errors import ConfigError, EchoDistillError, ModelError, counted
+from echodistill_cli.models.device import pick_device
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +32,11 @@ def test_a_plan_says_what_training_would_do_and_writes_nothing(
     plan = pipeline.plan(build_config("sd-turbo", overrides=settings))
     values = plan.to_dict()
     assert list(values) == [
-        *("subject", "photos", "warnings", "models", "assumptions", "downloads", "memory", "steps", "echo_from_step"),
-        *("output", "output_exists", "config"),
+        *("subject", "photos", "warnings", "models", "assumptions", "downloads", "memory"),
+        *("device", "precision", "steps", "echo_from_step", "output", "output_exists", "config"),
     ]
     assert (values["subject"], values["photos"], values["output"]) == ("sks dog", 4, "runs/sks-dog")
+    assert (values["device"], values["precision"]) == (str(pick_device("auto")), plan.precision)
     assert "stabilityai/sd-turbo" in values["models"]
     assert plan.memory is not None
     assert values["memory"] == {"gib": pytest.approx(sum(plan.memory.parts.values())), "parts": plan.memory.parts}

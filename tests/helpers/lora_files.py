@@ -167,13 +167,16 @@ def log_lines() -> Iterator[list[str]]:
 
     collector = Collector(level=logging.WARNING)
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "peft")]
+    levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.addHandler(collector)
+        logger.setLevel(logging.WARNING)  # a test of the benchmark may have quieted it before
     try:
         yield lines
     finally:
-        for logger in loggers:
+        for logger, level in zip(loggers, levels, strict=True):
             logger.removeHandler(collector)
+            logger.setLevel(level)
 
 
 def random_weights(component: str, modules: dict[str, tuple[int, int]], rank: int = 2) -> LoraWeights:

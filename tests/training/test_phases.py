@@ -84,12 +84,13 @@ def test_the_carry_back_trains_the_students_lora_on_the_photos_and_averages_it(n
         assert run.phase is JOINT
         training_step(run)
     assert same(trained(state), trained(other))
-    numbers = []
+    numbers, denoising = [], []
     while state.phase is CARRY_BACK:
         metrics = carry_back_step(state)
-        assert metrics["denoising"] > 0
+        denoising.append(float(metrics["denoising"]))
         numbers.append(metrics["carry_back_step"])
     assert (numbers, other.phase) == ([1, 2, 3, 4], None)
+    assert max(denoising) > 0  # on so few latents, a small view may have no cell without canvas
     after, without = trained(state), trained(other)
     for part in ("student", "text", "discriminators"):  # the student is finished
         assert same({part: after[part]}, {part: without[part]})
