@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import sys
 import tomllib
@@ -83,4 +84,9 @@ def test_an_image_depends_on_prompt_seed_and_strength_alone(
 def test_the_page_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio")
     monkeypatch.setenv("LORA", "me/sks-dog")
-    assert load_app().build_page()
+
+    async def build() -> Any:
+        return load_app().build_page()
+
+    # Gradio leaves an event loop open where it finds none.
+    assert asyncio.run(build())
