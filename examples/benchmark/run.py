@@ -42,7 +42,7 @@ from examples.mini_world.world import contact_sheet
 
 HERE = Path(__file__).parent
 PICTURES = Path("runs/benchmark")
-RESULTS, TRIALS = HERE / "results.json", HERE / "trials.json"
+RESULTS, TRIALS, FLOW = HERE / "results.json", HERE / "trials.json", HERE / "flow.json"
 SMALL = ("untouched", "teacher-lora", "denoising", "sequential", "ours")
 REAL = "real-renders"  # the world's own images of the subject for the same prompts: the judge's upper bound
 Row = dict[str, Any]
@@ -213,7 +213,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--grid", action="store_true", help=f"try the learning rates times {RATES}, on dev only")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the preset's steps, for every method")
     parser.add_argument("--small", action="store_true", help="four subjects, a quarter of the steps, five methods")
-    parser.add_argument("--results", type=Path, help="file of rows (default: results.json; trials.json for trials)")
+    parser.add_argument("--flow", action="store_true", help="train the pair as rectified flows")
+    parser.add_argument(
+        "--results", type=Path, help="file of rows (default: results.json; trials.json for trials; flow.json for flows)"
+    )
     parser.add_argument(
         "--processes", type=int, default=1, help="processes of one thread each; they share the subjects"
     )
@@ -256,12 +259,13 @@ def main(arguments: list[str] | None = None) -> None:
         run_processes(shares(sys.argv[1:] if arguments is None else arguments, options.subjects, options.processes))
         return
     trial = tuple((key, json.loads(value)) for key, _, value in (text.partition("=") for text in options.set))
-    rows = Rows(options.results or (TRIALS if trial or options.grid else RESULTS))
+    file = FLOW if options.flow else TRIALS if trial or options.grid else RESULTS
+    rows = Rows(options.results or file)
     examiner = Examiner(JUDGE)
     for seed, noun, name in itertools.product(options.seeds, options.subjects, options.contestants):
         is_trained = CONTESTANTS[name].step is not None
         for rate in RATES if options.grid and is_trained else (None,):
-            run = Run(name, options.split, noun, seed, trial, options.scale, rate)
+            run = Run(name, options.split, noun, seed, trial, options.scale, rate, options.flow)
             steps = equal_steps(name, costs, run.scale, run.head_start)
             measure_run(run, steps, rows, examiner, teachers=not (options.small or options.grid))
 

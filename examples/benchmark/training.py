@@ -10,8 +10,10 @@ from typing import Any
 from echodistill_cli.config.build import build_config
 from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import load_photos
+from echodistill_cli.models.load import load_pair
 from echodistill_cli.training.state import TrainingState, build_state
 from examples.benchmark.contestants import CONTESTANTS, Contestant
+from examples.benchmark.flow_pair import as_flow
 from examples.benchmark.subjects import TOKEN, class_name, vendor_of, write_photos
 
 
@@ -27,6 +29,7 @@ class Run:
         trial: settings that override the contestant's own, as (key, value) pairs.
         scale: fraction of the preset's steps, the same for every phase.
         rate: factor on the preset's learning rates; None for the contestant's own.
+        flow: train the pair as rectified flows.
     """
 
     contestant: str
@@ -36,6 +39,7 @@ class Run:
     trial: tuple[tuple[str, Any], ...] = ()
     scale: float = 1.0
     rate: float | None = None
+    flow: bool = False
 
     @property
     def entry(self) -> Contestant:
@@ -98,4 +102,5 @@ class Run:
         with tempfile.TemporaryDirectory() as folder:
             config = self.config(write_photos(self.noun, Path(folder), vendor_of(self.split)), steps)
             report = load_photos(Path(folder), min_photos=3, resolution=64, masks="auto", captions=True)
-            return build_state(config, tuple(report.photos))
+            pair = load_pair(config.model)
+            return build_state(config, tuple(report.photos), pair=as_flow(pair) if self.flow else pair)
