@@ -1,4 +1,4 @@
-"""Write files atomically, recover after a kill, lock, explain failed writes, and shorten shown paths.
+"""Write files atomically, recover after a kill, explain failed writes, and shorten shown paths.
 
 While `NAME` is written it is called `.NAME.PID-HOST.tmp`. A folder that it replaces is called `.NAME.PID-HOST.old.tmp`
 until the new one is in place. `recover` settles what a killed process left under these names. HOST tells hosts and
@@ -18,12 +18,13 @@ import platform
 import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from echodistill_cli.errors import EchoDistillError, failed_write
+from echodistill_cli.errors import ConfigError, EchoDistillError, failed_write
 
 
 @contextlib.contextmanager
@@ -97,31 +98,6 @@ def recover_below(folder: Path) -> None:
         names[:] = [name for name in names if not _LEFTOVER.fullmatch(name)]
 
 
-@contextlib.contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
-    """Context that holds a lock file, which is deleted in the end; the lock of a dead process is free.
-
-    Where files cannot be locked, as on Windows, the file itself is the lock; where it cannot be made, nothing is held.
-
-    Args:
-        file: holds the ID of this process and the name of its host meanwhile.
-        what: is done under the lock, such as "runs/dog is being trained".
-
-    Raises:
-        EchoDistillError: another process holds the lock.
-    """
-    descriptor, holder = _lock(file)
-    if holder is not None:
-        raise EchoDistillError(f"{what} by {holder}.", "Wait until it ends, or stop it.")
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            if _is_same(descriptor, file):
-                remove(file)
-            os.close(descriptor)
-
-
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the entries of a metrics file, and how many other lines it has. Values are numbers or null."""
     entries, damaged = list[dict[str, Any]](), 0
@@ -172,11 +148,42 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode(errors="backslashreplace"))
 
 
+def check_folder(folder: Path) -> None:
+    """Check that --output is a folder or can be made, by making one in it or above it.
+
+    Raises:
+        ConfigError: it is a file or a link that leads nowhere.
+        EchoDistillError: nothing can be written there.
+    """
+    if not folder.is_dir() and os.path.lexists(folder):
+        kind = "file" if folder.exists() else "link to nowhere"
+        raise ConfigError(f"--output {folder} is a {kind}.", "Name a folder with --output.")
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        tempfile.TemporaryDirectory(dir=existing, prefix=".echodistill-").cleanup()
+    except OSError as error:
+        raise EchoDistillError(f"{folder} cannot be written ({error.strerror}).", "Choose another --output.") from error
+
+
 def make_folder(path: Path) -> Path:
     """Create a folder with its parents, unless it exists, and return it; raises as `atomically`."""
     with explained(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+@contextlib.contextmanager
+def made_folder(path: Path) -> Iterator[None]:
+    """Context in which a folder exists. After a failure, what was made for it is deleted."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    make_folder(path)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
 
 
 def sha256(path: Path) -> str:
@@ -204,7 +211,7 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 _LEFTOVER = re.compile(r"\.(.+)\.(\d{1,10})(?:-([0-9a-f]{6}))?(\.old)?\.tmp")  # without HOST in older versions
-_IDLE = 3600  # seconds without a change, after which the process of another host is taken for dead
+IDLE = 3600  # seconds without a change, after which the process of another host is taken for dead
 
 
 def _temporary(path: Path, suffix: str = "") -> Path:
@@ -239,7 +246,7 @@ def _is_abandoned(path: Path, match: re.Match[str]) -> bool:
         return int(match[2]) == os.getpid() or not psutil.pid_exists(int(match[2]))
     if match[4]:  # whoever settles an old version first, nothing is lost
         return True
-    return time.time() - max(entry.lstat().st_mtime for entry in (path, *path.rglob("*"))) > _IDLE
+    return time.time() - max(entry.lstat().st_mtime for entry in (path, *path.rglob("*"))) > IDLE
 
 
 def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
@@ -251,88 +258,6 @@ def _settle(leftover: Path, target: Path, *, is_old: bool) -> None:
         with contextlib.suppress(OSError):
             leftover = leftover.replace(_temporary(target))
     remove(leftover)
-
-
-_SETTLING = 0.2  # seconds between the creation of a lock's file and a look at who won
-
-
-def _lock(file: Path) -> tuple[int | None, str | None]:
-    """Return the descriptor of the lock if it was taken, or words for the process that holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return _claim(file)
-    while True:
-        try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        except OSError:
-            return None, None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(descriptor, 300).decode("utf-8", "replace")
-            os.close(descriptor)
-            return (None, _holder(holder)) if isinstance(error, BlockingIOError) else _claim(file)
-        if _is_same(descriptor, file):
-            _sign(descriptor)
-            return descriptor, None
-        os.close(descriptor)  # deleted by its last holder, between opening and locking
-
-
-def _claim(file: Path) -> tuple[int | None, str | None]:
-    """Take a lock by creating its file, where files cannot be locked; results are those of `_lock`."""
-    import psutil
-
-    for _ in range(5):
-        try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-        except FileExistsError:
-            time.sleep(_SETTLING)  # whoever has just created it signs it
-            text = read_small(file).decode("utf-8", "replace") if file.is_file() else ""
-            process, host = lock_holder(text)
-            if host not in ("", platform.node()):
-                is_dead = time.time() - max(entry.lstat().st_mtime for entry in file.parent.iterdir()) > _IDLE
-            else:
-                is_dead = not process.isdecimal() or int(process) == os.getpid() or not psutil.pid_exists(int(process))
-            if not is_dead:
-                return None, f"{_holder(text)} (if it is gone, delete {file})"
-            remove(file)
-        except OSError:
-            return None, None
-        else:
-            _sign(descriptor)
-            time.sleep(_SETTLING)  # another process may have taken it for that of a dead one before
-            if _is_same(descriptor, file):
-                return descriptor, None
-            os.close(descriptor)
-    return None, "another process"
-
-
-def _sign(descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # without room for the ID the lock still holds
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"{os.getpid()} {platform.node()}".encode())
-
-
-def lock_holder(text: str) -> tuple[str, str]:
-    """Return the process ID and the host that a lock file's content names; the host is "" in older files."""
-    process, _, host = text.strip().partition(" ")
-    return process, host
-
-
-def _holder(text: str) -> str:
-    """Return words for the process that a lock file names."""
-    process, host = lock_holder(text)
-    if not process.isdecimal():
-        return "another process"
-    return f"process {process} on {host}" if host else f"process {process}"
-
-
-def _is_same(descriptor: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.lstat())
-    except OSError:  # the file was moved or deleted
-        return False
 
 
 def _finish(path: Path) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +20,8 @@ from echodistill_cli.config.families import check_index, check_same_kind
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.transformers import check_supported
 from echodistill_cli.diffusion.text import check_token
-from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import expanded, last_part
+from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import check_folder, expanded, last_part
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import (
     PRECISIONS,
@@ -122,7 +120,7 @@ def check_settings(config: Config) -> None:
     """
     concept, is_learned = config.concept, config.text.form == "token"
     pick_device(config.model.device)
-    _check_writable(config.output)
+    check_folder(config.output)
     for source in (config.model.student, config.model.teacher):
         check_index(source)
     check_same_kind(config.model.student, config.model.teacher)
@@ -139,16 +137,6 @@ def check_settings(config: Config) -> None:
     except UnreachableError:  # the vocabulary or configuration of a single file is not here yet
         return
     check_token(None if family.is_flow else tokenizers[0], concept.token, concept.class_name, learned=is_learned)
-
-
-def _check_writable(folder: Path) -> None:
-    """Check that a run folder can be created, by creating and removing a folder beside it."""
-    # Nothing can be made in the place of a link that leads nowhere.
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    try:
-        tempfile.TemporaryDirectory(dir=existing, prefix=".echodistill-").cleanup()
-    except OSError as error:
-        raise EchoDistillError(f"{folder} cannot be written ({error.strerror}).", "Choose another --output.") from error
 
 
 def assumptions(model: ModelConfig) -> Iterator[str]:

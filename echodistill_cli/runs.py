@@ -41,7 +41,6 @@ from echodistill_cli.files import (
     atomically,
     discard,
     explained,
-    locked,
     make_folder,
     read_metrics,
     read_small,
@@ -51,6 +50,7 @@ from echodistill_cli.files import (
     sha256,
     write_text,
 )
+from echodistill_cli.locks import locked
 from echodistill_cli.lora.keys import RESERVED_NAMES
 
 OnStep = Callable[[Mapping[str, float]], None]

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "echodistill_cli"
 
 # A package, or a module at the top, imports only from those before it.
 PACKAGES = (
-    *("errors", "files", "config", "lora", "diffusion", "models", "data", "runs", "training", "outputs"),
+    *("errors", "files", "locks", "config", "lora", "diffusion", "models", "data", "runs", "training", "outputs"),
     *("many", "evaluation", "planning", "live", "pipeline", "cli"),
 )
 # These imports are never allowed, however useful they seem: (importer, imported).
@@ -46,9 +46,9 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
     "ray": ("many.on_ray",),
     "fsspec": ("many.store",),
 }
-WITHOUT_TORCH = ("cli", "config", "errors", "files", "many", "pipeline", "runs")
+WITHOUT_TORCH = ("cli", "config", "errors", "files", "locks", "many", "pipeline", "runs")
 OPENS_A_DEVICE = {"models.device"}
-MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 101
+MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 102
 
 
 def module_name(path: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from echodistill_cli import files
+from echodistill_cli import locks
 from echodistill_cli.config.build import config_from_dict, config_to_toml
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError, EchoDistillError
@@ -221,7 +221,7 @@ def test_two_trainings_of_a_run_are_told_apart_where_files_cannot_be_locked(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(files, "_SETTLING", 0.01)
+    monkeypatch.setattr(locks, "_SETTLING", 0.01)
     monkeypatch.setitem(
         sys.modules, "fcntl", None if is_missing else SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4)
     )

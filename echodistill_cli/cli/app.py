@@ -47,6 +47,7 @@ from echodistill_cli.cli.show import (
 from echodistill_cli.cli.train import ALSO, MODELS, config, train
 from echodistill_cli.cli.train_many import train_many
 from echodistill_cli.config.build import build_config
+from echodistill_cli.config.schema import LARGEST_SIDE
 from echodistill_cli.errors import ConfigError, DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
 
 app = typer.Typer(
@@ -90,7 +91,9 @@ app.command(cls=Command)(live)
 @app.command(cls=Command)
 def check(
     photos: Annotated[Path, typer.Argument(metavar="PHOTOS", help="folder of photos", readable=False)],
-    resolution: Annotated[int, value_option("N", "side of the training images in pixels", min=16)] = 512,
+    resolution: Annotated[
+        int, value_option("N", "side of the training images in pixels", min=16, max=LARGEST_SIDE)
+    ] = 512,
     min_photos: Annotated[int, value_option("N", "fail with fewer usable photos", min=1)] = 3,
     masks: Annotated[
         Literal["auto", "off"], typer.Option(help="subject masks: auto = alpha channel or masks/NAME.png")

@@ -16,10 +16,12 @@ from echodistill_cli.cli.progress import ImageProgress
 from echodistill_cli.cli.show import print_paths, stderr_console
 from echodistill_cli.cli.train import MODELS
 from echodistill_cli.config.families import read_small
+from echodistill_cli.config.schema import LARGEST_SIDE
 from echodistill_cli.errors import ConfigError
 from echodistill_cli.pipeline import OnMessage
 
 _PANEL = "Generation"
+_SIDES = {"min": 16, "max": LARGEST_SIDE}
 
 # Options that kohya's trainers read behind a prompt: --n negative, --w width, --h height, --d seed, --s steps, --l CFG.
 _OPTION_IN_PROMPT = re.compile(r"(?:^|\s)(--(?:[A-Za-z]{1,2}(?=[\s=])|[A-Za-z]+(?=[\s=]+-?\d)))")
@@ -49,7 +51,8 @@ Guidance = Annotated[
     ),
 ]
 Size = Annotated[
-    int | None, value_option("N", "side of the images in pixels; unset: as in training", panel=_PANEL, min=16)
+    int | None,
+    value_option("N", "side of the images in pixels; unset: as in training", panel=_PANEL, **_SIDES),
 ]
 BatchSize = Annotated[int, value_option("N", "images per forward pass; changes the speed only", panel=_PANEL, min=1)]
 Model = Annotated[
@@ -93,8 +96,8 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     size: Size = None,
-    width: Annotated[int | None, value_option("N", "width of the images in pixels", panel=_PANEL, min=16)] = None,
-    height: Annotated[int | None, value_option("N", "height of the images in pixels", panel=_PANEL, min=16)] = None,
+    width: Annotated[int | None, value_option("N", "width of the images in pixels", panel=_PANEL, **_SIDES)] = None,
+    height: Annotated[int | None, value_option("N", "height of the images in pixels", panel=_PANEL, **_SIDES)] = None,
     batch_size: BatchSize = 4,
     model: Model = None,
     teacher: Teacher = None,

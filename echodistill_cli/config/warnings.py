@@ -114,4 +114,4 @@ def parse_gib(text: str) -> float | None:
         return None
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)
-    raise ConfigError(f"--vram {text} is not a number.", "Use GiB, such as 8, 12, 16 or 24, or auto.")
+    raise ConfigError(f"--vram {text} is not an amount of memory.", "Use GiB, such as 8, 12, 16 or 24, or auto.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echodistill_cli.errors import ConfigError, EchoDistillError
+from echodistill_cli.files import check_folder
 from echodistill_cli.live.guard import MOST_UPLOAD, HostGuard, check_host, check_links, private_folder
 from echodistill_cli.outputs.requests import LiveRequest
 from echodistill_cli.runs import OnMessage
@@ -42,6 +43,7 @@ def serve(request: LiveRequest, on_message: OnMessage, on_ready: OnReady) -> Non
         ModelError: a model is missing or damaged.
         EchoDistillError: the output folder cannot be written.
     """
+    check_folder(request.output)
     check_extra()
     check_host(request.host, request.auth)
     check_links(request.output)

@@ -23,8 +23,9 @@ import psutil
 from echodistill_cli.config.build import PRESETS, build_config, is_too_long
 from echodistill_cli.data.photos import PhotoReport, check_photos
 from echodistill_cli.errors import ConfigError, EchoDistillError
-from echodistill_cli.files import lock_holder, make_folder, read_small, remove
+from echodistill_cli.files import make_folder, read_small, remove
 from echodistill_cli.live.guard import MOST_PHOTOS, MOST_UPLOAD, check_whole, check_word, check_words
+from echodistill_cli.locks import lock_holder
 from echodistill_cli.models.device import expected_memory
 from echodistill_cli.runs import CONFIG_FILE, LOCK, Run, open_run
 

@@ -21,6 +21,7 @@ from typing import Any
 from echodistill_cli.config.build import build_config, config_hash, with_absolute_paths
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import EchoDistillError, counted
+from echodistill_cli.files import check_folder
 from echodistill_cli.many.checks import check_before, check_resumable
 from echodistill_cli.many.manifest import Row, read_manifest
 from echodistill_cli.many.schedule import RESULTS, OnEvent, look_up, run_all
@@ -141,6 +142,7 @@ def read_subjects(request: ManyRequest, train: Train, on_message: OnMessage) -> 
         ConfigError: the manifest or a setting is wrong.
         ModelError: the size of a model is not known, whose settings were to fit the memory.
     """
+    check_folder(request.output)
     told = set[str]()
 
     def build(values: Mapping[str, Any]) -> Config:

@@ -26,7 +26,8 @@ from typing import Any
 from echodistill_cli.config.build import config_from_dict, config_to_dict
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import DeviceMemoryError, EchoDistillError, Interrupted, is_out_of_memory
-from echodistill_cli.files import locked, make_folder, read_small, remove, write_text
+from echodistill_cli.files import make_folder, read_small, remove, write_text
+from echodistill_cli.locks import locked
 from echodistill_cli.many.checks import check_resumable, photos_fingerprint
 from echodistill_cli.many.store import Store
 from echodistill_cli.runs import OnMessage, OnStep, Run

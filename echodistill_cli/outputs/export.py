@@ -30,7 +30,7 @@ from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import SamplingSettings
 from echodistill_cli.diffusion.text import has_token, insert_token
 from echodistill_cli.errors import ConfigError, ModelError, counted
-from echodistill_cli.files import make_folder, same_content, scratch, write_text
+from echodistill_cli.files import made_folder, make_folder, same_content, scratch, write_text
 from echodistill_cli.lora.header import sidecar_paths, write_sidecars
 from echodistill_cli.lora.safetensors_io import read_header, write_safetensors
 from echodistill_cli.lora.tensors import (
@@ -132,11 +132,11 @@ def _write_item(
     artifact: Artifact, item: ExportItem, request: ExportRequest, on_message: OnMessage, path: Path
 ) -> None:
     """Write one item at a path."""
-    make_folder(path.parent)
     if path == item.path:  # and not a copy that is only compared with what exists
         on_message(f"Writing {path}")
     writer = write_lora if item.layout in _LORA_LAYOUTS else _write_model
-    writer(artifact, dataclasses.replace(item, path=path), request, on_message)
+    with made_folder(path.parent):
+        writer(artifact, dataclasses.replace(item, path=path), request, on_message)
 
 
 def _plan(artifact: Artifact, request: ExportRequest) -> tuple[list[ExportItem], Path | None]:

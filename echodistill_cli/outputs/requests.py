@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from echodistill_cli.config.schema import Config
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.files import check_folder
 from echodistill_cli.lora.frame import check_frame
 from echodistill_cli.runs import newest_run, open_run
 
@@ -85,7 +86,7 @@ class SampleRequest:
         if not 0 <= self.seed <= _SEEDS - self.count:
             raise ConfigError(f"--seed {self.seed} is out of range.", "Use a --seed of 0 or more, below 2^64.")
         if (total := len(self.prompts) * self.count) > _MOST_IMAGES:
-            raise ConfigError(f"{total} images are too many for one call.", f"At most {_MOST_IMAGES}: lower --num.")
+            raise ConfigError(f"{total} images are too many for one call.", f"Ask for at most {_MOST_IMAGES}.")
 
     def check_paths(self, folder: Path | None = None) -> None:
         """Check, without torch, that there are LoRA files, and that a folder to write to can be one.
@@ -295,9 +296,8 @@ def check_paths(source: Path | None, folder: Path | None = None) -> None:
         ConfigError: there is no such run or file, or the folder is a file.
         ModelError: the source is no safetensors file.
     """
-    if folder is not None and not folder.is_dir() and (folder.exists() or folder.is_symlink()):
-        kind = "file" if folder.exists() else "link to nowhere"
-        raise ConfigError(f"--output {folder} is a {kind}.", "Name a folder with --output.")
+    if folder is not None:
+        check_folder(folder)
     if source is None:
         newest_run()
     elif source.is_dir():

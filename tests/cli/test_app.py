@@ -605,13 +605,24 @@ def test_a_source_that_does_not_exist_is_named_without_torch(line: str, tmp_path
     assert done.stdout.splitlines() == ["2", "set()"]
 
 
-def test_an_output_that_is_a_file_is_refused_before_models_are_loaded(tmp_path: Path) -> None:
-    file = tmp_path / "images"
+@pytest.mark.parametrize(
+    "line", ["sample a --lora LORA", "export LORA", "live", "train-many none.csv", "train-many x -n"]
+)
+def test_an_output_that_is_a_file_is_refused_before_anything_is_loaded(line: str, tmp_path: Path) -> None:
+    file, lora = tmp_path / "images", tmp_path / "a.safetensors"
     file.touch()
+    lora.touch()
+    words = [str(lora) if word == "LORA" else word for word in line.replace("-n", "--dry-run").split()]
+    done = command(*words, "-o", file)
+    assert (done.code, done.err) == (2, f"error: --output {file} is a file. Name a folder with --output.\n")
+
+
+def test_an_output_where_nothing_can_be_written_is_refused_before_models_are_loaded(tmp_path: Path) -> None:
     lora = tmp_path / "a.safetensors"
     lora.touch()
-    done = command("sample", "a", "--lora", lora, "-o", file)
-    assert (done.code, done.err) == (2, f"error: --output {file} is a file. Name a folder with --output.\n")
     (tmp_path / "link").symlink_to("nowhere")
     done = command("sample", "a", "--lora", lora, "-o", tmp_path / "link")
     assert (done.code, done.err.partition(" is a ")[2]) == (2, "link to nowhere. Name a folder with --output.\n")
+    for words in (("sample", "a", "--lora", lora), ("export", lora)):
+        done = command(*words, "-o", "/proc/none/images")
+        assert (done.code, done.error.partition(" (")[0]) == (1, "error: /proc/none/images cannot be written")

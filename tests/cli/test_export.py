@@ -212,3 +212,10 @@ def test_an_error_that_is_not_about_the_disk_passes_as_it_is(error: Exception, t
     with pytest.raises(type(error)) as told, explained(tmp_path / "file"):
         raise error
     assert told.value is error
+
+
+def test_a_failed_export_leaves_no_folder(run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new" / "export"
+    done = command("export", run, "--format", "pipeline", "--model", tmp_path / "none", "-o", output)
+    assert done.code != 0
+    assert not output.parent.exists()

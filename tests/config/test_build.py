@@ -149,7 +149,8 @@ def refusal(file: Path) -> str:
 def test_a_path_whose_backslashes_became_control_characters_is_refused(tmp_path: Path, value: str) -> None:
     for key in ("concept.photos", "model.student", "run.output"):
         section, _, name = key.partition(".")
-        with pytest.raises(ConfigError, match=rf"{key} = .* holds a control character\. In TOML, .*C:/dog"):
+        remedy = r"In TOML, .*C:/dog" if "C:" in value else r"Remove it\."
+        with pytest.raises(ConfigError, match=rf"{key} = .* holds a control character\. {remedy}"):
             build_config(toml_file=toml(tmp_path, f"[{section}]\n{name} = {value}\n"))
 
 

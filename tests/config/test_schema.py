@@ -76,6 +76,8 @@ def test_a_choice_is_refused_with_the_nearest_right_one(section: str, entry: dat
         ({"train": {"steps": True}}, "train.steps = True is not an integer"),
         ({"train": {"lr": "fast"}}, "train.lr = 'fast' is not a number"),
         ({"train": {"lr": float("nan")}}, "train.lr = nan is not a number"),
+        ({"run": {"seed": 10**20}}, "run.seed = 10+ is too large"),
+        ({"adapter": {"rank": 10**9}}, "adapter.rank = 10+ is above 4096"),
         ({"train": {"lr": float("inf")}}, "train.lr = inf is not a number"),
         ({"train": {"gradient_checkpointing": 1}}, "is not true or false"),
         ({"critic": {"discriminators": "dino"}}, "is not a list of strings"),

@@ -168,7 +168,7 @@ def test_shards_are_every_nth_row_and_together_all(batch: Batch) -> None:
         (("--on", "dask"), "--on dask is unknown. Use local, ray or ray://HOST:PORT."),
         (("--gpus-per-subject", "-1"), "--gpus-per-subject -1 is out of range"),
         (("--store", "gopher://x/y"), "--store gopher://x/y is not the URL of a storage"),
-        (("--vram", "lots", "--model", "sd-turbo"), "line 1: --vram lots is not a number"),
+        (("--vram", "lots", "--model", "sd-turbo"), "line 1: --vram lots is not an amount of memory"),
         (("--vram", "auto", "--on", "ray"), "--vram auto measures a whole device of this machine"),
         (("--vram", "auto", "--gpus-per-subject", "0.5"), "--vram auto measures a whole device of this machine"),
     ],

@@ -126,7 +126,7 @@ def subjects(batch: Batch) -> Sequence[Subject]:
 HOLD = """
 import sys
 from pathlib import Path
-from echodistill_cli.files import locked
+from echodistill_cli.locks import locked
 with locked(Path(sys.argv[1]), "held"):
     print("held", flush=True)
     sys.stdin.read()
