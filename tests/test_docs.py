@@ -328,7 +328,7 @@ def test_a_script_without_arguments_says_how_it_is_used(name: str) -> None:
 def test_the_batch_script_skips_a_subject_whose_photos_cannot_be_used_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "subjects" / "cat").mkdir(parents=True)
     (tmp_path / "subjects" / "cat" / "0.png").write_bytes((ROOT / "examples" / "photos" / "0.png").read_bytes())
-    script = ["bash", ROOT / "examples" / "ci_personalize.sh", tmp_path / "subjects", tmp_path / "out"]
+    script = ["bash", *map(str, (ROOT / "examples" / "ci_personalize.sh", tmp_path / "subjects", tmp_path / "out"))]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(script, capture_output=True, text=True, check=False, env=environment)

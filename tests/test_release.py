@@ -78,8 +78,8 @@ def test_a_release_is_tried_before_it_is_published_and_its_tag_names_its_version
     assert any("release_check.sh" in step.get("run", "") for step in jobs["build"]["steps"])
     (check,) = [step["run"] for step in jobs["build"]["steps"] if "GITHUB_REF_NAME" in step.get("run", "")]
     for tag, code in ((f"v{__version__}", 0), ("v9.9.9", 1)):
-        done = subprocess.run(["bash", "-c", check], cwd=ROOT, env={"GITHUB_REF_NAME": tag, "PATH": "/usr/bin:/bin"})
-        assert done.returncode == code
+        environment = {"GITHUB_REF_NAME": tag, "PATH": "/usr/bin:/bin"}
+        assert subprocess.run(["bash", "-c", check], cwd=ROOT, env=environment).returncode == code
     done = subprocess.run(["bash", ROOT / ".ci" / "release_check.sh"], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("Usage: release_check.sh ")
@@ -99,7 +99,7 @@ def test_a_wheel_that_lacks_a_file_is_refused(tmp_path: Path) -> None:
             wheel.writestr(f"{folder}/METADATA", "Name: echodistill\nVersion: 1\n")
             for name in (*names, *more):
                 wheel.writestr(name, "")
-        script = [sys.executable, ROOT / ".ci" / "look_at_wheel.py", tmp_path / "x.whl", tmp_path]
+        script = [sys.executable, str(ROOT / ".ci" / "look_at_wheel.py"), str(tmp_path / "x.whl"), str(tmp_path)]
         done = subprocess.run(script, capture_output=True, text=True, check=False)
         return done.returncode, (done.stdout + done.stderr).strip()
 

@@ -32,11 +32,11 @@ class FlowDenoiser(Denoiser):
         # The timestep of the UNet's own schedule with a flow's ratio of signal to noise, nearest in its logarithm.
         logits = torch.logit(self.own.alphas_cumprod.double(), eps=1e-6)
         wanted = torch.logit(self.schedule.alphas_cumprod.double(), eps=1e-6)
-        self._own_timesteps = (wanted[:, None] - logits[None]).abs().argmin(dim=1)
+        self.own_timesteps = (wanted[:, None] - logits[None]).abs().argmin(dim=1)
 
     def __call__(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the velocity ε - z; see `Denoiser`."""
-        own = self._own_timesteps[timesteps]
+        own = self.own_timesteps[timesteps]
         _, own_sigma = scales(self.own, own)
         _, sigma = scales(self.schedule, timesteps)
         # The noise is scaled to that of the timestep exactly; at the last one there is nothing else.

@@ -210,7 +210,7 @@ def figure(rows: Sequence[Row], split: str, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     plot, (overview, corner) = plt.subplots(1, 2, figsize=(12, 5.5), layout="constrained")
-    colours = mpl.colormaps["tab20"].colors  # type: ignore[attr-defined]
+    colours = mpl.colormaps["tab20"].colors
     for index, (name, own) in enumerate(of_split(rows, split).items()):
         across, up = summary(own, "prompt_fidelity"), summary(own, "subject_fidelity")
         if across is None or up is None:

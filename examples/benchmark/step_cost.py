@@ -97,7 +97,7 @@ class Cost:
         return Cost(*(factor * getattr(self, field.name) for field in dataclasses.fields(self)))
 
 
-class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class StepCounter(TorchDispatchMode):
     """Counts what is dispatched while it is active, by part of the step.
 
     Args:
@@ -112,7 +112,7 @@ class StepCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, device: torch.device, functions: dict[str, str] = PARTS) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.device, self.functions = device, functions
         self.parts: dict[str, Cost] = collections.defaultdict(Cost)
         self.names: collections.Counter[str] = collections.Counter()

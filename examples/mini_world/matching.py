@@ -119,7 +119,7 @@ class MatchedStage(StudentStage):
             predicted = self.fake_denoiser(noisy, timesteps, conditioning)
         loss = (predicted.float() - velocity).square().mean()
         self.fake_optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.fake_optimizer.step()
         self.fake_optimizer.zero_grad(set_to_none=True)
         self.fake_updates += 1

@@ -146,7 +146,7 @@ def _update(stage: Stage, progress: Progress, rate: float) -> dict[str, float]:
         group["lr"] = rate
     loss, figures = stage.loss(progress.rng, progress.samples)
     progress.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(stage.network.parameters(), 1.0)
     progress.optimizer.step()
     progress.updates += 1

@@ -204,7 +204,7 @@ class StudentStage:
         """One update of the critic, which has an optimizer of its own; returns its loss."""
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss = relativistic(self.critic(real), self.critic(fake))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.critic_optimizer.step()
         self.critic_optimizer.zero_grad(set_to_none=True)
         self.critic_updates += 1

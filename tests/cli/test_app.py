@@ -207,7 +207,12 @@ def test_a_pipe_is_read_until_its_writer_ends(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "settings.toml")
     writer = os.open(tmp_path / "settings.toml", os.O_RDWR)
     os.write(writer, b"[train]\nste")
-    ending = threading.Timer(0.3, lambda: (os.write(writer, b"ps = 77\n"), os.close(writer)))
+
+    def finish() -> None:
+        os.write(writer, b"ps = 77\n")
+        os.close(writer)
+
+    ending = threading.Timer(0.3, finish)
     ending.start()
     done = command("config", "--config", tmp_path / "settings.toml")
     ending.join()
@@ -454,13 +459,15 @@ ECHO = {
 }
 
 
-def shown(steps: int, *, terminal: bool, quiet: bool = False, first: int = 1, **more: float) -> str:
+def shown(
+    steps: int, *, terminal: bool, quiet: bool = False, first: int = 1, more: dict[str, int] | None = None
+) -> str:
     """What a run's progress writes on a console of 80 columns."""
     text = io.StringIO()
     console = Console(file=text, width=80, force_terminal=terminal, no_color=True)
     with TrainingProgress(console, Config(train=TrainConfig(steps=steps)), quiet=quiet) as progress:
         for step in range(first, steps + 1):
-            progress.on_step({"step": step, **LOSSES, **(more if step == steps else {})})
+            progress.on_step({"step": step, **LOSSES, **((more or {}) if step == steps else {})})
     return text.getvalue()
 
 
@@ -491,6 +498,7 @@ def test_the_teachers_own_phases_have_their_own_count_and_clock(terminal: bool) 
             progress.on_step({"step": 0, "head_start_step": step, "denoising": 0.5})
         progress.on_step({"step": 1, **LOSSES, "step_seconds": 2.0})
         if terminal:
+            assert progress.live
             progress.live.refresh()
         for step in range(1, 21):
             progress.on_step({"step": 5, "carry_back_step": step, "denoising": 0.25})
@@ -525,10 +533,10 @@ def test_each_run_of_a_benchmark_has_its_own_count_and_clock(terminal: bool) -> 
 
 
 def test_an_echo_and_a_skipped_step_are_reported() -> None:
-    text = shown(3, terminal=False, **ECHO, skipped_student=1.0)
+    text = shown(3, terminal=False, more=ECHO | {"skipped_student": 1})
     assert "echo at step 3: generated 4, kept 1 (dropped: 2 unlike the subject, 1 duplicates)" in text
     assert "step 3: skipped student, because the loss or gradient is not finite" in text
-    assert "generated 4, kept 0" in shown(3, terminal=False, **(ECHO | {"echo_kept": 0}))
+    assert "generated 4, kept 0" in shown(3, terminal=False, more=ECHO | {"echo_kept": 0})
 
 
 # --- dry run ----------------------------------------------------------------------------------------------------------

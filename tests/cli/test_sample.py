@@ -42,7 +42,7 @@ def pixels(path: Path | str) -> Any:
 def told(path: Path | str) -> dict[str, str]:
     """What a picture's file says of its making."""
     with Image.open(path) as picture:
-        return dict(picture.info)
+        return {str(key): value for key, value in picture.info.items()}
 
 
 def test_the_newest_run_is_meant_and_every_picture_says_how_it_was_made(

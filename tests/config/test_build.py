@@ -197,11 +197,16 @@ def test_a_preset_is_described_and_valid_and_pins_its_student(name: str) -> None
 
 
 def test_the_hash_tells_what_decides_the_result_and_nothing_else() -> None:
-    same = [
+    same: list[dict[str, Any]] = [
         {"run": {"output": "elsewhere", "name": "x", "keep": 9, "sample_prompts": ["y"]}},
         {"concept": {"photos": "moved"}},
     ]
-    other = [{"train": {"lr": 2e-4}}, {"run": {"seed": 1}}, {"loss": {"latent": 0.5}}, {"echo": {"start": "off"}}]
+    other: list[dict[str, Any]] = [
+        {"train": {"lr": 2e-4}},
+        {"run": {"seed": 1}},
+        {"loss": {"latent": 0.5}},
+        {"echo": {"start": "off"}},
+    ]
     other.append({"model": {"student_timesteps": [399]}})
     other.append({"model": {"student_timesteps": [999, 499]}})
     other.append({"model": {"student_timesteps": [999, 499], "student_sampler": "euler"}})

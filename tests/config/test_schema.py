@@ -50,7 +50,7 @@ def test_a_bound_itself_is_allowed_and_what_lies_beyond_is_not(
         number = lambda value: (int(value),)  # noqa: E731
     beyond = bound - 1 if side == "minimum" else bound + 1
     # Alone, some of these contradict other settings; none of the others is the one under test.
-    others = {"train": {"lr": 1.0, "teacher_lr": 1.0}, "critic": {"swd_patch": 1}}
+    others: dict[str, dict[str, Any]] = {"train": {"lr": 1.0, "teacher_lr": 1.0}, "critic": {"swd_patch": 1}}
     table = others.get(section, {}) | {entry.name: number(bound)}
     allowed = config_from_dict(others | {section: table})
     assert getattr(getattr(allowed, section), entry.name) == number(bound)

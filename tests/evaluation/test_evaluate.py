@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from echodistill_cli.data.prompts import EVALUATION_TEMPLATES
-from echodistill_cli.evaluation.evaluate import fill, score_encoder_names
+from echodistill_cli.data.prompts import EVALUATION_TEMPLATES, fill
+from echodistill_cli.evaluation.evaluate import score_encoder_names
 from echodistill_cli.models.downloads import CLIP, DINO
 from echodistill_cli.models.vision import ClipScorer, DinoScorer
 from tests.helpers.commands import command, files_below, overriding, trained_run, without_a_network

@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
     def images(self) -> list[Image.Image]:
         """The embedded images; fails if one is elsewhere."""
-        found = []
+        found = list[Image.Image]()
         for tag, attributes in self.elements:
             if tag == "img":
                 kind, _, content = str(attributes["src"]).partition(",")
@@ -135,10 +135,10 @@ def test_each_image_shows_the_prompt_above_it(run: Run, photos: tuple[Photo, ...
         )
     )
     assert len(found) == 8
-    for color, alt in found:
+    for middle, alt in found:
         (wanted,) = [value for prompt, value in expected.items() if str(alt).startswith(prompt)]
-        assert isinstance(color, tuple)
-        assert all(abs(one - other) < 12 for one, other in zip(color, wanted, strict=True)), alt
+        assert isinstance(middle, tuple)
+        assert all(abs(one - other) < 12 for one, other in zip(middle, wanted, strict=True)), alt
 
 
 def images_of(html: str) -> list[dict[str, str | None]]:

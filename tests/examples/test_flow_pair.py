@@ -12,7 +12,8 @@ from echodistill_cli.diffusion.sampling import student_x0
 from echodistill_cli.diffusion.schedule import add_noise, predict_x0
 from echodistill_cli.models.adapters import lora_tensors
 from echodistill_cli.models.load import load_pair
-from examples.benchmark.flow_pair import as_flow
+from echodistill_cli.training.steps import training_step
+from examples.benchmark.flow_pair import FlowDenoiser, as_flow
 from examples.benchmark.measure import STUDENT, draw
 from examples.benchmark.training import Run
 
@@ -25,11 +26,12 @@ def pair() -> ModelPair:
 @pytest.mark.parametrize("timestep", [100, 500, 900])
 def test_a_flow_finds_the_x0_of_the_same_noise(pair: ModelPair, timestep: int) -> None:
     flow = as_flow(pair).teacher
+    assert isinstance(flow, FlowDenoiser)
     generator = torch.Generator().manual_seed(timestep)
     clean, noise = (torch.randn(2, 4, 16, 16, generator=generator) for _ in range(2))
     prompts = pair.encoder.encode(["a photo of a dog", "a photo of a red frog in the snow"])
     at = torch.tensor([timestep] * 2)
-    own = flow._own_timesteps[at]
+    own = flow.own_timesteps[at]
     # The same ratio of signal to noise to within half a timestep of the UNet's own schedule.
     wanted, found = flow.schedule.alpha_bar(at), pair.teacher.schedule.alpha_bar(own)
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0.02)
@@ -55,7 +57,7 @@ def test_the_method_runs_on_flows() -> None:
     state = run.build(None)
     assert {state.pair.role(role).schedule.prediction_type for role in ("student", "teacher")} == {"flow"}
     before = {name: tensor.clone() for name, tensor in lora_tensors(state.pair.student.unet).items()}
-    state.settle(run.entry.step(state))
+    state.settle(training_step(state))
     after = lora_tensors(state.pair.student.unet)
     assert any(not torch.equal(before[name], after[name]) for name in before)
     images = draw(state.pair, "dog", STUDENT, with_token=True)

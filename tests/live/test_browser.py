@@ -69,7 +69,7 @@ def visit(house: House) -> Iterator[Visit]:
     here.page.close()
 
 
-def pixels(source: str) -> np.ndarray:  # type: ignore[type-arg]
+def pixels(source: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))))
 
 

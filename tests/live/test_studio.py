@@ -34,7 +34,7 @@ def studio(**fields: object) -> Studio:
     return Studio(on_message=lambda _line: None, **fields)  # type: ignore[arg-type]
 
 
-def pixels(images: object) -> list[np.ndarray]:  # type: ignore[type-arg]
+def pixels(images: object) -> list[np.ndarray]:
     return [np.asarray(image) for image in images]  # type: ignore[attr-defined]
 
 

@@ -91,8 +91,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 )
 def test_a_broken_pair_is_refused_by_its_key(changes: dict[str, Tensor | None], reason: str, tmp_path: Path) -> None:
     module = "lora_unet_mid_block_attentions_0_proj_in"
-    parts = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "alpha": torch.tensor(2.0)}
-    parts |= changes
+    whole = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2), "alpha": torch.tensor(2.0)}
+    parts = {**whole, **changes}
     save_file({f"{module}.{part}": tensor for part, tensor in parts.items() if tensor is not None}, tmp_path / "x")
     with pytest.raises(ModelError, match=reason):
         read_lora(tmp_path / "x")

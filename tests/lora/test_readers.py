@@ -171,7 +171,7 @@ def test_alpha_alone_is_nothing_that_a_reader_applies(tmp_path: Path) -> None:
 
 
 def test_diffusers_gives_mixed_ranks_with_their_own_alphas_another_strength(tmp_path: Path) -> None:
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, rank in (("k", 4), ("v", 2)):
         module = f"lora_unet_{ATTENTION.replace('.', '_')}_to_{name}"
         tensors |= kohya_pair(module, rank=rank) | {f"{module}.alpha": torch.tensor(float(rank))}

@@ -9,8 +9,7 @@ import pytest
 
 from echodistill_cli.cli.show import SafeConsole
 from echodistill_cli.cli.train_many import ManyProgress, duration
-from echodistill_cli.many.schedule import Event
-from echodistill_cli.many.subject import Outcome
+from echodistill_cli.many.subject import Event, Outcome
 
 LENGTHS = {"head start": 2, "training": 8, "carry back": 0}
 

@@ -56,7 +56,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 def settings(pair: Pair, **changes: Any) -> ModelConfig:
     student, teacher = map(str, pair)
-    common = {"student": student, "teacher": teacher, "resolution": 64, "device": "cpu", "offline": True}
+    common: dict[str, Any] = {
+        "student": student,
+        "teacher": teacher,
+        "resolution": 64,
+        "device": "cpu",
+        "offline": True,
+    }
     return ModelConfig(**common | changes)
 
 

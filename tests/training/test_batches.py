@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+from echodistill_cli.diffusion.text import Conditioning
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.batches import critic_features, real_batch, student_pass, teacher_batch
 from echodistill_cli.training.critics import ImageBatch, TeacherBackbone, features_of
@@ -103,11 +104,16 @@ def test_each_backbone_runs_on_the_students_images_once_per_step(
     assert [kind for kind, has_gradient in runs if not has_gradient] == ["latent"]
 
 
-def test_discriminators_do_not_see_the_students_scenes(new_state: NewState) -> None:
+def test_discriminators_do_not_see_the_students_scenes(new_state: NewState, monkeypatch: pytest.MonkeyPatch) -> None:
     state = new_state(train__scene_share=0.5, train__batch_size=4, concept__scenes=("a {} on the moon",))
     prompts: list[str] = []
     encode = state.pair.encoder.encode
-    state.pair.encoder.encode = lambda texts: (prompts.extend(texts), encode(texts))[1]  # type: ignore[method-assign]
+
+    def noted(texts: Sequence[str]) -> Conditioning:
+        prompts.extend(texts)
+        return encode(texts)
+
+    monkeypatch.setattr(state.pair.encoder, "encode", noted)
     generated = student_pass(state)
     assert ["on the moon" in prompt for prompt in prompts[:4]] == [False, False, True, True]
     assert generated.photo_prompts == 2

@@ -50,17 +50,17 @@ def unbroken(
     return file, folder / "run"
 
 
-def differences(first: Any, second: Any, where: str = "state") -> list[str]:
+def differences(first: Any, second: Any, *, where: str = "state") -> list[str]:
     """The places where two nested values are not equal to the bit."""
     if isinstance(first, Mapping):
         if first.keys() != second.keys():
             return [f"{where}: {set(first) ^ set(second)}"]
-        return [place for key in first for place in differences(first[key], second[key], f"{where}.{key}")]
+        return [place for key in first for place in differences(first[key], second[key], where=f"{where}.{key}")]
     if isinstance(first, list | tuple):
         if len(first) != len(second):
             return [f"{where}: {len(first)} and {len(second)}"]
         pairs = enumerate(zip(first, second, strict=True))
-        return [place for index, (a, b) in pairs for place in differences(a, b, f"{where}[{index}]")]
+        return [place for index, (a, b) in pairs for place in differences(a, b, where=f"{where}[{index}]")]
     same = torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
     return [] if same else [where]
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors
 from echodistill_cli.training.dataset import doubts
-from echodistill_cli.training.state import CARRY_BACK, HEAD_START, JOINT
+from echodistill_cli.training.optimizers import Metrics
+from echodistill_cli.training.state import CARRY_BACK, HEAD_START, JOINT, TrainingState
 from echodistill_cli.training.steps import (
     CARRY_BACK_RATE,
     PHASE_STEPS,
@@ -41,9 +43,12 @@ def test_the_teachers_head_start_comes_before_the_first_joint_step_only(
 ) -> None:
     state = new_state(train__head_start=3)
     steps: list[int] = []
-    monkeypatch.setattr(
-        "echodistill_cli.training.steps.teacher_step", lambda run: (steps.append(run.step), teacher_step(run))[1]
-    )
+
+    def counted(run: TrainingState) -> Metrics:
+        steps.append(run.step)
+        return teacher_step(run)
+
+    monkeypatch.setattr("echodistill_cli.training.steps.teacher_step", counted)
     take_steps(state, 2)
     assert steps == [0, 0, 0, 0, 1]
 
@@ -76,7 +81,7 @@ def test_with_carry_over_the_student_starts_from_the_teachers_lora(new_state: Ne
 
 
 def test_the_carry_back_trains_the_students_lora_on_the_photos_and_averages_it(new_state: NewState) -> None:
-    settings = {"train__carry_over": True, "train__head_start": 1, "train__steps": 2}
+    settings: dict[str, Any] = {"train__carry_over": True, "train__head_start": 1, "train__steps": 2}
     settings |= {"echo__start": 1, "echo__min_identity": 0.0, "echo__teacher_share": 1.0}
     state, other = new_state(**settings, echo__carry_back=4), new_state(**settings)
     for run in (state, other):

@@ -71,7 +71,13 @@ def trained(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> T
 
 def load(pair: Pair, **changes: Any) -> ModelPair:
     student, teacher = map(str, pair)
-    defaults = {"student": student, "teacher": teacher, "resolution": 64, "device": "cpu", "offline": True}
+    defaults: dict[str, Any] = {
+        "student": student,
+        "teacher": teacher,
+        "resolution": 64,
+        "device": "cpu",
+        "offline": True,
+    }
     return load_pair(ModelConfig(**defaults | changes))
 
 

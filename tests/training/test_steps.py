@@ -158,8 +158,8 @@ def test_a_loss_is_scaled_by_its_weight_and_its_samples_by_alpha_bar(new_state: 
     others = {f"loss__{name}": 0.0 for name in STUDENT_TERMS if name != "latent"}
     state = new_state(loss__latent=weight, train__max_grad_norm=0.0, **others)
     generator = state.generator.get_state()
-    generated, metrics = student_step(state)
-    metrics = state.settle(metrics)
+    generated, unsettled = student_step(state)
+    metrics = state.settle(unsettled)
     latents, target = generated.images.latents.detach(), generated.target.latents
     squares = (latents - target).square().mean(dim=(1, 2, 3))
     assert metrics["latent"] == pytest.approx(float((0.5 * squares * generated.alpha_bar).mean()), rel=1e-5)
