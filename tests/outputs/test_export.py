@@ -360,7 +360,7 @@ def test_a_model_without_a_place_in_the_original_layout_is_refused_and_leaves_no
     run.save_checkpoint(1, build_state(config, small_photos()).state_dict())
     with pytest.raises(ConfigError, match=r"1 layers per block .* --format pipeline"):
         export_files(run.folder, layouts=("checkpoint",))
-    assert not any((run.folder / "export").iterdir())
+    assert not (run.folder / "export").exists()
 
 
 def test_what_is_there_is_replaced_only_when_asked_and_only_as_a_whole(
