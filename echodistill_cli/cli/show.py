@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from echodistill_cli.config.families import about
+from echodistill_cli.config.families import about, expected_bytes, size_in_words
 from echodistill_cli.errors import counted
 from echodistill_cli.pipeline import OnMessage
 
@@ -99,16 +99,16 @@ def plan_table(plan: Plan, *, resume: bool = False, overwrite: bool = False) -> 
 
 
 def _downloads(files: Mapping[str, int | None]) -> str:
-    """A line per file to download, and the sum of the known sizes."""
+    """A line per file to download, and the sum of their sizes."""
     if not files:
         return "none"
-    lines = [f"{file} ({about(file) if size is None else _bytes(size)})" for file, size in files.items()]
-    known = [size for size in files.values() if size is not None]
-    return "\n".join([*lines, *([f"{_bytes(sum(known))} in total"] if len(known) > 1 else [])])
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    lines = [f"{file} ({about(file) if size is None else size_in_words(size)})" for file, size in files.items()]
+    sizes = [expected_bytes(file) if size is None else size for file, size in files.items()]
+    total = size_in_words(sum(size for size in sizes if size is not None))
+    # Only the hub knows which files a part has; the lines without its word are expectations.
+    is_exact, is_whole = None not in files.values(), None not in sizes
+    how = "" if is_exact else "about " if is_whole else "more than "
+    return "\n".join([*lines, *([f"{how}{total} in total"] if len(lines) > 1 else [])])
 
 
 def _memory(plan: Plan) -> str:

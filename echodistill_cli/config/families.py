@@ -109,14 +109,38 @@ _PARAMETERS: Mapping[str, int] = {
 }
 
 
-def about(part: str) -> str:
-    """Return words for the size of a part that the hub was not asked about, such as "about 1.73 GB".
+# Bytes of the image encoders' and the small decoders' files, which are in float32.
+_BYTES: Mapping[str, int] = {
+    "openai/clip-vit-large-patch14": 4 * 427_616_513,
+    "facebook/dino-vits16": 4 * 21_665_664,
+    "facebook/dinov2-large": 4 * 304_368_640,
+    "madebyollin/taesd": 9_800_000,
+    "madebyollin/taesdxl": 9_800_000,
+}
+_SMALL = 2_000_000  # of a tokenizer or a scheduler, at most
+
+
+def expected_bytes(part: str) -> int | None:
+    """Return about how large a part is that the hub was not asked about; None if that is unknown.
 
     Args:
         part: hub id and subfolder, such as "stabilityai/sd-turbo/unet".
     """
+    if part.rpartition("/")[2].partition("_")[0] in ("tokenizer", "scheduler"):
+        return _SMALL
     parameters = _PARAMETERS.get(part)
-    return "size unknown" if parameters is None else f"about {2 * parameters / 1e9:.2f} GB in half precision"
+    return _BYTES.get(part) if parameters is None else 2 * parameters
+
+
+def size_in_words(size: int) -> str:
+    """Return a number of bytes in GB or MB."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def about(part: str) -> str:
+    """Return words for the size of a part that the hub was not asked about, such as "about 1.73 GB"."""
+    size = expected_bytes(part)
+    return "size unknown" if size is None else f"about {size_in_words(size)}" if size > _SMALL else "small"
 
 
 def family_of_width(text_width: int | None) -> Family | None:

@@ -26,6 +26,7 @@ from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.warnings import parse_gib
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ConfigError, ModelError, counted
+from echodistill_cli.files import is_path
 from echodistill_cli.lora.transformer_keys import is_published
 from echodistill_cli.models.downloads import backbones
 from echodistill_cli.models.single_file import shipped_configuration
@@ -319,6 +320,8 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Me
     config = build({})
     family = family_of(config.model)
     if family is None:
+        if is_path(config.model.student):
+            resolve(config.model.student, ("unet",), offline=True)  # which names a file or folder that is not there
         raise ModelError(
             f"The memory that {config.model.student} needs is not known.",
             "Omit --vram, which supports models of the size of SD-Turbo and SDXL-Turbo.",

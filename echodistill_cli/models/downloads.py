@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from echodistill_cli.config.build import PRESETS, build_config, config_to_dict
-from echodistill_cli.config.families import FAMILIES, about, family_of_source
+from echodistill_cli.config.families import FAMILIES, about, expected_bytes, family_of_source, size_in_words
 from echodistill_cli.config.family import Family
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.errors import ConfigError, counted
@@ -324,7 +324,8 @@ class Downloaded:
         if not self.files:
             yield "All files are here."
         elif all(size is None for size in self.files.values()):
-            yield "The hub did not answer. Sizes are computed from the models' parameters, where these are known."
+            total = sum(expected_bytes(file) or 0 for file in self.files)
+            yield f"About {size_in_words(total)} in total. The hub did not answer: sizes follow from the parameters."
         else:
             verb = "to download" if self.dry_run else "downloaded"
             yield f"{counted(len(self.files), 'file')} {verb}, {self.total / 1e9:.2f} GB"

@@ -271,7 +271,8 @@ def test_a_dry_run_of_sdxl_turbo_is_readable_offline(photo_folder: Path, tmp_pat
     assert "Plan for 16.0 GiB: model.precision = bf16, model.decoder = tiny" in done.stderr
     assert "About 14.7 GiB of device memory: UNets 9.6, text encoders 1.5" in done.stderr
     assert "stabilityai/sdxl-turbo (to be downloaded)" in done.stdout
-    assert "stabilityai/stable-diffusion-xl-base-1.0/unet (about 5.13 GB in half precision)" in done.stdout
+    assert "stabilityai/stable-diffusion-xl-base-1.0/unet (about 5.13 GB)" in done.stdout
+    assert "about 13.89 GB in total" in done.stdout  # in total: DINOv2 is not needed
     assert "about 14.7 GiB (UNets 9.6" in done.stdout
 
 

@@ -71,10 +71,12 @@ def test_a_dry_run_without_a_network_asks_once_and_knows_no_sizes(photo_folder: 
 
 def test_without_a_network_sizes_are_computed_from_parameters(requests: list[str]) -> None:
     lines = list(pipeline.download(request("sdxl-turbo", dry_run=True)).lines())
-    assert "stabilityai/sdxl-turbo/unet  about 5.13 GB in half precision" in lines
-    assert "stabilityai/sdxl-turbo/vae  about 0.17 GB in half precision" in lines
-    assert "stabilityai/sdxl-turbo/tokenizer  size unknown" in lines
-    assert lines[-1].startswith("The hub did not answer. Sizes are computed")
+    assert "stabilityai/sdxl-turbo/unet  about 5.13 GB" in lines
+    assert "stabilityai/sdxl-turbo/vae  about 0.17 GB" in lines
+    assert "stabilityai/sdxl-turbo/tokenizer  small" in lines
+    # 5.13 twice, 0.17, 0.25 and 1.39 of the text encoders; 1.71, 0.09 and 1.22 of the image encoders in float32.
+    assert lines[-1].startswith("About 15.1")
+    assert lines[-1].endswith("The hub did not answer: sizes follow from the parameters.")
     assert len(requests) == 1
 
 
