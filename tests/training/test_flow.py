@@ -18,17 +18,19 @@ from echodistill_cli.config.schema import Config
 from echodistill_cli.diffusion.pair import ModelPair, Role
 from echodistill_cli.diffusion.sampling import sample_latents, seeded_noise
 from echodistill_cli.errors import ConfigError, ModelError
+from echodistill_cli.live.studio import Studio, Wish
 from echodistill_cli.lora.inspect import inspect_file
 from echodistill_cli.lora.read import read_lora
 from echodistill_cli.models.load import load_pair
 from echodistill_cli.outputs.export import TrainResult
-from echodistill_cli.outputs.requests import SampleRequest
+from echodistill_cli.outputs.requests import EvaluationRequest, SampleRequest
 from echodistill_cli.outputs.sample import sample
-from echodistill_cli.pipeline import train
+from echodistill_cli.pipeline import evaluate, train
 from echodistill_cli.planning import check_settings
 from echodistill_cli.training import batches
 from echodistill_cli.training.state import build_state
 from echodistill_cli.training.steps import student_step, teacher_step
+from tests.helpers.random_models import build_score_encoders
 from tests.helpers.runs import (
     checkpoint_of,
     export_files,
@@ -316,6 +318,31 @@ def test_kohyas_names_of_klein_are_read_by_stock_diffusers_and_by_sample(
     noise = seeded_noise([7], (16, 4, 4))
     stock = generated_by(pipeline, family, noise, pairs[family].student.steps)
     assert np.abs(255 * stock - np.asarray(expected)).max() < 2
+
+
+def test_a_run_is_evaluated_and_drawn_on_the_page(
+    result: tuple[str, TrainResult], photo_folder: Path, small_backbones: dict[str, Path], tmp_path: Path
+) -> None:
+    _, run = result
+    clip, dino = build_score_encoders(tmp_path, small_backbones)
+    sampling = SampleRequest(["a photo of {}"], lora=run.run)
+    for role in ("student", "teacher"):
+        request = EvaluationRequest(
+            photo_folder,
+            replace(sampling, role=role),
+            clip=str(clip),
+            dino=str(dino),
+            output=tmp_path / role,
+            html=role == "student",
+        )
+        scores = evaluate(request).to_dict()
+        assert scores["pictures"] == 1
+        assert -1 <= scores["clip_i"] <= 1
+    page = Studio(on_message=lambda _line: None)
+    drawn = {strength: page.draw(Wish(run.run, "a sks dog", strength)).images[0] for strength in (0.0, 1.0)}
+    expected = next(sample(SampleRequest(["a sks dog"], lora=run.run))).image
+    assert np.array_equal(np.asarray(drawn[1.0]), np.asarray(expected))
+    assert not np.array_equal(np.asarray(drawn[0.0]), np.asarray(expected))
 
 
 def test_a_file_says_what_it_is(result: tuple[str, TrainResult]) -> None:
