@@ -95,6 +95,11 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
         norms = list(torch.where(finite, torch.stack(norms), math.nan).unbind())
         return {f"grad_norm_{name}": norm for name, norm in zip(stepping, norms, strict=True)}
 
+    def forget_gradients(self) -> None:
+        """Free the gradients of the last updates, before a graph takes their place in memory."""
+        for optimizer in self._parts.values():
+            optimizer.zero_grad(set_to_none=True)
+
     def fetch(self, metrics: Metrics) -> dict[str, float]:
         """Read metrics from the device in one transfer.
 
