@@ -107,9 +107,9 @@ def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
         total = torch.zeros((), device=state.pair.device)
         metrics: Metrics = {}
         for term in active_losses(state, generated):
-            values = term.function(state, generated)
-            metrics[term.name] = values.detach().mean()
-            total = total + getattr(state.config.loss, term.name) * values.mean()
+            value = term.function(state, generated).mean()
+            metrics[term.name] = value.detach()
+            total = total + getattr(state.config.loss, term.name) * value
         metrics |= state.optimizers.step(total, state.student_parts)
     return generated, metrics
 
