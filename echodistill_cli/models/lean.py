@@ -10,6 +10,7 @@ checkpointing, merged or other adapters), their own code runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -115,7 +117,21 @@ class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
         return torch.as_tensor(input_tensor + hidden)
 
 
+class _LeanTimesteps(Timesteps):  # type: ignore[misc]
+    """Sines and cosines of timesteps, with frequencies that are computed once."""
+
+    unet: LeanUNet
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Return [B, D] of timesteps [B]."""
+        if not self.unet.is_active or not self.flip_sin_to_cos or self.scale != 1 or self.num_channels % 2:
+            return torch.as_tensor(super().forward(timesteps))
+        angles = timesteps[:, None] * self.unet.frequencies(self, timesteps.device)
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 _LEAN: dict[type[nn.Module], Any] = {
+    Timesteps: _LeanTimesteps,
     BasicTransformerBlock: _LeanBlock,
     Transformer2DModel: _LeanTransformer,
     ResnetBlock2D: _LeanResnet,
@@ -146,6 +162,7 @@ class LeanUNet:
         self.time_weight = joined([resnet.time_emb_proj.weight for resnet in self.resnets])
         self.time_bias = joined([resnet.time_emb_proj.bias for resnet in self.resnets])
         self._shifts: dict[Any, Tensor] = {}
+        self._frequencies: dict[Any, Tensor] = {}
         self._checkpointed = [module for module in self._all if hasattr(module, "gradient_checkpointing")]
         for plain, lean in _LEAN.items():
             for module in self._of(plain):
@@ -176,6 +193,14 @@ class LeanUNet:
             every = F.linear(F.silu(embedding), self.time_weight, self.time_bias)
             self._shifts = dict(zip(self.resnets, every.split(widths, dim=1), strict=True))  # type: ignore[no-untyped-call]
         return self._shifts[resnet]
+
+    def frequencies(self, embedding: Any, device: torch.device) -> Tensor:
+        """Return the frequencies of a sinusoidal embedding, float32 [D / 2], by diffusers' formula."""
+        if embedding not in self._frequencies:
+            half = embedding.num_channels // 2
+            powers = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=device)
+            self._frequencies[embedding] = torch.exp(powers / (half - embedding.downscale_freq_shift))
+        return self._frequencies[embedding]
 
     @contextmanager
     def folding(self) -> Iterator[None]:
