@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from echodistill_cli.diffusion.pair import ModelPair
-from echodistill_cli.models.adapters import ADAPTER, is_distilled, product_dtype
+from echodistill_cli.models.adapters import ADAPTER, convolve, is_distilled, product_dtype
 from echodistill_cli.models.joined import (
     GatedGelu,
     Projections,
@@ -101,7 +101,10 @@ class _LeanTransformer(Transformer2DModel):  # type: ignore[misc]
 
 
 class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
-    """A ResNet block whose time shift is computed with all others, and without a division by 1."""
+    """A ResNet block without a division by 1, whose time shift is computed with all others.
+
+    The shift has the bias of the first convolution in it. A single image takes it as this bias.
+    """
 
     unet: LeanUNet
 
@@ -109,8 +112,11 @@ class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
         """Return [B, C, h, w]; arguments are diffusers'."""
         if not self.unet.is_active:
             return torch.as_tensor(super().forward(input_tensor, temb, *args, **kwargs))
-        shift = self.unet.time_shift(self, temb)
-        hidden = self.conv1(F.silu(self.norm1(input_tensor))) + shift[:, :, None, None]
+        shift, hidden = self.unet.time_shift(self, temb), F.silu(self.norm1(input_tensor))
+        if len(shift) == 1:
+            hidden = convolve(self.conv1, hidden, shift[0])
+        else:
+            hidden = convolve(self.conv1, hidden, None) + shift[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
@@ -160,7 +166,8 @@ class LeanUNet:
         self.projections = [each for attention in attentions for each in (attention.inputs, attention.output)]
         self.resnets = self._of(ResnetBlock2D)
         self.time_weight = joined([resnet.time_emb_proj.weight for resnet in self.resnets])
-        self.time_bias = joined([resnet.time_emb_proj.bias for resnet in self.resnets])
+        biases = [resnet.time_emb_proj.bias + resnet.conv1.bias for resnet in self.resnets]
+        self.time_bias = torch.cat(biases).detach()
         self._shifts: dict[Any, Tensor] = {}
         self._frequencies: dict[Any, Tensor] = {}
         self._checkpointed = [module for module in self._all if hasattr(module, "gradient_checkpointing")]
@@ -187,7 +194,7 @@ class LeanUNet:
         return [module for module in self._all if isinstance(module, kind)]
 
     def time_shift(self, resnet: Any, embedding: Tensor) -> Tensor:
-        """Return what a ResNet block adds to its channels, [B, C], from the time embedding [B, D]."""
+        """Return a ResNet block's time shift plus its first bias, [B, C], from the time embedding [B, D]."""
         if not self._shifts:
             widths = [len(block.time_emb_proj.weight) for block in self.resnets]
             every = F.linear(F.silu(embedding), self.time_weight, self.time_bias)

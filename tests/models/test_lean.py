@@ -58,7 +58,7 @@ def test_a_lean_unet_gives_the_same_output_and_gradients_in_fewer_operations(
     torch.testing.assert_close(passes(pair), plain, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, 2])  # a single image takes the time shifts as biases
 @pytest.mark.parametrize("targets", ["attention", "attention-conv"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_reach_the_text_and_the_latents_as_without_it(
