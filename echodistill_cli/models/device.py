@@ -26,10 +26,11 @@ from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.warnings import parse_gib
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ConfigError, ModelError, counted
+from echodistill_cli.files import expanded
 from echodistill_cli.lora.transformer_keys import is_published
 from echodistill_cli.models.downloads import backbones
 from echodistill_cli.models.single_file import shipped_configuration
-from echodistill_cli.models.sources import resolve
+from echodistill_cli.models.sources import missing_parts, resolve
 
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS: Mapping[torch.dtype, str] = {dtype: precision for precision, dtype in DTYPES.items()}
@@ -314,11 +315,14 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Me
 
     Raises:
         ConfigError: nothing fits, or `vram` is not a number.
-        ModelError: the size of the model is not known.
+        ModelError: there is no such model, or its size is not known.
     """
     config = build({})
     family = family_of(config.model)
     if family is None:
+        missing_parts(config.model.student, ())  # a misspelled path is the fault, not the size
+        if expanded(config.model.student).is_file() and not config.model.single_file_config:
+            shipped_configuration(expanded(config.model.student))  # says what is wrong with the file
         raise ModelError(
             f"The memory that {config.model.student} needs is not known.",
             "Omit --vram, which supports models of the size of SD-Turbo and SDXL-Turbo.",

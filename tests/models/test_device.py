@@ -17,6 +17,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from safetensors.torch import save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -212,6 +213,39 @@ def test_models_of_unknown_size_have_no_plan(small_pair: tuple[Path, Path]) -> N
     assert device.expected_memory(build({})) is None
     with pytest.raises(ModelError, match=r"The memory that .* needs is not known"):
         device.fit_to_memory(build, "8")
+
+
+def one_file(path: Path, width: int | None) -> Path:
+    """Write a checkpoint in one file, of which only the layer that tells the family is there; None for no such layer."""
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({"other": torch.zeros(2)} if width is None else {key: torch.zeros(320, width)}, path)
+    return path
+
+
+@pytest.mark.parametrize(("width", "preset"), [(1024, "sd-turbo"), (2048, "sdxl-turbo")])
+def test_a_checkpoint_of_another_tool_gets_the_plan_of_its_family(width: int, preset: str, tmp_path: Path) -> None:
+    file = one_file(tmp_path / "own.safetensors", width)
+    plan = device.fit_to_memory(partial(build_config, str(file), None, {"model.teacher": "someone/base"}), "16")
+    assert plan.estimate.total == device.fit_to_memory(partial(build_config, preset, None, {}), "16").estimate.total
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "told"),
+    [
+        ("missing.safetensors", 0, "no such folder or file"),
+        ("checkpoints/missing.safetensors", 0, "no such folder or file"),
+        ("old.safetensors", 768, "is a Stable Diffusion 1 model"),
+        ("stub.safetensors", None, "the family of its weights is unknown"),
+    ],
+)
+def test_a_plan_says_what_is_wrong_with_a_file(
+    name: str, width: int | None, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if width != 0:
+        one_file(tmp_path / name, width)
+    with pytest.raises(ModelError, match=told):
+        device.fit_to_memory(partial(build_config, name, None, {}), "12")
 
 
 def test_the_family_of_a_model_is_known_before_it_is_loaded(tmp_path: Path) -> None:
