@@ -96,7 +96,7 @@ class TrainingProgress:
         seconds = round(time.monotonic() - self.began)
         minutes = f"{seconds // 60} min " if seconds >= 60 else ""
         prompt = f"a photo of a {self.config.subject} on the beach"
-        following = f"echodistill sample --lora {shlex.quote(str(run))} {_quoted(prompt)}"
+        following = f"echodistill sample --lora {shlex.quote(str(run))} --prompt {_quoted(prompt)}"
         if not self.quiet:
             self.on_message(f"Done in {minutes}{seconds % 60} s. Next: {following}")
 

@@ -89,7 +89,7 @@ def test_the_time_of_all_phases_is_told_once_after_a_few_steps_of_the_first() ->
 
 def test_training_ends_with_its_duration_and_the_next_command() -> None:
     (line,) = training(Config(concept=ConceptConfig(token="sks", class_name="dog")))
-    following = """echodistill sample --lora 'runs/my dog' "a photo of a sks dog on the beach\""""
+    following = """echodistill sample --lora 'runs/my dog' --prompt "a photo of a sks dog on the beach\""""
     assert line == f"Done in 0 s. Next: {following}"
 
 
