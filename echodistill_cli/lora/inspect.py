@@ -210,9 +210,8 @@ def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     }
     if file.family == "unknown":  # vectors of another width, such as the toy's
         widths = " and ".join(str(shape[-1]) for _, shape in file.table.values() if shape)
-        texts = {
-            reader: ("no", f"Vectors of {widths} numbers fit no SD 1, SD 2 or SDXL model.") for reader in texts
-        } | {"diffusers": (diffusers[0], f"{diffusers[1]} The text encoder must have vectors of {widths} numbers.")}
+        texts = dict.fromkeys(texts, ("no", f"Vectors of {widths} numbers fit no SD 1, SD 2 or SDXL model."))
+        texts["diffusers"] = diffusers[0], f"{diffusers[1]} The text encoder must have vectors of {widths} numbers."
     return tuple(
         Verdict(reader, loads, *((0, count) if loads == "no" else (count, 0)), text)
         for reader, (loads, text) in texts.items()

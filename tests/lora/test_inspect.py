@@ -133,7 +133,8 @@ def test_a_token_file_says_which_word_calls_it(
 
 
 def test_a_token_of_no_published_width_fits_no_tool(tmp_path: Path) -> None:
-    write_safetensors(tmp_path / "sks.safetensors", token_tensors("sks", {"text_encoder": torch.ones(1, 192)}, "sd"), {})
+    tensors = token_tensors("sks", {"text_encoder": torch.ones(1, 192)}, "sd")
+    write_safetensors(tmp_path / "sks.safetensors", tensors, {})
     found = by_reader(inspect_file(tmp_path / "sks.safetensors"))
     assert {name for name, verdict in found.items() if verdict.loads != "no"} == {"diffusers"}
     assert (found["ComfyUI"].matched, found["ComfyUI"].unmatched) == (0, 1)

@@ -216,7 +216,7 @@ def test_models_of_unknown_size_have_no_plan(small_pair: tuple[Path, Path]) -> N
 
 
 def one_file(path: Path, width: int | None) -> Path:
-    """Write a checkpoint in one file, of which only the layer that tells the family is there; None for no such layer."""
+    """Write a checkpoint in one file, of which only the layer that tells the family is there, or not."""
     key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
     save_file({"other": torch.zeros(2)} if width is None else {key: torch.zeros(320, width)}, path)
     return path
