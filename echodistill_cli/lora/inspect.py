@@ -178,7 +178,7 @@ def _no_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
 
 
 def _of_the_toy(file: LoraFile, verdicts: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
-    """Return the verdicts, with the reason if the file was made for the embedded pair, which no other tool has."""
+    """Return the verdicts, with the reason if the file was made for the embedded pair."""
     if not file.metadata.get("modelspec.architecture", "").startswith(TOY):
         return verdicts
     text = "Made for mini, a toy that only echodistill has."
