@@ -25,7 +25,6 @@ from echodistill_cli.files import check_folder, expanded, last_part
 from echodistill_cli.lora.safetensors_io import read_header
 from echodistill_cli.models.device import (
     PRECISIONS,
-    Estimate,
     devices,
     expected_memory,
     fit_to_memory,
@@ -35,6 +34,7 @@ from echodistill_cli.models.device import (
 )
 from echodistill_cli.models.downloads import family_of, planned_downloads, sources_of
 from echodistill_cli.models.load import check_pair
+from echodistill_cli.models.memory import Estimate
 from echodistill_cli.models.single_file import prediction_in
 from echodistill_cli.models.sources import UnreachableError, is_cached, is_embedded, missing_parts, where
 

@@ -48,7 +48,7 @@ ONLY_IN: Mapping[str, tuple[str, ...]] = {
 }
 WITHOUT_TORCH = ("cli", "config", "errors", "files", "locks", "many", "pipeline", "runs")
 OPENS_A_DEVICE = {"models.device"}
-MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 102
+MOST_LINES, FEWEST_LINES, MOST_MODULES = 400, 60, 105
 
 
 def module_name(path: Path) -> str:

@@ -55,6 +55,7 @@ FAMILIES: Mapping[str, Family] = {
             text_adapter=188_416,
             activations={"cross-kv": 0.60, "attention": 0.67, "attention-conv": 0.70},
             checkpointed=0.11,
+            text_activations=0.04,
         ),
     ),
     "sdxl": Family(
@@ -76,6 +77,7 @@ FAMILIES: Mapping[str, Family] = {
             text_adapter=73_728 + 327_680,
             activations={"cross-kv": 1.04, "attention": 1.19, "attention-conv": 1.23},
             checkpointed=0.12,
+            text_activations=0.09,
         ),
     ),
     **TRANSFORMERS,

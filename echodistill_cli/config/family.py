@@ -25,6 +25,7 @@ class Size:
         checkpointed: the same with gradient checkpointing.
         vae: parameters of the VAE.
         decoder: GiB kept per sample for the way back through the VAE's decoder.
+        text_activations: GiB kept per prompt for the way back through the text encoders; 0 if nothing trains there.
     """
 
     unet: int
@@ -35,6 +36,7 @@ class Size:
     checkpointed: float
     vae: int = VAE
     decoder: float = 2.81
+    text_activations: float = 0.0
 
 
 @dataclass(frozen=True)

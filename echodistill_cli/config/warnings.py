@@ -59,8 +59,13 @@ def toy_warning(config: Config, longest_side: int) -> str | None:
     if is_known and longest_side <= side:
         return None
     what = "no class name was given" if name is None else f"{name!r} is {'' if is_known else 'not '}among them"
-    known = ", ".join(toy.nouns)
-    return f"The toy model knows {len(toy.nouns)} nouns: {known}; {what}. Photos become {side}-pixel drawings."
+    known = f"The toy model knows {len(toy.nouns)} nouns: {', '.join(toy.nouns)}; {what}."
+    if longest_side <= side:
+        return known
+    return (
+        f"{known} It draws {side}-pixel cartoons of these alone: of real photos expect a smear, even with good scores. "
+        "To see the method work, train on examples/photos of a checkout: make demo"
+    )
 
 
 # Of accelerate's trackers, those that start without an account, and Weights & Biases, which can (WANDB_MODE=offline).

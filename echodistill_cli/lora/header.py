@@ -21,7 +21,7 @@ _TRUE_OF_THE_LORA = ("modelspec.hash_sha256", "modelspec.implementation")
 # Architectures of transformers. kohya's tools and A1111 do not have them, so headers lack the keys for these two.
 _TRANSFORMERS: Mapping[str, str] = {"sana": "sana", "flux2": "flux-2-klein"}
 # The architecture of the embedded pair, which no other tool has.
-_TOY = "echodistill-mini"
+TOY = "echodistill-mini"
 # Readers accept 8 MiB of header. The cover is stored twice, and base64 adds a third to each copy.
 MAX_COVER_BYTES = 2**20
 
@@ -144,7 +144,7 @@ def _kohya(lora: LoraHeader) -> dict[str, str]:
 def _modelspec(lora: LoraHeader, digest: str) -> dict[str, str]:
     velocity = lora.prediction_type == "v_prediction"
     if lora.toy:
-        architecture, implementation = _TOY, "echodistill"
+        architecture, implementation = TOY, "echodistill"
     elif lora.family in _TRANSFORMERS:
         architecture, implementation = _TRANSFORMERS[lora.family], "diffusers"
     elif lora.family == "sdxl":
@@ -251,7 +251,7 @@ def write_sidecars(lora: Path, metadata: Mapping[str, str]) -> list[Path]:
 def a1111_card(metadata: Mapping[str, str]) -> dict[str, str | float]:
     """Return A1111's user metadata for a LoRA with this header."""
     base_model = metadata.get("ss_sd_model_name", "")
-    if metadata.get("modelspec.architecture", "").startswith((_TOY, *_TRANSFORMERS.values())):
+    if metadata.get("modelspec.architecture", "").startswith((TOY, *_TRANSFORMERS.values())):
         version = "Unknown"
     elif metadata.get("ss_base_model_version", "").startswith("sdxl"):
         version = "SDXL"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from echodistill_cli.errors import ConfigError
+from echodistill_cli.lora.header import TOY
 from echodistill_cli.lora.keys import locate, split_key
 from echodistill_cli.lora.read import LoraFile, read_lora
 from echodistill_cli.lora.readers import Verdict, compatibility
@@ -104,7 +105,9 @@ def inspect_file(path: Path) -> Inspection:
         usage=from_header("modelspec.usage_hint"),
         made_by=f"echodistill {version}" if version else None,
         role=from_header("echodistill.role"),
-        readers={"lora": compatibility, "token": _token_compatibility}.get(kind, _no_compatibility)(file),
+        readers=_of_the_toy(
+            file, {"lora": compatibility, "token": _token_compatibility}.get(kind, _no_compatibility)(file)
+        ),
         notes=tuple(_notes(file, kind)),
     )
 
@@ -174,6 +177,15 @@ def _no_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     return tuple(Verdict(name, "no", 0, len(file.table), "Not a LoRA or token file.") for name in names)
 
 
+def _of_the_toy(file: LoraFile, verdicts: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
+    """Return the verdicts, with the reason if the file was made for the embedded pair."""
+    if not file.metadata.get("modelspec.architecture", "").startswith(TOY):
+        return verdicts
+    text = "Made for mini, a toy that only echodistill has."
+    loaded = f"{text} diffusers loads the file, but has no model for it."
+    return tuple(dataclasses.replace(one, text=text if one.loads == "no" else loaded) for one in verdicts)
+
+
 def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
     token, count = printable(file.path.stem), len(file.table)
     if count > 1:
@@ -196,4 +208,11 @@ def _token_compatibility(file: LoraFile) -> tuple[Verdict, ...]:
         "sd-scripts": ("fully", "Loads with --textual_inversion_embeddings of its image generators."),
         "InvokeAI": invoke,
     }
-    return tuple(Verdict(reader, loads, count, 0, text) for reader, (loads, text) in texts.items())
+    if file.family == "unknown":  # vectors of another width, such as the toy's
+        widths = " and ".join(str(shape[-1]) for _, shape in file.table.values() if shape)
+        texts = dict.fromkeys(texts, ("no", f"Vectors of {widths} numbers fit no SD 1, SD 2 or SDXL model."))
+        texts["diffusers"] = diffusers[0], f"{diffusers[1]} The text encoder must have vectors of {widths} numbers."
+    return tuple(
+        Verdict(reader, loads, *((0, count) if loads == "no" else (count, 0)), text)
+        for reader, (loads, text) in texts.items()
+    )

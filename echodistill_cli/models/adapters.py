@@ -138,15 +138,36 @@ class _LeanConv2d(Conv2d):  # type: ignore[misc]
     folded: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base = self.base_layer
         if not _runs_lean(self):
             return torch.as_tensor(super().forward(x, *args, **kwargs))
+        return self.convolve(x, self.base_layer.bias)
+
+    def convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return [B, C, h, w] with another bias [C] than the layer's own."""
+        base = self.base_layer
         if self.folded is not None and not torch.is_grad_enabled():
-            return torch.as_tensor(base._conv_forward(x, self.folded, base.bias))
-        output, dtype, down = base(x), product_dtype(x.dtype), self.lora_A[ADAPTER]
+            return torch.as_tensor(base._conv_forward(x, self.folded, bias))
+        output, dtype, down = base._conv_forward(x, base.weight, bias), product_dtype(x.dtype), self.lora_A[ADAPTER]
         low = down._conv_forward(x.to(dtype), down.weight.to(dtype), None)
         product = F.conv2d(low, self.lora_B[ADAPTER].weight.to(dtype))
         return torch.add(output, product, alpha=self.scaling[ADAPTER]).to(output.dtype)
+
+
+def convolve(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return a convolution with another bias than its own.
+
+    Args:
+        layer: a convolution, or one of peft's that has the trained LoRA or none in use.
+        x: [B, in, h, w].
+        bias: [out], or None for none.
+
+    Returns:
+        [B, out, h, w].
+    """
+    if isinstance(layer, _LeanConv2d) and _runs_lean(layer):
+        return layer.convolve(x, bias)
+    base = getattr(layer, "base_layer", layer)
+    return torch.as_tensor(base._conv_forward(x, base.weight, bias))
 
 
 def _runs_lean(layer: Any) -> bool:

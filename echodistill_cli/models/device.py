@@ -1,9 +1,4 @@
-"""Devices and precisions, how much memory a run needs, and which settings fit into a given amount.
-
-An estimate is arithmetic. Weights are parameter counts times bytes. Activations are the GiB that autograd keeps for one
-512-pixel sample in bf16, measured operation by operation on the published architectures without their weights. For the
-sliced Wasserstein distance they include what these sums lacked compared with a GPU's peak (README).
-"""
+"""Devices and precisions, and which settings fit into a given amount of memory."""
 
 from __future__ import annotations
 
@@ -20,32 +15,21 @@ import torch
 
 from echodistill_cli.config.build import PRESETS
 from echodistill_cli.config.families import FAMILIES, family_of_source, family_of_width, read_json, settings_of
-from echodistill_cli.config.family import VAE as VAE
 from echodistill_cli.config.family import Family
 from echodistill_cli.config.schema import Config, ModelConfig
 from echodistill_cli.config.warnings import parse_gib
 from echodistill_cli.diffusion.pair import ModelPair
 from echodistill_cli.errors import ConfigError, ModelError, counted
-from echodistill_cli.files import is_path
+from echodistill_cli.files import expanded
 from echodistill_cli.lora.transformer_keys import is_published
-from echodistill_cli.models.downloads import backbones
+from echodistill_cli.models.memory import Estimate, estimate
 from echodistill_cli.models.single_file import shipped_configuration
-from echodistill_cli.models.sources import resolve
+from echodistill_cli.models.sources import missing_parts, resolve
 
 DTYPES: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 PRECISIONS: Mapping[torch.dtype, str] = {dtype: precision for precision, dtype in DTYPES.items()}
-TINY_DECODER = 2_445_063  # parameters
-BACKBONES: Mapping[str, int] = {"dino": 21_665_664, "dinov2": 304_368_640, "clip": 303_966_208}
-# GiB per sample. The first two grow with the image; the backbones always see 224 pixels.
-_TINY_ACTIVATIONS = 0.27
-_SLICED_WASSERSTEIN = 0.29  # always in float32, and sorted together with indices of 8 bytes
-# A UNet that runs the libraries' own code keeps more for the backward pass: with LoRA on all attentions, this much.
-_PLAIN = 1.65
-_BACKBONE_ACTIVATIONS = {"dino": 0.018, "dinov2": 0.119, "clip": 0.166}
-_TEACHER_CRITIC = 0.5  # the half of the UNet that this critic runs
-_BYTES_PER_TRAINED = 16  # weight, gradient and AdamW's two moments in float32
+_WORTH_A_SETTING = 0.05  # GiB
 _USABLE = 0.95  # fraction of a device's memory; a desktop or another program has the rest
-_BASE = 1.0  # the device's own libraries, and what allocators leave unused
 _GIB = 2**30
 # What saves memory, from the most faithful to the method down: the flag to type, and the settings by dotted key.
 _SAVINGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -125,16 +109,9 @@ def free_gib(device: torch.device) -> float | None:
     return torch.cuda.mem_get_info(device)[0] / _GIB if device.type == "cuda" else None
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Device memory in GiB, by purpose."""
-
-    parts: Mapping[str, float]
-
-    @property
-    def total(self) -> float:
-        """The sum of all parts."""
-        return sum(self.parts.values())
+def has_own_memory(device: torch.device) -> bool:
+    """Return whether a device's memory is not the machine's. The meta device stands for a GPU."""
+    return device.type in ("cuda", "meta")
 
 
 @dataclass(frozen=True)
@@ -152,82 +129,33 @@ class MemoryPlan:
     budget: float
 
 
-def estimate(config: Config, family: Family, *, half: bool) -> Estimate:
-    """Estimate the device memory of a run.
-
-    Args:
-        config: the run's settings.
-        family: family of its models, at the published size.
-        half: whether the frozen weights are bf16 or fp16 instead of float32.
-    """
-    size, bytes_each = family.size, 2 if half else 4
-    text_trained = size.text_adapter * config.text.rank if config.text.form == "lora" else 0
-    trained = 2 * size.adapter[config.adapter.targets] * config.adapter.rank + text_trained
-    # These VAEs overflow in fp16, so they stay in float32.
-    vae = size.vae * (4 if config.model.precision == "fp16" else bytes_each)
-    is_tiny = config.model.decoder == "tiny"  # then the VAE leaves the device once the photos are encoded
-    critics = sum(BACKBONES.get(name, BACKBONES["clip"]) for name in backbones(config))
-    weights = {
-        "UNets": (1 if config.model.offload or config.model.student_lora else 2) * size.unet * bytes_each,
-        "text encoders": size.text * bytes_each,
-        "VAE": TINY_DECODER * bytes_each if is_tiny else vae,
-        "critics": critics * bytes_each,
-        "trained": trained * _BYTES_PER_TRAINED,
-    }
-    distillation = Path(config.model.student_lora) if config.model.student_lora else None
-    if distillation and distillation.is_file():  # these files are in half precision, on disk and in memory
-        weights["student LoRA"] = distillation.stat().st_size
-    parts = {name: count / _GIB for name, count in weights.items()}
-    return Estimate(parts | {"activations": _activations(config, family, bytes_each / 2), "libraries": _BASE})
-
-
-def _activations(config: Config, family: Family, scale: float) -> float:
-    """Return the peak in GiB. It is in the student's step: UNet, decoder and critics are in one graph."""
-    size = family.size
-    unet = size.checkpointed if config.train.gradient_checkpointing else size.activations[config.adapter.targets]
-    plain = not family.is_flow and (config.model.offload or config.model.student_lora)
-    if plain and not config.train.gradient_checkpointing:
-        unet *= _PLAIN
-    decoder = size.decoder if config.model.decoder == "full" else _TINY_ACTIVATIONS
-    if not _trains_on_pixels(config):
-        decoder = 0.0  # only images of the echo and previews are decoded, without gradient
-    if config.model.decoder == "full" and config.model.precision == "fp16":
-        decoder *= 2
-    latent_critic = "teacher" in config.critic.discriminators and bool(config.loss.adversarial)
-    critic = _TEACHER_CRITIC * size.activations["cross-kv"] if latent_critic else 0.0
-    by_area = (unet + decoder + critic) * scale
-    by_area += _SLICED_WASSERSTEIN if config.loss.sliced_wasserstein else 0
-    fixed = sum(_BACKBONE_ACTIVATIONS.get(name, _BACKBONE_ACTIVATIONS["clip"]) for name in backbones(config)) * scale
-    return config.train.batch_size * (by_area * (config.model.resolution / 512) ** 2 + fixed)
-
-
-def _trains_on_pixels(config: Config) -> bool:
-    """Return whether a loss of the student is computed on decoded images."""
-    critics = set(config.critic.discriminators) - {"teacher"} if config.loss.adversarial else set()
-    identity = config.loss.identity and config.critic.identity != "none"
-    return bool(critics or identity or config.loss.sliced_wasserstein)
-
-
 def plan_memory(
-    build: Callable[[Mapping[str, Any]], Config], family: Family, budget: float, precision: str
+    build: Callable[[Mapping[str, Any]], Config], family: Family, budget: float, precision: str, *, on_gpu: bool = True
 ) -> MemoryPlan:
-    """Return the settings with the fewest savings that fit a budget.
+    """Return the settings with the fewest savings that fit a budget; what saves nothing is left out.
 
     Args:
         build: makes a configuration from settings that nobody chose; what a person set stays.
         family: family of the models, at the published size.
         budget: GiB.
         precision: precision of the frozen weights if nobody chose one: bf16, fp16 or fp32.
+        on_gpu: as in `estimate`.
 
     Raises:
         ConfigError: nothing fits.
     """
-    settings: dict[str, Any] = {"model.precision": precision}
-    for saving in (_BEFORE_SAVINGS, *(saving for _flag, saving in _savings(family))):
-        settings |= saving
+
+    def needed(settings: Mapping[str, Any]) -> Estimate:
         config = build(settings)
         in_use = precision if config.model.precision == "auto" else config.model.precision
-        expected = estimate(config, family, half=in_use != "fp32")
+        return estimate(config, family, half=in_use != "fp32", on_gpu=on_gpu)
+
+    settings: dict[str, Any] = {"model.precision": precision, **_BEFORE_SAVINGS}
+    expected = needed(settings)
+    for saving in ({}, *(saving for _flag, saving in _savings(family))):
+        saved = needed({**settings, **saving})
+        if expected.total - saved.total >= _WORTH_A_SETTING:
+            settings, expected = {**settings, **saving}, saved
         if expected.total <= budget * _USABLE:
             return MemoryPlan(settings, expected, budget)
     smallest = min(FAMILIES.values(), key=lambda other: other.size.unet)
@@ -250,13 +178,19 @@ def next_saving(config: Config) -> str:
 
     A saving counts only if it makes this run smaller: offloading, for example, does nothing with one shared base model.
     """
+    family = family_of(config.model)
+
+    def size(config: Config) -> float:
+        known = family or FAMILIES["sd"]  # a toy's plan compares settings as well
+        return estimate(config, known, half=config.model.precision != "fp32").total
+
     in_fp32 = [("--precision bf16", {"model.precision": "bf16"})] if config.model.precision == "fp32" else []
-    for flag, saving in (*in_fp32, *_savings(family_of(config.model))):
+    for flag, saving in (*in_fp32, *_savings(family)):
         try:
             smaller = _with_settings(config, saving)
         except ConfigError:  # it contradicts another setting
             continue
-        if _relative_size(smaller) < _relative_size(config):
+        if size(config) - size(smaller) >= _WORTH_A_SETTING:
             return f"Try {flag}."
     return "Try a smaller --resolution, or a device with more memory."
 
@@ -267,11 +201,6 @@ def _with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
         changed = dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{section: changed})
     return config
-
-
-def _relative_size(config: Config) -> float:
-    """Return an estimate that compares settings; which family it is for does not matter."""
-    return estimate(config, FAMILIES["sd"], half=config.model.precision != "fp32").total
 
 
 def family_of(model: ModelConfig) -> Family | None:
@@ -302,8 +231,12 @@ def expected_memory(config: Config) -> Estimate | None:
     family = family_of(config.model)
     if family is None:
         return None
-    dtype = pick_dtype(config.model.precision, pick_device(config.model.device))
-    return estimate(config, family, half=dtype.itemsize == 2)
+    device = pick_device(config.model.device)
+    half = pick_dtype(config.model.precision, device).itemsize == 2
+    # Half precision that no CPU was named for is meant for a GPU elsewhere, as `fit_to_memory` plans it.
+    return estimate(
+        config, family, half=half, on_gpu=has_own_memory(device) or (half and config.model.device == "auto")
+    )
 
 
 def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> MemoryPlan:
@@ -315,13 +248,14 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Me
 
     Raises:
         ConfigError: nothing fits, or `vram` is not a number.
-        ModelError: the size of the model is not known.
+        ModelError: there is no such model, or its size is not known.
     """
     config = build({})
     family = family_of(config.model)
     if family is None:
-        if is_path(config.model.student):
-            resolve(config.model.student, ("unet",), offline=True)  # which names a file or folder that is not there
+        missing_parts(config.model.student, ())  # a misspelled path is the fault, not the size
+        if expanded(config.model.student).is_file() and not config.model.single_file_config:
+            shipped_configuration(expanded(config.model.student))  # says what is wrong with the file
         raise ModelError(
             f"The memory that {config.model.student} needs is not known.",
             "Omit --vram, which supports models of the size of SD-Turbo and SDXL-Turbo.",
@@ -332,7 +266,8 @@ def fit_to_memory(build: Callable[[Mapping[str, Any]], Config], vram: str) -> Me
     # A CPU computes in bf16 slowly, but may have no room for float32; a number may be meant for another machine.
     if device.type == "cpu" or (budget is not None and precision == "fp32"):
         precision = "bf16"
-    return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision)
+    on_gpu = has_own_memory(device) or (budget is not None and config.model.device == "auto")
+    return plan_memory(build, family, memory_gib(device) if budget is None else budget, precision, on_gpu=on_gpu)
 
 
 def memory_lines(plan: MemoryPlan) -> Iterator[str]:

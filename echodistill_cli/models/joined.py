@@ -131,6 +131,61 @@ class Projections:
         return flat.view(*x.shape[:-1], -1)
 
 
+class TextProjections:
+    """The keys and values of all cross-attentions: the layers that read the text features.
+
+    Args:
+        layers: sorted by width.
+
+    Attributes:
+        outputs: of the current pass, [B, L, width] by layer.
+    """
+
+    def __init__(self, layers: Sequence[Any]) -> None:
+        self.all = Projections(layers)
+        self.widths: dict[int, list[Any]] = {}
+        for layer in layers:
+            self.widths.setdefault(layer.out_features, []).append(layer)
+        self.outputs: dict[Any, Tensor] = {}
+
+    def compute(self, text: Tensor, lora: tuple[Tensor, Sequence[Tensor]] | None) -> None:
+        """Compute all layers' outputs.
+
+        Args:
+            text: [B, L, in].
+            lora: A of all layers, [layers · r, in], and B [layers, width, r] per width; None if off or folded.
+        """
+        outputs = F.linear(text, self.all.weight).flatten(0, 1)
+        parts = outputs.split([width * len(layers) for width, layers in self.widths.items()], dim=1)  # type: ignore[no-untyped-call]
+        products = [None] * len(parts) if lora is None else self._products(text, *lora)
+        for layers, part, product in zip(self.widths.values(), parts, products, strict=True):
+            each = part.unflatten(1, (len(layers), -1)).transpose(0, 1)
+            if product is not None:
+                low, up = product
+                same = low.dtype == each.dtype
+                each = torch.baddbmm(each, low, up) if same else (each + torch.bmm(low, up)).to(each.dtype)
+            for layer, output in zip(layers, each.unbind(), strict=True):
+                self.outputs[layer] = output.unflatten(0, text.shape[:2])
+
+    def _products(self, text: Tensor, down: Tensor, ups: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Return (x Aᵀ, Bᵀ) per width, [layers, B · L, r] and [layers, r, width]."""
+        low = F.linear(text.to(down.dtype), down).flatten(0, 1)
+        lows = low.split([len(up) * up.shape[2] for up in ups], dim=1)  # type: ignore[no-untyped-call]
+        return [
+            (part.unflatten(1, (len(up), -1)).transpose(0, 1), up.transpose(1, 2))
+            for part, up in zip(lows, ups, strict=True)
+        ]
+
+    def fold(self, down: Tensor, ups: Sequence[Tensor]) -> Tensor:
+        """Return the weight of all layers with the LoRA added; arguments as in `compute`."""
+        sizes = [len(up) * up.shape[2] for up in ups]
+        products = [
+            torch.bmm(up, part.unflatten(0, (len(up), -1))).flatten(0, 1)
+            for up, part in zip(ups, down.split(sizes), strict=True)  # type: ignore[no-untyped-call]
+        ]
+        return self.all.frozen + torch.cat(products)
+
+
 def block_diagonal(matrices: Tensor, count: int) -> Tensor:
     """Put each `count` matrices on the diagonal of one.
 

@@ -10,6 +10,7 @@ checkpointing, merged or other adapters), their own code runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,76 +19,23 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.embeddings import Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from echodistill_cli.diffusion.pair import ModelPair
-from echodistill_cli.models.adapters import ADAPTER, is_distilled, product_dtype
+from echodistill_cli.models.adapters import ADAPTER, convolve, is_distilled, product_dtype
 from echodistill_cli.models.joined import (
     GatedGelu,
     Projections,
     Stack,
+    TextProjections,
     block_diagonal,
     fold_factors,
     joined,
     share_inputs,
 )
-
-
-class _TextProjections:
-    """The keys and values of all cross-attentions: the layers that read the text features.
-
-    Args:
-        layers: sorted by width.
-
-    Attributes:
-        outputs: of the current pass, [B, L, width] by layer.
-    """
-
-    def __init__(self, layers: Sequence[Any]) -> None:
-        self.all = Projections(layers)
-        self.widths: dict[int, list[Any]] = {}
-        for layer in layers:
-            self.widths.setdefault(layer.out_features, []).append(layer)
-        self.outputs: dict[Any, Tensor] = {}
-
-    def compute(self, text: Tensor, lora: tuple[Tensor, Sequence[Tensor]] | None) -> None:
-        """Compute all layers' outputs.
-
-        Args:
-            text: [B, L, in].
-            lora: A of all layers, [layers · r, in], and B [layers, width, r] per width; None if off or folded.
-        """
-        outputs = F.linear(text, self.all.weight).flatten(0, 1)
-        parts = outputs.split([width * len(layers) for width, layers in self.widths.items()], dim=1)  # type: ignore[no-untyped-call]
-        products = [None] * len(parts) if lora is None else self._products(text, *lora)
-        for layers, part, product in zip(self.widths.values(), parts, products, strict=True):
-            each = part.unflatten(1, (len(layers), -1)).transpose(0, 1)
-            if product is not None:
-                low, up = product
-                same = low.dtype == each.dtype
-                each = torch.baddbmm(each, low, up) if same else (each + torch.bmm(low, up)).to(each.dtype)
-            for layer, output in zip(layers, each.unbind(), strict=True):
-                self.outputs[layer] = output.unflatten(0, text.shape[:2])
-
-    def _products(self, text: Tensor, down: Tensor, ups: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Return (x Aᵀ, Bᵀ) per width, [layers, B · L, r] and [layers, r, width]."""
-        low = F.linear(text.to(down.dtype), down).flatten(0, 1)
-        lows = low.split([len(up) * up.shape[2] for up in ups], dim=1)  # type: ignore[no-untyped-call]
-        return [
-            (part.unflatten(1, (len(up), -1)).transpose(0, 1), up.transpose(1, 2))
-            for part, up in zip(lows, ups, strict=True)
-        ]
-
-    def fold(self, down: Tensor, ups: Sequence[Tensor]) -> Tensor:
-        """Return the weight of all layers with the LoRA added; arguments as in `compute`."""
-        sizes = [len(up) * up.shape[2] for up in ups]
-        products = [
-            torch.bmm(up, part.unflatten(0, (len(up), -1))).flatten(0, 1)
-            for up, part in zip(ups, down.split(sizes), strict=True)  # type: ignore[no-untyped-call]
-        ]
-        return self.all.frozen + torch.cat(products)
 
 
 class _Attention:
@@ -153,7 +101,10 @@ class _LeanTransformer(Transformer2DModel):  # type: ignore[misc]
 
 
 class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
-    """A ResNet block whose time shift is computed with all others, and without a division by 1."""
+    """A ResNet block without a division by 1, whose time shift is computed with all others.
+
+    The shift has the bias of the first convolution in it. A single image takes it as this bias.
+    """
 
     unet: LeanUNet
 
@@ -161,15 +112,32 @@ class _LeanResnet(ResnetBlock2D):  # type: ignore[misc]
         """Return [B, C, h, w]; arguments are diffusers'."""
         if not self.unet.is_active:
             return torch.as_tensor(super().forward(input_tensor, temb, *args, **kwargs))
-        shift = self.unet.time_shift(self, temb)
-        hidden = self.conv1(F.silu(self.norm1(input_tensor))) + shift[:, :, None, None]
+        shift, hidden = self.unet.time_shift(self, temb), F.silu(self.norm1(input_tensor))
+        if len(shift) == 1:
+            hidden = convolve(self.conv1, hidden, shift[0])
+        else:
+            hidden = convolve(self.conv1, hidden, None) + shift[:, :, None, None]
         hidden = self.conv2(F.silu(self.norm2(hidden)))
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         return torch.as_tensor(input_tensor + hidden)
 
 
+class _LeanTimesteps(Timesteps):  # type: ignore[misc]
+    """Sines and cosines of timesteps, with frequencies that are computed once."""
+
+    unet: LeanUNet
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Return [B, D] of timesteps [B]."""
+        if not self.unet.is_active or not self.flip_sin_to_cos or self.scale != 1 or self.num_channels % 2:
+            return torch.as_tensor(super().forward(timesteps))
+        angles = timesteps[:, None] * self.unet.frequencies(self, timesteps.device)
+        return torch.cat((angles.cos(), angles.sin()), dim=-1)
+
+
 _LEAN: dict[type[nn.Module], Any] = {
+    Timesteps: _LeanTimesteps,
     BasicTransformerBlock: _LeanBlock,
     Transformer2DModel: _LeanTransformer,
     ResnetBlock2D: _LeanResnet,
@@ -191,15 +159,17 @@ class LeanUNet:
         self._all = list(unet.modules())
         blocks = self._of(BasicTransformerBlock)
         readers = [layer for block in blocks for layer in (block.attn2.to_k, block.attn2.to_v)]
-        self.text = _TextProjections(sorted(readers, key=lambda layer: int(layer.out_features)))
+        self.text = TextProjections(sorted(readers, key=lambda layer: int(layer.out_features)))
         for block in blocks:
             block.attentions = _Attention(self, block.attn1), _Attention(self, block.attn2)
         attentions = [attention for block in blocks for attention in block.attentions]
         self.projections = [each for attention in attentions for each in (attention.inputs, attention.output)]
         self.resnets = self._of(ResnetBlock2D)
         self.time_weight = joined([resnet.time_emb_proj.weight for resnet in self.resnets])
-        self.time_bias = joined([resnet.time_emb_proj.bias for resnet in self.resnets])
+        biases = [resnet.time_emb_proj.bias + resnet.conv1.bias for resnet in self.resnets]
+        self.time_bias = torch.cat(biases).detach()
         self._shifts: dict[Any, Tensor] = {}
+        self._frequencies: dict[Any, Tensor] = {}
         self._checkpointed = [module for module in self._all if hasattr(module, "gradient_checkpointing")]
         for plain, lean in _LEAN.items():
             for module in self._of(plain):
@@ -224,12 +194,20 @@ class LeanUNet:
         return [module for module in self._all if isinstance(module, kind)]
 
     def time_shift(self, resnet: Any, embedding: Tensor) -> Tensor:
-        """Return what a ResNet block adds to its channels, [B, C], from the time embedding [B, D]."""
+        """Return a ResNet block's time shift plus its first bias, [B, C], from the time embedding [B, D]."""
         if not self._shifts:
             widths = [len(block.time_emb_proj.weight) for block in self.resnets]
             every = F.linear(F.silu(embedding), self.time_weight, self.time_bias)
             self._shifts = dict(zip(self.resnets, every.split(widths, dim=1), strict=True))  # type: ignore[no-untyped-call]
         return self._shifts[resnet]
+
+    def frequencies(self, embedding: Any, device: torch.device) -> Tensor:
+        """Return the frequencies of a sinusoidal embedding, float32 [D / 2], by diffusers' formula."""
+        if embedding not in self._frequencies:
+            half = embedding.num_channels // 2
+            powers = -math.log(10_000) * torch.arange(half, dtype=torch.float32, device=device)
+            self._frequencies[embedding] = torch.exp(powers / (half - embedding.downscale_freq_shift))
+        return self._frequencies[embedding]
 
     @contextmanager
     def folding(self) -> Iterator[None]:

@@ -170,7 +170,7 @@ def _check_id(source: str) -> None:
     Raises:
         ModelError: it does not.
     """
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII) or source.endswith(".safetensors"):
         raise _neither(source)
 
 

@@ -24,6 +24,7 @@ from echodistill_cli.files import public_name
 from echodistill_cli.models.downloads import IMAGE_BACKBONES
 from echodistill_cli.models.parts import load_module, load_tokenizer, quiet_libraries
 from echodistill_cli.models.sources import resolve
+from echodistill_cli.models.waiting import Waiting
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -43,10 +44,14 @@ class ImageBackbone(nn.Module):
         mean: of its normalization, for images in [0, 1].
         std: of its normalization.
         side: its input size in pixels.
+
+    Attributes:
+        waiting: where its weights are while nothing computes with them; None if they never leave the device.
     """
 
     factor: Tensor
     offset: Tensor
+    waiting: Waiting | None = None
 
     def __init__(self, model: Any, mean: Sequence[float], std: Sequence[float], side: int) -> None:
         super().__init__()
@@ -55,6 +60,10 @@ class ImageBackbone(nn.Module):
         means, stds = torch.tensor(mean).view(1, 3, 1, 1), torch.tensor(std).view(1, 3, 1, 1)
         self.register_buffer("factor", 0.5 / stds)
         self.register_buffer("offset", (0.5 - means) / stds)
+
+    def let_wait(self) -> None:
+        """Let the weights wait in the machine's memory from now on; see `waiting.present`."""
+        self.waiting = self.waiting or Waiting(self)
 
     @property
     def widths(self) -> list[int]:
@@ -70,6 +79,8 @@ class ImageBackbone(nn.Module):
         Returns:
             A list with one float32 tensor [B, 1, D].
         """
+        if self.waiting:
+            self.waiting.come()
         # Antialiasing matters only for shrinking, and its backward pass is slow on the CPU.
         shrinks = images.shape[-1] > self.side
         size = (self.side, self.side)

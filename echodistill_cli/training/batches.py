@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -14,8 +14,11 @@ from echodistill_cli.data.views import prompt_for
 from echodistill_cli.diffusion.sampling import StudentStart, student_sample, student_x0, teacher_x0
 from echodistill_cli.diffusion.schedule import add_noise, send
 from echodistill_cli.diffusion.text import Conditioning
+from echodistill_cli.models.memory import builds_graph_last
 from echodistill_cli.models.vision import ImageBackbone
+from echodistill_cli.models.waiting import present
 from echodistill_cli.training.critics import Discriminator, ImageBatch, features_of
+from echodistill_cli.training.dataset import Prior
 from echodistill_cli.training.losses import identity_scores
 from echodistill_cli.training.pools import EchoPool
 from echodistill_cli.training.state import TrainingState
@@ -51,12 +54,14 @@ class StudentPass:
         target: the teacher's x0 of the same images, without gradient.
         alpha_bar: [B], ᾱ_t of the timestep of the target; 1 for targets of several steps.
         photo_prompts: how many prompts, the first ones, are like the photos'; the others are scenes.
+        again: returns the latents of `images` once more, with the student's graph; None if they have it.
     """
 
     images: ImageBatch
     target: ImageBatch
     alpha_bar: Tensor
     photo_prompts: int
+    again: Callable[[], Tensor] | None = None
 
     @cached_property
     def photo_images(self) -> ImageBatch:
@@ -84,6 +89,11 @@ class RealBatch:
             return self.cached[critic.name]
         with torch.no_grad():
             return features_of(self.images, critic.backbone)
+
+
+def prior_rows(state: TrainingState, prior: Prior) -> list[int]:
+    """Draw half a batch of the prior, as row numbers."""
+    return state.randint(len(prior.prompts), max(1, state.config.train.batch_size // 2)).tolist()
 
 
 def random_timesteps(state: TrainingState, count: int) -> Tensor:
@@ -123,13 +133,18 @@ def teacher_batch(state: TrainingState, *, echo: bool = True) -> TeacherBatch:
 
 
 def student_pass(state: TrainingState) -> StudentPass:
-    """Generate B images of the subject in one of the student's steps, and the teacher's guided x0 of each."""
+    """Generate B images of the subject in one of the student's steps, and the teacher's guided x0 of each.
+
+    Where memory is scarce the graph through the student is built last (`StudentPass.again`). Neither the teacher nor
+    the decoder and the image encoders run beside it then.
+    """
     pair, settings = state.pair, state.config.train
     prompts = _student_prompts(state, state.step)
     trainable, null = _encode_for_pass(state, prompts)
     conditioning = trainable.detach()
     start = draw_start(state, _unit_noise(state, len(prompts)), conditioning)
-    with torch.set_grad_enabled(not pair.alternating):
+    is_last = pair.alternating or builds_graph_last(state.config)
+    with torch.set_grad_enabled(not is_last):
         x0 = student_x0(pair.student, start.latents, trainable, start.places)
     renoise, timesteps = state.randn_like(start.noise), random_timesteps(state, len(prompts))
     if settings.target_steps > 1:
@@ -139,10 +154,12 @@ def student_pass(state: TrainingState) -> StudentPass:
         at = _up_to(state, start, timesteps)
         target = _one_step_target(state, x0.detach(), start, at, conditioning, null)
         alpha_bar = pair.teacher.schedule.alpha_bar(at)
-    if pair.alternating:  # the graph through the student is built only now, when the teacher has left the device
-        x0 = student_x0(pair.student, start.latents, trainable, start.places)
+    again = None
+    if is_last:
+        x0.requires_grad_()
+        again = partial(student_x0, pair.student, start.latents, trainable, start.places)
     images = ImageBatch(x0, pair.codec, renoise, timesteps, conditioning)
-    return StudentPass(images, replace(images, latents=target), alpha_bar, settings.photo_prompts(state.step))
+    return StudentPass(images, replace(images, latents=target), alpha_bar, settings.photo_prompts(state.step), again)
 
 
 def _up_to(state: TrainingState, start: StudentStart, timesteps: Tensor) -> Tensor:
@@ -262,12 +279,17 @@ def echo_candidates(state: TrainingState, prompts: Sequence[str]) -> EchoPool:
         conditioning = state.pair.encoder.encode(prompts)
         latents = student_sample(state.pair.student, noise, conditioning, lambda: state.randn_like(noise))
     image = state.pair.codec.decode(latents)
-    features = encoder.features(image)[0][:, 0]
     backbones = {c.name: c.backbone for c in state.critics if isinstance(c.backbone, ImageBackbone)}
+    taps = dict[ImageBackbone, list[Tensor]]()
+    for backbone in (encoder, *backbones.values()):
+        if backbone not in taps:
+            with present(backbone):
+                taps[backbone] = backbone.features(image)
+    features = taps[encoder][0][:, 0]
     return EchoPool(
         latents=latents,
         features=features,
         scores=identity_scores(features, photos),
         prompts=list(prompts),
-        critics={name: backbone.features(image) for name, backbone in backbones.items()},
+        critics={name: taps[backbone] for name, backbone in backbones.items()},
     )

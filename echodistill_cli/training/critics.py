@@ -52,6 +52,18 @@ class ImageBatch:
             return self.whole.image[: len(self.latents)]
         return self.codec.decode(self.latents)
 
+    @contextmanager
+    def shown_as(self, image: Tensor) -> Iterator[None]:
+        """Context in which another tensor with the same pixels stands for the decoded images."""
+        kept = vars(self)  # by `cached_property`
+        own, kept["image"] = kept.get("image"), image
+        try:
+            yield
+        finally:
+            kept["image"] = own
+            if own is None:
+                del kept["image"]
+
     def rows(self, count: int) -> ImageBatch:
         """Return the first `count` images. They are decoded together with the whole batch."""
         if count == len(self.latents):

@@ -17,7 +17,8 @@ from echodistill_cli.data.views import View, latent_masks, prompt_for, real_view
 from echodistill_cli.diffusion.pair import LatentCodec, ModelPair
 from echodistill_cli.diffusion.sampling import student_start, student_x0
 from echodistill_cli.diffusion.text import Conditioning, PromptEncoder
-from echodistill_cli.models.device import free_gib
+from echodistill_cli.models.device import free_gib, has_own_memory
+from echodistill_cli.models.memory import lets_encoders_wait
 from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training.critics import Discriminator
 
@@ -127,7 +128,7 @@ def encode_photos(
     features = {name: _image_features(codec, real_latents, backbone) for name, backbone in backbones.items()}
     # `real_views` begins with every photo as it is.
     photo_latents = real_latents[: len(photos)]
-    return TrainingSet(
+    encoded = TrainingSet(
         views=[_without_pixels(view) for view in views],
         real_views=[_without_pixels(view) for view in reals],
         latents=latents,
@@ -136,6 +137,16 @@ def encode_photos(
         critics=features,
         identity=_image_features(codec, photo_latents, identity_encoder)[0][:, 0] if identity_encoder else None,
     )
+    let_encoders_wait(config, critics, identity_encoder)
+    return encoded
+
+
+def let_encoders_wait(config: Config, critics: Sequence[Discriminator], identity_encoder: ImageBackbone | None) -> None:
+    """Let image encoders leave a GPU between their uses, if the configuration says so."""
+    backbones = {critic.backbone for critic in critics} | {identity_encoder}
+    for backbone in backbones if lets_encoders_wait(config) else ():
+        if isinstance(backbone, ImageBackbone) and has_own_memory(backbone.factor.device):
+            backbone.let_wait()
 
 
 def _without_pixels(view: View) -> View:

@@ -83,17 +83,23 @@ class Optimizers(Mapping[str, torch.optim.AdamW]):
             return {}
         for optimizer in stepping.values():
             optimizer.zero_grad(set_to_none=True)
-        (loss * self.loss_scale).backward()  # type: ignore[no-untyped-call]
+        loss.backward(torch.full_like(loss, self.loss_scale))  # type: ignore[no-untyped-call]
         norms = [self._unscale_and_clip(optimizer) for optimizer in stepping.values()]
-        finite = torch.isfinite(torch.stack([loss.detach().float(), *norms])).all()
+        values = torch.stack([loss.detach().float(), *norms])
+        finite = torch.linalg.vector_norm(values, math.inf) < math.inf  # NaN is below nothing
         skipped = torch.where(finite, 0.0, 1.0)
         for name, optimizer in stepping.items():
             # AdamW's fused kernel leaves weights, moments and its count as they are where this is 1.
             optimizer.found_inf = skipped  # type: ignore[attr-defined]
             optimizer.step()
             self._skipped[name] = torch.maximum(self._skipped[name], skipped) if name in self._skipped else skipped
-        norms = list(torch.where(finite, torch.stack(norms), math.nan).unbind())
+        norms = list(torch.where(finite, values, math.nan).unbind()[1:])
         return {f"grad_norm_{name}": norm for name, norm in zip(stepping, norms, strict=True)}
+
+    def forget_gradients(self) -> None:
+        """Free the gradients of the last updates, before a graph takes their place in memory."""
+        for optimizer in self._parts.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def fetch(self, metrics: Metrics) -> dict[str, float]:
         """Read metrics from the device in one transfer.

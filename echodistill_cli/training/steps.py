@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from echodistill_cli.data.prompts import scene_prompt
 from echodistill_cli.diffusion.sampling import student_x0
-from echodistill_cli.diffusion.schedule import add_noise, prediction_target, send
+from echodistill_cli.diffusion.schedule import add_noise, prediction_target
 from echodistill_cli.models.adapters import load_lora_tensors, lora_tensors, without_lora
 from echodistill_cli.training import batches, losses
-from echodistill_cli.training.batches import StudentPass, critic_features, encode_for_student
-from echodistill_cli.training.critics import PairedCritic, features_of, frozen, run_together
+from echodistill_cli.training.batches import StudentPass, critic_features, encode_for_student, prior_rows
+from echodistill_cli.training.critics import PairedCritic, frozen
 from echodistill_cli.training.dataset import Prior
 from echodistill_cli.training.optimizers import Metrics
 from echodistill_cli.training.pools import EchoPool, refresh
 from echodistill_cli.training.state import CARRY_BACK, HEAD_START, JOINT, Phase, TrainingState
 from echodistill_cli.training.targets import replay_batch
+from echodistill_cli.training.terms import weighted_losses
 
 Step = Callable[[TrainingState], Metrics]
 # Factor on the teacher's rate in the carry back: it should clean up the student's LoRA, not train over it.
@@ -63,6 +63,7 @@ def teacher_step(state: TrainingState, parts: Sequence[str] = ("teacher", "text"
         parts: what the loss trains.
         echo: whether images of the echo pool join the photos.
     """
+    state.optimizers.forget_gradients()
     teacher = state.pair.teacher
     batch = batches.teacher_batch(state, echo=echo)
     conditioning = teacher.at_crops(state.pair.encoder.encode(batch.prompts), batch.crops)
@@ -92,26 +93,34 @@ def teacher_prior(state: TrainingState, prior: Prior) -> Tensor:
     return losses.latent_alignment(teacher(noisy, timesteps, conditioning), target).mean()
 
 
-def prior_rows(state: TrainingState, prior: Prior) -> list[int]:
-    """Draw half a batch of the prior, as row numbers."""
-    return state.randint(len(prior.prompts), max(1, state.config.train.batch_size // 2)).tolist()
-
-
 # --- the student ------------------------------------------------------------------------------------------------------
 
 
 def student_step(state: TrainingState) -> tuple[StudentPass, Metrics]:
     """Train the student on one-step images, towards the teacher's guided x0 and the photos."""
+    state.optimizers.forget_gradients()
     with frozen(state.critics):
         generated = batches.student_pass(state)
-        total = torch.zeros((), device=state.pair.device)
-        metrics: Metrics = {}
-        for term in active_losses(state, generated):
-            values = term.function(state, generated)
-            metrics[term.name] = values.detach().mean()
-            total = total + getattr(state.config.loss, term.name) * values.mean()
-        metrics |= state.optimizers.step(total, state.student_parts)
+        of_images, others, metrics = weighted_losses(state, generated)
+        if generated.again is not None and of_images.requires_grad:
+            of_images = _through_the_student(state, generated.images.latents, of_images, generated.again)
+        metrics |= state.optimizers.step(of_images + others, state.student_parts)
     return generated, metrics
+
+
+def _through_the_student(state: TrainingState, seen: Tensor, loss: Tensor, again: Callable[[], Tensor]) -> Tensor:
+    """Return a loss of images with its gradient, which is computed first, at the same images with a graph.
+
+    Args:
+        state: of the run.
+        seen: [B, C, h, w], the images that the loss was computed on, a leaf.
+        loss: a scalar.
+        again: returns the same images with the student's graph.
+    """
+    scale = state.optimizers.loss_scale
+    (pull,) = torch.autograd.grad(loss * scale, seen)
+    x0 = again()
+    return loss.detach() + (pull / scale * (x0 - x0.detach())).sum()
 
 
 # --- the discriminators -----------------------------------------------------------------------------------------------
@@ -191,6 +200,7 @@ def replay_step(state: TrainingState) -> Metrics:
 
     Class images, for example in other colors, keep the meaning of words that the photos contradict.
     """
+    state.optimizers.forget_gradients()
     batch = replay_batch(state)
     x0 = student_x0(state.pair.student, batch.noise, encode_for_student(state, batch.prompts), batch.places)
     loss = losses.latent_alignment(x0, batch.target).mean()
@@ -290,82 +300,3 @@ def carry_back_step(state: TrainingState) -> Metrics:
 
 
 PHASE_STEPS: dict[Phase, Step] = {HEAD_START: head_start_step, JOINT: training_step, CARRY_BACK: carry_back_step}
-
-
-# --- the table of student losses --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class StudentLoss:
-    """A row of the table below.
-
-    Args:
-        name: its key in `[loss]` and in the metrics.
-        function: returns its values [B]; what compares with the target weights them by ᾱ_t, as the paper does.
-        available: whether the run, and this batch of it, has what the loss needs.
-    """
-
-    name: str
-    function: Callable[[TrainingState, StudentPass], Tensor]
-    available: Callable[[TrainingState, StudentPass], bool] = lambda _state, _generated: True
-
-
-def _latent(_state: TrainingState, generated: StudentPass) -> Tensor:
-    return generated.alpha_bar * losses.latent_alignment(generated.images.latents, generated.target.latents)
-
-
-def _identity(state: TrainingState, generated: StudentPass) -> Tensor:
-    encoder, photos = state.identity_encoder, state.photos.identity
-    assert encoder is not None
-    assert photos is not None
-    to_teacher = state.config.critic.identity_target == "teacher"
-    if to_teacher:
-        run_together(generated.images, generated.target, encoder)
-    features = features_of(generated.images, encoder)[0]
-    if to_teacher:
-        return generated.alpha_bar * losses.feature_distance(features, features_of(generated.target, encoder)[0])
-    return losses.photo_distance(features[:, 0], photos)
-
-
-def _sliced_wasserstein(state: TrainingState, generated: StudentPass) -> Tensor:
-    settings = state.config.critic
-    directions = losses.patch_directions(
-        settings.swd_scales, settings.swd_projections, settings.swd_patch, state.generator
-    )
-    on_device = [send(kernels, state.pair.device) for kernels in directions]
-    distances = losses.sliced_wasserstein(generated.images.image, generated.target.image, on_device)
-    return generated.alpha_bar * distances
-
-
-def _student_prior(state: TrainingState, _generated: StudentPass) -> Tensor:
-    assert state.prior is not None
-    rows = prior_rows(state, state.prior)
-    conditioning = encode_for_student(state, [state.prior.prompts[row] for row in rows])
-    places = [state.prior.places[row] for row in rows]
-    x0 = student_x0(state.pair.student, state.prior.noise[rows], conditioning, places)
-    return losses.latent_alignment(x0, state.prior.latents[rows])
-
-
-def _adversarial(state: TrainingState, generated: StudentPass) -> Tensor:
-    features = [critic_features(state, generated, critic) for critic in state.critics]
-    values = [
-        losses.adversarial_generator(critic.logits(taps)) for critic, taps in zip(state.critics, features, strict=True)
-    ]
-    return torch.stack(values).sum(dim=0)
-
-
-STUDENT_LOSSES: tuple[StudentLoss, ...] = (
-    StudentLoss("latent", _latent),
-    StudentLoss("identity", _identity, available=lambda state, _: state.identity_encoder is not None),
-    StudentLoss("sliced_wasserstein", _sliced_wasserstein),
-    StudentLoss("prior", _student_prior, available=lambda state, _: state.prior is not None),
-    StudentLoss(
-        "adversarial", _adversarial, available=lambda state, batch: bool(state.critics and batch.photo_prompts)
-    ),
-)
-
-
-def active_losses(state: TrainingState, generated: StudentPass) -> list[StudentLoss]:
-    """Return the rows with a weight above 0 whose needs are met."""
-    weights = state.config.loss
-    return [term for term in STUDENT_LOSSES if getattr(weights, term.name) and term.available(state, generated)]

@@ -13,7 +13,8 @@ from echodistill_cli.models.vision import ImageBackbone
 from echodistill_cli.training import batches, losses
 from echodistill_cli.training.critics import frozen
 from echodistill_cli.training.state import TrainingState
-from echodistill_cli.training.steps import active_losses, teacher_step
+from echodistill_cli.training.steps import teacher_step
+from echodistill_cli.training.terms import active_losses
 
 DINOV2_SIDE = 518
 

@@ -118,6 +118,7 @@ class StepCounter(TorchDispatchMode):
         self.names: collections.Counter[str] = collections.Counter()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
+        self._changing: list[torch.UntypedStorage] = []  # blocks that are freed and filled again
 
     @property
     def total(self) -> Cost:
@@ -149,7 +150,7 @@ class StepCounter(TorchDispatchMode):
             cost.kernels += kernels
         cost.fetches += name == "_local_scalar_dense" and reads_device
         cost.fetches += reads_device and any(tensor.device != self.device for tensor in outputs)
-        cost.blocking_copies += self._copies(name, inputs, outputs, kwargs)
+        cost.blocking_copies += self._copies(name, inputs, outputs, args, kwargs)
         if function.overloadpacket in flop_registry:
             cost.flops += flop_registry[function.overloadpacket](*args, **kwargs, out_val=output)
         for tensor in outputs:
@@ -180,11 +181,14 @@ class StepCounter(TorchDispatchMode):
             return sum(args[-1])
         return 1
 
-    def _copies(self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], kwargs: dict[str, Any]) -> bool:
+    def _copies(
+        self, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], args: Any, kwargs: dict[str, Any]
+    ) -> bool:
         """Return whether the host waits for a copy to the device."""
         host = [tensor for tensor in inputs if tensor.device != self.device]
         if name in ("_to_copy", "copy_"):
-            return bool(host) and any(t.device == self.device for t in outputs) and not kwargs.get("non_blocking")
+            goes_on = kwargs.get("non_blocking") or (name == "copy_" and args[2:3] == (True,))
+            return bool(host) and any(t.device == self.device for t in outputs) and not goes_on
         return name == "lift_fresh" and any(tensor.device == self.device for tensor in inputs)
 
     def watch(self, tensor: Tensor) -> None:
@@ -193,12 +197,15 @@ class StepCounter(TorchDispatchMode):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.live += storage.nbytes()
+        if key not in self._sizes:
+            self._sizes[key] = 0
+            weakref.finalize(storage, self._freed, key)
+            if not storage.nbytes():
+                self._changing.append(storage)
+        for each in (storage, *self._changing):
+            self.live += each.nbytes() - self._sizes[each._cdata]
+            self._sizes[each._cdata] = each.nbytes()
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
@@ -274,7 +281,8 @@ def count(state: TrainingState, step: Callable[[TrainingState], Any] = training_
 def persistent(state: TrainingState) -> Iterator[Tensor]:
     """Yield the tensors that a run holds between steps: weights, moments, photos."""
     pair = state.pair
-    modules = [pair.student.unet, pair.teacher.unet, *pair.encoder.encoders, pair.codec.encoder, pair.codec.decoder]
+    # A full VAE beside a tiny decoder has left the device.
+    modules = [pair.student.unet, pair.teacher.unet, *pair.encoder.encoders, pair.codec.decoder]
     modules += [critic.backbone for critic in state.critics] + [critic.heads for critic in state.critics]
     modules += [state.paired_critic] if state.paired_critic else []
     for module in (*modules, *([state.identity_encoder] if state.identity_encoder else [])):

@@ -13,9 +13,10 @@ from torch import nn
 
 import echodistill_cli
 from echodistill_cli.config.families import FAMILIES
+from echodistill_cli.config.family import VAE
 from echodistill_cli.diffusion.pair import Denoiser, Family, LatentCodec, ModelPair
 from echodistill_cli.diffusion.text import PromptEncoder
-from echodistill_cli.models.device import DTYPES, VAE
+from echodistill_cli.models.device import DTYPES
 from echodistill_cli.models.load import as_denoiser
 from echodistill_cli.models.parts import load_schedule
 from echodistill_cli.models.sources import embedded_folder

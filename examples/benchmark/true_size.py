@@ -33,8 +33,8 @@ from echodistill_cli.config.schema import Config
 from echodistill_cli.data.photos import load_photos
 from echodistill_cli.diffusion.pair import Family
 from echodistill_cli.diffusion.sampling import SamplingSettings, generate
-from echodistill_cli.models.device import estimate
 from echodistill_cli.models.load import load_pair
+from echodistill_cli.models.memory import estimate
 from echodistill_cli.training.loop import compile_models
 from echodistill_cli.training.state import TrainingState, build_state
 from echodistill_cli.training.steps import training_step

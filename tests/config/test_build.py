@@ -285,7 +285,7 @@ def test_the_toy_says_what_it_knows_and_is_silent_on_what_it_was_made_for() -> N
     dog, vase = (build_config("mini", overrides={"concept.class_name": name}) for name in ("Toy Dog", "vase"))
     assert toy_warning(dog, 64) is None
     for config, side, words in (
-        (dog, 4000, "'Toy Dog' is among them. Photos become 64-pixel drawings."),
+        (dog, 4000, "'Toy Dog' is among them. It draws 64-pixel cartoons of these alone: of real photos"),
         (vase, 64, "'vase' is not among them."),
         (build_config("mini"), 64, "no class name was given."),
     ):

@@ -13,7 +13,7 @@ from echodistill_cli.config.build import build_config, config_to_dict, read_toml
 from echodistill_cli.config.families import FAMILIES
 from echodistill_cli.config.schema import Config
 from echodistill_cli.config.warnings import warnings
-from echodistill_cli.models.device import estimate
+from echodistill_cli.models.memory import estimate
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 HEADER = """\

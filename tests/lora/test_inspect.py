@@ -132,6 +132,22 @@ def test_a_token_file_says_which_word_calls_it(
     assert "embedding:sks" in by_reader(found)["ComfyUI"].text
 
 
+def test_a_token_of_no_published_width_fits_no_tool(tmp_path: Path) -> None:
+    tensors = token_tensors("sks", {"text_encoder": torch.ones(1, 192)}, "sd")
+    write_safetensors(tmp_path / "sks.safetensors", tensors, {})
+    found = by_reader(inspect_file(tmp_path / "sks.safetensors"))
+    assert {name for name, verdict in found.items() if verdict.loads != "no"} == {"diffusers"}
+    assert (found["ComfyUI"].matched, found["ComfyUI"].unmatched) == (0, 1)
+    assert "192 numbers" in found["ComfyUI"].text
+    assert "192 numbers" in found["diffusers"].text
+
+
+def test_a_lora_of_the_toy_is_said_to_be_for_no_other_tool(tmp_path: Path) -> None:
+    tensors = kohya_pair("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", 192)
+    found = inspection_of(tmp_path, tensors, {"modelspec.architecture": "echodistill-mini/lora"})
+    assert all(verdict.text.startswith("Made for mini") for verdict in found.readers)
+
+
 @pytest.mark.parametrize("metadata", [{"ss_tag_frequency": "no json"}, {"lora_adapter_metadata": "[1]"}, {}])
 def test_damaged_or_missing_metadata_is_no_error(metadata: dict[str, Any], tmp_path: Path) -> None:
     module = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

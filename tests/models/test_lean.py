@@ -58,22 +58,31 @@ def test_a_lean_unet_gives_the_same_output_and_gradients_in_fewer_operations(
     torch.testing.assert_close(passes(pair), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("count", [1, 2])  # a single image takes the time shifts as biases
+@pytest.mark.parametrize("targets", ["attention", "attention-conv"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_reach_the_text_and_the_latents_as_without_it(family: str, request: pytest.FixtureRequest) -> None:
-    pair = with_random_lora(request.getfixturevalue(family), "attention")
-    noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+def test_gradients_reach_the_text_and_the_latents_as_without_it(
+    family: str, targets: str, count: int, request: pytest.FixtureRequest
+) -> None:
+    pair = with_random_lora(request.getfixturevalue(family), targets)
+    noisy = torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
     with torch.no_grad():
-        conditioning = pair.encoder.encode(["a dog", "a cat"])
+        conditioning = pair.encoder.encode(["a dog", "a cat"][:count])
     inputs = [noisy, conditioning.hidden.requires_grad_()]
     inputs += [] if conditioning.pooled is None else [conditioning.pooled.requires_grad_()]
 
     def gradients() -> list[Tensor]:
-        output = pair.student(noisy, torch.tensor([999, 10]), conditioning)
-        return list(torch.autograd.grad(output.square().mean(), inputs))
+        output = pair.student(noisy, torch.tensor([999, 10][:count]), conditioning)
+        return [output, *torch.autograd.grad(output.square().mean(), inputs)]
 
     plain = gradients()
     make_lean(pair.student.unet)
-    torch.testing.assert_close(gradients(), plain, rtol=1e-4, atol=1e-6)
+    with Products() as products:
+        torch.testing.assert_close(gradients(), plain, rtol=1e-4, atol=1e-6)
+    assert products.names["exp"] > 0  # of the frequencies
+    with Products() as products:
+        gradients()
+    assert products.names["exp"] == 0
 
 
 @torch.no_grad()

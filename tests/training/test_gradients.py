@@ -44,11 +44,29 @@ def gradient_norm(state: TrainingState, part: str) -> float:
 
 def test_every_parts_gradients_are_clipped_after_backward(new_state: NewState) -> None:
     state = new_state(train__max_grad_norm=1e-3)
-    metrics = take_steps(state, 1)[0]
-    assert set(state.optimizers) == {"teacher", "text", "student", "discriminators"}
-    for part in state.optimizers:
+    metrics, norms = state.settle(teacher_step(state)), dict[str, float]()
+    norms |= {part: gradient_norm(state, part) for part in ("teacher", "text")}
+    generated, found = student_step(state)
+    metrics |= state.settle(found | discriminator_step(state, generated))
+    norms |= {part: gradient_norm(state, part) for part in ("student", "discriminators")}
+    assert set(norms) == set(state.optimizers)
+    for part, norm in norms.items():
         assert metrics[f"grad_norm_{part}"] > 2e-3  # before clipping
-        assert gradient_norm(state, part) == pytest.approx(1e-3, rel=1e-2)
+        assert norm == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_no_gradient_of_an_update_lies_beside_the_next_graph(new_state: NewState) -> None:
+    state = new_state(train__target_steps=2, train__replays=1)
+    seen: list[set[str]] = []
+
+    def note(*_: Any) -> None:
+        seen.append({part for part in state.optimizers if gradients(state, part)})
+
+    for unet in (state.pair.student.unet, state.pair.teacher.unet):
+        unet.register_forward_hook(note)
+    take_steps(state, 2)
+    assert len(seen) > 4
+    assert not any(seen)
 
 
 def test_without_a_norm_nothing_is_clipped(new_state: NewState) -> None:

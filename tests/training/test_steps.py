@@ -16,8 +16,6 @@ from echodistill_cli.training.batches import student_pass
 from echodistill_cli.training.losses import photo_distance
 from echodistill_cli.training.state import TrainingState
 from echodistill_cli.training.steps import (
-    STUDENT_LOSSES,
-    active_losses,
     discriminator_step,
     replay_step,
     student_step,
@@ -25,6 +23,7 @@ from echodistill_cli.training.steps import (
     teacher_step,
     training_step,
 )
+from echodistill_cli.training.terms import STUDENT_LOSSES, active_losses
 from tests.helpers.runs import NewState, moved, take_steps, trained
 
 STUDENT_TERMS = ("latent", "identity", "sliced_wasserstein", "prior", "adversarial")
