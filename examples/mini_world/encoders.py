@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from examples.mini_world.augment import soften
-from examples.mini_world.models import as_tensor, text_config
+from examples.mini_world.models import as_tensor, half_precision, text_config
 from examples.mini_world.nouns import HELD_OUT_VENDOR, TRAIN_VENDORS
 from examples.mini_world.places import PLACES
 from examples.mini_world.world import COLORS, SIDE, Scene, World
@@ -104,7 +104,7 @@ class IdentityStage:
         return as_tensor(np.stack([world.render(scene).image for scene in scenes]), self.device)
 
     def _embed(self, pictures: Tensor) -> Tensor:
-        with torch.autocast(self.device, torch.bfloat16):
+        with half_precision(self.device):
             embedded: Tensor = self.network(pixel_values=pictures).image_embeds
         return embedded.float()
 
@@ -144,7 +144,7 @@ class ClipStage:
 
     def _embed(self, pictures: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-        with torch.autocast(self.device, torch.bfloat16):
+        with half_precision(self.device):
             embedded = self.network(pixel_values=pictures, input_ids=tokens.to(self.device))
         return embedded.image_embeds.float(), embedded.text_embeds.float()
 
@@ -185,7 +185,7 @@ class ViTStage:
     def _answers(self, pictures: Tensor) -> dict[str, Tensor]:
         """Logits per label, and under "noun" an embedding."""
         modules = dict(self.network.named_children())
-        with torch.autocast(self.device, torch.bfloat16):
+        with half_precision(self.device):
             token = modules["body"](pixel_values=pictures).last_hidden_state[:, 0]
             return {key: head(token).float() for key, head in modules["heads"].named_children()}
 

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.mini_world.augment import gaussian_blur, jitter
-from examples.mini_world.models import as_tensor, decode, encode
+from examples.mini_world.models import as_tensor, decode, encode, half_precision
 from examples.mini_world.nouns import SECOND_VENDOR, SOURCES, chosen_nouns
 from examples.mini_world.places import PLACES
 from examples.mini_world.sprites import load_second, load_sprites
@@ -173,7 +173,7 @@ class JudgeStage:
         ends = [round(len(pictures) * sum(PARTS[: index + 1])) for index in range(len(PARTS))]
         sharp, coded, blurred = (pictures[first:last] for first, last in zip((0, *ends), ends[:3], strict=False))
         in_latents = pictures[ends[2] :]
-        with torch.autocast(self.device, torch.bfloat16):
+        with half_precision(self.device):
             latents = encode(self.vae, torch.cat([coded, in_latents])).float()
             soft = _blurred(rng, latents[len(coded) :], LATENT_BLUR)
             again = decode(self.vae, torch.cat([latents[: len(coded)], soft])).float().clamp(-1, 1)
@@ -181,7 +181,7 @@ class JudgeStage:
         return torch.cat(parts), ends[1]
 
     def _logits(self, pictures: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(self.device, torch.bfloat16):
+        with half_precision(self.device):
             return {key: value.float() for key, value in self.network(pictures).items()}
 
     def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:  # noqa: ARG002

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from examples.mini_world.models import as_tensor, build_vae, encode
+from examples.mini_world.models import as_tensor, build_vae, encode, half_precision
 from examples.mini_world.runner import load_average
 from examples.mini_world.world import World
 
@@ -63,7 +63,7 @@ def encode_shard(vae: AutoencoderTiny, world: World, seed: int, centred: bool) -
     captions: list[str] = []
     for _ in range(SHARD_SIZE // _CHUNK):
         pictures = [world.draw(rng, centred=centred) for _ in range(_CHUNK)]
-        with torch.autocast("cpu", torch.bfloat16):
+        with half_precision("cpu"):
             raw = encode(vae, as_tensor(np.stack([picture.image for picture in pictures])))
         parts.append((raw.float() * float(vae.config["scaling_factor"])).half().numpy())
         captions.extend(picture.scene.caption for picture in pictures)

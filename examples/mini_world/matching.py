@@ -22,7 +22,7 @@ from echodistill_cli.diffusion.sampling import student_x0, teacher_x0
 from echodistill_cli.diffusion.schedule import add_noise
 from echodistill_cli.diffusion.text import Conditioning
 from examples.mini_world.latents import open_latents
-from examples.mini_world.models import build_unet
+from examples.mini_world.models import build_unet, half_precision
 from examples.mini_world.student import GUIDANCE, StudentStage
 from examples.mini_world.teacher import quick_attention
 
@@ -68,7 +68,7 @@ class MatchedStage(StudentStage):
             self._teach_fake(*self._fresh(rng))
         fakes = [self._teach_fake(*self._fresh(rng)) for _ in range(FAKE_UPDATES - 1)]
         noise, target, conditioning, real = self._rows(rng)
-        with torch.autocast(self.device, torch.bfloat16), quick_attention(self.device):
+        with half_precision(self.device), quick_attention(self.device):
             drawn = student_x0(self.denoiser, noise, conditioning)
         drawn = drawn.float()
         fakes.append(self._teach_fake(drawn.detach(), conditioning))
@@ -99,7 +99,7 @@ class MatchedStage(StudentStage):
     def _fresh(self, rng: np.random.Generator) -> tuple[Tensor, Conditioning]:
         """The student's images of a batch, without a gradient."""
         noise, _, conditioning, _ = self._rows(rng)
-        with torch.autocast(self.device, torch.bfloat16):
+        with half_precision(self.device):
             return student_x0(self.denoiser, noise, conditioning).float(), conditioning
 
     def _timesteps(self, rng: np.random.Generator) -> Tensor:
@@ -115,7 +115,7 @@ class MatchedStage(StudentStage):
         noisy = add_noise(self.teacher.schedule, images, noise, timesteps)
         alpha_bar = self.teacher.schedule.alpha_bar(timesteps).view(-1, 1, 1, 1)
         velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * images
-        with torch.autocast(self.device, torch.bfloat16), quick_attention(self.device):
+        with half_precision(self.device), quick_attention(self.device):
             predicted = self.fake_denoiser(noisy, timesteps, conditioning)
         loss = (predicted.float() - velocity).square().mean()
         self.fake_optimizer.zero_grad(set_to_none=True)
@@ -128,7 +128,7 @@ class MatchedStage(StudentStage):
     def _matching(self, rng: np.random.Generator, drawn: Tensor, conditioning: Conditioning) -> tuple[Tensor, float]:
         """A loss whose gradient on the images is the fake score less the guided teacher's (DMD2, equation 2)."""
         timesteps = self._timesteps(rng)
-        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
+        with torch.no_grad(), half_precision(self.device):
             noisy = add_noise(self.teacher.schedule, drawn, torch.randn_like(drawn), timesteps)
             real = teacher_x0(
                 self.teacher.denoiser, noisy, timesteps, conditioning, self.teacher.null, self.guidance

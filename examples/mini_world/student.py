@@ -34,6 +34,7 @@ from examples.mini_world.models import (
     build_text_encoder,
     build_unet,
     decode,
+    half_precision,
 )
 from examples.mini_world.nouns import chosen_nouns, noun_words
 from examples.mini_world.runner import load_average
@@ -112,7 +113,7 @@ def add_pairs(work: Path, nouns: int, device: str, shards: int) -> None:
 
 
 def _draw(teacher: FrozenTeacher, noise: Tensor, ids: Tensor) -> Tensor:
-    with torch.autocast(teacher.device, torch.bfloat16):
+    with half_precision(teacher.device):
         latents = sample_latents(
             teacher.denoiser,
             noise.to(teacher.device),
@@ -173,7 +174,7 @@ class StudentStage:
     def loss(self, rng: np.random.Generator, samples: int) -> tuple[Tensor, dict[str, float]]:
         rows = torch.from_numpy(rng.integers(0, len(self.pairs.noise), self.batch_size))
         noise, target = (part[rows].float().to(self.device) for part in (self.pairs.noise, self.pairs.latents))
-        with torch.autocast(self.device, torch.bfloat16), quick_attention(self.device):
+        with half_precision(self.device), quick_attention(self.device):
             conditioning = self.teacher.encode(self.pairs.token_ids[rows])
             drawn = student_x0(self.denoiser, noise, conditioning)
             regression = (drawn.float() - target).square().mean()
@@ -214,7 +215,7 @@ class StudentStage:
         """Distance to the teacher's guided x0 of the image, renoised with its own noise; for a part of the batch."""
         few = slice(0, max(1, self.batch_size // ALIGNED_PART))
         asked = Conditioning(conditioning.hidden[few])
-        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
+        with torch.no_grad(), half_precision(self.device):
             noisy = add_noise(self.teacher.schedule, drawn[few].float(), noise[few], timesteps[few])
             target = teacher_x0(self.teacher.denoiser, noisy, timesteps[few], asked, self.teacher.null, GUIDANCE)
         return (losses.latent_alignment(drawn[few], target) * self.teacher.schedule.alpha_bar(timesteps[few])).mean()

@@ -24,6 +24,7 @@ from examples.mini_world.models import (
     build_text_encoder,
     build_unet,
     decode,
+    half_precision,
 )
 from examples.mini_world.nouns import chosen_nouns, noun_words
 from examples.mini_world.tokenizer import open_tokenizer
@@ -97,7 +98,7 @@ class TeacherStage:
         alpha_bar = self.alphas[timesteps].view(-1, 1, 1, 1)
         noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise
         velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * clean
-        with torch.autocast(self.device, torch.bfloat16), quick_attention(self.device):
+        with half_precision(self.device), quick_attention(self.device):
             states = self.text_encoder(input_ids=ids).last_hidden_state
             predicted = self.unet(noisy, timesteps, states).sample
         error: Tensor = (predicted.float() - velocity).square().mean(dim=(1, 2, 3))
@@ -124,7 +125,7 @@ class TeacherStage:
             generator=torch.Generator().manual_seed(5),
         )
         denoiser = Denoiser(self.unet, NoiseSchedule(self.alphas.float(), "v_prediction"))
-        with torch.no_grad(), torch.autocast(self.device, torch.bfloat16):
+        with torch.no_grad(), half_precision(self.device):
             prompts, null = self._encode(self._tokens(captions)), self._encode(self.empty_ids[None])
             latents = sample_latents(
                 denoiser, noise.to(self.device), prompts, null, steps=REPORT_STEPS, guidance_scale=REPORT_GUIDANCE

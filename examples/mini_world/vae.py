@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from examples.mini_world.models import as_tensor, build_vae, decode, encode
+from examples.mini_world.models import as_tensor, build_vae, decode, encode, half_precision
 from examples.mini_world.nouns import HELD_OUT_VENDOR
 from examples.mini_world.world import World, contact_sheet
 
@@ -44,7 +44,7 @@ class VaeStage:
         self.pictures = np.concatenate([world.batch(rng, 64), unseen.batch(rng, 32)])
 
     def _compute(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(self.device, torch.bfloat16):
+        with half_precision(self.device):
             latents = encode(self.network, pictures)
             drawn = decode(self.network, latents + self.latent_noise * torch.randn_like(latents))
         return drawn.float(), latents.float()
