@@ -54,7 +54,9 @@ Size = Annotated[
     int | None,
     value_option("N", "side of the images in pixels; unset: as in training", panel=_PANEL, **_SIDES),
 ]
-BatchSize = Annotated[int, value_option("N", "images per forward pass; changes the speed only", panel=_PANEL, min=1)]
+BatchSize = Annotated[
+    int, value_option("N", "images per forward pass; changes images by rounding alone", panel=_PANEL, min=1)
+]
 Model = Annotated[
     str | None, value_option("MODEL", f"base model of the student: {MODELS}; unset: the run's", panel=_PANEL)
 ]

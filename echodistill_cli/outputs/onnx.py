@@ -61,7 +61,7 @@ def check_onnx(*packages: str) -> None:
     """
     for name in packages:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"ONNX needs the package {name}.", f"Install it: pip install {name}")
+            raise ConfigError(f"ONNX needs the package {name}.", "Install the extra: pip install '.[onnx]'")
 
 
 def save_onnx(pair: ModelPair, folder: Path, size: int) -> None:

@@ -43,7 +43,7 @@ class SampleRequest:
         steps: denoising steps; None for those that the student was distilled for, or for 25 (teacher).
         guidance_scale: classifier-free guidance; None for 0 (student) or the run's (teacher).
         size: side of the images in pixels; None for the run's resolution.
-        batch_size: images per forward pass; changes the speed only.
+        batch_size: images per forward pass; changes the speed, and images by rounding at most.
         compare: whether to generate the base model's images too.
         model: preset, hub id, folder or file to use instead of the run's. A LoRA file outside of run folders needs it.
         model_overrides: keys of `[model]` to change, such as `{"device": "cpu"}`.
